@@ -1,0 +1,121 @@
+"""aqdet's config keys, and config loading that refuses YAML object tags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+
+def add_aqdet_config(cfg: CfgNode) -> None:
+    """Adds aqdet's keys to a Detectron2 config; Detectron2's own defaults are not changed."""
+    # --- Quantization of the low-precision trunk and head ---
+    cfg.MODEL.QUANT = CfgNode()
+    # Off: plain Detectron2 layers, bit for bit.
+    cfg.MODEL.QUANT.ENABLED = False
+    cfg.MODEL.QUANT.WEIGHT = CfgNode()
+    # "lsq", "pact" or "dorefa".
+    cfg.MODEL.QUANT.WEIGHT.QUANTIZER = "lsq"
+    # 2 to 8.
+    cfg.MODEL.QUANT.WEIGHT.NUM_BITS = 4
+    # One scale for each output channel instead of one for the tensor.
+    cfg.MODEL.QUANT.WEIGHT.PER_CHANNEL = True
+    cfg.MODEL.QUANT.INPUT = CfgNode()
+    # "lsq", "pact" or "dorefa"; activations always have one scale for the tensor.
+    cfg.MODEL.QUANT.INPUT.QUANTIZER = "lsq"
+    cfg.MODEL.QUANT.INPUT.NUM_BITS = 4
+    # Weights of the stem, weights and inputs of the prediction convs. The stem reads the uint8 image.
+    cfg.MODEL.QUANT.BOUNDARY_NUM_BITS = 8
+    # [[regex on the module path, {key: value, ...}], ...]; the first rule that matches a layer wins, and a rule
+    # that wins nowhere is an error. Keys: WEIGHT.QUANTIZER, WEIGHT.NUM_BITS, WEIGHT.PER_CHANNEL,
+    # INPUT.QUANTIZER, INPUT.NUM_BITS, and ENABLED: False to leave the layer in float.
+    cfg.MODEL.QUANT.RULES = []
+    # Tensors that more than one layer reads: the residual stream, the top-down sums, the pyramid levels.
+    cfg.MODEL.QUANT.RESIDUAL_NUM_BITS = 8
+    # "pact" needs one byte an element for backward where "lsq" keeps the whole sum.
+    cfg.MODEL.QUANT.RESIDUAL_QUANTIZER = "pact"
+    # First ranges, from training batches, before the first step. Skipped if the checkpoint has them.
+    cfg.MODEL.QUANT.CALIBRATION = CfgNode()
+    cfg.MODEL.QUANT.CALIBRATION.NUM_BATCHES = 8
+    # "mse", "minmax", "percentile" or "mean"
+    cfg.MODEL.QUANT.CALIBRATION.METHOD = "mse"
+    # Learning rate of scales and clipping ranges, relative to that of the weights. They get no weight decay.
+    cfg.MODEL.QUANT.SCALE_LR_FACTOR = 1.0
+    # The L2 term of PACT's alpha.
+    cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4
+
+    # --- The full-precision auxiliary path; training only ---
+    cfg.MODEL.AUX = CfgNode()
+    cfg.MODEL.AUX.ENABLED = False
+    # What it reads. "fpn": the pyramid levels.
+    cfg.MODEL.AUX.TAPS = "fpn"
+    # Factor of the auxiliary losses.
+    cfg.MODEL.AUX.LOSS_WEIGHT = 1.0
+    # How that factor changes over training: "constant", or down to 0 at the end by "linear" or "cosine".
+    cfg.MODEL.AUX.SCHEDULE = "constant"
+    # Norm of the adaptors and of the auxiliary head ("BN": one BN per level).
+    cfg.MODEL.AUX.NORM = "BN"
+    # How it starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's head
+    # and aligns the adaptors to be the identity; "random".
+    cfg.MODEL.AUX.INIT = "head"
+
+    # --- Structure ---
+    # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
+    cfg.MODEL.FPN.RELU = False
+    # What P6 is computed from: "res5" or "p5".
+    cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "res5"
+
+    # --- Data ---
+    # [{name: ..., json: COCO annotation file, image_root: folder}, ...], usable in DATASETS.TRAIN / TEST.
+    # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder.
+    cfg.DATASETS.DECLARED = []
+    # Where the embedded dataset is written; "" for $AQDET_CACHE or ~/.cache/aqdet.
+    cfg.DATASETS.CACHE_DIR = ""
+
+    # --- Checkpoints ---
+    cfg.CHECKPOINT = CfgNode()
+    # Regexes of keys that may be missing, unexpected or of another shape when weights are loaded, e.g.
+    # ["head\\.cls_score\\."] to start from a detector of other classes. Anything else stops with a list.
+    cfg.CHECKPOINT.ALLOW_KEYS = []
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file with its ``_BASE_`` files, then applies ``KEY VALUE`` overrides.
+
+    Args:
+        path: YAML file.
+        overrides: flat list ``[KEY, VALUE, ...]``.
+
+    Returns:
+        A config that is not frozen.
+
+    Raises:
+        FileNotFoundError: if the file or a base of it does not exist.
+        ValueError: in one line, for YAML with object tags, other malformed YAML, or an unknown key.
+    """
+    cfg = get_cfg()
+    add_aqdet_config(cfg)
+    path = os.fspath(path)
+    if path:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"config file {path!r} does not exist")
+        try:
+            cfg.merge_from_file(path, allow_unsafe=False)
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(
+                f"{path}: refused, it (or a _BASE_ of it) has an object tag that could run code: "
+                f"{error.problem}; write the value out as plain YAML"
+            ) from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        except (KeyError, AssertionError, ValueError) as error:
+            raise ValueError(f"{path}: {error.args[0] if error.args else error}") from error
+    if len(overrides) % 2:
+        raise ValueError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ValueError(f"override: {error.args[0] if error.args else error}") from error
+    return cfg

@@ -1,0 +1,411 @@
+"""
+The embedded dataset: procedurally drawn scenes in COCO format, for a detector to learn in minutes.
+
+An image is a pure function of ``(seed, index, size)``: random integers come from PCG64, and shapes
+are drawn from integer vertices without anti-aliasing, so that the same pixels are drawn everywhere.
+
+Shape shorthand:
+    H, W: height and width of an image, both equal to ``size``
+    P: number of vertices of a polygon
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from iopath.common.file_io import file_lock
+from tqdm import tqdm
+
+__all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "draw_scene", "make_shapes", "shapes_folder"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+IMAGE_SIZE = 192
+SHAPE_CLASSES = ("circle", "ring", "square", "triangle", "cross", "star")
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """What a split of the embedded dataset is drawn from."""
+
+    num_images: int
+    seed: int
+
+
+SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2)}
+
+# Difficulty. Ranges are inclusive.
+NUM_OBJECTS = (3, 8)
+# Area of an object in pixels, within COCO's bands (32^2 and 96^2), and how often each is drawn.
+AREA_RANGES = {"small": (150, 1000), "medium": (1050, 9000), "large": (9300, 14000)}
+BAND_PERCENT = {"small": 44, "medium": 42, "large": 14}
+CONTRAST = (14, 64)  # grey levels between an object's colour and the background's, per channel
+MIN_VISIBLE_PERCENT = 50  # an object that would hide more of another one is not drawn
+STRETCH_PERCENT = (78, 128)  # width of an object against its height, before rotation
+TEXTURE_AMPLITUDE = (4, 26)
+NUM_DISTRACTORS = (2, 5)
+DISTRACTOR_AREA = (250, 5000)
+NUM_LINES = (2, 6)
+NUM_PATCHES = (1, 4)
+PIXEL_NOISE = 9
+
+_PLACEMENT_ATTEMPTS = 8
+_DISTRACTORS = ("hexagon", "half_disc", "chevron", "splinter", "blob")
+_SHIFT = 12
+_HALF = 1 << (_SHIFT - 1)
+# Cosine in 1/4096, so that vertices are integer arithmetic.
+_COS = np.array([round(math.cos(math.radians(d)) * (1 << _SHIFT)) for d in range(360)], np.int64)
+_REFERENCE_RADIUS = 1024
+
+
+@dataclass(frozen=True)
+class _Item:
+    """
+    A shape at its place.
+
+    Attributes:
+        kind: a class name, or the name of a distractor.
+        polygons: outlines of int32 (P, 2) x, y vertices; the second one, if any, is a hole.
+        mask: bool (H, W), the pixels the shape covers.
+    """
+
+    kind: str
+    polygons: list[np.ndarray]
+    mask: np.ndarray
+
+
+def draw_scene(
+    seed: int, index: int, size: int = IMAGE_SIZE
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """
+    Draw one image of the embedded dataset.
+
+    Args:
+        seed: seed of the split.
+        index: index of the image in its split.
+        size: height and width of the image in pixels.
+
+    Returns:
+        the image, uint8 (H, W, 3) in BGR, and its annotations: dicts with COCO's ``category_id``
+        (from 1), ``bbox`` (x, y, width, height, of the whole shape), ``area``, ``segmentation``
+        (a hole is joined to the outline by a slit) and ``iscrowd``.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, index]))
+    base = rng.integers(56, 200, 3)
+    canvas = _background(rng, base, size)
+    for _ in range(_draw(rng, NUM_PATCHES)):
+        _paint_patch(rng, canvas)
+    lines = _draw(rng, NUM_LINES)
+    for _ in range(lines // 2):
+        _paint_line(rng, canvas, base)
+    items = _place_items(rng, size)
+    for item in items:
+        _paint_item(rng, canvas, item, base)
+    for _ in range(lines - lines // 2):
+        _paint_line(rng, canvas, base)
+    canvas += rng.integers(-PIXEL_NOISE, PIXEL_NOISE + 1, canvas.shape, dtype=np.int16)
+    image = np.clip(canvas, 0, 255).astype(np.uint8)
+    return image, [_annotation(item) for item in items if item.kind in SHAPE_CLASSES]
+
+
+def make_shapes(
+    folder: str | os.PathLike[str], *, num_images: int, seed: int, size: int = IMAGE_SIZE
+) -> Path:
+    """
+    Write a dataset of drawn scenes, ``annotations.json`` and ``images/*.png``, once.
+
+    The folder is filled aside and renamed, so that it is whole or not there; processes that
+    ask for it at the same time wait for the first one. A folder that exists is used as it is.
+
+    Args:
+        folder: where the dataset goes; its name is not used for anything else.
+        num_images: number of images.
+        seed: seed of the dataset; image ``i`` is ``draw_scene(seed, i, size)``.
+        size: height and width of the images in pixels.
+
+    Returns:
+        the path of the annotation file.
+
+    Raises:
+        ValueError: if the folder was changed since it was written.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(folder)):
+            if not folder.exists():
+                _write_folder(folder, num_images, seed, size)
+    found = len(list((folder / "images").glob("*.png")))
+    if found != num_images or not (folder / "annotations.json").is_file():
+        raise ValueError(
+            f"embedded dataset {folder} is damaged: {found} of {num_images} images, annotations "
+            f"{'present' if (folder / 'annotations.json').is_file() else 'missing'}; "
+            "delete the folder and it is written again"
+        )
+    return folder / "annotations.json"
+
+
+def shapes_folder(split: str, cache_dir: str | os.PathLike[str]) -> Path:
+    """
+    Args:
+        split: a key of ``SHAPE_SPLITS``.
+        cache_dir: folder that holds the embedded datasets.
+
+    Returns:
+        the folder of a split. Its name holds a digest of the generator and of what it runs on,
+        so that a changed generator never meets an old folder.
+    """
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(repr((SHAPE_SPLITS[split], IMAGE_SIZE, cv2.__version__, np.__version__)).encode())
+    return Path(cache_dir) / f"shapes_{split}_v{VERSION}_{digest.hexdigest()[:12]}"
+
+
+def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        (part / "images").mkdir()
+        images, annotations = [], []
+        progress = tqdm(range(num_images), desc=f"drawing {folder.name}", unit="image")
+        for index in progress:
+            image, objects = draw_scene(seed, index, size)
+            name = f"{index:06d}.png"
+            if not cv2.imwrite(str(part / "images" / name), image):
+                raise OSError(f"cannot write {part / 'images' / name}")
+            images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
+            for obj in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **obj})
+        content = {
+            "info": {"description": "aqdet shapes", "version": str(VERSION), "seed": seed},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [
+                {"id": i, "name": name, "supercategory": "shape"}
+                for i, name in enumerate(SHAPE_CLASSES, 1)
+            ],
+        }
+        (part / "annotations.json").write_text(json.dumps(content))
+        try:
+            os.rename(part, folder)
+        except OSError:
+            # Without working locks (some network file systems) another process may be first.
+            if not folder.exists():
+                raise
+        logger.info("Wrote %d images with %d objects to %s", num_images, len(annotations), folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _draw(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
+    return int(rng.integers(bounds[0], bounds[1] + 1))
+
+
+def _polar(radii: Sequence[int] | np.ndarray, degrees: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Vertices (P, 2) in 1/4096 pixel at the given radii (pixels) and angles."""
+    angles = np.asarray(degrees, np.int64)
+    cos, sin = _COS[angles % 360], _COS[(angles - 90) % 360]
+    return np.stack([cos, sin], axis=1) * np.asarray(radii, np.int64)[:, None]
+
+
+def _outline(kind: str, radius: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Outlines (P, 2) in 1/4096 pixel around the origin, upright."""
+    disc = np.arange(0, 360, 10)
+    if kind == "circle":
+        return [_polar([radius] * 36, disc)]
+    if kind == "ring":
+        return [_polar([radius] * 36, disc), _polar([radius * 9 // 16] * 36, disc)]
+    if kind == "square":
+        return [_polar([radius] * 4, range(45, 360, 90))]
+    if kind == "triangle":
+        return [_polar([radius] * 3, range(30, 360, 120))]
+    if kind == "star":
+        return [_polar([radius, radius * 15 // 32] * 5, range(18, 378, 36))]
+    if kind == "cross":
+        arm = radius * 11 // 32
+        corner = [(radius, -arm), (radius, arm), (arm, arm)]
+        quarter = np.array(corner, np.int64)
+        turns = [quarter]
+        for _ in range(3):
+            turns.append(np.stack([-turns[-1][:, 1], turns[-1][:, 0]], axis=1))
+        return [np.concatenate(turns) << _SHIFT]
+    if kind == "hexagon":
+        return [_polar([radius] * 6, range(0, 360, 60))]
+    if kind == "half_disc":
+        return [_polar([radius] * 19, range(0, 190, 10))]
+    if kind == "chevron":
+        inner = radius * 5 // 8
+        return [_polar([radius, radius // 5, radius, inner], [0, 60, 120, 60])]
+    if kind == "splinter":
+        return [_polar(rng.integers(radius // 4, radius + 1, 4), range(0, 360, 90))]
+    return [_polar(rng.integers(radius // 2, radius + 1, 9), range(0, 360, 40))]
+
+
+def _shoelace(points: np.ndarray) -> float:
+    x, y = points[:, 0].astype(np.int64), points[:, 1].astype(np.int64)
+    return abs(int((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())) / 2
+
+
+def _polygon_area(polygons: list[np.ndarray]) -> float:
+    return _shoelace(polygons[0]) - sum(_shoelace(hole) for hole in polygons[1:])
+
+
+def _radius(kind: str, area: int) -> int:
+    """Radius in pixels at which a shape covers about `area` pixels."""
+    reference = _outline(kind, _REFERENCE_RADIUS, np.random.Generator(np.random.PCG64(0)))
+    covered = int(_polygon_area([(polygon >> _SHIFT) for polygon in reference]))
+    return max(3, math.isqrt(area * _REFERENCE_RADIUS**2 // covered))
+
+
+def _place_items(rng: np.random.Generator, size: int) -> list[_Item]:
+    """Choose shapes from back to front, none of which hides too much of an object behind it."""
+    wanted = [True] * _draw(rng, NUM_OBJECTS) + [False] * _draw(rng, NUM_DISTRACTORS)
+    items: list[_Item] = []
+    for position in rng.permutation(len(wanted)):
+        for _ in range(_PLACEMENT_ATTEMPTS):
+            item = _random_item(rng, size, is_object=wanted[position])
+            if item is not None and _keeps_visible(items, item):
+                items.append(item)
+                break
+    return items
+
+
+def _keeps_visible(items: list[_Item], top: _Item) -> bool:
+    hidden = top.mask.copy()
+    for item in reversed(items):
+        if item.kind in SHAPE_CLASSES:
+            total = int(item.mask.sum())
+            visible = int((item.mask & ~hidden).sum())
+            if visible * 100 < total * MIN_VISIBLE_PERCENT:
+                return False
+        hidden |= item.mask
+    return True
+
+
+def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item | None:
+    """A shape at a random place inside the image; None if it does not fit."""
+    if is_object:
+        kind = SHAPE_CLASSES[rng.integers(len(SHAPE_CLASSES))]
+        band = int(rng.integers(100))
+        shares = iter(BAND_PERCENT.items())
+        name, limit = next(shares)
+        while band >= limit:
+            name, share = next(shares)
+            limit += share
+        area = AREA_RANGES[name]
+    else:
+        kind = _DISTRACTORS[rng.integers(len(_DISTRACTORS))]
+        area = DISTRACTOR_AREA
+    # Square roots, so that sides rather than areas are evenly spread.
+    side = _draw(rng, (math.isqrt(area[0]) + 1, math.isqrt(area[1])))
+    stretch = _draw(rng, STRETCH_PERCENT)
+    angle = int(rng.integers(360))
+    cos, sin = int(_COS[angle]), int(_COS[(angle - 90) % 360])
+    outlines = []
+    for points in _outline(kind, _radius(kind, side * side), rng):
+        x = points[:, 0] * (100 + stretch) // 200
+        y = points[:, 1] * 100 // ((100 + stretch) // 2)
+        turned = np.stack([x * cos - y * sin, x * sin + y * cos], axis=1)
+        outlines.append((turned + (_HALF << _SHIFT)) >> (2 * _SHIFT))
+    low, high = outlines[0].min(axis=0), outlines[0].max(axis=0)
+    room = size - 2 - (high - low)
+    if (room < 1).any():
+        return None
+    offset = 1 + rng.integers(0, room) - low
+    polygons = [(points + offset).astype(np.int32) for points in outlines]
+    mask = np.zeros((size, size), np.uint8)
+    cv2.fillPoly(mask, polygons, 1, lineType=cv2.LINE_8)
+    return _Item(kind, polygons, mask.astype(bool))
+
+
+def _annotation(item: _Item) -> dict[str, Any]:
+    rows, columns = item.mask.any(axis=1).nonzero()[0], item.mask.any(axis=0).nonzero()[0]
+    outline = item.polygons[0]
+    for hole in item.polygons[1:]:
+        outline = np.concatenate([outline, outline[:1], hole[:1], hole[:0:-1], hole[:1]])
+    return {
+        "category_id": SHAPE_CLASSES.index(item.kind) + 1,
+        "bbox": [
+            int(columns[0]),
+            int(rows[0]),
+            int(columns[-1] - columns[0] + 1),
+            int(rows[-1] - rows[0] + 1),
+        ],
+        "area": _polygon_area(item.polygons),
+        # Vertices are pixels; COCO counts from a pixel's corner.
+        "segmentation": [[float(value) + 0.5 for value in outline.ravel()]],
+        "iscrowd": 0,
+    }
+
+
+def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """int16 (H, W, 1) pattern around zero: plain, stripes, checks or blotches."""
+    kind, amplitude = int(rng.integers(4)), _draw(rng, TEXTURE_AMPLITUDE)
+    period = _draw(rng, (3, 9))
+    rows, columns = np.indices((size, size))
+    if kind == 0:
+        pattern = np.zeros((size, size), np.int64)
+    elif kind == 1:
+        a, b = rng.integers(-2, 3, 2)
+        pattern = (rows * a + columns * (b if a or b else 1)) // period % 2 * 2 - 1
+    elif kind == 2:
+        pattern = (rows // period + columns // period) % 2 * 2 - 1
+    else:
+        cells = rng.integers(-1, 2, (-(-size // period),) * 2)
+        pattern = cells.repeat(period, axis=0).repeat(period, axis=1)[:size, :size]
+    return (pattern * amplitude)[:, :, None].astype(np.int16)
+
+
+def _background(rng: np.random.Generator, base: np.ndarray, size: int) -> np.ndarray:
+    """int16 (H, W, 3): the base colour with a slope of light, blotches at three scales, texture."""
+    rows, columns = np.indices((size, size))
+    slope = rng.integers(-40, 41, 2)
+    light = ((rows - size // 2) * slope[0] + (columns - size // 2) * slope[1]) // size
+    canvas = base.astype(np.int64) + light[:, :, None]
+    for cell, amplitude in ((48, 14), (16, 9), (4, 7)):
+        cells = rng.integers(-amplitude, amplitude + 1, (-(-size // cell),) * 2 + (3,))
+        canvas += cells.repeat(cell, axis=0).repeat(cell, axis=1)[:size, :size]
+    return canvas.astype(np.int16) + _texture(rng, size) // 2
+
+
+def _colour(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
+    signs = rng.integers(0, 2, 3) * 2 - 1
+    return base + signs * rng.integers(CONTRAST[0], CONTRAST[1] + 1, 3)
+
+
+def _paint_item(
+    rng: np.random.Generator, canvas: np.ndarray, item: _Item, base: np.ndarray
+) -> None:
+    colour = _colour(rng, base)
+    filled = _texture(rng, canvas.shape[0]) + colour.astype(np.int16)
+    canvas[item.mask] = filled[item.mask]
+    if rng.integers(2):
+        edge = np.zeros(canvas.shape[:2], np.uint8)
+        cv2.polylines(edge, item.polygons, True, 1, thickness=1, lineType=cv2.LINE_8)
+        canvas[edge.astype(bool)] = colour + rng.integers(-40, 41)
+
+
+def _paint_line(rng: np.random.Generator, canvas: np.ndarray, base: np.ndarray) -> None:
+    ends = rng.integers(0, canvas.shape[0], 4).tolist()
+    stroke = np.zeros(canvas.shape[:2], np.uint8)
+    thickness = _draw(rng, (1, 3))
+    cv2.line(stroke, ends[:2], ends[2:], 1, thickness=thickness, lineType=cv2.LINE_8)
+    canvas[stroke.astype(bool)] = _colour(rng, base)
+
+
+def _paint_patch(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    height, width = rng.integers(12, 64, 2)
+    top, left = rng.integers(0, canvas.shape[0] - 8, 2)
+    patch = canvas[top : top + height, left : left + width]
+    patch += rng.integers(-44, 45, patch.shape, dtype=np.int16)

@@ -1,0 +1,13 @@
+"""Layers of the low-precision detector."""
+
+from .add import QuantAdd, StreamQuantizer
+from .conv import QuantConv2d, Site, declare_site, shared_weights
+
+__all__ = [
+    "QuantAdd",
+    "QuantConv2d",
+    "Site",
+    "StreamQuantizer",
+    "declare_site",
+    "shared_weights",
+]

@@ -1,0 +1,148 @@
+"""Convolution whose weight and input are quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+
+from ..quantization import Quantizer, QuantSpec, build_quantizer, conv2d_fake_quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What the structure knows of a convolution before any policy.
+
+    Attributes:
+        signed: whether its input can be negative.
+        role: ``"inner"``, ``"stem"`` (reads the uint8 image, which needs no quantizer) or ``"prediction"``.
+    """
+
+    signed: bool
+    role: str = "inner"
+
+
+def declare_site(conv: nn.Conv2d, *, signed: bool, role: str = "inner") -> None:
+    """Marks a convolution as one that a quantization policy is to convert."""
+    conv.quant_site = Site(signed, role)  # type: ignore[assignment]
+
+
+class QuantConv2d(Conv2d):
+    """Detectron2's ``Conv2d`` with ``weight_quantizer`` and ``input_quantizer``.
+
+    Parameter names are those of the float layer (``weight``, ``bias``, ``norm``). Zero padding is applied to
+    the quantized input, so that a padded value is exactly zero. Made by :meth:`from_float`.
+    """
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+    _shared_weight: tuple[Tensor] | None = None  # in a tuple, since it must not register as a parameter
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | None, path: str = ""
+    ) -> QuantConv2d:
+        """Builds a quantized layer around the parameters of a float one (shared, not copied).
+
+        Args:
+            conv: ``torch.nn.Conv2d`` or Detectron2's.
+            weight: spec of the weight quantizer.
+            input: spec of the input quantizer; None where the input is exact, as a uint8 image is.
+            path: dotted name of the layer in the model, for messages.
+
+        Raises:
+            ValueError: if the padding is not with zeros.
+        """
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"{path}: padding_mode {conv.padding_mode!r} cannot be quantized")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            norm=getattr(conv, "norm", None),
+            activation=getattr(conv, "activation", None),
+            device="meta",
+        )
+        layer.weight = conv.weight
+        layer.bias = conv.bias
+        layer.weight_quantizer = build_quantizer(weight, num_channels=conv.out_channels)
+        layer.weight_quantizer.path = f"{path}.weight_quantizer"
+        layer.input_quantizer = None
+        if input is not None:
+            layer.input_quantizer = build_quantizer(input)
+            layer.input_quantizer.path = f"{path}.input_quantizer"
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, O, H', W')``, with norm and activation where the layer has them."""
+        x = self._convolve(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        quantizer = self.input_quantizer
+        grid = None
+        if quantizer is not None and quantizer.is_active:
+            grid = quantizer.grid(x.numel())
+        geometry = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        if grid is None:
+            if quantizer is not None:
+                x = quantizer(x)
+            shared = self._shared_weight
+            weight = shared[0] if shared else self.weight_quantizer(self.weight)
+            return torch.conv2d(x, weight, self.bias, **geometry)
+        dtype = None
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        recompute: dict[str, Any] = {}
+        if self._shared_weight:
+            weight = self._shared_weight[0]
+        else:
+            weight = self.weight
+            recompute = {
+                "quantize_weight": self.weight_quantizer,
+                "weight_parameters": tuple(self.weight_quantizer.parameters()),
+            }
+        return conv2d_fake_quantized(
+            x,
+            grid.scale.reshape(()),
+            weight,
+            self.bias,
+            grid.quant_min,
+            grid.quant_max,
+            rule=grid.rule,
+            dtype=dtype,
+            **recompute,
+            **geometry,
+        )
+
+
+@contextlib.contextmanager
+def shared_weights(module: nn.Module) -> Iterator[None]:
+    """Quantizes the weights below ``module`` once for several calls, as a head's over pyramid levels."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantConv2d)]
+    for layer in layers:
+        layer._shared_weight = (layer.weight_quantizer(layer.weight),)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._shared_weight = None

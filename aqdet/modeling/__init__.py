@@ -1,0 +1,24 @@
+"""The low-precision detector: backbone, heads, policy, auxiliary path, meta-architectures."""
+
+from .auxiliary import AuxiliaryPath, detached_auxiliary, strip
+from .backbone import (
+    QuantFPN,
+    build_quant_resnet_backbone,
+    build_quant_retinanet_resnet_fpn_backbone,
+)
+from .heads import QuantRetinaNetHead
+from .meta_arch import QuantRetinaNet
+from .policy import QuantPolicy, quantizable_layers
+
+__all__ = [
+    "AuxiliaryPath",
+    "QuantFPN",
+    "QuantPolicy",
+    "QuantRetinaNet",
+    "QuantRetinaNetHead",
+    "build_quant_resnet_backbone",
+    "build_quant_retinanet_resnet_fpn_backbone",
+    "detached_auxiliary",
+    "quantizable_layers",
+    "strip",
+]

@@ -1,0 +1,265 @@
+"""ResNet and FPN whose convolutions, sums and shared tensors can be quantized.
+
+The classes are Detectron2's with the sums and ReLUs that matter for integer inference made modules; without
+quantizers they compute the same to the bit, under the same parameter names. The builders are registered.
+
+Shape legend: N batch, C channels, H and W height and width at the stride of a level.
+"""
+
+from __future__ import annotations
+
+import math
+
+import fvcore.nn.weight_init as weight_init
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from torch import Tensor, nn
+
+from ..layers import QuantAdd, StreamQuantizer, declare_site
+from .policy import QuantPolicy
+
+BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+class QuantStem(BasicStem):
+    """7x7 conv, ReLU, max pool; reads the uint8 image and puts the residual stream on its grid.
+
+    The stream is quantized after the pooling, which gives the same values as before it (the maximum of
+    quantized values is the quantized maximum) for a quarter of the work.
+    """
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        declare_site(self.conv1, signed=True, role="stem")
+        self.output_stream = StreamQuantizer(relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` to ``(N, C, H / 4, W / 4)``."""
+        x = F.relu_(self.conv1(x))
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return self.output_stream(x)
+
+
+class _ResidualMixin(nn.Module):
+    """The end of a residual block: sum, tap point, ReLU, shared stream."""
+
+    shortcut: nn.Module | None
+
+    def _add_residual(self) -> None:
+        self.residual_add = QuantAdd(signed=(True, None if self.shortcut is None else True))
+        self.output_stream = StreamQuantizer(relu=True)
+        if self.shortcut is not None:
+            declare_site(self.shortcut, signed=False)  # type: ignore[arg-type]
+
+    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return self.output_stream(self.residual_add(out, x))
+
+
+class QuantBasicBlock(BasicBlock, _ResidualMixin):
+    """ResNet-18/34 block. The output of ``residual_add`` is the sum before ReLU and quantization."""
+
+    def __init__(self, in_channels: int, out_channels: int, **kwargs: object) -> None:
+        super().__init__(in_channels, out_channels, **kwargs)
+        declare_site(self.conv1, signed=False)
+        declare_site(self.conv2, signed=False)
+        self._add_residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
+        out = F.relu_(self.conv1(x))
+        return self._finish(self.conv2(out), x)
+
+
+class QuantBottleneckBlock(BottleneckBlock, _ResidualMixin):
+    """ResNet-50/101 block. The output of ``residual_add`` is the sum before ReLU and quantization."""
+
+    def __init__(self, in_channels: int, out_channels: int, **kwargs: object) -> None:
+        super().__init__(in_channels, out_channels, **kwargs)
+        for conv in (self.conv1, self.conv2, self.conv3):
+            declare_site(conv, signed=False)
+        self._add_residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self.conv2(out))
+        return self._finish(self.conv3(out), x)
+
+
+class QuantLastLevelP6P7(LastLevelP6P7):
+    """P6 and P7 by strided convolutions, with the pyramid's norm and ReLU where it has them.
+
+    Args:
+        in_channels, out_channels: channels of ``in_feature`` and of the pyramid.
+        in_feature: ``"res5"`` or ``"p5"``.
+        norm: norm after both convolutions, ``""`` for none (Detectron2's form).
+        relu: ReLU after both.
+    """
+
+    def __init__(
+        self, *, in_channels: int, out_channels: int, in_feature: str, norm: str, relu: bool
+    ) -> None:
+        super().__init__(in_channels, out_channels, in_feature)
+        if norm:
+            for key, channels in (("p6", in_channels), ("p7", out_channels)):
+                norm_layer = get_norm(norm, out_channels)
+                conv = Conv2d(channels, out_channels, 3, 2, 1, bias=False, norm=norm_layer)
+                weight_init.c2_xavier_fill(conv)
+                setattr(self, key, conv)
+        declare_site(self.p6, signed=not (relu or in_feature.startswith("res")))
+        declare_site(self.p7, signed=False)
+        self.p6_stream = StreamQuantizer(relu=relu, signed=True)
+        self.p7_stream = StreamQuantizer(relu=relu, signed=True)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """``(N, C, H, W)`` to P6 and P7 at half and a quarter of that."""
+        p6 = self.p6_stream(self.p6(x))
+        p7 = self.p7_stream(self.p7(F.relu(p6)))
+        return [p6, p7]
+
+
+class QuantFPN(FPN):
+    """Detectron2's FPN with the top-down sums and the levels as modules.
+
+    Args:
+        relu: ReLU after every convolution's norm, as AQD has it; what the head reads is then unsigned.
+        kwargs: see :class:`detectron2.modeling.FPN`; only ``fuse_type="sum"``.
+
+    Raises:
+        ValueError: for another ``fuse_type``.
+    """
+
+    def __init__(self, *, relu: bool, **kwargs: object) -> None:
+        if kwargs.get("fuse_type", "sum") != "sum":
+            raise ValueError(f"MODEL.FPN.FUSE_TYPE must be 'sum', got {kwargs['fuse_type']!r}")
+        super().__init__(**kwargs)
+        # FPN keeps its convolutions in plain lists too, which a conversion would not reach.
+        del self.lateral_convs, self.output_convs
+        strides = [self.bottom_up.output_shape()[f].stride for f in self.in_features]
+        self._levels = [int(math.log2(stride)) for stride in strides]
+        for level in self._levels:
+            lateral = getattr(self, f"fpn_lateral{level}")
+            declare_site(lateral, signed=False)
+            declare_site(getattr(self, f"fpn_output{level}"), signed=not relu)
+            if relu:
+                lateral.activation = F.relu_
+            if level != self._levels[-1]:
+                self.add_module(f"fpn_add{level}", QuantAdd(signed=(not relu, None)))
+            self.add_module(f"fpn_sum{level}", StreamQuantizer(relu=False, signed=not relu))
+            self.add_module(f"p{level}_stream", StreamQuantizer(relu=relu, signed=True))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """``(N, 3, H, W)`` to ``{"p3": (N, C, H / 8, W / 8), ...}``, high to low resolution."""
+        bottom_up = self.bottom_up(x)
+        results: dict[str, Tensor] = {}
+        previous: Tensor | None = None
+        for level, feature in zip(reversed(self._levels), reversed(self.in_features), strict=True):
+            merged = getattr(self, f"fpn_lateral{level}")(bottom_up[feature])
+            if previous is not None:
+                top_down = F.interpolate(previous, scale_factor=2.0, mode="nearest")
+                merged = getattr(self, f"fpn_add{level}")(merged, top_down)
+            previous = getattr(self, f"fpn_sum{level}")(merged)
+            output = getattr(self, f"fpn_output{level}")(previous)
+            results[f"p{level}"] = getattr(self, f"p{level}_stream")(output)
+        if self.top_block is not None:
+            source = {**results, **bottom_up}[self.top_block.in_feature]
+            for level, output in enumerate(self.top_block(source), self._levels[-1] + 1):
+                results[f"p{level}"] = output
+        return {name: results[name] for name in self._out_features}
+
+
+def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """ResNet in float with declared sites, from Detectron2's ``MODEL.RESNETS`` keys."""
+    resnets = cfg.MODEL.RESNETS
+    depth = resnets.DEPTH
+    if depth not in BLOCKS_PER_STAGE:
+        valid = ", ".join(map(str, BLOCKS_PER_STAGE))
+        raise ValueError(f"MODEL.RESNETS.DEPTH must be one of {valid}, got {depth}")
+    basic = depth < 50
+    if any(resnets.DEFORM_ON_PER_STAGE):
+        raise ValueError("MODEL.RESNETS.DEFORM_ON_PER_STAGE: deformable convs cannot be quantized")
+    if basic and resnets.RES2_OUT_CHANNELS != 64:
+        raise ValueError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS must be 64 for depth {depth}, "
+            f"got {resnets.RES2_OUT_CHANNELS}"
+        )
+    if resnets.RES5_DILATION != 1:
+        raise ValueError(f"MODEL.RESNETS.RES5_DILATION must be 1, got {resnets.RES5_DILATION}")
+    stem = QuantStem(
+        in_channels=input_shape.channels, out_channels=resnets.STEM_OUT_CHANNELS, norm=resnets.NORM
+    )
+    stages = []
+    in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    bottleneck_channels = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
+    for index, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
+        block_args: dict[str, object] = {}
+        if not basic:
+            block_args = {
+                "bottleneck_channels": bottleneck_channels << index,
+                "stride_in_1x1": resnets.STRIDE_IN_1X1,
+                "num_groups": resnets.NUM_GROUPS,
+            }
+        stages.append(
+            ResNet.make_stage(
+                block_class=QuantBasicBlock if basic else QuantBottleneckBlock,
+                num_blocks=num_blocks,
+                stride_per_block=[1 if index == 0 else 2] + [1] * (num_blocks - 1),
+                in_channels=in_channels,
+                out_channels=out_channels << index,
+                norm=resnets.NORM,
+                **block_args,
+            )
+        )
+        in_channels = out_channels << index
+    return ResNet(
+        stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_quant_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """ResNet-18/34/50/101, quantized by ``MODEL.QUANT`` if enabled; Detectron2's keys otherwise."""
+    backbone = _build_resnet(cfg, input_shape)
+    if cfg.MODEL.QUANT.ENABLED:
+        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    return backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> QuantFPN:
+    """ResNet with FPN and P6, P7, quantized by ``MODEL.QUANT`` if enabled.
+
+    Raises:
+        ValueError: for a config value that it does not support, naming the key.
+    """
+    fpn = cfg.MODEL.FPN
+    in_feature = fpn.TOP_BLOCK_IN_FEATURE
+    if in_feature not in ("res5", "p5"):
+        raise ValueError(f"MODEL.FPN.TOP_BLOCK_IN_FEATURE must be 'res5' or 'p5', got {in_feature!r}")
+    bottom_up = _build_resnet(cfg, input_shape)
+    shapes = bottom_up.output_shape()
+    top_block = QuantLastLevelP6P7(
+        in_channels=shapes["res5"].channels if in_feature == "res5" else fpn.OUT_CHANNELS,
+        out_channels=fpn.OUT_CHANNELS,
+        in_feature=in_feature,
+        norm=fpn.NORM if fpn.RELU else "",
+        relu=fpn.RELU,
+    )
+    backbone = QuantFPN(
+        relu=fpn.RELU,
+        bottom_up=bottom_up,
+        in_features=fpn.IN_FEATURES,
+        out_channels=fpn.OUT_CHANNELS,
+        norm=fpn.NORM,
+        top_block=top_block,
+        fuse_type=fpn.FUSE_TYPE,
+    )
+    if cfg.MODEL.QUANT.ENABLED:
+        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    return backbone

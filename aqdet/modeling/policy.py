@@ -1,0 +1,185 @@
+"""Which layer gets which quantizers: defaults by role, exceptions by rules on the module path."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..layers import QuantAdd, QuantConv2d, Site, StreamQuantizer
+from ..quantization import QuantSpec
+
+logger = logging.getLogger(__name__)
+
+RULE_KEYS = (
+    "ENABLED",
+    "WEIGHT.QUANTIZER",
+    "WEIGHT.NUM_BITS",
+    "WEIGHT.PER_CHANNEL",
+    "INPUT.QUANTIZER",
+    "INPUT.NUM_BITS",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One entry of ``MODEL.QUANT.RULES``."""
+
+    pattern: re.Pattern[str]
+    overrides: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantPolicy:
+    """The quantization part of a config, ready to be applied to modules.
+
+    Attributes:
+        defaults: values for the keys in :data:`RULE_KEYS`, for inner layers.
+        boundary_num_bits: bits of the stem's weights and of the prediction convs.
+        rules: first match wins.
+        stream: method and bits of tensors that several layers read.
+    """
+
+    defaults: dict[str, Any]
+    boundary_num_bits: int
+    rules: tuple[Rule, ...]
+    stream: tuple[str, int]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> QuantPolicy:
+        """Reads ``MODEL.QUANT``.
+
+        Raises:
+            ValueError: in one line, for a malformed rule, naming it and the valid keys.
+        """
+        quant = cfg.MODEL.QUANT
+        rules = []
+        for index, entry in enumerate(quant.RULES):
+            name = f"MODEL.QUANT.RULES[{index}]"
+            if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
+                raise ValueError(f"{name} must be [regex, {{key: value}}], got {entry!r}")
+            pattern, overrides = entry
+            if not isinstance(pattern, str) or not isinstance(overrides, dict):
+                raise ValueError(f"{name} must be [regex, {{key: value}}], got {entry!r}")
+            unknown = sorted(set(overrides) - set(RULE_KEYS))
+            if unknown:
+                raise ValueError(
+                    f"{name}: unknown key {unknown[0]!r}, valid keys are {', '.join(RULE_KEYS)}"
+                )
+            try:
+                rules.append(Rule(re.compile(pattern), dict(overrides)))
+            except re.error as error:
+                raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
+        defaults = {
+            "ENABLED": True,
+            "WEIGHT.QUANTIZER": quant.WEIGHT.QUANTIZER,
+            "WEIGHT.NUM_BITS": quant.WEIGHT.NUM_BITS,
+            "WEIGHT.PER_CHANNEL": quant.WEIGHT.PER_CHANNEL,
+            "INPUT.QUANTIZER": quant.INPUT.QUANTIZER,
+            "INPUT.NUM_BITS": quant.INPUT.NUM_BITS,
+        }
+        stream = (quant.RESIDUAL_QUANTIZER, quant.RESIDUAL_NUM_BITS)
+        return cls(defaults, quant.BOUNDARY_NUM_BITS, tuple(rules), stream)
+
+    def winning_rule(self, path: str) -> int | None:
+        """Index of the first rule whose pattern is found in ``path``, or None."""
+        for index, rule in enumerate(self.rules):
+            if rule.pattern.search(path):
+                return index
+        return None
+
+    def specs(self, path: str, site: Site) -> tuple[QuantSpec, QuantSpec | None] | None:
+        """Specs of weight and input quantizer of a layer; None to leave it in float.
+
+        The input spec is None for the stem, which reads the uint8 image.
+
+        Raises:
+            ValueError: in one line, naming the layer.
+        """
+        values = dict(self.defaults)
+        if site.role != "inner":
+            values["WEIGHT.NUM_BITS"] = values["INPUT.NUM_BITS"] = self.boundary_num_bits
+        index = self.winning_rule(path)
+        if index is not None:
+            values.update(self.rules[index].overrides)
+        if not values["ENABLED"]:
+            return None
+        try:
+            weight = QuantSpec(
+                values["WEIGHT.QUANTIZER"],
+                values["WEIGHT.NUM_BITS"],
+                "weight",
+                per_channel=values["WEIGHT.PER_CHANNEL"],
+            )
+            if site.role == "stem":
+                return weight, None
+            input = QuantSpec(
+                values["INPUT.QUANTIZER"], values["INPUT.NUM_BITS"], "input", signed=site.signed
+            )
+        except ValueError as error:
+            raise ValueError(f"MODEL.QUANT for layer {path}: {error}") from error
+        return weight, input
+
+    def apply(self, module: nn.Module, prefix: str) -> None:
+        """Converts a module in place: its declared convolutions, sums and streams.
+
+        Args:
+            module: part of a model whose convolutions all have a declared site.
+            prefix: dotted path of the part in the model, ending in a dot.
+
+        Raises:
+            ValueError: naming the layer, if a convolution has no site or a spec is not valid.
+        """
+        for name, child in list(module.named_modules()):
+            path = prefix + name
+            if isinstance(child, (QuantAdd, StreamQuantizer)):
+                try:
+                    child.quantize(*self.stream, path)
+                except ValueError as error:
+                    raise ValueError(f"MODEL.QUANT.RESIDUAL for {path}: {error}") from error
+            elif isinstance(child, nn.Conv2d):
+                site = getattr(child, "quant_site", None)
+                if site is None:
+                    raise ValueError(
+                        f"layer {path} ({type(child).__name__}) has no declared quantization site"
+                    )
+                specs = self.specs(path, site)
+                if specs is None:
+                    logger.warning("%s stays in float by MODEL.QUANT.RULES", path)
+                    continue
+                try:
+                    layer = QuantConv2d.from_float(child, *specs, path=path)
+                except ValueError as error:
+                    raise ValueError(f"MODEL.QUANT for layer {path}: {error}") from error
+                layer.quant_site = site  # type: ignore[assignment]
+                parent = module.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], layer)
+
+    def check_rules(self, model: nn.Module) -> None:
+        """Checks that every rule wins for at least one layer of the whole model.
+
+        Raises:
+            ValueError: in one line, naming the rule and listing the layers that rules can match.
+        """
+        paths = [path for path, _ in quantizable_layers(model)]
+        used = {self.winning_rule(path) for path in paths}
+        for index, rule in enumerate(self.rules):
+            if index not in used:
+                shown = ", ".join(paths[:12])
+                more = f" and {len(paths) - 12} more (tools/plan.py lists them)" * (len(paths) > 12)
+                raise ValueError(
+                    f"MODEL.QUANT.RULES[{index}] {rule.pattern.pattern!r} decides for no layer; "
+                    f"layers are {shown}{more}"
+                )
+
+
+def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    """Convolutions with a declared site, converted or not, with their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and hasattr(module, "quant_site"):
+            yield path, module

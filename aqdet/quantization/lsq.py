@@ -1,0 +1,39 @@
+"""LSQ: learned step size quantization (Esser et al., arXiv 1902.08153)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .functional import floor_scale, grad_scale, integer_range
+from .observer import Statistics, initial_scale
+from .quantizer import AffineGrid, Quantizer
+from .spec import QuantSpec
+
+
+class LSQQuantizer(Quantizer):
+    """``scale * round(clamp(x / scale, quant_min, quant_max))`` with a learned ``scale``.
+
+    The gradient of the scale is the paper's, times ``1 / sqrt(N quant_max)`` with N the number of elements
+    that share it. Deviations: the first scale may come from any calibration method, not only
+    ``2 mean|x| / sqrt(quant_max)``; the scale acts as ``SCALE_EPS`` where training drove it lower; scales
+    may be per channel.
+    """
+
+    def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
+        super().__init__(spec, num_channels)
+        self.quant_min, self.quant_max = integer_range(spec.num_bits, spec.signed)
+        self.scale = nn.Parameter(torch.ones(self.num_scales))
+
+    def set_range(self, statistics: Statistics, method: str) -> None:
+        """Sets ``scale`` in place, see :func:`~aqdet.quantization.observer.initial_scale`."""
+        self.scale.copy_(initial_scale(statistics, self.quant_min, self.quant_max, method))
+
+    def grid(self, num_shared: int | None = None) -> AffineGrid:
+        """See :meth:`Quantizer.grid`."""
+        scale = floor_scale(self.scale)
+        if num_shared is not None:
+            scale = grad_scale(scale, 1 / math.sqrt(max(num_shared, 1) * self.quant_max))
+        return AffineGrid(scale, self.quant_min, self.quant_max, "lsq")

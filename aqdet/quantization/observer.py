@@ -1,0 +1,152 @@
+"""Statistics for calibration, and the choice of a first scale from them.
+
+Activations are seen batch by batch, on several ranks. Their observer counts magnitudes in bins of equal
+ratio whose edges never move, so that batches and ranks merge by addition and every rank ends with the
+same scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .functional import SCALE_EPS, quantize
+
+CALIBRATION_METHODS = ("mse", "minmax", "percentile", "mean")
+
+BINS_PER_OCTAVE = 32
+MIN_EXPONENT, MAX_EXPONENT = -30, 20
+_NUM_BINS = (MAX_EXPONENT - MIN_EXPONENT) * BINS_PER_OCTAVE
+_PERCENTILE = 0.999
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Weighted samples of one tensor site, per channel.
+
+    Attributes:
+        values: ``(C, K)`` representative values; counts: ``(C, K)`` how often each occurs.
+        negative_share: share of all values that were below zero.
+    """
+
+    values: Tensor
+    counts: Tensor
+    negative_share: float
+
+
+class HistogramObserver:
+    """Counts the magnitudes of a tensor site, negative and positive apart.
+
+    Resolution is 2^(1/32), i.e. 2.2 %, from 2^-30 to 2^20; smaller magnitudes count as zero, larger ones in
+    the last bin.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Adds the values of ``x``, any shape and float dtype."""
+        x = x.detach().float().flatten()
+        exponent = x.abs().clamp(min=2.0 ** (MIN_EXPONENT - 1)).log2()
+        bins = ((exponent - MIN_EXPONENT) * BINS_PER_OCTAVE).floor().long()
+        bins = bins.clamp(-1, _NUM_BINS - 1) + 1  # bin 0: zero
+        bins = torch.where(x < 0, bins + _NUM_BINS + 1, bins)
+        counts = torch.bincount(bins, minlength=2 * (_NUM_BINS + 1)).double()
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def synchronize(self, device: torch.device) -> None:
+        """Sums the counts over the ranks of the default process group; without one, does nothing."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        counts = self._counts
+        if counts is None:
+            counts = torch.zeros(2 * (_NUM_BINS + 1), dtype=torch.float64)
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+        self._counts = counts if counts.sum() > 0 else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was observed yet."""
+        return self._counts is None
+
+    def statistics(self) -> Statistics:
+        """The counts as weighted values (geometric bin centres), ``C = 1``."""
+        assert self._counts is not None, "observer saw no data"
+        counts = self._counts.cpu()
+        centres = torch.arange(_NUM_BINS, dtype=torch.float64) + 0.5
+        magnitudes = torch.exp2(centres / BINS_PER_OCTAVE + MIN_EXPONENT)
+        magnitudes = torch.cat([torch.zeros(1, dtype=torch.float64), magnitudes])
+        values = torch.cat([magnitudes, -magnitudes])
+        seen = counts > 0
+        negative = counts[_NUM_BINS + 1 :].sum() / counts.sum()
+        return Statistics(values[seen][None].float(), counts[seen][None].float(), float(negative))
+
+
+def tensor_statistics(x: Tensor, per_channel: bool) -> Statistics:
+    """Exact statistics of a tensor at hand, e.g. a weight ``(O, ...)``; channels are axis 0."""
+    values = x.detach().float().flatten(1) if per_channel and x.dim() > 1 else x.detach().float()
+    values = values.reshape(x.shape[0] if per_channel else 1, -1)
+    return Statistics(values, torch.ones_like(values), float((values < 0).float().mean()))
+
+
+def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method: str) -> Tensor:
+    """First step size for the integer range from statistics.
+
+    Args:
+        statistics: see :class:`Statistics`.
+        method: ``"mse"`` least squared error over 128 candidates; ``"minmax"`` the largest value just fits;
+            ``"percentile"`` the 0.999 quantile of the magnitude just fits (FQN); ``"mean"``
+            ``2 mean|x| / sqrt(quant_max)`` (LSQ, 1902.08153).
+
+    Returns:
+        ``(C,)`` float32, positive and finite. Where every value is zero the range becomes [0, 1] or
+        [-1, 1], so that a layer that wakes up later is not stuck with a vanishing step.
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+    if method not in CALIBRATION_METHODS:
+        raise ValueError(
+            f"calibration METHOD must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}"
+        )
+    values, counts = statistics.values, statistics.counts
+    if quant_min == 0:
+        counts = counts * (values >= 0)
+        values = values.clamp(min=0)
+    magnitude = values.abs()
+    largest = magnitude.amax(dim=1)
+    if method == "mse":
+        scale = _search_scale(values, counts, largest, quant_min, quant_max)
+    elif method == "minmax":
+        scale = largest / quant_max
+    elif method == "percentile":
+        order = magnitude.argsort(dim=1)
+        cumulative = counts.gather(1, order).double().cumsum(dim=1)
+        rank = (cumulative < _PERCENTILE * cumulative[:, -1:]).sum(dim=1, keepdim=True)
+        rank = rank.clamp(max=magnitude.shape[1] - 1)
+        scale = magnitude.gather(1, order.gather(1, rank))[:, 0] / quant_max
+    else:
+        mean = (magnitude * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+        scale = 2 * mean / math.sqrt(quant_max)
+    return torch.where(scale > SCALE_EPS, scale, torch.full_like(scale, 1 / quant_max))
+
+
+def _search_scale(
+    values: Tensor, counts: Tensor, largest: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """Scale of least squared quantization error for each channel, among 128 in geometric steps."""
+    best_error = torch.full_like(largest, math.inf)
+    best = largest / quant_max
+    for fraction in torch.logspace(math.log10(0.02), math.log10(1.1), 128).tolist():
+        scale = (largest * (fraction / quant_max)).clamp(min=SCALE_EPS)
+        fake = quantize(values, scale[:, None], quant_min, quant_max) * scale[:, None]
+        error = ((fake - values).square() * counts).sum(dim=1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return best

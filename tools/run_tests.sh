@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Set up the environment if needed (tools/setup_env.sh), then run every check: ruff, mypy, pytest.
+# All of them run; the last line names those that failed. Arguments go to pytest:
+#   bash tools/run_tests.sh tests/layers -k conv
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="$(bash tools/setup_env.sh)"
+failed=()
+
+# check NAME COMMAND...
+check() {
+    local name="$1" start="$SECONDS" verdict=passed
+    shift
+    echo "== $name"
+    if ! "$@"; then
+        verdict=FAILED
+        failed+=("$name")
+    fi
+    echo "== $name: $verdict in $((SECONDS - start)) s"
+}
+
+check "ruff check" "$python" -m ruff check .
+check "ruff format" "$python" -m ruff format --check .
+check "mypy" "$python" -m mypy aqdet
+# One process a core, one thread each: torch's own threads would only compete with the workers.
+OMP_NUM_THREADS=1 check "pytest" \
+    "$python" -m pytest -q --durations=10 -n 2 --dist worksteal "$@"
+
+if [ "${#failed[@]}" -gt 0 ]; then
+    printf 'run_tests: FAILED in %d s:' "$SECONDS"
+    printf ' [%s]' "${failed[@]}"
+    echo
+    exit 1
+fi
+echo "run_tests: all passed in $SECONDS s"

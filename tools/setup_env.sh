@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Prepare the Python environment of aqdet; progress goes to stderr, and the one line on stdout is
+# the interpreter to use:  python="$(bash tools/setup_env.sh)"
+#
+# Makes .venv with Python 3.11 or newer, installs the releases pinned in constraints.txt,
+# Detectron2 where `import detectron2` fails, and aqdet in editable mode with its `dev` extra.
+# Returns at once when nothing changed since the last time; an interrupted set-up is resumed.
+#
+#   AQDET_VENV=DIR             the virtual environment's folder (relative to the checkout; default: .venv)
+#   AQDET_USE_CURRENT_ENV=1    use the active environment (conda, venv, ...), which must have
+#                              Detectron2 already: only what aqdet lacks is added, nothing is
+#                              pinned, upgraded or removed
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf 'setup [%4d s] %s\n' "$SECONDS" "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+heartbeat=
+stop_heartbeat() {
+    if [ -n "$heartbeat" ]; then kill "$heartbeat" 2>/dev/null || true; fi
+    heartbeat=
+}
+trap stop_heartbeat EXIT
+trap 'exit 130' INT TERM
+
+# step TEXT COMMAND...: run the command with its output on stderr and a line every 20 s.
+step() {
+    local text="$1" status=0
+    shift
+    say "$text"
+    (
+        nap=
+        trap 'kill $nap 2>/dev/null; exit' TERM
+        while kill -0 $$ 2>/dev/null; do
+            sleep 20 & nap=$!
+            wait "$nap"
+            say "  still at it: $text"
+        done
+    ) >/dev/null &
+    heartbeat=$!
+    "$@" >&2 || status=$?
+    stop_heartbeat
+    [ "$status" -eq 0 ] || die "$text: failed (the message is above); fix it and run this again"
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.11 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11 or newer is needed: none of python3.11, python3, python on PATH is one"
+}
+
+if [ "${AQDET_USE_CURRENT_ENV:-0}" = 1 ]; then
+    python="$(command -v python || command -v python3 || true)"
+    [ -n "$python" ] || die "AQDET_USE_CURRENT_ENV=1, but there is no python on PATH"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "AQDET_USE_CURRENT_ENV=1, but $python is older than Python 3.11"
+    "$python" -P -c 'import detectron2' 2>/dev/null ||
+        die "AQDET_USE_CURRENT_ENV=1, but $python cannot import detectron2: install it there first"
+    step "adding aqdet to the environment of $python" \
+        "$python" -m pip install --quiet --no-build-isolation --editable '.[dev]'
+    say "done"
+    echo "$python"
+    exit
+fi
+
+venv="${AQDET_VENV:-.venv}"
+python="$venv/bin/python"
+stamp="$venv/.aqdet-setup"
+
+fingerprint() {
+    "$python" - "$PWD" constraints.txt setup.py pyproject.toml tools/install_detectron2.py <<'PY'
+import hashlib
+import pathlib
+import sys
+
+parts = [sys.argv[1].encode(), *(pathlib.Path(name).read_bytes() for name in sys.argv[2:])]
+print(hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest())
+PY
+}
+
+absolute_python() { "$python" -c 'import sys; print(sys.executable)'; }
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint 2>/dev/null)" ]; then
+    say "$venv is up to date"
+    absolute_python
+    exit
+fi
+rm -f "$stamp"
+
+if ! "$python" -m pip --version >/dev/null 2>&1; then
+    base="$(find_python)"
+    step "making $venv with $base" "$base" -m venv "$venv"
+fi
+fingerprint="$(fingerprint)"
+pip=("$python" -m pip install --quiet --constraint constraints.txt)
+step "installing PyTorch (several GB the first time)" "${pip[@]}" setuptools wheel torch torchvision
+step "installing Detectron2 where missing" \
+    "$python" tools/install_detectron2.py --constraint constraints.txt
+step "installing aqdet and its other dependencies" \
+    "${pip[@]}" --no-build-isolation --editable '.[dev]'
+step "checking the imports" "$python" -W ignore -P -c 'import torchvision, detectron2, aqdet'
+echo "$fingerprint" >"$stamp.new"
+mv "$stamp.new" "$stamp"
+say "done: $venv"
+absolute_python
