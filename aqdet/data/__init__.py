@@ -1,0 +1,15 @@
+"""Datasets: the embedded one, declared ones, converters."""
+
+from . import builtin
+from .declared import check_num_classes, register_declared
+from .shapes import SHAPE_CLASSES, make_shapes
+from .voc import convert_voc
+
+__all__ = [
+    "SHAPE_CLASSES",
+    "builtin",
+    "check_num_classes",
+    "convert_voc",
+    "make_shapes",
+    "register_declared",
+]

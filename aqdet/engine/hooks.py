@@ -1,0 +1,106 @@
+"""Training hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
+from detectron2.layers import CycleBatchNormList
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ..checkpoint import AqdetCheckpointer
+from ..modeling.auxiliary import detached_auxiliary
+from ..quantization import Quantizer, calibrate, quantizers
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Restores buffers (BN statistics), loss normalizers and BN list positions; quantizers are left alone."""
+    owned = {
+        id(buffer) for _, quantizer in quantizers(model) for buffer in quantizer.buffers()
+    }
+    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in owned]
+    attributes = []
+    for module in model.modules():
+        if isinstance(module, CycleBatchNormList):
+            attributes.append((module, "_pos", module._pos))
+        attributes.append((module, "loss_normalizer", vars(module).get("loss_normalizer")))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+        for module, name, value in attributes:
+            if value is not None:
+                setattr(module, name, value)
+            else:
+                vars(module).pop(name, None)
+
+
+class CalibrationHook(HookBase):
+    """Before training: gives uncalibrated quantizers their first ranges, from training batches.
+
+    The model runs in training mode, so that the ranges are those of the batch statistics that training sees, and
+    everything but the quantizers is restored afterwards. Where all are calibrated, as after a resume, nothing
+    happens.
+
+    Args:
+        build_loader: makes a data loader of its own, so that training sees the data it would have seen.
+        num_batches, method: ``MODEL.QUANT.CALIBRATION``.
+    """
+
+    def __init__(
+        self, build_loader: Callable[[], Iterable[Any]], num_batches: int, method: str
+    ) -> None:
+        self._build_loader = build_loader
+        self._num_batches = num_batches
+        self._method = method
+
+    def before_train(self) -> None:
+        """Runs once."""
+        model = self.trainer.model
+        if all(quantizer.is_calibrated for _, quantizer in quantizers(model)):
+            if any(isinstance(m, Quantizer) for m in model.modules()):
+                logger.info("All quantizers are calibrated already")
+            return
+        batches = list(itertools.islice(self._build_loader(), self._num_batches))
+
+        def run() -> None:
+            for batch in batches:
+                model(batch)
+
+        with torch.no_grad(), EventStorage(0), leaving_no_trace(model):
+            calibrate(model, run, method=self._method)
+
+
+class StrippedEvalHook(EvalHook):
+    """Evaluation of the detector alone: every ``eval_period`` iterations and after the last one.
+
+    The auxiliary path is taken out of the model during evaluation and put back after.
+    """
+
+    def _do_eval(self) -> None:
+        with detached_auxiliary(self.trainer.model):
+            super()._do_eval()
+
+
+class StrippedCheckpointHook(HookBase):
+    """After the last iteration: writes ``model_final_stripped.pth`` beside ``model_final.pth``."""
+
+    def __init__(self, checkpointer: AqdetCheckpointer) -> None:
+        self._checkpointer = checkpointer
+
+    def after_train(self) -> None:
+        """Writes the file if training came to its end."""
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._checkpointer.save_stripped("model_final_stripped")

@@ -1,0 +1,69 @@
+"""Parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import CycleBatchNormList
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+from ..quantization import quantizers
+
+
+def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Detectron2's parameter groups, with rules for what it does not know.
+
+    Scales and clipping ranges get ``SCALE_LR_FACTOR`` and no weight decay, except PACT's ``alpha``, which has
+    its own; the shared affine of one-BN-per-level lists decays like other norms. Every trainable parameter
+    is in exactly one group.
+    """
+    solver, quant = cfg.SOLVER, cfg.MODEL.QUANT
+    special: dict[nn.Parameter, dict[str, float]] = {}
+    for _, quantizer in quantizers(model):
+        for name, parameter in quantizer.named_parameters():
+            special[parameter] = {
+                "lr": solver.BASE_LR * quant.SCALE_LR_FACTOR,
+                "weight_decay": quant.PACT_ALPHA_DECAY if name == "alpha" else 0.0,
+            }
+    for module in model.modules():
+        if isinstance(module, CycleBatchNormList) and solver.WEIGHT_DECAY_NORM is not None:
+            for parameter in module.parameters(recurse=False):
+                special[parameter] = {
+                    "lr": solver.BASE_LR,
+                    "weight_decay": solver.WEIGHT_DECAY_NORM,
+                }
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    result = []
+    for group in groups:
+        rest = [p for p in group["params"] if p not in special]
+        if rest:
+            result.append({**group, "params": rest})
+    by_values: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, values in special.items():
+        if parameter.requires_grad:
+            by_values.setdefault((values["lr"], values["weight_decay"]), []).append(parameter)
+    for (lr, weight_decay), parameters in by_values.items():
+        result.append({"params": parameters, "lr": lr, "weight_decay": weight_decay})
+    return result
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD as Detectron2 builds it, over :func:`optimizer_groups`."""
+    solver = cfg.SOLVER
+    return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
+        optimizer_groups(cfg, model),
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+        weight_decay=solver.WEIGHT_DECAY,
+    )

@@ -1,0 +1,26 @@
+#!/usr/bin/env python
+"""Converts one split of a Pascal VOC folder to COCO JSON."""
+
+import argparse
+import sys
+
+from aqdet.data.voc import convert_voc
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--voc-root", required=True, help="folder with Annotations and JPEGImages")
+    parser.add_argument("--split", required=True, help="name of a file in ImageSets/Main, e.g. train")
+    parser.add_argument("--output", required=True, help="COCO JSON to write")
+    parser.add_argument("--classes", help="comma-separated names in the order of their ids")
+    args = parser.parse_args()
+    try:
+        classes = args.classes.split(",") if args.classes else None
+        print(convert_voc(args.voc_root, args.split, args.output, classes))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Trains or evaluates a detector, with Detectron2's command line."""
+
+import argparse
+import os
+import sys
+import warnings
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+
+from aqdet.config import load_config
+from aqdet.data import check_num_classes, register_declared
+from aqdet.engine import Trainer, build_checkpointer, fit_to_machine
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Reads the config, registers its datasets, and checks both against each other."""
+    cfg = load_config(args.config_file, args.opts)
+    fit_to_machine(cfg)
+    register_declared(cfg)
+    check_num_classes(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> None:
+    """One process's part of the job."""
+    try:
+        cfg = setup(args)
+        if args.eval_only:
+            model = Trainer.build_model(cfg)
+            build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            Trainer.test(cfg, model)
+            return
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("AQDET_DEBUG"):
+            raise
+        print(f"error: {error} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+def invoke_main() -> None:
+    """Parses the command line and starts one process a GPU."""
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+    args = default_argument_parser().parse_args()
+    if args.num_gpus > 1 and torch.cuda.device_count() < args.num_gpus:
+        sys.exit(f"error: --num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    invoke_main()
