@@ -9,6 +9,8 @@ import warnings
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
@@ -23,6 +25,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_num_classes(cfg)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="aqdet")
     return cfg
 
 
