@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .functional import SCALE_EPS, integer_range, round_ste
+from .functional import SCALE_EPS, integer_range
 from .observer import Statistics, initial_scale
 from .quantizer import AffineGrid, Quantizer
 from .spec import IntegerTensor, QuantSpec
+
+
+def _levels(w: Tensor, num_bits: int, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Odd integer levels as float32, and their scale."""
+    levels = torch.tanh(w.float())
+    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
+    magnitude = levels.abs().amax(dim=dims, keepdim=per_channel).clamp_(min=SCALE_EPS)
+    steps = 2**num_bits - 1
+    levels.div_(2 * magnitude).add_(0.5).mul_(steps).round_().mul_(2).sub_(steps)
+    return levels, magnitude / steps
+
+
+class _DoReFaWeight(torch.autograd.Function):
+    """Keeps the weight alone for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
+        ctx.save_for_backward(w)
+        levels, scale = _levels(w, num_bits, per_channel)
+        return levels.mul_(scale).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grad.float(), torch.tanh(w.float())).to(w.dtype), None, None
 
 
 class DoReFaWeightQuantizer(Quantizer):
@@ -25,27 +52,15 @@ class DoReFaWeightQuantizer(Quantizer):
     def set_range(self, statistics: Statistics, method: str) -> None:
         """Nothing to set: the range follows from the weights at each forward."""
 
-    def _levels(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Odd integer levels (straight-through) and their scale, both float32."""
-        squashed = torch.tanh(w.float())
-        with torch.no_grad():
-            dims = tuple(range(1, w.dim())) if self.spec.per_channel else tuple(range(w.dim()))
-            magnitude = squashed.abs().amax(dim=dims, keepdim=self.spec.per_channel)
-            magnitude = magnitude.clamp(min=SCALE_EPS)
-        steps = 2**self.spec.num_bits - 1
-        unit = squashed / (2 * magnitude) + 0.5
-        return 2 * round_ste(unit * steps) - steps, magnitude / steps
-
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See :meth:`Quantizer.fake_quantize`."""
-        codes, scale = self._levels(x)
-        return (codes * scale).to(x.dtype)
+        return _DoReFaWeight.apply(x, self.spec.num_bits, self.spec.per_channel)
 
     @torch.no_grad()
     def to_integer(self, x: Tensor) -> IntegerTensor:
         """See :meth:`Quantizer.to_integer`; codes are odd and take ``num_bits + 1`` bits as they stand."""
-        codes, scale = self._levels(x)
-        return IntegerTensor(codes.to(torch.int32), scale, 0)
+        levels, scale = _levels(x, self.spec.num_bits, self.spec.per_channel)
+        return IntegerTensor(levels.to(torch.int32), scale, 0)
 
 
 class DoReFaInputQuantizer(Quantizer):
