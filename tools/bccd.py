@@ -48,7 +48,11 @@ def make_jobs(args: argparse.Namespace, num_train: int) -> dict[tuple[int, str],
     """The grid, in the order in which it runs."""
     images = os.path.join(args.bccd_root, "JPEGImages")
     declared = [
-        {"name": f"bccd_{s}", "json": os.path.join(args.output, f"bccd_{s}.json"), "image_root": images}
+        {
+            "name": f"bccd_{s}",
+            "json": os.path.join(args.output, f"bccd_{s}.json"),
+            "image_root": images,
+        }
         for s in ("train", "val")
     ]
     jobs = {}
@@ -92,7 +96,9 @@ def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) ->
         cells = [mean_and_spread([values[s, key][m] for s in complete]) for m in METRICS]
         seconds = [done[s, key].finished()["seconds"] for s in complete]
         per_seed = ", ".join(f"{values[s, key]['AP']:.1f}" for s in complete)
-        rows.append([title, *cells, per_seed, f"{sum(seconds) / max(len(seconds), 1) / 60:.1f} min"])
+        rows.append(
+            [title, *cells, per_seed, f"{sum(seconds) / max(len(seconds), 1) / 60:.1f} min"]
+        )
     pairs = [(key, "fp_bn") for key in VARIANTS if key != "fp_bn"]
     pairs += [("lsq_w4a4_aux", "lsq_w4a4"), ("dorefa_w4a4_aux", "dorefa_w4a4")]
     for a, b in pairs:

@@ -25,9 +25,7 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Restores buffers (BN statistics), loss normalizers and BN list positions; quantizers are left alone."""
-    owned = {
-        id(buffer) for _, quantizer in quantizers(model) for buffer in quantizer.buffers()
-    }
+    owned = {id(buffer) for _, quantizer in quantizers(model) for buffer in quantizer.buffers()}
     buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in owned]
     attributes = []
     for module in model.modules():

@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 def fit_to_machine(cfg: CfgNode) -> None:
     """Changes what this machine cannot do, each change logged: device, and SyncBN on a CPU."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
+        logger.warning(
+            "MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE
+        )
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
         for name in ("RESNETS", "FPN", "RETINANET", "AUX"):

@@ -134,9 +134,7 @@ class AuxiliaryPath(nn.Module):
         self.needs_alignment = True
 
 
-def build_auxiliary(
-    cfg: CfgNode, *, head: nn.Module, channels: list[int]
-) -> AuxiliaryPath | None:
+def build_auxiliary(cfg: CfgNode, *, head: nn.Module, channels: list[int]) -> AuxiliaryPath | None:
     """The auxiliary path of a dense detector, or None if ``MODEL.AUX.ENABLED`` is off.
 
     Args:

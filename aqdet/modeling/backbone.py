@@ -241,7 +241,9 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     fpn = cfg.MODEL.FPN
     in_feature = fpn.TOP_BLOCK_IN_FEATURE
     if in_feature not in ("res5", "p5"):
-        raise ValueError(f"MODEL.FPN.TOP_BLOCK_IN_FEATURE must be 'res5' or 'p5', got {in_feature!r}")
+        raise ValueError(
+            f"MODEL.FPN.TOP_BLOCK_IN_FEATURE must be 'res5' or 'p5', got {in_feature!r}"
+        )
     bottom_up = _build_resnet(cfg, input_shape)
     shapes = bottom_up.output_shape()
     top_block = QuantLastLevelP6P7(

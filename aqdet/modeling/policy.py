@@ -74,7 +74,9 @@ class QuantPolicy:
             try:
                 rules.append(Rule(re.compile(pattern), dict(overrides)))
             except re.error as error:
-                raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
+                raise ValueError(
+                    f"{name}: {pattern!r} is no regular expression: {error}"
+                ) from error
         defaults = {
             "ENABLED": True,
             "WEIGHT.QUANTIZER": quant.WEIGHT.QUANTIZER,

@@ -35,7 +35,11 @@ class _DoReFaWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (w,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(grad.float(), torch.tanh(w.float())).to(w.dtype), None, None
+        return (
+            torch.ops.aten.tanh_backward(grad.float(), torch.tanh(w.float())).to(w.dtype),
+            None,
+            None,
+        )
 
 
 class DoReFaWeightQuantizer(Quantizer):

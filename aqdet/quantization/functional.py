@@ -320,11 +320,11 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
             if options["quantize_weight"] is not None:
                 wanted = [leaf, *(p for p in weight_parameters if p.requires_grad)]
-                grads = iter(
-                    torch.autograd.grad(weight_q, wanted, grad_weight, allow_unused=True)
-                )
+                grads = iter(torch.autograd.grad(weight_q, wanted, grad_weight, allow_unused=True))
                 grad_weight = next(grads)
-                parameter_grads = [next(grads) if p.requires_grad else None for p in weight_parameters]
+                parameter_grads = [
+                    next(grads) if p.requires_grad else None for p in weight_parameters
+                ]
         dx = dscale = None
         if need_input:
             dx, dscale = scale_gradients(grad_x_q, x, scale, *options["range"], options["lsq"])
