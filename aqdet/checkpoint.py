@@ -114,9 +114,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
             ValueError: in one line, if the file holds code, is damaged, or does not fit the model.
         """
         if path and "://" not in path and not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"checkpoint {path!r} does not exist (MODEL.WEIGHTS, or --resume)"
-            )
+            raise FileNotFoundError(f"checkpoint {path!r} does not exist (MODEL.WEIGHTS, or --resume)")
         self._path = path
         return super().load(path, *args, **kwargs)
 
@@ -163,14 +161,10 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._start_auxiliary(stored)
         return _IncompatibleKeys([], [], [])
 
-    def _check(
-        self, incompatible: _IncompatibleKeys, stored: set[str], scope: tuple[str, ...]
-    ) -> None:
+    def _check(self, incompatible: _IncompatibleKeys, stored: set[str], scope: tuple[str, ...]) -> None:
         names = [name for name, _ in quantizers(self.model)]
         quantizer_keys = {key for key in self.model.state_dict() if key.rpartition(".")[0] in names}
-        stored_quantizers = {
-            k for k in stored if re.search(r"quantizer\.(calibrated|num_bits)$", k)
-        }
+        stored_quantizers = {k for k in stored if re.search(r"quantizer\.(calibrated|num_bits)$", k)}
         counts: dict[str, int] = {}
         problems = []
 
@@ -186,11 +180,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 group = "allowed by CHECKPOINT.ALLOW_KEYS"
             elif scope and kind == "missing" and not key.startswith(scope):
                 group = f"outside the file's scope ({', '.join(scope)})"
-            elif (
-                scope
-                and kind == "unexpected"
-                and key.startswith(("stem.fc", "fc", "pred", "linear"))
-            ):
+            elif scope and kind == "unexpected" and key.startswith(("stem.fc", "fc", "pred", "linear")):
                 group = "of the classifier"
             if group:
                 name = f"{kind} {group}"

@@ -113,9 +113,7 @@ def test_wrong_sha256_is_refused(tmp_path: Path, pip_calls: list[tuple[str, ...]
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_good_archive_is_built_then_installed(
-    tmp_path: Path, pip_calls: list[tuple[str, ...]]
-) -> None:
+def test_good_archive_is_built_then_installed(tmp_path: Path, pip_calls: list[tuple[str, ...]]) -> None:
     archive, sha256 = make_archive(tmp_path)
     (tmp_path / "work").mkdir()
     script.install(archive, tmp_path / "work", expected_sha256=sha256, constraint="pins.txt")
@@ -134,9 +132,7 @@ def test_existing_detectron2_is_left_alone(
     package = fake_package(tmp_path, "__version__ = '0.7.dev'\n", monkeypatch)
     assert script.main([]) == 0
     assert pip_calls == []
-    assert (
-        capsys.readouterr().out == f"Detectron2: 0.7.dev in {package} already works, left alone\n"
-    )
+    assert capsys.readouterr().out == f"Detectron2: 0.7.dev in {package} already works, left alone\n"
 
 
 def test_broken_detectron2_is_reported_and_not_replaced(

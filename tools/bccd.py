@@ -96,9 +96,7 @@ def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) ->
         cells = [mean_and_spread([values[s, key][m] for s in complete]) for m in METRICS]
         seconds = [done[s, key].finished()["seconds"] for s in complete]
         per_seed = ", ".join(f"{values[s, key]['AP']:.1f}" for s in complete)
-        rows.append(
-            [title, *cells, per_seed, f"{sum(seconds) / max(len(seconds), 1) / 60:.1f} min"]
-        )
+        rows.append([title, *cells, per_seed, f"{sum(seconds) / max(len(seconds), 1) / 60:.1f} min"])
     pairs = [(key, "fp_bn") for key in VARIANTS if key != "fp_bn"]
     pairs += [("lsq_w4a4_aux", "lsq_w4a4"), ("dorefa_w4a4_aux", "dorefa_w4a4")]
     for a, b in pairs:
@@ -141,9 +139,7 @@ def main() -> None:
     try:
         num_train = 0
         for split in ("train", "val"):
-            report = convert_voc(
-                args.bccd_root, split, os.path.join(args.output, f"bccd_{split}.json")
-            )
+            report = convert_voc(args.bccd_root, split, os.path.join(args.output, f"bccd_{split}.json"))
             print(f"BCCD {split}: {report}")
             num_train = num_train or report.num_images
         jobs = make_jobs(args, num_train)

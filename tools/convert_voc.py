@@ -10,9 +10,7 @@ from aqdet.data.voc import convert_voc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--voc-root", required=True, help="folder with Annotations and JPEGImages")
-    parser.add_argument(
-        "--split", required=True, help="name of a file in ImageSets/Main, e.g. train"
-    )
+    parser.add_argument("--split", required=True, help="name of a file in ImageSets/Main, e.g. train")
     parser.add_argument("--output", required=True, help="COCO JSON to write")
     parser.add_argument("--classes", help="comma-separated names in the order of their ids")
     args = parser.parse_args()

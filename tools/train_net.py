@@ -53,9 +53,7 @@ def invoke_main() -> None:
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     args = default_argument_parser().parse_args()
     if args.num_gpus > 1 and torch.cuda.device_count() < args.num_gpus:
-        sys.exit(
-            f"error: --num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices"
-        )
+        sys.exit(f"error: --num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices")
     launch(
         main,
         args.num_gpus,

@@ -35,14 +35,10 @@ def register_declared(cfg: CfgNode) -> None:
     for index, entry in enumerate(cfg.DATASETS.DECLARED):
         where = f"DATASETS.DECLARED[{index}]"
         if not isinstance(entry, dict) or set(entry) != set(FIELDS):
-            raise ValueError(
-                f"{where} must have exactly the fields {', '.join(FIELDS)}, got {entry!r}"
-            )
+            raise ValueError(f"{where} must have exactly the fields {', '.join(FIELDS)}, got {entry!r}")
         for field in FIELDS:
             if not isinstance(entry[field], str) or not entry[field]:
-                raise ValueError(
-                    f"{where}.{field} must be a non-empty string, got {entry[field]!r}"
-                )
+                raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
         json_file, image_root = _resolve(entry["json"]), _resolve(entry["image_root"])
         if not os.path.isfile(json_file):
             raise ValueError(
@@ -59,8 +55,7 @@ def register_declared(cfg: CfgNode) -> None:
             known = MetadataCatalog.get(name)
             if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
                 raise ValueError(
-                    f"{where}.name: {name!r} is registered already with other files, "
-                    "choose another name"
+                    f"{where}.name: {name!r} is registered already with other files, choose another name"
                 )
             continue
         classes = _class_names(json_file, where)
@@ -69,11 +64,7 @@ def register_declared(cfg: CfgNode) -> None:
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 close = difflib.get_close_matches(name, DatasetCatalog.list(), 4)
-                hint = (
-                    f"did you mean {' or '.join(close)}"
-                    if close
-                    else "declare it in DATASETS.DECLARED"
-                )
+                hint = f"did you mean {' or '.join(close)}" if close else "declare it in DATASETS.DECLARED"
                 raise ValueError(f"DATASETS.{key}: no dataset {name!r}, {hint}")
 
 
@@ -103,9 +94,7 @@ def check_num_classes(cfg: CfgNode) -> None:
     for name, names in known.items():
         first, expected = next(iter(known.items()))
         if names != expected:
-            raise ValueError(
-                f"datasets {first} and {name} have different classes: {expected} and {names}"
-            )
+            raise ValueError(f"datasets {first} and {name} have different classes: {expected} and {names}")
         key = "RETINANET" if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else "ROI_HEADS"
         if len(names) != cfg.MODEL[key].NUM_CLASSES:
             raise ValueError(

@@ -85,9 +85,7 @@ class _Item:
     mask: np.ndarray
 
 
-def draw_scene(
-    seed: int, index: int, size: int = IMAGE_SIZE
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """
     Draw one image of the embedded dataset.
 
@@ -192,8 +190,7 @@ def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
             "images": images,
             "annotations": annotations,
             "categories": [
-                {"id": i, "name": name, "supercategory": "shape"}
-                for i, name in enumerate(SHAPE_CLASSES, 1)
+                {"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPE_CLASSES, 1)
             ],
         }
         (part / "annotations.json").write_text(json.dumps(content))
@@ -384,9 +381,7 @@ def _colour(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
     return base + signs * rng.integers(CONTRAST[0], CONTRAST[1] + 1, 3)
 
 
-def _paint_item(
-    rng: np.random.Generator, canvas: np.ndarray, item: _Item, base: np.ndarray
-) -> None:
+def _paint_item(rng: np.random.Generator, canvas: np.ndarray, item: _Item, base: np.ndarray) -> None:
     colour = _colour(rng, base)
     filled = _texture(rng, canvas.shape[0]) + colour.astype(np.int16)
     canvas[item.mask] = filled[item.mask]

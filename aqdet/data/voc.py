@@ -49,9 +49,7 @@ def _parse(path: Path) -> ElementTree.Element:
 
 def _read_box(element: ElementTree.Element, record: str) -> list[float]:
     try:
-        return [
-            float(element.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax")
-        ]
+        return [float(element.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax")]
     except ValueError:
         raise ValueError(f"{record}: bndbox needs numbers xmin, ymin, xmax, ymax") from None
 

@@ -89,9 +89,7 @@ def run_jobs(jobs: Sequence[Job], train_net: str) -> None:
         if job.finished() is not None:
             print(f"{head}: done before", flush=True)
             continue
-        eta = (
-            "" if seconds_per_iteration is None else f", ETA {_clock(left * seconds_per_iteration)}"
-        )
+        eta = "" if seconds_per_iteration is None else f", ETA {_clock(left * seconds_per_iteration)}"
         print(f"{head}: running{eta}", flush=True)
         start = time.monotonic()
         _run(job, train_net, head)

@@ -57,9 +57,7 @@ class CalibrationHook(HookBase):
         num_batches, method: ``MODEL.QUANT.CALIBRATION``.
     """
 
-    def __init__(
-        self, build_loader: Callable[[], Iterable[Any]], num_batches: int, method: str
-    ) -> None:
+    def __init__(self, build_loader: Callable[[], Iterable[Any]], num_batches: int, method: str) -> None:
         self._build_loader = build_loader
         self._num_batches = num_batches
         self._method = method

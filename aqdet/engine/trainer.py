@@ -26,9 +26,7 @@ logger = logging.getLogger(__name__)
 def fit_to_machine(cfg: CfgNode) -> None:
     """Changes what this machine cannot do, each change logged: device, and SyncBN on a CPU."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning(
-            "MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE
-        )
+        logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
         for name in ("RESNETS", "FPN", "RETINANET", "AUX"):
@@ -79,9 +77,7 @@ class Trainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         calibration = cfg.MODEL.QUANT.CALIBRATION
         hooks: list[HookBase] = [
-            CalibrationHook(
-                lambda: self.build_train_loader(cfg), calibration.NUM_BATCHES, calibration.METHOD
-            )
+            CalibrationHook(lambda: self.build_train_loader(cfg), calibration.NUM_BATCHES, calibration.METHOD)
         ]
         for hook in super().build_hooks():
             if isinstance(hook, EvalHook):

@@ -41,9 +41,7 @@ class QuantConv2d(Conv2d):
 
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
-    _shared_weight: tuple[Tensor] | None = (
-        None  # in a tuple, since it must not register as a parameter
-    )
+    _shared_weight: tuple[Tensor] | None = None  # in a tuple, since it must not register as a parameter
 
     @classmethod
     def from_float(

@@ -92,9 +92,7 @@ class AuxiliaryPath(nn.Module):
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
-            raise ValueError(
-                f"MODEL.AUX.SCHEDULE must be one of {', '.join(SCHEDULES)}, got {schedule!r}"
-            )
+            raise ValueError(f"MODEL.AUX.SCHEDULE must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if not loss_weight >= 0:
             raise ValueError(f"MODEL.AUX.LOSS_WEIGHT must not be negative, got {loss_weight}")
         self.adaptors = nn.ModuleList(adaptors)

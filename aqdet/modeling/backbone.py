@@ -186,8 +186,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         raise ValueError("MODEL.RESNETS.DEFORM_ON_PER_STAGE: deformable convs cannot be quantized")
     if basic and resnets.RES2_OUT_CHANNELS != 64:
         raise ValueError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS must be 64 for depth {depth}, "
-            f"got {resnets.RES2_OUT_CHANNELS}"
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS must be 64 for depth {depth}, got {resnets.RES2_OUT_CHANNELS}"
         )
     if resnets.RES5_DILATION != 1:
         raise ValueError(f"MODEL.RESNETS.RES5_DILATION must be 1, got {resnets.RES5_DILATION}")
@@ -217,9 +216,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             )
         )
         in_channels = out_channels << index
-    return ResNet(
-        stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
-    )
+    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 @BACKBONE_REGISTRY.register()
@@ -241,9 +238,7 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     fpn = cfg.MODEL.FPN
     in_feature = fpn.TOP_BLOCK_IN_FEATURE
     if in_feature not in ("res5", "p5"):
-        raise ValueError(
-            f"MODEL.FPN.TOP_BLOCK_IN_FEATURE must be 'res5' or 'p5', got {in_feature!r}"
-        )
+        raise ValueError(f"MODEL.FPN.TOP_BLOCK_IN_FEATURE must be 'res5' or 'p5', got {in_feature!r}")
     bottom_up = _build_resnet(cfg, input_shape)
     shapes = bottom_up.output_shape()
     top_block = QuantLastLevelP6P7(

@@ -68,15 +68,11 @@ class QuantPolicy:
                 raise ValueError(f"{name} must be [regex, {{key: value}}], got {entry!r}")
             unknown = sorted(set(overrides) - set(RULE_KEYS))
             if unknown:
-                raise ValueError(
-                    f"{name}: unknown key {unknown[0]!r}, valid keys are {', '.join(RULE_KEYS)}"
-                )
+                raise ValueError(f"{name}: unknown key {unknown[0]!r}, valid keys are {', '.join(RULE_KEYS)}")
             try:
                 rules.append(Rule(re.compile(pattern), dict(overrides)))
             except re.error as error:
-                raise ValueError(
-                    f"{name}: {pattern!r} is no regular expression: {error}"
-                ) from error
+                raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
         defaults = {
             "ENABLED": True,
             "WEIGHT.QUANTIZER": quant.WEIGHT.QUANTIZER,

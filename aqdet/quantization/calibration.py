@@ -12,9 +12,7 @@ from .quantizer import quantizers
 logger = logging.getLogger(__name__)
 
 
-def calibrate(
-    model: nn.Module, run: Callable[[], object], *, method: str = "mse"
-) -> dict[str, float]:
+def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse") -> dict[str, float]:
     """Gives every uncalibrated quantizer of a model its first range.
 
     Calibrated ones are left as they are and keep quantizing. Statistics are summed over the ranks of the

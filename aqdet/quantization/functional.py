@@ -199,9 +199,7 @@ class _FakeQuantizeSaveInput(torch.autograd.Function):
     """Fake quantization that keeps its input for backward and derives everything else from it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, lsq: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, lsq: bool) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.range = (quant_min, quant_max)
         ctx.lsq = lsq
@@ -244,9 +242,7 @@ class _FakeQuantizeSaveRegion(torch.autograd.Function):
         return dx.to(ctx.x_dtype), dscale, None, None
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, rule: str = "lsq"
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, rule: str = "lsq") -> Tensor:
     """Quantizes and dequantizes, with the gradient rule of LSQ or PACT for the scale.
 
     Args:
@@ -322,9 +318,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
                 wanted = [leaf, *(p for p in weight_parameters if p.requires_grad)]
                 grads = iter(torch.autograd.grad(weight_q, wanted, grad_weight, allow_unused=True))
                 grad_weight = next(grads)
-                parameter_grads = [
-                    next(grads) if p.requires_grad else None for p in weight_parameters
-                ]
+                parameter_grads = [next(grads) if p.requires_grad else None for p in weight_parameters]
         dx = dscale = None
         if need_input:
             dx, dscale = scale_gradients(grad_x_q, x, scale, *options["range"], options["lsq"])

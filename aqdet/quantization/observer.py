@@ -136,9 +136,7 @@ def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method
     return torch.where(scale > SCALE_EPS, scale, torch.full_like(scale, 1 / quant_max))
 
 
-def _search_scale(
-    values: Tensor, counts: Tensor, largest: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def _search_scale(values: Tensor, counts: Tensor, largest: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Scale of least squared quantization error for each channel, among 128 in geometric steps."""
     best_error = torch.full_like(largest, math.inf)
     best = largest / quant_max

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import broadcast_scale, fake_quantize, quantize
-from .observer import HistogramObserver, Statistics, initial_scale, tensor_statistics
+from .observer import HistogramObserver, Statistics, tensor_statistics
 from .spec import IntegerTensor, QuantSpec
 
 
@@ -168,9 +168,7 @@ class Quantizer(nn.Module):
         """
         grid = self.grid()
         if grid is None:
-            raise ValueError(
-                f"quantizer '{self.path}' ({self.spec.quantizer}) has no uniform integer form"
-            )
+            raise ValueError(f"quantizer '{self.path}' ({self.spec.quantizer}) has no uniform integer form")
         scale = broadcast_scale(grid.scale, x)
         codes = quantize(x, scale, grid.quant_min, grid.quant_max)
         return IntegerTensor(codes.to(torch.int32), scale.clone(), 0)

@@ -41,9 +41,7 @@ class QuantSpec:
         if self.role == "weight" and not self.signed:
             raise ValueError("weights are signed: signed=False is for role='input'")
         if self.role == "input" and self.per_channel:
-            raise ValueError(
-                "per-channel scales are for weights: an integer convolution sums channels"
-            )
+            raise ValueError("per-channel scales are for weights: an integer convolution sums channels")
 
 
 class IntegerTensor(NamedTuple):

@@ -83,9 +83,7 @@ def test_a_site_that_is_not_reached_is_named():
 
 def _rank(rank, path, results):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     model = site()
     x = torch.randn(2000, generator=torch.Generator().manual_seed(rank)) * (1 + 3 * rank)
     calibrate(model, lambda: model(x))
@@ -98,8 +96,7 @@ def test_ranks_agree_with_one_process_on_all_data(tmp_path):
     results = manager.dict()
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "init"), results), nprocs=2)
     xs = [
-        torch.randn(2000, generator=torch.Generator().manual_seed(rank)) * (1 + 3 * rank)
-        for rank in (0, 1)
+        torch.randn(2000, generator=torch.Generator().manual_seed(rank)) * (1 + 3 * rank) for rank in (0, 1)
     ]
     model = site()
     calibrate(model, lambda: model(torch.cat(xs)))

@@ -75,9 +75,7 @@ def test_weights_quantized_inside_have_the_same_gradients(name):
 
 def test_frozen_operands_get_no_gradient():
     x, scale, weight, bias = leaves()
-    y = conv2d_fake_quantized(
-        x.detach(), scale.detach(), weight, bias, 0, 15, rule="lsq", **GEOMETRIES[0]
-    )
+    y = conv2d_fake_quantized(x.detach(), scale.detach(), weight, bias, 0, 15, rule="lsq", **GEOMETRIES[0])
     y.sum().backward()
     assert x.grad is None and scale.grad is None and weight.grad is not None
 
@@ -110,7 +108,5 @@ def test_only_the_operands_are_kept_for_backward():
 def test_padding_is_exactly_zero():
     x = torch.ones(1, 1, 1, 1)
     weight = torch.ones(1, 1, 3, 3)
-    y = conv2d_fake_quantized(
-        x, torch.tensor(0.3), weight, None, -8, 7, rule="lsq", **GEOMETRIES[0]
-    )
+    y = conv2d_fake_quantized(x, torch.tensor(0.3), weight, None, -8, 7, rule="lsq", **GEOMETRIES[0])
     assert y.item() == pytest.approx(0.9)

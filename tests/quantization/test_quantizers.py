@@ -73,9 +73,7 @@ def test_forward_matches_the_slow_reference_and_has_few_values(spec):
     integers = quantizer.to_integer(x)
     assert torch.equal(integers.dequantize(), y)
     scales = integers.scale.flatten().tolist()
-    for xs, ys, scale in zip(
-        groups(spec, x), groups(spec, y), itertools.cycle(scales), strict=False
-    ):
+    for xs, ys, scale in zip(groups(spec, x), groups(spec, y), itertools.cycle(scales), strict=False):
         if spec.quantizer == "dorefa" and spec.role == "weight":
             expected = slow.dorefa_weight(xs.tolist(), spec.num_bits)
         else:
@@ -116,9 +114,7 @@ def test_gradients_are_the_written_formulas(spec):
     parameters = list(quantizer.parameters())
     assert len(parameters) == (0 if spec.quantizer == "dorefa" else 1)
     for parameter in parameters:
-        torch.testing.assert_close(
-            parameter.grad, torch.tensor(expected_scale), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected_scale), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_on_the_bounds():

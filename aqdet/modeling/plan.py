@@ -1,0 +1,196 @@
+"""The quantization plan of a detector as a table: what each layer is, and what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.layers import CycleBatchNormList
+from torch import nn
+
+from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
+from ..quantization import Quantizer
+from .auxiliary import PREFIX
+
+FLOAT_BITS = 32
+IMAGE_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """One layer, or one tensor that several layers read.
+
+    Attributes:
+        path: dotted name. kind: ``"conv"``, ``"sum"`` or ``"stream"``. part: ``"float"``, ``"quantized"`` or
+            ``"auxiliary"``.
+        weight, input: quantizer, bits, signedness and granularity, as text.
+        norm: class of the norm after it, with the number of levels where there are several; or ``"-"``.
+        parameters: number of parameters, the norm's included. weight_bits: what the layer's weights, bias, norm
+            and scales take when packed.
+        macs: multiply-accumulates for one image, over all its calls. bit_ops: macs x weight bits x input bits.
+    """
+
+    path: str
+    kind: str
+    part: str
+    weight: str
+    input: str
+    norm: str
+    parameters: int
+    weight_bits: int
+    macs: int
+    bit_ops: int
+
+
+def _describe(quantizer: Quantizer | None, otherwise: str) -> str:
+    if quantizer is None:
+        return otherwise
+    spec = quantizer.spec
+    sign = ("s" if spec.signed else "u") if spec.role == "input" else ""
+    return f"{spec.quantizer} {sign}{spec.num_bits}" + "/ch" * spec.per_channel
+
+
+def _norm_name(module: nn.Module | None) -> str:
+    if module is None:
+        return "-"
+    if isinstance(module, CycleBatchNormList):
+        return f"{type(module[0]).__name__} x{len(module)} levels"
+    return type(module).__name__
+
+
+def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Norms that stand behind a convolution in a ``Sequential`` rather than inside it."""
+    norms = {}
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            layers = list(module)
+            for conv, after in zip(layers, layers[1:], strict=False):
+                is_norm = not isinstance(after, (nn.Conv2d, nn.ReLU, nn.Sequential))
+                if isinstance(conv, nn.Conv2d) and is_norm:
+                    norms[conv] = after
+    return norms
+
+
+@contextlib.contextmanager
+def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
+    def count(path: str) -> Any:
+        def hook(layer: nn.Conv2d, _: Any, output: torch.Tensor) -> None:
+            per_output = layer.weight[0].numel()
+            macs[path] = macs.get(path, 0) + output[0].numel() * per_output
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(count(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def make_plan(model: nn.Module, size: tuple[int, int]) -> list[PlanRow]:
+    """The plan of a dense detector (``backbone``, ``head``, ``auxiliary``), for one image.
+
+    Args:
+        model: calibrated or not; its state is not changed, but it is left in evaluation mode.
+        size: height and width of the image in pixels, multiples of the backbone's ``size_divisibility``.
+    """
+    macs: dict[str, int] = {}
+    active = [m for m in model.modules() if isinstance(m, Quantizer)]
+    enabled = [quantizer.enabled for quantizer in active]
+    model.eval()
+    for quantizer in active:
+        quantizer.enabled = False
+    try:
+        with _counting(model, macs):
+            image = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
+            features = model.backbone(image)
+            levels = [features[name] for name in model.head_in_features]
+            model.head(levels)
+            if model.auxiliary is not None:
+                model.auxiliary(levels)
+    finally:
+        for quantizer, state in zip(active, enabled, strict=True):
+            quantizer.enabled = state
+    following = _following_norms(model)
+    rows = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            rows.append(_conv_row(path, module, following.get(module), macs.get(path, 0)))
+        elif isinstance(module, QuantAdd):
+            text = [
+                _describe(q, "on grid" if signed is None else "float")
+                for q, signed in zip((module.x_quantizer, module.y_quantizer), module.signed, strict=True)
+            ]
+            rows.append(_shared_row(path, "sum", " + ".join(text), module))
+        elif isinstance(module, StreamQuantizer):
+            rows.append(_shared_row(path, "stream", _describe(module.quantizer, "float"), module))
+    return rows
+
+
+def _conv_row(path: str, conv: nn.Conv2d, following: nn.Module | None, macs: int) -> PlanRow:
+    norm = getattr(conv, "norm", None) or following
+    extra = list(norm.parameters()) + [b for b in norm.buffers() if b.dim()] if norm else []
+    rest = sum(t.numel() for t in extra) + (0 if conv.bias is None else conv.bias.numel())
+    quantized = isinstance(conv, QuantConv2d)
+    weight_quantizer = conv.weight_quantizer if quantized else None
+    input_quantizer = conv.input_quantizer if quantized else None
+    weight_bits = weight_quantizer.spec.num_bits if weight_quantizer else FLOAT_BITS
+    is_image = quantized and input_quantizer is None
+    input_bits = input_quantizer.spec.num_bits if input_quantizer else FLOAT_BITS
+    if is_image:
+        input_bits = IMAGE_BITS
+    scales = sum(q.num_scales for q in (weight_quantizer, input_quantizer) if q is not None)
+    part = "auxiliary" if path.startswith(PREFIX) else "quantized" if quantized else "float"
+    parameters = sum(p.numel() for p in conv.parameters(recurse=False))
+    parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
+    return PlanRow(
+        path,
+        "conv",
+        part,
+        _describe(weight_quantizer, "float 32"),
+        _describe(input_quantizer, "image u8" if is_image else "float 32"),
+        _norm_name(norm),
+        parameters,
+        conv.weight.numel() * weight_bits + (rest + scales) * FLOAT_BITS,
+        macs,
+        macs * weight_bits * input_bits,
+    )
+
+
+def _shared_row(path: str, kind: str, text: str, module: nn.Module) -> PlanRow:
+    found = [q for q in module.modules() if isinstance(q, Quantizer)]
+    part = "quantized" if found else "float"
+    bits = sum(q.num_scales for q in found) * FLOAT_BITS
+    return PlanRow(path, kind, part, "-", text, "-", 0, bits, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTotal:
+    """Sums over rows: see :class:`PlanRow`; ``weight_bytes`` is ``weight_bits / 8``."""
+
+    layers: int
+    parameters: int
+    weight_bytes: int
+    macs: int
+    bit_ops: int
+
+
+def total(rows: list[PlanRow], *parts: str) -> PlanTotal:
+    """Totals of the rows in the given parts."""
+    chosen = [row for row in rows if row.part in parts]
+    return PlanTotal(
+        sum(row.kind == "conv" for row in chosen),
+        sum(row.parameters for row in chosen),
+        sum(row.weight_bits for row in chosen) // 8,
+        sum(row.macs for row in chosen),
+        sum(row.bit_ops for row in chosen),
+    )

@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Prints the quantization plan of a config, without training: a row a layer, then totals."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import warnings
+
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from aqdet.config import load_config
+from aqdet.engine import fit_to_machine
+from aqdet.modeling.plan import make_plan, total
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--size", type=int, nargs=2, default=(640, 640), metavar=("H", "W"))
+    parser.add_argument("--json", help="also write the rows and totals to this file")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    return parser.parse_args()
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    args = parse_args()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        fit_to_machine(cfg)
+        if any(side % 32 or side <= 0 for side in args.size):
+            raise ValueError(f"--size must be positive multiples of 32, got {args.size}")
+        rows = make_plan(build_model(cfg), tuple(args.size))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    header = ["layer", "kind", "weight", "input", "norm", "parameters", "MMACs", "Gbit-ops"]
+    cells = [
+        [
+            row.path,
+            row.kind,
+            row.weight,
+            row.input,
+            row.norm,
+            row.parameters,
+            row.macs / 1e6,
+            row.bit_ops / 1e9,
+        ]
+        for row in rows
+    ]
+    print(tabulate(cells, header, floatfmt=".2f", intfmt=","))
+    parts = {
+        "float": ("float",),
+        "quantized": ("quantized",),
+        "auxiliary (training only)": ("auxiliary",),
+        "the detector as shipped": ("float", "quantized"),
+    }
+    totals = {name: total(rows, *keys) for name, keys in parts.items()}
+    print(f"\nTotals for one image of {args.size[0]}x{args.size[1]}:")
+    header = ["part", "convs", "parameters", "weight bytes", "GMACs", "Gbit-ops"]
+    cells = [
+        [name, t.layers, t.parameters, t.weight_bytes, t.macs / 1e9, t.bit_ops / 1e9]
+        for name, t in totals.items()
+    ]
+    print(tabulate(cells, header, floatfmt=".2f", intfmt=","))
+    if args.json:
+        content = {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "totals": {name: dataclasses.asdict(t) for name, t in totals.items()},
+        }
+        with open(args.json + ".part", "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(args.json + ".part", args.json)
+
+
+if __name__ == "__main__":
+    main()
