@@ -51,6 +51,21 @@ def load_pickled_arrays(file: IO[bytes]) -> dict[str, Any]:
     return _ArrayUnpickler(file, encoding="latin1").load()
 
 
+def load_weights_file(path: str) -> dict[str, Any]:
+    """``torch.load`` of a file that may hold tensors and plain containers only.
+
+    Raises:
+        ValueError: in one line, if it holds anything else or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        found = re.search(r"(Unsupported|GLOBAL)[^\n]*", str(error))
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = f"it holds more than tensors: {found.group()}" if found else f"it is damaged: {lines[0]}"
+        raise ValueError(f"checkpoint {path!r} is refused, {reason}") from error
+
+
 def save_atomically(data: Any, path: str) -> None:
     """``torch.save`` beside the target, flushed to disk, then renamed."""
     aside = f"{path}.part"
@@ -120,14 +135,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if not filename.endswith(".pkl"):
-            try:
-                data = torch.load(filename, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                if isinstance(error, pickle.UnpicklingError):
-                    found = re.search(r"Unsupported (?:global|operand|class)[^\n]*", str(error))
-                    reason = "it holds more than tensors: " + (found.group() if found else reason)
-                raise ValueError(f"checkpoint {filename!r} is refused, {reason}") from error
+            data = load_weights_file(filename)
             return data if "model" in data else {"model": data}
         try:
             with open(filename, "rb") as file:

@@ -4,7 +4,6 @@
 import argparse
 import os
 import sys
-import warnings
 
 import torch
 from detectron2.config import CfgNode
@@ -50,7 +49,6 @@ def main(args: argparse.Namespace) -> None:
 
 def invoke_main() -> None:
     """Parses the command line and starts one process a GPU."""
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     args = default_argument_parser().parse_args()
     if args.num_gpus > 1 and torch.cuda.device_count() < args.num_gpus:
         sys.exit(f"error: --num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices")
