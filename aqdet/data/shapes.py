@@ -9,6 +9,7 @@ Shape shorthand:
     P: number of vertices of a polygon
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -49,7 +50,7 @@ SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2)}
 NUM_OBJECTS = (3, 8)
 # Area of an object in pixels, within COCO's bands (32^2 and 96^2), and how often each is drawn.
 AREA_RANGES = {"small": (150, 1000), "medium": (1050, 9000), "large": (9300, 14000)}
-BAND_PERCENT = {"small": 44, "medium": 42, "large": 14}
+BAND_PERCENT = {"small": 38, "medium": 44, "large": 18}
 CONTRAST = (14, 64)  # grey levels between an object's colour and the background's, per channel
 MIN_VISIBLE_PERCENT = 50  # an object that would hide more of another one is not drawn
 STRETCH_PERCENT = (78, 128)  # width of an object against its height, before rotation
@@ -245,7 +246,7 @@ def _outline(kind: str, radius: int, rng: np.random.Generator) -> list[np.ndarra
         inner = radius * 5 // 8
         return [_polar([radius, radius // 5, radius, inner], [0, 60, 120, 60])]
     if kind == "splinter":
-        return [_polar(rng.integers(radius // 4, radius + 1, 4), range(0, 360, 90))]
+        return [_polar(rng.integers(radius // 3, radius + 1, 4), [0, 50, 180, 240])]
     return [_polar(rng.integers(radius // 2, radius + 1, 9), range(0, 360, 40))]
 
 
@@ -258,11 +259,11 @@ def _polygon_area(polygons: list[np.ndarray]) -> float:
     return _shoelace(polygons[0]) - sum(_shoelace(hole) for hole in polygons[1:])
 
 
-def _radius(kind: str, area: int) -> int:
-    """Radius in pixels at which a shape covers about `area` pixels."""
-    reference = _outline(kind, _REFERENCE_RADIUS, np.random.Generator(np.random.PCG64(0)))
-    covered = int(_polygon_area([(polygon >> _SHIFT) for polygon in reference]))
-    return max(3, math.isqrt(area * _REFERENCE_RADIUS**2 // covered))
+@functools.cache
+def _reference_area(kind: str) -> int:
+    """Pixels that a shape of the reference radius covers; for random outlines, one of them."""
+    outlines = _outline(kind, _REFERENCE_RADIUS, np.random.Generator(np.random.PCG64(0)))
+    return int(_polygon_area([points >> _SHIFT for points in outlines]))
 
 
 def _place_items(rng: np.random.Generator, size: int) -> list[_Item]:
@@ -309,8 +310,9 @@ def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item 
     stretch = _draw(rng, STRETCH_PERCENT)
     angle = int(rng.integers(360))
     cos, sin = int(_COS[angle]), int(_COS[(angle - 90) % 360])
+    radius = max(3, side * _REFERENCE_RADIUS // math.isqrt(_reference_area(kind)))
     outlines = []
-    for points in _outline(kind, _radius(kind, side * side), rng):
+    for points in _outline(kind, radius, rng):
         x = points[:, 0] * (100 + stretch) // 200
         y = points[:, 1] * 100 // ((100 + stretch) // 2)
         turned = np.stack([x * cos - y * sin, x * sin + y * cos], axis=1)
@@ -346,34 +348,40 @@ def _annotation(item: _Item) -> dict[str, Any]:
     }
 
 
-def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """int16 (H, W, 1) pattern around zero: plain, stripes, checks or blotches."""
     kind, amplitude = int(rng.integers(4)), _draw(rng, TEXTURE_AMPLITUDE)
     period = _draw(rng, (3, 9))
-    rows, columns = np.indices((size, size))
+    rows, columns = np.arange(height)[:, None], np.arange(width)
     if kind == 0:
-        pattern = np.zeros((size, size), np.int64)
+        pattern = np.zeros((height, width), np.int64)
     elif kind == 1:
         a, b = rng.integers(-2, 3, 2)
         pattern = (rows * a + columns * (b if a or b else 1)) // period % 2 * 2 - 1
     elif kind == 2:
         pattern = (rows // period + columns // period) % 2 * 2 - 1
     else:
-        cells = rng.integers(-1, 2, (-(-size // period),) * 2)
-        pattern = cells.repeat(period, axis=0).repeat(period, axis=1)[:size, :size]
+        pattern = _blotches(rng, 1, period, height, width)[:, :, 0]
     return (pattern * amplitude)[:, :, None].astype(np.int16)
+
+
+def _blotches(rng: np.random.Generator, amplitude: int, cell: int, *shape: int) -> np.ndarray:
+    """int16 (H, W, C) of square cells with a random value each; `shape` is H, W and maybe C."""
+    height, width, channels = (*shape, 1)[:3]
+    rows, columns = -(-height // cell), -(-width // cell)
+    values = rng.integers(-amplitude, amplitude + 1, (rows, columns, channels), dtype=np.int16)
+    return values.repeat(cell, axis=0)[:height].repeat(cell, axis=1)[:, :width]
 
 
 def _background(rng: np.random.Generator, base: np.ndarray, size: int) -> np.ndarray:
     """int16 (H, W, 3): the base colour with a slope of light, blotches at three scales, texture."""
-    rows, columns = np.indices((size, size))
     slope = rng.integers(-40, 41, 2)
-    light = ((rows - size // 2) * slope[0] + (columns - size // 2) * slope[1]) // size
-    canvas = base.astype(np.int64) + light[:, :, None]
+    ramp = np.arange(size) - size // 2
+    light = (ramp[:, None] * slope[0] + ramp * slope[1]) // size
+    canvas = light[:, :, None].astype(np.int16) + base.astype(np.int16)
     for cell, amplitude in ((48, 14), (16, 9), (4, 7)):
-        cells = rng.integers(-amplitude, amplitude + 1, (-(-size // cell),) * 2 + (3,))
-        canvas += cells.repeat(cell, axis=0).repeat(cell, axis=1)[:size, :size]
-    return canvas.astype(np.int16) + _texture(rng, size) // 2
+        canvas += _blotches(rng, amplitude, cell, size, size, 3)
+    return canvas + _texture(rng, size, size) // 2
 
 
 def _colour(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
@@ -382,9 +390,11 @@ def _colour(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
 
 
 def _paint_item(rng: np.random.Generator, canvas: np.ndarray, item: _Item, base: np.ndarray) -> None:
-    colour = _colour(rng, base)
-    filled = _texture(rng, canvas.shape[0]) + colour.astype(np.int16)
-    canvas[item.mask] = filled[item.mask]
+    colour = _colour(rng, base).astype(np.int16)
+    left, top, width, height = cv2.boundingRect(item.polygons[0])
+    box = slice(top, top + height), slice(left, left + width)
+    filled = _texture(rng, height, width) + colour
+    np.copyto(canvas[box], filled, where=item.mask[box][:, :, None])
     if rng.integers(2):
         edge = np.zeros(canvas.shape[:2], np.uint8)
         cv2.polylines(edge, item.polygons, True, 1, thickness=1, lineType=cv2.LINE_8)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .observer import check_method
 from .quantizer import quantizers
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,10 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
         Name of each quantizer calibrated -> share of its observed values that were negative.
 
     Raises:
-        RuntimeError: naming the quantizers that ``run`` did not reach.
+        RuntimeError: naming the first quantizer that ``run`` did not reach.
+        ValueError: if the method is unknown, before anything runs.
     """
+    check_method(method)
     pending = {name: q for name, q in quantizers(model) if q.enabled and not q.is_calibrated}
     if not pending:
         return {}

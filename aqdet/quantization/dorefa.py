@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import SCALE_EPS, integer_range
+from .functional import SCALE_EPS, broadcast_scale, integer_range
 from .observer import Statistics, initial_scale
 from .quantizer import AffineGrid, Quantizer
 from .spec import IntegerTensor, QuantSpec
@@ -16,8 +16,8 @@ from .spec import IntegerTensor, QuantSpec
 def _levels(w: Tensor, num_bits: int, per_channel: bool) -> tuple[Tensor, Tensor]:
     """Odd integer levels as float32, and their scale."""
     levels = torch.tanh(w.float())
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    magnitude = levels.abs().amax(dim=dims, keepdim=per_channel).clamp_(min=SCALE_EPS)
+    largest = levels.abs().reshape(w.shape[0] if per_channel else 1, -1).amax(dim=1)
+    magnitude = broadcast_scale(largest.clamp_(min=SCALE_EPS), w)
     steps = 2**num_bits - 1
     levels.div_(2 * magnitude).add_(0.5).mul_(steps).round_().mul_(2).sub_(steps)
     return levels, magnitude / steps
@@ -33,7 +33,7 @@ class _DoReFaWeight(torch.autograd.Function):
         return levels.mul_(scale).to(w.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (w,) = ctx.saved_tensors
         return (
             torch.ops.aten.tanh_backward(grad.float(), torch.tanh(w.float())).to(w.dtype),
@@ -88,4 +88,4 @@ class DoReFaInputQuantizer(Quantizer):
 
     def grid(self, num_shared: int | None = None) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
-        return AffineGrid(self.scale, self.quant_min, self.quant_max, "pact")
+        return AffineGrid(self.scale.float(), self.quant_min, self.quant_max, "pact")

@@ -68,7 +68,7 @@ class _RoundSTE(torch.autograd.Function):
         return x.round()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -87,7 +87,7 @@ class _GradScale(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
 
 
@@ -102,7 +102,7 @@ class _FloorSTE(torch.autograd.Function):
         return scale.float().clamp(min=SCALE_EPS)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -162,7 +162,7 @@ def scale_gradients(
     Args:
         grad: gradient of the loss with respect to ``fake``, same shape as ``x``.
         x: the input, any shape.
-        scale: positive, 0-dim or ``(C, 1, ...)``.
+        scale: positive, 0-dim or broadcastable against ``x``; worked in parts where it is ``(C, 1, ...)``.
         lsq: chooses the column.
 
     Returns:
@@ -170,7 +170,9 @@ def scale_gradients(
     """
     grad = grad.float()
     numel = x.numel()
-    if not x.is_cpu or numel <= 2 * _PART_SIZE or not (x.is_contiguous() and grad.is_contiguous()):
+    along_first = scale.shape == (*x.shape[:1], *[1] * (x.dim() - 1))
+    contiguous = x.is_contiguous() and grad.is_contiguous()
+    if not (x.is_cpu and numel > 2 * _PART_SIZE and contiguous and (scale.dim() == 0 or along_first)):
         return _scale_gradients_part(grad, x, scale, quant_min, quant_max, lsq)
     per_tensor = scale.dim() == 0
     grad_2d, x_2d = grad.view(scale.numel(), -1), x.view(scale.numel(), -1)
@@ -206,9 +208,10 @@ class _FakeQuantizeSaveInput(torch.autograd.Function):
         return quantize(x, scale, quant_min, quant_max).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        dx, dscale = scale_gradients(grad, x, scale, *ctx.range, ctx.lsq)
+        quant_min, quant_max = ctx.range
+        dx, dscale = scale_gradients(grad, x, scale, quant_min, quant_max, ctx.lsq)
         return dx.to(x.dtype), dscale, None, None, None
 
 
@@ -226,7 +229,7 @@ class _FakeQuantizeSaveRegion(torch.autograd.Function):
         return ratio.clamp_(quant_min, quant_max).round_().mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         region, scale = ctx.saved_tensors
         quant_min, quant_max = ctx.range
         region = region.float()
@@ -283,12 +286,14 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
             weight = options["quantize_weight"](weight)
         x_q = quantize(x, scale, *options["range"]).mul_(scale).to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        return torch.conv2d(x_q, weight.to(dtype), bias, *options["geometry"])
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.conv2d(x_q, weight.to(dtype), bias, *options["geometry"])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight, *weight_parameters = ctx.saved_tensors
         options = ctx.options
+        quant_min, quant_max = options["range"]
         dtype = options["dtype"] or weight.dtype
         stride, padding, dilation, groups = options["geometry"]
         need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -300,7 +305,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
                 weight_q = options["quantize_weight"](leaf)
         grad_x_q, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
-            quantize(x, scale, *options["range"]).mul_(scale).to(dtype),
+            quantize(x, scale, quant_min, quant_max).mul_(scale).to(dtype),
             weight_q.detach().to(dtype),
             ctx.bias_size,
             list(stride),
@@ -321,7 +326,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
                 parameter_grads = [next(grads) if p.requires_grad else None for p in weight_parameters]
         dx = dscale = None
         if need_input:
-            dx, dscale = scale_gradients(grad_x_q, x, scale, *options["range"], options["lsq"])
+            dx, dscale = scale_gradients(grad_x_q, x, scale, quant_min, quant_max, options["lsq"])
             dx = dx.to(x.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(weight.dtype)

@@ -51,7 +51,7 @@ class HistogramObserver:
     def update(self, x: Tensor) -> None:
         """Adds the values of ``x``, any shape and float dtype."""
         x = x.detach().float().flatten()
-        exponent = x.abs().clamp(min=2.0 ** (MIN_EXPONENT - 1)).log2()
+        exponent = x.abs().clamp(2.0 ** (MIN_EXPONENT - 1), 2.0**MAX_EXPONENT).log2()
         bins = ((exponent - MIN_EXPONENT) * BINS_PER_OCTAVE).floor().long()
         bins = bins.clamp(-1, _NUM_BINS - 1) + 1  # bin 0: zero
         bins = torch.where(x < 0, bins + _NUM_BINS + 1, bins)
@@ -94,6 +94,18 @@ def tensor_statistics(x: Tensor, per_channel: bool) -> Statistics:
     return Statistics(values, torch.ones_like(values), float((values < 0).float().mean()))
 
 
+def check_method(method: str) -> None:
+    """Refuses a calibration method that does not exist.
+
+    Raises:
+        ValueError: listing the valid ones.
+    """
+    if method not in CALIBRATION_METHODS:
+        raise ValueError(
+            f"calibration METHOD must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}"
+        )
+
+
 def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method: str) -> Tensor:
     """First step size for the integer range from statistics.
 
@@ -110,10 +122,7 @@ def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method
     Raises:
         ValueError: if the method is unknown.
     """
-    if method not in CALIBRATION_METHODS:
-        raise ValueError(
-            f"calibration METHOD must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}"
-        )
+    check_method(method)
     values, counts = statistics.values, statistics.counts
     if quant_min == 0:
         counts = counts * (values >= 0)

@@ -34,5 +34,5 @@ class PACTQuantizer(Quantizer):
 
     def grid(self, num_shared: int | None = None) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
-        scale = floor_scale(self.alpha / self.quant_max)
+        scale = floor_scale(self.alpha.float() / self.quant_max)
         return AffineGrid(scale, self.quant_min, self.quant_max, "pact")

@@ -99,7 +99,15 @@ class Quantizer(nn.Module):
         self._observer = HistogramObserver() if self.spec.role == "input" else None
 
     def observe(self, x: Tensor) -> None:
-        """Adds ``x`` to the statistics. A weight is seen whole, so its first sight is enough."""
+        """Adds ``x`` to the statistics. A weight is seen whole, so its first sight is enough.
+
+        Raises:
+            ValueError: if ``x`` has values that are not finite.
+        """
+        if x.numel() == 0:
+            return
+        if not torch.isfinite(x).all():
+            raise ValueError(f"quantizer '{self.path}' saw values that are not finite during calibration")
         if self._observer is not None:
             self._observer.update(x)
         elif self._statistics is None:
@@ -196,6 +204,10 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        own = (*self._parameters, *self._buffers)
+        if prefix + "calibrated" in state_dict and any(prefix + key not in state_dict for key in own):
+            # Calibrated in the file, but by a method with other keys: the range is not there.
+            self.calibrated = torch.zeros_like(self.calibrated)
         self._ready = bool(self.calibrated.item())
 
     def extra_repr(self) -> str:

@@ -1,0 +1,73 @@
+"""Small detectors and batches for the tests."""
+
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import aqdet  # noqa: F401  (registers)
+from aqdet.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+QUANT = ("MODEL.QUANT.ENABLED", "True")
+AUX = ("MODEL.AUX.ENABLED", "True")
+SMALL = (
+    "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 "
+    "MODEL.RESNETS.OUT_FEATURES ['res3','res4','res5'] MODEL.FPN.IN_FEATURES ['res3','res4','res5'] "
+    "MODEL.RESNETS.NORM BN MODEL.FPN.NORM BN MODEL.RETINANET.NORM BN MODEL.FPN.OUT_CHANNELS 16 "
+    "MODEL.RETINANET.NUM_CONVS 1 MODEL.BACKBONE.FREEZE_AT 0 MODEL.RETINANET.NUM_CLASSES 3 "
+    "MODEL.ANCHOR_GENERATOR.SIZES [[32],[64],[128],[256],[512]]"
+).split()
+
+
+def make_cfg(*overrides, theirs=False, seed_weights=""):
+    names = ("RetinaNet", "build_retinanet_resnet_fpn_backbone")
+    if not theirs:
+        names = ("QuantRetinaNet", "build_quant_retinanet_resnet_fpn_backbone")
+    arch = ["MODEL.META_ARCHITECTURE", names[0], "MODEL.BACKBONE.NAME", names[1]]
+    return load_config("", [*SMALL, *arch, "MODEL.WEIGHTS", seed_weights, *overrides])
+
+
+def make_model(*overrides, theirs=False, seed=0):
+    torch.manual_seed(seed)
+    return build_model(make_cfg(*overrides, theirs=theirs))
+
+
+def make_batch(num_images=2, size=64, empty=()):
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for index in range(num_images):
+        instances = Instances((size, size))
+        boxes = [] if index in empty else [[4.0, 5, 40, 38], [20.0, 10, 60, 61]]
+        instances.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        instances.gt_classes = torch.tensor([] if index in empty else [0, 2]).long()
+        image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": size, "width": size})
+    return batch
+
+
+def losses_of(model, batch, iteration=0):
+    with EventStorage(iteration):
+        return model(batch)
+
+
+def gradients(model, batch, keys=None, iteration=0):
+    """Losses and gradients by name, from the same loss normalizer each time."""
+    model.zero_grad()
+    model.loss_normalizer = 100.0
+    losses = losses_of(model, batch, iteration)
+    sum(v for k, v in losses.items() if keys is None or k in keys).backward()
+    return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def calibrated(model, batch):
+    from aqdet.quantization import calibrate
+
+    def run():
+        with torch.no_grad():
+            losses_of(model, batch)
+
+    calibrate(model, run, method="minmax")  # quicker than the search of "mse"
+    return model

@@ -1,0 +1,58 @@
+"""Every shipped config is loaded, built, planned, calibrated and stepped once."""
+
+import re
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from helpers import ROOT, calibrated, losses_of, make_batch
+
+from aqdet.config import load_config
+from aqdet.engine import fit_to_machine
+from aqdet.modeling.plan import make_plan, total
+
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_builds_plans_and_steps(path):
+    cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""])
+    fit_to_machine(cfg)
+    match = re.search(r"_(fp_bn|(lsq|dorefa)_w(\d)a(\d)(_aux)?)$", path.stem)
+    assert match, "configs are named ..._lsq_w4a4_aux"
+    _, method, weight_bits, input_bits, aux = match.groups()
+    quant = cfg.MODEL.QUANT
+    assert quant.ENABLED == (method is not None) and cfg.MODEL.AUX.ENABLED == (aux is not None)
+    assert cfg.OUTPUT_DIR.endswith(path.stem)
+    if method:
+        assert (quant.WEIGHT.QUANTIZER, quant.INPUT.QUANTIZER) == (method, method)
+        assert (quant.WEIGHT.NUM_BITS, quant.INPUT.NUM_BITS) == (int(weight_bits), int(input_bits))
+    model = build_model(cfg)
+    rows = make_plan(model, (64, 64))
+    assert total(rows, "quantized" if method else "float").macs > 0
+    assert (total(rows, "auxiliary").macs > 0) == (aux is not None)
+    batch = make_batch(2, 64)
+    model.train()
+    if method:
+        calibrated(model, batch)
+    loss = sum(losses_of(model, batch).values())
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
+    def check(text, overrides, words):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words) as error:
+            load_config(path, overrides)
+        assert "\n" not in str(error.value)
+
+    check("SEED: !!python/object/apply:eval ['1+1']", [], "c.yaml: refused, .*object tag")
+    check("NO_SUCH: 1", [], "c.yaml: Non-existent config key: NO_SUCH")
+    check("SEED: [", [], "not valid YAML")
+    check("SEED: 1", ["MODEL.QUANT.BITS", "4"], "override: Non-existent key: MODEL.QUANT.BITS")
+    check("SEED: 1", ["MODEL.QUANT.ENABLED", "7"], "override: .*MODEL|override: Type mismatch")
+    check("SEED: 1", ["SEED"], "KEY VALUE pairs")
+    with pytest.raises(FileNotFoundError, match="'none.yaml' does not exist"):
+        load_config("none.yaml")
