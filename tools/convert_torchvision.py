@@ -41,7 +41,14 @@ def expected_keys(depth: int) -> set[str]:
 
     from aqdet.modeling import build_quant_resnet_backbone
 
-    overrides = ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
+    overrides = [
+        "MODEL.RESNETS.DEPTH",
+        str(depth),
+        "MODEL.RESNETS.NORM",
+        "BN",
+        "MODEL.BACKBONE.FREEZE_AT",
+        "0",
+    ]
     overrides += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64" if depth < 50 else "256"]
     overrides += ["MODEL.RESNETS.OUT_FEATURES", "['res5']"]
     backbone = build_quant_resnet_backbone(load_config("", overrides), ShapeSpec(channels=3))

@@ -317,6 +317,8 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
             [need_input, need_weight, ctx.bias_size is not None],
         )
         parameter_grads: list[Tensor | None] = [None] * len(weight_parameters)
+        if not need_weight:
+            grad_weight = None  # may come along with the bias's
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
             if options["quantize_weight"] is not None:

@@ -204,8 +204,8 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own = (*self._parameters, *self._buffers)
-        if prefix + "calibrated" in state_dict and any(prefix + key not in state_dict for key in own):
+        keys = [prefix + key for key in (*self._parameters, *self._buffers)]
+        if prefix + "calibrated" in state_dict and any(key not in state_dict for key in keys):
             # Calibrated in the file, but by a method with other keys: the range is not there.
             self.calibrated = torch.zeros_like(self.calibrated)
         self._ready = bool(self.calibrated.item())

@@ -12,7 +12,11 @@ def dataset(folder, names=("cat", "dog", "cow")):
     content = {"images": [], "annotations": []}
     content["categories"] = [{"id": 10 * (i + 1), "name": n} for i, n in enumerate(names)]
     (folder / "a.json").write_text(json.dumps(content))
-    return {"name": f"test_{folder.name}_{id(folder)}", "json": str(folder / "a.json"), "image_root": str(folder)}
+    return {
+        "name": f"test_{folder.name}_{id(folder)}",
+        "json": str(folder / "a.json"),
+        "image_root": str(folder),
+    }
 
 
 def cfg_for(*entries, train=(), test=()):

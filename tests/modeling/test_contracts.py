@@ -113,8 +113,9 @@ def test_every_convolution_sees_b_bits_and_zero_padding(monkeypatch, method, rel
 @pytest.mark.parametrize("relu", ["True", "False"])
 @pytest.mark.parametrize("top", ["res5", "p5"])
 def test_a_site_declared_unsigned_never_sees_a_negative(relu, top):
-    from aqdet.quantization import calibrate
     from helpers import losses_of
+
+    from aqdet.quantization import calibrate
 
     model = make_model(*QUANT, "MODEL.FPN.RELU", relu, "MODEL.FPN.TOP_BLOCK_IN_FEATURE", top)
     for batch_norm in model.modules():

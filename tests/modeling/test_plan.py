@@ -18,7 +18,7 @@ def test_numbers_by_hand():
     assert stem.weight_bits == 64 * 3 * 49 * 8 + (4 * 64 + 64) * 32
     score = rows["head.cls_score"]
     cells = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1
-    assert score.macs == cells * 16 * 9 * 3 * 1 and score.bit_ops == score.macs * 64
+    assert score.macs == cells * 16 * 9 * (3 * 3) and score.bit_ops == score.macs * 64
     assert rows["head.cls_subnet.0"].norm == "BatchNorm2d x5 levels"
     assert rows["backbone.fpn_add3"].input == "pact s8 + on grid"
     assert rows["auxiliary.head.cls_score"].weight == "float 32"
@@ -47,9 +47,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the detector as shipped" in done.stdout
     assert json.loads(out.read_text())["totals"]["quantized"]["layers"] == 34
-    wrong = subprocess.run(
-        [*command, "MODEL.QUANT.WEIGHT.QUANTIZER", "lqs"], capture_output=True, text=True
-    )
+    wrong = subprocess.run([*command, "MODEL.QUANT.WEIGHT.QUANTIZER", "lqs"], capture_output=True, text=True)
     last = wrong.stderr.strip().splitlines()[-1]
     assert wrong.returncode == 1 and last.startswith("error: MODEL.QUANT for layer backbone.")
     assert "one of dorefa, lsq, pact, got 'lqs'" in last

@@ -47,7 +47,10 @@ def test_a_layer_left_in_float_is_announced(caplog):
 @pytest.mark.parametrize(
     "rule, words",
     [
-        (("nowhere", {"WEIGHT.NUM_BITS": 2}), r"RULES\[0\] 'nowhere' decides for no layer; layers are backbone"),
+        (
+            ("nowhere", {"WEIGHT.NUM_BITS": 2}),
+            r"RULES\[0\] 'nowhere' decides for no layer; layers are backbone",
+        ),
         (("(", {"WEIGHT.NUM_BITS": 2}), r"RULES\[0\]: '\(' is no regular expression"),
         (("res5", {"BITS": 2}), "unknown key 'BITS', valid keys are ENABLED, WEIGHT.QUANTIZER"),
         (("res5", {"WEIGHT.NUM_BITS": 9}), "layer backbone.bottom_up.res5.*2 to 8, got 9"),

@@ -1,112 +1,198 @@
+import functools
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from quantization.specs import ready
+from torch.utils.checkpoint import checkpoint
 
-from aqdet.quantization import (
-    QuantSpec,
-    build_quantizer,
-    conv2d_fake_quantized,
-    fake_quantize,
-)
+from aqdet.quantization import QuantSpec, conv2d_fake_quantized, fake_quantize
 
-GEOMETRIES = [
-    {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1},
-    {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1},
-    {"stride": (1, 1), "padding": (2, 2), "dilation": (2, 2), "groups": 2},
-]
+GEOMETRIES = {
+    "3x3": {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1},
+    "strided": {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 1), "groups": 1},
+    "dilated, grouped": {"stride": (1, 1), "padding": (2, 2), "dilation": (2, 2), "groups": 2},
+    "depthwise": {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 4},
+}
+PLAIN = GEOMETRIES["3x3"]
+OPERANDS = ("x", "scale", "weight", "bias")
 
 
-def leaves(bias=True, groups=1):
+def operands(groups=1, dtype=torch.float32, batch=2, needed=OPERANDS, bias=True):
+    """``x (batch, 4, 9, 8)``, scale, weight ``(8, 4 / groups, 3, 3)`` and bias, fresh leaves."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 9, 8, generator=generator).relu()
-    weight = torch.randn(6, 4 // groups, 3, 3, generator=generator)
-    scale = torch.tensor(0.2)
-    values = [x, scale, weight] + ([torch.randn(6, generator=generator)] if bias else [])
-    return [v.requires_grad_() for v in values]
+    values = {
+        "x": torch.randn(batch, 4, 9, 8, generator=generator),
+        "scale": torch.tensor(0.2),
+        "weight": torch.randn(8, 4 // groups, 3, 3, generator=generator).to(dtype),
+        "bias": torch.randn(8, generator=generator).to(dtype) if bias else None,
+    }
+    for name in needed:
+        if values[name] is not None:
+            values[name].requires_grad_()
+    return values
 
 
+def run(values, rule, geometry, fused, low=0, high=15, **options):
+    """Output and gradients of the convolution, fused or from its two parts."""
+    x, scale, weight, bias = values.values()
+    if fused:
+        y = conv2d_fake_quantized(x, scale, weight, bias, low, high, rule=rule, **geometry, **options)
+    else:
+        y = F.conv2d(fake_quantize(x, scale, low, high, rule=rule).to(weight.dtype), weight, bias, **geometry)
+    y.float().square().sum().backward()
+    return {"y": y, **{name: None if v is None else v.grad for name, v in values.items()}}
+
+
+def check_equal(actual, expected, rule):
+    for name, want in expected.items():
+        got = actual[name]
+        if want is None:
+            assert got is None, name
+        elif name == "scale" and rule == "pact":
+            # The same terms, summed in another order.
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
+        else:
+            assert torch.equal(got, want) and got.dtype == want.dtype, name
+
+
+both_rules = pytest.mark.parametrize("rule", ("lsq", "pact"))
+
+
+@both_rules
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("rule, bias", list(itertools.product(("lsq", "pact"), (True, False))))
-def test_equals_fake_quantize_then_conv_bit_for_bit(geometry, rule, bias):
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
+@pytest.mark.parametrize("low, high", [(0, 15), (-8, 7)])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_equals_fake_quantize_then_conv_bit_for_bit(rule, geometry, bias, low, high, dtype):
+    geometry = GEOMETRIES[geometry]
+    expected, actual = (
+        run(operands(geometry["groups"], dtype, bias=bias), rule, geometry, fused, low, high)
+        for fused in (False, True)
+    )
+    assert actual["y"].dtype == dtype
+    check_equal(actual, expected, rule)
+
+
+@both_rules
+@pytest.mark.parametrize(
+    "needed",
+    [c for n in range(1, 5) for c in itertools.combinations(OPERANDS, n)],
+    ids="+".join,
+)
+def test_any_operand_may_be_frozen(rule, needed):
+    expected, actual = (run(operands(needed=needed), rule, PLAIN, fused) for fused in (False, True))
+    assert {name for name in OPERANDS if actual[name] is not None} == set(needed)
+    check_equal(actual, expected, rule)
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("batch", (0, 1))
+def test_memory_layouts_and_an_empty_batch(layout, batch):
     results = []
     for fused in (False, True):
-        x, scale, weight, *rest = values = leaves(bias, geometry["groups"])
-        b = rest[0] if rest else None
-        if fused:
-            y = conv2d_fake_quantized(x, scale, weight, b, 0, 15, rule=rule, **geometry)
-        else:
-            y = F.conv2d(fake_quantize(x, scale, 0, 15, rule=rule), weight, b, **geometry)
-        y.square().sum().backward()
-        results.append([y, *(v.grad for v in values)])
-    for index, (a, b) in enumerate(zip(*results, strict=True)):
-        if index == 2 and rule == "pact":
-            # The same terms in another order of summation.
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
-        else:
-            assert torch.equal(a, b)
+        values = operands(batch=batch)
+        values["x"] = values["x"].detach().contiguous(memory_format=layout).requires_grad_()
+        results.append(run(values, "lsq", PLAIN, fused))
+    assert results[1]["y"].shape == (batch, 8, 9, 8)
+    for name, want in results[0].items():
+        torch.testing.assert_close(results[1][name], want, rtol=1e-5, atol=1e-4)
+
+
+@both_rules
+def test_runs_in_bfloat16_on_the_same_codes(rule):
+    values = operands()
+    actual = run(values, rule, PLAIN, True, dtype=torch.bfloat16)
+    x, scale, weight, bias = operands().values()
+    y = F.conv2d(fake_quantize(x, scale, 0, 15).bfloat16(), weight.bfloat16(), bias.bfloat16(), padding=1)
+    assert torch.equal(actual["y"], y) and y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in values.values())
+    assert torch.equal(values["weight"].grad, weight.grad)
+    assert torch.equal(values["bias"].grad, bias.grad)
+    torch.testing.assert_close(values["x"].grad, x.grad, rtol=0.02, atol=0.02)
+
+
+def test_half_precision_input_is_quantized_in_float32():
+    values = operands()
+    x, scale, weight, bias = values.values()
+    half = x.detach().half().requires_grad_()
+    y = conv2d_fake_quantized(half, scale, weight, bias, 0, 15, rule="lsq", **PLAIN)
+    assert torch.equal(y, F.conv2d(fake_quantize(half.float(), scale, 0, 15), weight, bias, padding=1))
+    y.sum().backward()
+    assert half.grad.dtype == torch.float16
+
+
+def weights_inside(name, needed=OPERANDS):
+    quantizer = ready(QuantSpec(name, 4, "weight"), operands()["weight"])
+    inside = {"quantize_weight": quantizer, "weight_parameters": tuple(quantizer.parameters())}
+    return quantizer, functools.partial(conv2d_fake_quantized, rule="lsq", **PLAIN, **inside)
 
 
 @pytest.mark.parametrize("name", ("lsq", "pact", "dorefa"))
-def test_weights_quantized_inside_have_the_same_gradients(name):
-    quantizer = build_quantizer(QuantSpec(name, 4, "weight", per_channel=True), num_channels=6)
+@pytest.mark.parametrize("through", ("plain", "checkpoint", "hooks"))
+@pytest.mark.parametrize("needed", (OPERANDS, ("x",), ("weight",)), ids="+".join)
+def test_weights_quantized_inside_have_the_same_gradients(name, through, needed):
+    """Also where something else looks after what backward needs: checkpointing, saved-tensor hooks."""
+    quantizer, fused = weights_inside(name)
     results = []
     for inside in (False, True):
-        x, scale, weight, bias = values = leaves()
-        if not quantizer.is_calibrated:
-            quantizer.start_observing()
-            quantizer(weight)
-            quantizer.finish_calibration("mse")
+        values = operands(needed=needed)
+        x, scale, weight, bias = values.values()
         quantizer.zero_grad()
-        extra = {}
-        if inside:
-            extra = {
-                "quantize_weight": quantizer,
-                "weight_parameters": tuple(quantizer.parameters()),
-            }
-        w = weight if inside else quantizer(weight)
-        y = conv2d_fake_quantized(x, scale, w, bias, 0, 15, rule="lsq", **GEOMETRIES[0], **extra)
+        if not inside:
+            y = F.conv2d(fake_quantize(x, scale, 0, 15), quantizer(weight), bias, padding=1)
+        elif through == "checkpoint":
+            y = checkpoint(fused, x, scale, weight, bias, 0, 15, use_reentrant=False)
+        elif through == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+                y = fused(x, scale, weight, bias, 0, 15)
+        else:
+            y = fused(x, scale, weight, bias, 0, 15)
         y.square().sum().backward()
-        results.append([y, *(v.grad for v in values), *(p.grad for p in quantizer.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        grads = {f"quantizer.{n}": p.grad.clone() for n, p in quantizer.named_parameters()}
+        results.append({"y": y, **{n: v.grad for n, v in values.items()}, **grads})
+    check_equal(results[1], results[0], "lsq")
 
 
-def test_frozen_operands_get_no_gradient():
-    x, scale, weight, bias = leaves()
-    y = conv2d_fake_quantized(x.detach(), scale.detach(), weight, bias, 0, 15, rule="lsq", **GEOMETRIES[0])
-    y.sum().backward()
-    assert x.grad is None and scale.grad is None and weight.grad is not None
+def test_a_frozen_weight_quantizer_gets_no_gradient():
+    quantizer, fused = weights_inside("lsq")
+    quantizer.requires_grad_(False)
+    values = operands()
+    fused(*values.values(), 0, 15).sum().backward()
+    assert quantizer.scale.grad is None and values["weight"].grad.abs().sum() > 0
 
 
-def test_runs_in_bfloat16_on_the_same_codes():
-    x, scale, weight, bias = leaves()
-    y = conv2d_fake_quantized(
-        x, scale, weight, bias, 0, 15, rule="lsq", dtype=torch.bfloat16, **GEOMETRIES[0]
-    )
-    expected = F.conv2d(
-        fake_quantize(x, scale, 0, 15).bfloat16(), weight.bfloat16(), bias.bfloat16(), padding=1
-    )
-    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
-    y.float().sum().backward()
-    assert weight.grad.dtype == torch.float32 and torch.isfinite(scale.grad)
+def test_changing_an_operand_before_backward_is_an_error():
+    quantizer, fused = weights_inside("lsq")
+    y = fused(*operands().values(), 0, 15)
+    with torch.no_grad():
+        quantizer.scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
-def test_only_the_operands_are_kept_for_backward():
-    x, scale, weight, bias = leaves()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        conv2d_fake_quantized(x, scale, weight, bias, 0, 15, rule="lsq", **GEOMETRIES[0])
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, scale, weight)}
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fake_quantize(x, scale, 0, 15, rule="pact")
-    assert sum(t.numel() * t.element_size() for t in kept) == x.numel() + 4
+@both_rules
+def test_only_the_operands_are_kept_for_backward(rule):
+    values = operands()
+    quantizer, fused = weights_inside("lsq")
+    for extra in ((), (quantizer.scale,)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=kept: to.append(t) or t, lambda t: t):
+            if extra:
+                fused(*values.values(), 0, 15)
+            else:
+                conv2d_fake_quantized(*values.values(), 0, 15, rule=rule, **PLAIN)
+        allowed = (values["x"], values["scale"], values["weight"], *extra)
+        assert {t.untyped_storage().data_ptr() for t in kept} == {
+            t.untyped_storage().data_ptr() for t in allowed
+        }
 
 
 def test_padding_is_exactly_zero():
-    x = torch.ones(1, 1, 1, 1)
-    weight = torch.ones(1, 1, 3, 3)
-    y = conv2d_fake_quantized(x, torch.tensor(0.3), weight, None, -8, 7, rule="lsq", **GEOMETRIES[0])
-    assert y.item() == pytest.approx(0.9)
+    scale, weight = torch.tensor(0.3), torch.full((1, 1, 3, 3), 100.0)
+    weight[..., 1, 1] = 1
+    for low, high in ((-8, 7), (0, 15)):
+        y = conv2d_fake_quantized(torch.ones(1, 1, 1, 1), scale, weight, None, low, high, rule="lsq", **PLAIN)
+        assert y.item() == 3 * scale.item()

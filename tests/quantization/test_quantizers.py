@@ -1,263 +1,341 @@
 import copy
-import importlib.util
 import itertools
-import pathlib
+import math
 
 import pytest
 import torch
-
-from aqdet.quantization import (
-    QuantSpec,
-    build_quantizer,
-    calibrate,
-    fake_quantize,
-    grad_scale,
-    integer_range,
-    round_ste,
-    set_quantization,
+from quantization import slow_reference as slow
+from quantization.specs import (
+    FOUR_BITS,
+    NUM_CHANNELS,
+    SPECS,
+    UNIFORM,
+    bound,
+    data,
+    groups,
+    ident,
+    is_uniform,
+    ready,
 )
-from aqdet.quantization.functional import SCALE_EPS, floor_scale
+from torch import nn
 
-_spec = importlib.util.spec_from_file_location(
-    "slow_reference", pathlib.Path(__file__).with_name("slow_reference.py")
-)
-slow = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(slow)
+from aqdet.quantization import QuantSpec, build_quantizer, calibrate, quantizers, set_quantization
+from aqdet.quantization.functional import SCALE_EPS
 
-METHODS = ("lsq", "pact", "dorefa")
-SPECS = [
-    QuantSpec(name, bits, role, signed=signed, per_channel=per_channel)
-    for name, bits in itertools.product(METHODS, (2, 3, 4, 8))
-    for role, signed, per_channel in (
-        ("weight", True, False),
-        ("weight", True, True),
-        ("input", True, False),
-        ("input", False, False),
-    )
-]
+all_specs = pytest.mark.parametrize("spec", SPECS, ids=ident)
+uniform_specs = pytest.mark.parametrize("spec", UNIFORM, ids=ident)
+four_bit_specs = pytest.mark.parametrize("spec", FOUR_BITS, ids=ident)
 
 
-def ident(spec):
-    sign = "s" if spec.signed else "u"
-    return f"{spec.quantizer}-{spec.role}-{spec.num_bits}{sign}{'-pc' if spec.per_channel else ''}"
+def on_and_around_the_bounds(spec, quantizer):
+    """Moves the ranges to powers of two and returns codes -> values on, inside and outside the bounds."""
+    low, high = slow.code_range(spec.quantizer, spec.num_bits, spec.signed)
+    scales = [2.0 ** (i % 5 - 3) for i in range(quantizer.num_scales)]
+    with torch.no_grad():
+        bound(quantizer).copy_(torch.tensor(scales) * (high if spec.quantizer == "pact" else 1))
+    points = [
+        low - 3,
+        low - 0.5,
+        low,
+        low + 0.25,
+        -0.25,
+        0,
+        0.25,
+        0.5,
+        high - 0.25,
+        high,
+        high + 0.5,
+        high + 9,
+    ]
+    return torch.tensor(points).expand(NUM_CHANNELS if spec.per_channel else 2, -1) * torch.tensor(
+        scales
+    ).view(-1, 1)
 
 
-def data(spec, seed=0):
-    x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
-    if spec.role == "weight":
-        return x * torch.linspace(0.1, 2, 6).view(-1, 1, 1, 1)
-    return x if spec.signed else x.relu()
-
-
-def ready(spec, x=None, method="mse"):
-    quantizer = build_quantizer(spec, num_channels=6)
-    quantizer.start_observing()
-    quantizer(data(spec) if x is None else x)
-    quantizer.finish_calibration(method)
-    return quantizer
-
-
-def groups(spec, x):
-    return [row.flatten() for row in x] if spec.per_channel else [x.flatten()]
-
-
-def code_range(spec):
-    return integer_range(spec.num_bits, spec.signed, spec.quantizer != "lsq")
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=ident)
-def test_forward_matches_the_slow_reference_and_has_few_values(spec):
-    x = data(spec, 1)
-    quantizer = ready(spec)
+def check_forward(spec, quantizer, x):
     y = quantizer(x)
     integers = quantizer.to_integer(x)
-    assert torch.equal(integers.dequantize(), y)
-    scales = integers.scale.flatten().tolist()
-    for xs, ys, scale in zip(groups(spec, x), groups(spec, y), itertools.cycle(scales), strict=False):
-        if spec.quantizer == "dorefa" and spec.role == "weight":
-            expected = slow.dorefa_weight(xs.tolist(), spec.num_bits)
+    low, high = slow.code_range(spec.quantizer, spec.num_bits, spec.signed)
+    all_codes = groups(spec, integers.codes)
+    bounds = bound(quantizer).tolist() if is_uniform(spec) else itertools.repeat(None)
+    for xs, ys, codes, b in zip(groups(spec, x), groups(spec, y), all_codes, bounds, strict=False):
+        if is_uniform(spec):
+            scale = slow.step(spec.quantizer, b, high)
+            pairs = [slow.uniform(v, scale, low, high) for v in xs.tolist()]
+            expected_codes, expected = ([pair[i] for pair in pairs] for i in (0, 1))
+            assert low <= min(expected_codes) and max(expected_codes) <= high
         else:
-            low, high = code_range(spec)
-            expected = [slow.uniform(v, scale, low, high) for v in xs.tolist()]
-            codes = integers.codes
-            assert codes.min() >= low and codes.max() <= high
-        # A value within float error of a rounding tie may go either way.
-        differs = (ys - torch.tensor(expected)).abs() > 1e-5
-        assert differs.sum() == 0
-        assert len(ys.unique()) <= 2**spec.num_bits
+            expected_codes, expected = slow.dorefa_weights(xs.tolist(), spec.num_bits)
+        assert codes.tolist() == expected_codes
+        torch.testing.assert_close(ys, torch.tensor(expected), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=ident)
-def test_gradients_are_the_written_formulas(spec):
-    x = (data(spec, 2) * 3).requires_grad_()
-    quantizer = ready(spec)
+def check_gradients(spec, quantizer, x):
+    x = x.clone().requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    scales = quantizer.to_integer(x.detach()).scale.flatten().tolist()
     quantizer(x).backward(grad)
-    low, high = code_range(spec)
-    expected_scale = []
-    for xs, gs, dxs, scale in zip(
-        groups(spec, x.detach()),
-        groups(spec, grad),
-        groups(spec, x.grad),
-        itertools.cycle(scales),
-        strict=False,
-    ):
+    low, high = slow.code_range(spec.quantizer, spec.num_bits, spec.signed)
+    bounds = bound(quantizer).tolist() if is_uniform(spec) else itertools.repeat(None)
+    expected_bound = []
+    all_groups = (groups(spec, t) for t in (x.detach(), grad, x.grad))
+    for xs, gs, dxs, b in zip(*all_groups, bounds, strict=False):
         if spec.quantizer == "lsq":
-            dx, ds = slow.lsq_gradients(xs.tolist(), gs.tolist(), scale, low, high)
-        elif spec.quantizer == "pact" or spec.role == "input":
-            dx, ds = slow.pact_gradients(xs.tolist(), gs.tolist(), scale * high, scale * low)
+            dx, db = slow.lsq_gradients(xs.tolist(), gs.tolist(), b, low, high)
+        elif is_uniform(spec):
+            alpha = b if spec.quantizer == "pact" else b * high
+            dx, db = slow.pact_gradients(xs.tolist(), gs.tolist(), alpha, spec.signed)
         else:
-            dx, ds = (gs * (1 - torch.tanh(xs) ** 2)).tolist(), 0.0
+            dx, db = slow.dorefa_weight_gradients(xs.tolist(), gs.tolist()), 0.0
         torch.testing.assert_close(dxs, torch.tensor(dx), rtol=1e-5, atol=1e-6)
-        expected_scale.append(ds)
-    parameters = list(quantizer.parameters())
-    assert len(parameters) == (0 if spec.quantizer == "dorefa" else 1)
-    for parameter in parameters:
-        torch.testing.assert_close(parameter.grad, torch.tensor(expected_scale), rtol=1e-4, atol=1e-4)
+        expected_bound.append(db)
+    parameters = dict(quantizer.named_parameters())
+    assert list(parameters) == {"lsq": ["scale"], "pact": ["alpha"], "dorefa": []}[spec.quantizer]
+    for parameter in parameters.values():
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected_bound), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_on_the_bounds():
-    # scale 1, range [0, 3]: on a bound counts as outside.
-    x = torch.tensor([-1.0, 0.0, 1.25, 3.0, 4.0], requires_grad=True)
-    scale = torch.tensor(1.0, requires_grad=True)
-    fake_quantize(x, scale, 0, 3, rule="lsq").sum().backward()
-    assert x.grad.tolist() == [0, 0, 1, 0, 0]
-    assert scale.grad.item() == pytest.approx(0 + 0 - 0.25 + 3 + 3)
-    x.grad = scale.grad = None
-    fake_quantize(x, scale, 0, 3, rule="pact").sum().backward()
-    assert x.grad.tolist() == [0, 0, 1, 0, 0]
-    assert scale.grad.item() == 6
-
-
-def test_a_large_tensor_is_worked_in_parts_with_the_same_gradients():
-    x = torch.randn(16, 70000)
-    grad = torch.randn_like(x)
-    for scale_shape in ((), (16, 1)):
-        for rule in ("lsq", "pact"):
-            results = []
-            for parts in (False, True):
-                leaf = x.clone().requires_grad_()
-                scale = torch.full(scale_shape, 0.3, requires_grad=True)
-                # A transposed gradient is not contiguous, which takes the other route.
-                g = grad if parts else grad.t().contiguous().t()
-                fake_quantize(leaf, scale, -8, 7, rule=rule).backward(g)
-                results.append((leaf.grad, scale.grad))
-            assert torch.equal(results[0][0], results[1][0])
-            torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=5e-2)
-
-
-@pytest.mark.parametrize("name", ("lsq", "pact"))
-def test_on_grid_input_is_unchanged(name):
-    spec = QuantSpec(name, 4, "input", signed=False)
+@all_specs
+def test_forward_is_the_papers_formula(spec):
     quantizer = ready(spec)
-    scale = quantizer.to_integer(torch.zeros(1)).scale
-    x = torch.arange(16) * scale
+    check_forward(spec, quantizer, data(spec, 1) * 1.5)
+    if is_uniform(spec):
+        check_forward(spec, quantizer, on_and_around_the_bounds(spec, quantizer))
+
+
+@all_specs
+def test_gradients_are_the_papers_formulas(spec):
+    quantizer = ready(spec)
+    check_gradients(spec, quantizer, data(spec, 2) * 1.5)
+    if is_uniform(spec):
+        quantizer.zero_grad()
+        check_gradients(spec, quantizer, on_and_around_the_bounds(spec, quantizer))
+
+
+def test_dorefa_weight_gradient_is_the_slope_of_tanh():
+    quantizer = ready(QuantSpec("dorefa", 4, "weight"))
+    w = torch.tensor([-1.5, -0.2, 0.0, 0.7], requires_grad=True)
+    quantizer(w).sum().backward()
+    assert w.grad.tolist() == pytest.approx([slow.slope(math.tanh, v) for v in w.tolist()], abs=1e-5)
+
+
+@all_specs
+def test_b_bits_are_b_bits_and_the_integers_are_exact(spec):
+    quantizer = ready(spec)
+    x = data(spec, 4) * 3
+    y = quantizer(x)
+    integers = quantizer.to_integer(x)
+    assert integers.codes.dtype == torch.int32 and integers.scale.dtype == torch.float32
+    assert torch.equal(integers.dequantize(), y)
+    for codes, values in zip(groups(spec, integers.codes), groups(spec, y), strict=True):
+        assert len(codes.unique()) == len(values.unique()) <= 2**spec.num_bits
+        if is_uniform(spec):
+            low, high = slow.code_range(spec.quantizer, spec.num_bits, spec.signed)
+            assert low <= codes.min() and codes.max() <= high
+        else:
+            assert codes.abs().max() == 2**spec.num_bits - 1 and (codes % 2 == 1).all()
+
+
+@uniform_specs
+def test_values_on_the_grid_are_unchanged_and_zero_is_zero(spec):
+    quantizer = ready(spec)
+    low, high = slow.code_range(spec.quantizer, spec.num_bits, spec.signed)
+    scales = quantizer.to_integer(data(spec)).scale.reshape(-1, 1)
+    x = torch.arange(low, high + 1) * scales
     assert torch.equal(quantizer(x), x)
-    assert quantizer(torch.zeros(3)).tolist() == [0, 0, 0]
+    zero = torch.zeros_like(x)
+    assert torch.equal(quantizer(zero), zero)
+    assert not quantizer.to_integer(zero).codes.any() and quantizer.to_integer(zero).zero_point == 0
 
 
-@pytest.mark.parametrize("name", ("lsq", "pact"))
-@pytest.mark.parametrize("value", (-0.5, 0.0))
-def test_a_scale_driven_below_zero_is_finite_and_recovers(name, value):
-    quantizer = ready(QuantSpec(name, 4, "input", signed=False))
-    (parameter,) = quantizer.parameters()
+@pytest.mark.parametrize("spec", [s for s in FOUR_BITS if s.quantizer != "dorefa"], ids=ident)
+@pytest.mark.parametrize("value", (-0.3, 0.0, -1e-12))
+def test_a_range_driven_below_zero_is_finite_and_recovers(spec, value):
+    quantizer = ready(spec)
     with torch.no_grad():
-        parameter.fill_(value)
-    x = torch.rand(1000)
-    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.01)
-    for _ in range(400):
+        bound(quantizer).fill_(value)
+    x = data(spec)
+    leaf = x.clone().requires_grad_()
+    quantizer(leaf).square().sum().backward()
+    assert torch.isfinite(leaf.grad).all() and torch.isfinite(bound(quantizer).grad).all()
+    # A step size grows far less than alpha has to.
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr={"lsq": 0.02, "pact": 0.1}[spec.quantizer])
+    for _ in range(80):
         optimizer.zero_grad()
         loss = (quantizer(x) - x).square().sum()
         assert torch.isfinite(loss)
         loss.backward()
-        assert torch.isfinite(parameter.grad).all()
         optimizer.step()
-    assert parameter.item() > SCALE_EPS
-    assert (quantizer(x) - x).square().mean() < 0.01
+    assert (bound(quantizer) > SCALE_EPS).all()
+    assert loss < 0.15 * x.square().sum()
 
 
-@pytest.mark.parametrize("spec", SPECS[::3], ids=ident)
-@pytest.mark.parametrize("x", (torch.zeros(6, 2), torch.full((6, 2), 0.7), torch.ones(6, 1)[:1]))
-def test_degenerate_inputs_stay_finite(spec, x):
-    if spec.per_channel and x.shape[0] != 6:
-        x = x.expand(6, -1)
-    quantizer = ready(spec, x)
-    leaf = x.clone().requires_grad_()
-    y = quantizer(leaf)
-    y.sum().backward()
-    assert torch.isfinite(y).all() and torch.isfinite(leaf.grad).all()
-    if not (spec.quantizer == "dorefa" and spec.role == "weight"):
-        torch.testing.assert_close(y, x, rtol=0.35, atol=1e-6)
+@four_bit_specs
+@pytest.mark.parametrize("shape", ((NUM_CHANNELS, 4, 3, 3), (NUM_CHANNELS, 1), (1,)), ids=str)
+@pytest.mark.parametrize("value", (0.0, 0.7, 1e-30, 1e30))
+def test_constant_and_one_element_tensors_stay_finite(spec, shape, value):
+    if spec.per_channel and shape == (1,):
+        shape = (NUM_CHANNELS,)
+    x = torch.full(shape, value)
+    for method in ("mse", "minmax", "percentile", "mean"):
+        quantizer = ready(spec, x, method)
+        leaf = x.clone().requires_grad_()
+        y = quantizer(leaf)
+        y.sum().backward()
+        for tensor in (y, leaf.grad, *(p.grad for p in quantizer.parameters())):
+            assert torch.isfinite(tensor).all()
+        assert torch.equal(quantizer.to_integer(x).dequantize(), y)
+        if is_uniform(spec) and value == 0.7 and method in ("mse", "minmax"):
+            torch.testing.assert_close(y, x, rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("spec", SPECS[::5], ids=ident)
+@four_bit_specs
+def test_an_empty_tensor_passes(spec):
+    if not is_uniform(spec):
+        pytest.skip("there is no largest weight")
+    x = torch.zeros(NUM_CHANNELS, 0, requires_grad=True)
+    ready(spec)(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@four_bit_specs
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision_input_is_quantized_in_float32(spec, dtype):
+def test_half_precision_is_quantized_in_float32(spec, dtype):
     quantizer = ready(spec)
     x = data(spec, 4).to(dtype)
-    expected = quantizer(x.float())
+    leaf32, leaf16 = x.float().requires_grad_(), x.clone().requires_grad_()
+    expected = quantizer(leaf32)
+    expected.sum().backward()
+    gradients = [p.grad.clone() for p in quantizer.parameters()]
+    quantizer.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = quantizer(x)
-    assert y.dtype == dtype
-    assert torch.equal(y, expected.to(dtype))
+        y = quantizer(leaf16)
+        integers = quantizer.to_integer(x)
+        y.float().sum().backward()
+    assert y.dtype == leaf16.grad.dtype == dtype
+    assert torch.equal(integers.codes, quantizer.to_integer(x.float()).codes)
+    assert torch.equal(integers.dequantize(), expected) and torch.equal(y, expected.to(dtype))
+    assert torch.equal(leaf16.grad, leaf32.grad.to(dtype))
+    for parameter, gradient in zip(quantizer.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+@four_bit_specs
+def test_a_model_cast_to_bfloat16_keeps_float32_arithmetic(spec):
+    quantizer = ready(spec).bfloat16()
+    x = data(spec, 4)
+    integers = quantizer.to_integer(x)
+    assert integers.scale.dtype == torch.float32
+    y = quantizer(x.requires_grad_())
+    assert torch.equal(y, integers.dequantize())
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in quantizer.parameters())
 
 
 def test_states():
     quantizer = build_quantizer(QuantSpec("lsq", 4, "input"))
     x = torch.randn(5)
-    with pytest.raises(RuntimeError, match="call aqdet.quantization.calibrate"):
+    assert not quantizer.is_calibrated and not quantizer.is_active
+    with pytest.raises(
+        RuntimeError, match=r"'LSQQuantizer' is not calibrated: call aqdet\.quantization\.cal"
+    ):
+        quantizer(x)
+    quantizer.path = "backbone.conv1.input_quantizer"
+    with pytest.raises(RuntimeError, match=r"'backbone\.conv1\.input_quantizer' is not calibrated"):
         quantizer(x)
     quantizer.enabled = False
     assert quantizer(x) is x
     quantizer.enabled = True
     quantizer.start_observing()
-    assert quantizer(x) is x
+    assert quantizer(x) is x and not quantizer.is_active
     quantizer.finish_calibration("mse")
+    assert quantizer.is_calibrated and quantizer.is_active
     assert not torch.equal(quantizer(x), x)
-    assert torch.equal(copy.deepcopy(quantizer)(x), quantizer(x))
-    set_quantization(torch.nn.Sequential(quantizer), False)
-    assert quantizer(x) is x
 
 
-def test_a_reload_never_calibrates_and_checks_the_grid():
-    spec = QuantSpec("lsq", 4, "input")
+def test_all_quantizers_of_a_model_are_found_and_switched():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"a": ready(QuantSpec("lsq", 2, "input"))}))
+    assert [name for name, _ in quantizers(model)] == ["1.a"]
+    x = torch.randn(5)
+    set_quantization(model, False)
+    assert model[1]["a"](x) is x
+    set_quantization(model, True)
+    assert not torch.equal(model[1]["a"](x), x)
+
+
+@all_specs
+@pytest.mark.parametrize("assign", (False, True))
+def test_a_reload_is_exact_and_never_calibrates(spec, assign, tmp_path):
     quantizer = ready(spec)
-    other = build_quantizer(spec)
-    other.load_state_dict(quantizer.state_dict())
-    x = torch.randn(50)
+    torch.save(quantizer.state_dict(), tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    other = build_quantizer(spec, num_channels=NUM_CHANNELS)
+    assert "uncalibrated" in repr(other)
+    other.load_state_dict(state, assign=assign)
+    assert "uncalibrated" not in repr(other)
+    x = data(spec, 5)
     assert torch.equal(other(x), quantizer(x))
-    assert calibrate(torch.nn.Sequential(other), lambda: pytest.fail("ran")) == {}
-    for wrong in (QuantSpec("lsq", 3, "input"), QuantSpec("lsq", 4, "input", signed=False)):
-        with pytest.raises(RuntimeError, match="in the checkpoint and"):
-            build_quantizer(wrong).load_state_dict(quantizer.state_dict())
+    assert calibrate(nn.Sequential(other), lambda: pytest.fail("calibrated again")) == {}
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+
+
+@four_bit_specs
+def test_copies_behave_alike(spec):
+    quantizer = ready(spec)
+    x = data(spec, 5)
+    for other in (copy.deepcopy(quantizer), copy.deepcopy(quantizer).to("cpu").eval().train()):
+        assert other.is_calibrated and torch.equal(other(x), quantizer(x))
+        assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in quantizer.parameters()}
+    assert not copy.deepcopy(build_quantizer(spec, num_channels=NUM_CHANNELS)).is_calibrated
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (QuantSpec("lsq", 3, "input"), "0.num_bits is 4 in the checkpoint and 3 in the model"),
+        (QuantSpec("lsq", 4, "input", signed=False), "0.signed is True in the checkpoint and False"),
+    ],
+)
+def test_a_checkpoint_of_another_grid_is_refused(wrong, words):
+    state = nn.Sequential(ready(QuantSpec("lsq", 4, "input"))).state_dict()
+    with pytest.raises(RuntimeError, match=words):
+        nn.Sequential(build_quantizer(wrong)).load_state_dict(state, strict=False)
+
+
+def test_a_partial_checkpoint_does_not_count_as_calibrated():
+    state = ready(QuantSpec("dorefa", 4, "weight")).state_dict()
+    quantizer = build_quantizer(QuantSpec("lsq", 4, "weight"))
+    assert quantizer.load_state_dict(state, strict=False).missing_keys == ["scale"]
+    assert not quantizer.is_calibrated and not quantizer.calibrated
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        quantizer(torch.randn(3))
+
+
+def test_a_float_checkpoint_leaves_a_calibrated_quantizer_as_it_is():
+    quantizer = ready(QuantSpec("lsq", 4, "input"))
+    quantizer.load_state_dict({}, strict=False)
+    assert quantizer.is_calibrated and quantizer.calibrated
+
+
+def test_loading_an_uncalibrated_checkpoint_is_uncalibrated():
+    spec = QuantSpec("pact", 4, "input")
+    quantizer = ready(spec)
+    quantizer.load_state_dict(build_quantizer(spec).state_dict())
+    assert not quantizer.is_calibrated
 
 
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"quantizer": "lqs"}, "one of dorefa, lsq, pact"),
-        ({"num_bits": 9}, "2 to 8, got 9"),
-        ({"num_bits": 4.0}, "integer from 2 to 8"),
-        ({"role": "bias"}, "'weight' or 'input'"),
+        ({"quantizer": "lqs"}, "QUANTIZER for inputs must be one of dorefa, lsq, pact, got 'lqs'"),
+        ({"num_bits": 9}, "NUM_BITS must be an integer from 2 to 8, got 9"),
+        ({"num_bits": 1}, "from 2 to 8, got 1"),
+        ({"num_bits": 4.0}, "from 2 to 8, got 4.0"),
+        ({"num_bits": True}, "from 2 to 8, got True"),
+        ({"role": "bias"}, "'weight' or 'input', got 'bias'"),
         ({"role": "weight", "signed": False}, "weights are signed"),
-        ({"role": "input", "per_channel": True}, "for weights"),
+        ({"role": "input", "per_channel": True}, "per-channel scales are for weights"),
     ],
 )
 def test_wrong_specs_are_refused_with_what_is_valid(values, words):
     with pytest.raises(ValueError, match=words):
         build_quantizer(QuantSpec(**{"quantizer": "lsq", "num_bits": 4, "role": "input", **values}))
-
-
-def test_straight_through_examples():
-    x = torch.tensor([0.4, 1.5, 2.5], requires_grad=True)
-    round_ste(x).backward(torch.tensor([1.0, 2.0, 3.0]))
-    assert round_ste(x).tolist() == [0, 2, 2] and x.grad.tolist() == [1, 2, 3]
-    x.grad = None
-    grad_scale(x, 0.5).sum().backward()
-    assert x.grad.tolist() == [0.5] * 3
-    s = torch.tensor(-1.0, requires_grad=True)
-    floor_scale(s).backward()
-    assert floor_scale(s).item() == pytest.approx(SCALE_EPS) and s.grad.item() == 1
-    assert integer_range(4, True) == (-8, 7) and integer_range(4, True, True) == (-7, 7)
-    assert integer_range(4, False) == (0, 15)

@@ -1,0 +1,78 @@
+import json
+import sys
+
+import pytest
+
+from aqdet.engine.experiment import Job, markdown_table, mean_and_spread, run_jobs, write_section
+
+SCRIPT = """
+import json, os, sys
+out = sys.argv[sys.argv.index("OUTPUT_DIR") + 1]
+runs = os.path.join(out, "runs"); n = len(open(runs).read()) if os.path.exists(runs) else 0
+open(runs, "a").write("r" if "--resume" in sys.argv else "f")
+if "fail" in sys.argv and n == 0:
+    open(os.path.join(out, "last_checkpoint"), "w").write("x")
+    sys.exit("went wrong")
+os.makedirs(os.path.join(out, "inference"), exist_ok=True)
+json.dump({"AP": 12.0}, open(os.path.join(out, "inference", "metrics.json"), "w"))
+"""
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    monkeypatch.setattr("aqdet.engine.experiment._POLL_SECONDS", 0.05)
+    script, config = tmp_path / "net.py", tmp_path / "c.yaml"
+    script.write_text(SCRIPT)
+    config.write_text("A: 1")
+
+    def job(name, *overrides):
+        return Job(name, str(config), overrides, str(tmp_path / name), 10)
+
+    def runs(name):
+        return (tmp_path / name / "runs").read_text()
+
+    return job, runs, str(script), config
+
+
+def test_done_is_not_done_again_until_its_config_changes(make, capsys):
+    job, runs, script, config = make
+    run_jobs([job("a"), job("b")], script)
+    run_jobs([job("a"), job("b")], script)
+    assert runs("a") == runs("b") == "f"
+    assert "[2/2] b: AP 12.0" in capsys.readouterr().out
+    config.write_text("A: 2")
+    run_jobs([job("a")], script)
+    assert runs("a") == "ff"
+    noted = job("a").finished()
+    assert (
+        noted["command"].startswith("python ")
+        and noted["seconds"] > 0
+        and sys.executable not in noted["command"]
+    )
+
+
+def test_a_failure_shows_its_log_and_the_next_run_resumes(make):
+    job, runs, script, _ = make
+    with pytest.raises(RuntimeError, match="x failed with status 1.*\nwent wrong"):
+        run_jobs([job("x", "fail"), job("y")], script)
+    run_jobs([job("x", "fail"), job("y")], script)
+    assert runs("x") == "fr" and runs("y") == "f"
+
+
+def test_numbers_and_tables(tmp_path):
+    assert mean_and_spread([1.0, 2.0, 3.0, None]) == "2.0 ± 1.0"
+    assert mean_and_spread([4.25]) == "4.2" and mean_and_spread([None]) == "-"
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+    path = tmp_path / "R.md"
+    write_section(path, "one", "first")
+    write_section(path, "two", "second")
+    write_section(path, "one", "changed")
+    text = path.read_text()
+    assert text.startswith("# Results\n") and "first" not in text
+    assert text.index("changed") < text.index("second") and text.count("begin one") == 1
+
+
+def test_metrics_are_read(make):
+    job, _, script, _ = make
+    run_jobs([job("m")], script)
+    assert job("m").metrics() == {"AP": 12.0} == json.loads(json.dumps({"AP": 12.0}))
