@@ -141,9 +141,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
             with open(filename, "rb") as file:
                 data = load_pickled_arrays(file)
         except (pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint {filename!r} is refused, it must hold only arrays: {error}"
-            ) from error
+            raise ValueError(f"checkpoint {filename!r} is refused, it must hold only arrays: {error}") from error
         if "model" in data and "__author__" in data:
             return data
         data = data.get("blobs", data)
@@ -208,8 +206,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 hint = "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
             more = f"; and {len(problems) - _MAX_LISTED} more" * (len(problems) > _MAX_LISTED)
             raise ValueError(
-                f"checkpoint {self._path!r} does not fit the model: "
-                f"{'; '.join(problems[:_MAX_LISTED])}{more} ({hint})"
+                f"checkpoint {self._path!r} does not fit the model: {'; '.join(problems[:_MAX_LISTED])}{more} ({hint})"
             )
         skipped = len(incompatible.unexpected_keys) + len(incompatible.incorrect_shapes)
         logger.info("Loaded %d keys from %s", len(stored) - skipped, self._path)

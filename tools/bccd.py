@@ -31,9 +31,7 @@ BATCH = 4
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bccd-root", required=True, help="VOC folder of BCCD")
     parser.add_argument("--output", default="output/bccd")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

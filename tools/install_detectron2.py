@@ -132,8 +132,7 @@ CHANGES = (
     ),
     Change(
         "detectron2/model_zoo/model_zoo.py",
-        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", '
-        'os.path.join("configs", config_path)\n    )',
+        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
         'os.path.join(os.path.dirname(__file__), "configs", config_path)',
         1,
         "setuptools 82 removed pkg_resources",

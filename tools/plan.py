@@ -61,8 +61,7 @@ def main() -> None:
     print(f"\nTotals for one image of {args.size[0]}x{args.size[1]}:")
     header = ["part", "convs", "parameters", "weight bytes", "GMACs", "Gbit-ops"]
     cells = [
-        [name, t.layers, t.parameters, t.weight_bytes, t.macs / 1e9, t.bit_ops / 1e9]
-        for name, t in totals.items()
+        [name, t.layers, t.parameters, t.weight_bytes, t.macs / 1e9, t.bit_ops / 1e9] for name, t in totals.items()
     ]
     print(tabulate(cells, header, floatfmt=".2f", intfmt=","))
     if args.json:

@@ -105,9 +105,7 @@ def make_picture(jobs: dict[str, Job], path: str) -> None:
     legend = titles.copy()
     width = table.shape[1] // 4
     for column, title in enumerate(("ground truth", *VARIANTS.values())):
-        cv2.putText(
-            titles, title, (column * width + 8, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA
-        )
+        cv2.putText(titles, title, (column * width + 8, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
     for index, name in enumerate(MetadataCatalog.get("aqdet_shapes_val").thing_classes):
         left = 8 + index * table.shape[1] // len(COLOURS)
         cv2.rectangle(legend, (left, 10), (left + 16, 24), COLOURS[index], -1)
@@ -144,9 +142,7 @@ def main() -> None:
         aside = os.path.join(args.output, name + ".part")
         Path(aside).write_text(text)
         os.replace(aside, os.path.join(args.output, name))
-    print(
-        f"\nEmbedded dataset, seed 1, {torch.get_num_threads()} threads; one seed is no comparison.\n\n{table}\n"
-    )
+    print(f"\nEmbedded dataset, seed 1, {torch.get_num_threads()} threads; one seed is no comparison.\n\n{table}\n")
     print(f"Picture: {picture}\nTable: {args.output}/results.md and results.json")
     print(f"Detectors and logs: {args.output}/{{start,{','.join(VARIANTS)}}}")
     print(f"This run took {(time.monotonic() - start) / 60:.1f} minutes.")

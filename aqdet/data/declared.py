@@ -42,8 +42,7 @@ def register_declared(cfg: CfgNode) -> None:
         json_file, image_root = _resolve(entry["json"]), _resolve(entry["image_root"])
         if not os.path.isfile(json_file):
             raise ValueError(
-                f"{where}.json: no file {json_file!r}; paths are relative to "
-                "$DETECTRON2_DATASETS or the current folder"
+                f"{where}.json: no file {json_file!r}; paths are relative to $DETECTRON2_DATASETS or the current folder"
             )
         if not os.path.isdir(image_root):
             raise ValueError(
@@ -54,9 +53,7 @@ def register_declared(cfg: CfgNode) -> None:
         if name in DatasetCatalog:
             known = MetadataCatalog.get(name)
             if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-                raise ValueError(
-                    f"{where}.name: {name!r} is registered already with other files, choose another name"
-                )
+                raise ValueError(f"{where}.name: {name!r} is registered already with other files, choose another name")
             continue
         classes = _class_names(json_file, where)
         register_coco_instances(name, {"thing_classes": classes}, json_file, image_root)
@@ -75,9 +72,7 @@ def _class_names(json_file: str, where: str) -> list[str]:
             categories = json.load(file)["categories"]
         return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}.json: {json_file!r} is not COCO JSON with categories: {error!r}"
-        ) from error
+        raise ValueError(f"{where}.json: {json_file!r} is not COCO JSON with categories: {error!r}") from error
 
 
 def check_num_classes(cfg: CfgNode) -> None:

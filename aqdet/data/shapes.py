@@ -118,9 +118,7 @@ def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarra
     return image, [_annotation(item) for item in items if item.kind in SHAPE_CLASSES]
 
 
-def make_shapes(
-    folder: str | os.PathLike[str], *, num_images: int, seed: int, size: int = IMAGE_SIZE
-) -> Path:
+def make_shapes(folder: str | os.PathLike[str], *, num_images: int, seed: int, size: int = IMAGE_SIZE) -> Path:
     """
     Write a dataset of drawn scenes, ``annotations.json`` and ``images/*.png``, once.
 
@@ -175,7 +173,8 @@ def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
     try:
         part.chmod(0o755)
         (part / "images").mkdir()
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         progress = tqdm(range(num_images), desc=f"drawing {folder.name}", unit="image")
         for index in progress:
             image, objects = draw_scene(seed, index, size)
@@ -329,7 +328,7 @@ def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item 
 
 
 def _annotation(item: _Item) -> dict[str, Any]:
-    rows, columns = item.mask.any(axis=1).nonzero()[0], item.mask.any(axis=0).nonzero()[0]
+    rows, columns = np.nonzero(item.mask.any(axis=1))[0], np.nonzero(item.mask.any(axis=0))[0]
     outline = item.polygons[0]
     for hole in item.polygons[1:]:
         outline = np.concatenate([outline, outline[:1], hole[:1], hole[:0:-1], hole[:1]])

@@ -1,57 +1,89 @@
-"""Pascal VOC folders to COCO JSON."""
+"""
+Pascal VOC folders to COCO JSON.
+
+Policy. A record that cannot be read as meant stops the conversion with all such records in one line and nothing
+written: a missing or unreadable file, XML with a DOCTYPE, an object without a name or with a box that is not four
+finite numbers, a class outside ``classes``. What is repaired or dropped is counted with the records it happened to:
+a box that reaches outside the image is clipped; one that lies outside or ends before it starts is dropped; a box of
+one pixel, an object given twice, and an image without objects are kept and counted; where the XML's size of an image
+differs from the file's, the file's is used, turned as its EXIF orientation says.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import json
+import math
 import os
+import re
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from xml.parsers import expat
 
 from PIL import Image
+from tabulate import tabulate
+
+__all__ = ["IMAGE_ENDINGS", "VocReport", "convert_voc"]
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
+SIZE_BANDS = ("small", "medium", "large")
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_EXIF_ORIENTATION = 0x0112
+_SHOWN = 20
 
 
 @dataclasses.dataclass
 class VocReport:
-    """What a conversion did.
+    """
+    What a conversion did.
 
     Attributes:
-        num_images, num_boxes: what was written; boxes_per_class: class name -> boxes.
-        notes: kind of repair or drop -> the records it happened to.
+        num_images, num_boxes: what was written.
+        boxes_per_class: class name -> boxes, in the order of the category ids.
+        images_per_class: class name -> images with at least one of its boxes.
+        bands_per_class: class name -> boxes that are small, medium and large as COCO means it.
+        notes: kind of repair, drop or oddity -> the records it happened to, as ``file#object``.
     """
 
     num_images: int
     num_boxes: int
     boxes_per_class: dict[str, int]
+    images_per_class: dict[str, int]
+    bands_per_class: dict[str, dict[str, int]]
     notes: dict[str, list[str]]
 
     def __str__(self) -> str:
+        rows = [
+            [name, self.images_per_class[name], boxes, *self.bands_per_class[name].values()]
+            for name, boxes in self.boxes_per_class.items()
+        ]
         lines = [f"{self.num_images} images, {self.num_boxes} boxes"]
-        lines += [f"  {name}: {count}" for name, count in self.boxes_per_class.items()]
+        lines.append(tabulate(rows, headers=["class", "images", "boxes", *SIZE_BANDS]))
         for kind, records in self.notes.items():
-            shown = ", ".join(records[:5]) + (", ..." if len(records) > 5 else "")
-            lines.append(f"{kind}: {len(records)} ({shown})")
+            lines.append(f"{kind}: {len(records)} ({_listed(records)})")
         return "\n".join(lines)
 
 
-def _parse(path: Path) -> ElementTree.Element:
-    text = path.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise ValueError(f"{path}: has a DOCTYPE or entity, which annotations do not need; refused")
-    try:
-        return ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path}: not valid XML: {error}") from error
+@dataclasses.dataclass(frozen=True)
+class _Object:
+    """An object of an XML file; `corners` are xmin, ymin, xmax, ymax as written there."""
+
+    record: str
+    name: str
+    corners: tuple[float, float, float, float]
+    difficult: bool
 
 
-def _read_box(element: ElementTree.Element, record: str) -> list[float]:
-    try:
-        return [float(element.findtext(f"bndbox/{k}", "")) for k in ("xmin", "ymin", "xmax", "ymax")]
-    except ValueError:
-        raise ValueError(f"{record}: bndbox needs numbers xmin, ymin, xmax, ymax") from None
+@dataclasses.dataclass(frozen=True)
+class _Annotation:
+    """What is read from an XML file; `declared` is the (width, height) it states, as text."""
+
+    declared: tuple[str, str]
+    objects: list[_Object]
 
 
 def convert_voc(
@@ -59,92 +91,265 @@ def convert_voc(
     split: str,
     output: str | os.PathLike[str],
     classes: Sequence[str] | None = None,
+    *,
+    difficult_as_crowd: bool = False,
 ) -> VocReport:
-    """Converts one split of a Pascal VOC folder; writes ``output`` whole or not at all.
+    """
+    Converts one split of a Pascal VOC folder; writes ``output`` whole or not at all.
 
-    VOC boxes are 1-based with inclusive ends: ``x = xmin - 1``, ``width = xmax - xmin + 1``. Policy, each case
-    counted in the report: a box that reaches outside the image is clipped; one without area after that is
-    dropped; where the XML's image size differs from the file's, the file's is used. ``difficult`` objects
-    are kept. Images without boxes are kept.
+    VOC boxes are 1-based with inclusive ends: ``x = xmin - 1``, ``width = xmax - xmin + 1``.
 
     Args:
         voc_root: folder with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``.
-        split: name of a file in ``ImageSets/Main`` without its ending.
+        split: name of a file in ``ImageSets/Main`` without its ending; image ids follow its lines.
         output: COCO JSON to write; file names in it are relative to ``JPEGImages``.
-        classes: names in the order of their ids; those found, sorted, if None.
+        classes: names in the order of their category ids, from 1; if None, those of all the folder's annotations,
+            sorted, so that all splits of a folder get the same ids.
+        difficult_as_crowd: makes ``difficult`` objects crowd regions, which Detectron2 does not train on and COCO's
+            evaluation ignores; else they are objects as all others.
+
+    Returns:
+        what was written, repaired and dropped.
 
     Raises:
-        ValueError: in one line, for missing files (all of them), malformed XML, unknown class names.
+        ValueError: in one line, for what the module's policy refuses.
     """
-    root = Path(voc_root)
-    split_file = root / "ImageSets" / "Main" / f"{split}.txt"
-    if not split_file.is_file():
-        found = sorted(p.stem for p in split_file.parent.glob("*.txt"))
-        raise ValueError(f"no split file {split_file}; splits there: {', '.join(found) or 'none'}")
-    stems = [line.split()[0] for line in split_file.read_text().splitlines() if line.strip()]
-    if len(set(stems)) != len(stems):
-        repeated = sorted(s for s, n in collections.Counter(stems).items() if n > 1)
-        raise ValueError(f"{split_file}: repeated records {', '.join(repeated[:5])}")
-    wanted = [(root / "Annotations" / f"{s}.xml", root / "JPEGImages" / f"{s}.jpg") for s in stems]
-    missing = [str(path) for pair in wanted for path in pair if not path.is_file()]
-    if missing:
-        raise ValueError(f"{len(missing)} files are missing: {', '.join(missing[:5])}")
-
+    root, target = Path(voc_root), Path(output)
     notes: dict[str, list[str]] = collections.defaultdict(list)
-    records: list[tuple[dict[str, Any], list[tuple[str, list[float]]]]] = []
-    for index, (xml_path, image_path) in enumerate(wanted):
-        tree = _parse(xml_path)
-        with Image.open(image_path) as image:
-            width, height = image.size
-        declared = (tree.findtext("size/width", ""), tree.findtext("size/height", ""))
-        if declared != (str(width), str(height)):
-            notes["image size in XML differs, file's used"].append(xml_path.stem)
-        boxes = []
-        for number, item in enumerate(tree.iter("object")):
-            record = f"{xml_path.stem}#{number}"
-            name = (item.findtext("name") or "").strip()
-            if not name:
-                raise ValueError(f"{xml_path}: object {number} has no name")
-            xmin, ymin, xmax, ymax = _read_box(item, str(xml_path))
-            left, top = max(xmin - 1, 0), max(ymin - 1, 0)
-            right, bottom = min(xmax, width), min(ymax, height)
-            if xmax < xmin or ymax < ymin or right - left < 1 or bottom - top < 1:
-                notes["boxes without area, dropped"].append(record)
-                continue
-            if (left, top, right, bottom) != (xmin - 1, ymin - 1, xmax, ymax):
-                notes["boxes outside the image, clipped"].append(record)
-            boxes.append((name, [left, top, right - left, bottom - top]))
-        info = {"id": index + 1, "file_name": image_path.name, "width": width, "height": height}
-        records.append((info, boxes))
+    stems = _read_split(root, split, notes)
+    images = _find_images(root, stems)
+    annotations, problems = {}, []
+    for stem in stems:
+        try:
+            annotations[stem] = _read_annotation(root, stem)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"{len(problems)} annotation files cannot be used: {_listed(problems, '; ')}")
+    names = list(classes) if classes is not None else _class_names(root, annotations, notes)
+    _check_classes(names, annotations)
 
-    found_names = sorted({name for _, boxes in records for name, _ in boxes})
-    names = list(classes) if classes is not None else found_names
-    unknown = sorted(set(found_names) - set(names))
-    if unknown:
-        raise ValueError(f"classes {', '.join(unknown)} are in the data but not in --classes")
-    annotations: list[dict[str, Any]] = []
-    for info, boxes in records:
-        for name, box in boxes:
-            annotations.append(
+    content: dict[str, Any] = {"images": [], "annotations": []}
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+    for image_id, stem in enumerate(stems, 1):
+        width, height = _image_size(root / "JPEGImages" / images[stem], stem, notes)
+        if annotations[stem].declared != (str(width), str(height)):
+            declared = "x".join(annotations[stem].declared)
+            notes["image size in XML differs, file's used"].append(f"{stem}: {declared}, {width}x{height}")
+        entry = {"id": image_id, "file_name": images[stem], "width": width, "height": height}
+        content["images"].append(entry)
+        boxes = 0
+        seen = set()
+        for item in annotations[stem].objects:
+            if (item.name, item.corners) in seen:
+                notes["objects given twice, kept"].append(item.record)
+            seen.add((item.name, item.corners))
+            box = _coco_box(item, width, height, notes)
+            if box is None:
+                continue
+            if item.difficult:
+                kind = "made crowd regions" if difficult_as_crowd else "kept as objects"
+                notes[f"difficult objects, {kind}"].append(item.record)
+            boxes += 1
+            content["annotations"].append(
                 {
-                    "id": len(annotations) + 1,
-                    "image_id": info["id"],
-                    "category_id": names.index(name) + 1,
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": names.index(item.name) + 1,
                     "bbox": box,
                     "area": box[2] * box[3],
-                    "iscrowd": 0,
+                    "segmentation": [],
+                    "iscrowd": int(item.difficult and difficult_as_crowd),
                 }
             )
-    content = {
-        "images": [info for info, _ in records],
-        "annotations": annotations,
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(names)],
-    }
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(target.name + ".part")
-    aside.write_text(json.dumps(content))
-    os.replace(aside, target)
-    counts = collections.Counter(a["category_id"] for a in annotations)
-    per_class = {name: counts[i + 1] for i, name in enumerate(names)}
-    return VocReport(len(records), len(annotations), per_class, dict(notes))
+        if not boxes:
+            notes["images without objects, kept"].append(stem)
+    _write_json(target, content)
+    return _report(content, names, notes)
+
+
+def _listed(items: Sequence[str], separator: str = ", ") -> str:
+    rest = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return separator.join(items[:_SHOWN]) + rest
+
+
+def _read_split(root: Path, split: str, notes: dict[str, list[str]]) -> list[str]:
+    """Names of the split's records, without their ending, each once."""
+    path = root / "ImageSets" / "Main" / f"{split}.txt"
+    if not path.is_file():
+        found = sorted(p.stem for p in path.parent.glob("*.txt"))
+        raise ValueError(f"no split file {str(path)!r}; splits there: {', '.join(found) or 'none'}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"split file {str(path)!r} lists no images")
+    labelled = [re.fullmatch(r"(.*\S)\s+(-1|0|1)", line) for line in lines]
+    if all(labelled) and not (root / "Annotations" / f"{lines[0]}.xml").is_file():
+        raise ValueError(
+            f"split file {str(path)!r} marks the images of one class (name and -1, 0 or 1 a line); "
+            "name a split that lists images alone"
+        )
+    outside = [line for line in lines if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts]
+    if outside:
+        raise ValueError(f"split file {str(path)!r} names files outside the folder: {_listed(outside)}")
+    stems = list(dict.fromkeys(lines))
+    repeated = [line for line, count in collections.Counter(lines).items() if count > 1]
+    if repeated:
+        notes["lines repeated in the split file, used once"].extend(repeated)
+    return stems
+
+
+def _find_images(root: Path, stems: Sequence[str]) -> dict[str, str]:
+    """Image file of each record, relative to ``JPEGImages``; raises with all files that are missing."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    folder = root / "JPEGImages"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_ENDINGS:
+            name = path.relative_to(folder).as_posix()
+            found[name[: -len(path.suffix)]].append(name)
+    missing = [f"Annotations/{s}.xml" for s in stems if not (root / "Annotations" / f"{s}.xml").is_file()]
+    missing += [f"JPEGImages/{s}{IMAGE_ENDINGS[0]}" for s in stems if s not in found]
+    if missing:
+        raise ValueError(f"{len(missing)} files are missing in {str(root)!r}: {_listed(missing)}")
+    several = [" and ".join(found[s]) for s in stems if len(found[s]) > 1]
+    if several:
+        raise ValueError(f"images of the same name in {str(folder)!r}: {_listed(several)}")
+    return {stem: found[stem][0] for stem in stems}
+
+
+def _parse(path: Path) -> ElementTree.Element:
+    """
+    The root element of an XML file.
+
+    Raises:
+        ValueError: if it is not XML, or has a DOCTYPE: that is where entities are defined, which can point to other
+            files or grow without bound, and an annotation needs none.
+    """
+
+    def refuse(*_: object) -> None:
+        raise ValueError("has a DOCTYPE, which an annotation does not need; refused")
+
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(path.read_bytes(), True)
+    except expat.ExpatError as error:
+        raise ValueError(f"not valid XML: {error}") from error
+    return builder.close()
+
+
+def _read_annotation(root: Path, stem: str) -> _Annotation:
+    """The annotation of a record; raises with the file's name in front."""
+    path = root / "Annotations" / f"{stem}.xml"
+    try:
+        tree = _parse(path)
+        objects = [_read_object(item, f"{stem}#{i}") for i, item in enumerate(tree.findall("object"))]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    declared = [(tree.findtext(f"size/{side}") or "").strip() or "none" for side in ("width", "height")]
+    return _Annotation((declared[0], declared[1]), objects)
+
+
+def _read_object(item: ElementTree.Element, record: str) -> _Object:
+    number = record.rpartition("#")[2]
+    name = (item.findtext("name") or "").strip()
+    if not name:
+        raise ValueError(f"object {number} has no name")
+    texts = [(item.findtext(f"bndbox/{corner}") or "").strip() for corner in _CORNERS]
+    try:
+        values = [float(text) for text in texts]
+    except ValueError:
+        values = [math.nan]
+    if not all(math.isfinite(value) for value in values):
+        got = " ".join(f"{corner}={text!r}" for corner, text in zip(_CORNERS, texts, strict=True))
+        raise ValueError(f"bndbox of object {number} needs four finite numbers, got {got}")
+    xmin, ymin, xmax, ymax = (int(value) if value.is_integer() else value for value in values)
+    return _Object(record, name, (xmin, ymin, xmax, ymax), (item.findtext("difficult") or "").strip() == "1")
+
+
+def _class_names(root: Path, annotations: dict[str, _Annotation], notes: dict[str, list[str]]) -> list[str]:
+    """Sorted names in all annotations of the folder, those outside the split included."""
+    names = {item.name for annotation in annotations.values() for item in annotation.objects}
+    folder = root / "Annotations"
+    for path in sorted(folder.rglob("*.xml")):
+        stem = path.relative_to(folder).as_posix().removesuffix(".xml")
+        if stem in annotations:
+            continue
+        try:
+            names.update((item.findtext("name") or "").strip() for item in _parse(path).findall("object"))
+        except ValueError:
+            notes["annotations outside the split, unreadable, not searched for classes"].append(stem)
+    names.discard("")
+    return sorted(names)
+
+
+def _check_classes(names: Sequence[str], annotations: dict[str, _Annotation]) -> None:
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise ValueError(f"class names must be at least one, none empty or twice, got {list(names)}")
+    found = {item.name for annotation in annotations.values() for item in annotation.objects}
+    if found - set(names):
+        raise ValueError(
+            f"classes {', '.join(sorted(found - set(names)))} are in the data but not in --classes {','.join(names)}"
+        )
+
+
+def _image_size(path: Path, stem: str, notes: dict[str, list[str]]) -> tuple[int, int]:
+    """Width and height as Detectron2 reads the image: turned as its EXIF orientation says."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} is not an image that can be read: {error}") from error
+    if turned:
+        notes["images turned by their EXIF orientation"].append(stem)
+        return height, width
+    return width, height
+
+
+def _coco_box(item: _Object, width: int, height: int, notes: dict[str, list[str]]) -> list[float] | None:
+    """The box as x, y, width, height inside the image; None if nothing is left of it."""
+    xmin, ymin, xmax, ymax = item.corners
+    if xmax < xmin or ymax < ymin:
+        notes["boxes that end before they start, dropped"].append(item.record)
+        return None
+    left, top = max(xmin - 1, 0), max(ymin - 1, 0)
+    right, bottom = min(xmax, width), min(ymax, height)
+    if right <= left or bottom <= top:
+        notes["boxes outside the image, dropped"].append(item.record)
+        return None
+    if (left, top, right, bottom) != (xmin - 1, ymin - 1, xmax, ymax):
+        notes["boxes that reach outside the image, clipped"].append(item.record)
+    if right - left <= 1 or bottom - top <= 1:
+        notes["boxes one pixel wide or high, kept"].append(item.record)
+    return [left, top, right - left, bottom - top]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+def _report(content: dict[str, Any], names: Sequence[str], notes: dict[str, list[str]]) -> VocReport:
+    boxes = dict.fromkeys(names, 0)
+    bands = {name: dict.fromkeys(SIZE_BANDS, 0) for name in names}
+    images: dict[str, set[int]] = {name: set() for name in names}
+    for item in content["annotations"]:
+        name = names[item["category_id"] - 1]
+        boxes[name] += 1
+        bands[name][SIZE_BANDS[(item["area"] >= 32**2) + (item["area"] >= 96**2)]] += 1
+        images[name].add(item["image_id"])
+    in_images = {name: len(ids) for name, ids in images.items()}
+    return VocReport(len(content["images"]), len(content["annotations"]), boxes, in_images, bands, dict(notes))

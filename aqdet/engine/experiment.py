@@ -131,8 +131,7 @@ def _run(job: Job, train_net: str, head: str) -> None:
     if process.returncode:
         tail = (output / "stdout.txt").read_text(errors="replace").splitlines()[-15:]
         raise RuntimeError(
-            f"{job.name} failed with status {process.returncode}; end of {output / 'stdout.txt'}:\n"
-            + "\n".join(tail)
+            f"{job.name} failed with status {process.returncode}; end of {output / 'stdout.txt'}:\n" + "\n".join(tail)
         )
     noted = {
         "fingerprint": job.fingerprint(),

@@ -44,9 +44,7 @@ class QuantConv2d(Conv2d):
     _shared_weight: tuple[Tensor] | None = None  # in a tuple, since it must not register as a parameter
 
     @classmethod
-    def from_float(
-        cls, conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | None, path: str = ""
-    ) -> QuantConv2d:
+    def from_float(cls, conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | None, path: str = "") -> QuantConv2d:
         """Builds a quantized layer around the parameters of a float one (shared, not copied).
 
         Args:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -108,7 +108,7 @@ class AuxiliaryPath(nn.Module):
         if self.needs_alignment and not torch.is_grad_enabled():
             # The first calibration batch; training itself always has gradients.
             for adaptor, feature in zip(self.adaptors, features, strict=True):
-                adaptor.align(feature)
+                cast(Adaptor, adaptor).align(feature)
             self.needs_alignment = False
         return self.head([adaptor(feature) for adaptor, feature in pairs])
 
@@ -157,7 +157,7 @@ def build_auxiliary(cfg: CfgNode, *, head: nn.Module, channels: list[int]) -> Au
     )
 
 
-def _owner(model: nn.Module) -> nn.Module:
+def _owner(model: nn.Module) -> Any:
     """The model inside a DistributedDataParallel wrapper, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 

@@ -47,13 +47,13 @@ class QuantStem(BasicStem):
 class _ResidualMixin(nn.Module):
     """The end of a residual block: sum, tap point, ReLU, shared stream."""
 
-    shortcut: nn.Module | None
+    shortcut: nn.Conv2d | None
 
     def _add_residual(self) -> None:
         self.residual_add = QuantAdd(signed=(True, None if self.shortcut is None else True))
         self.output_stream = StreamQuantizer(relu=True)
         if self.shortcut is not None:
-            declare_site(self.shortcut, signed=False)  # type: ignore[arg-type]
+            declare_site(self.shortcut, signed=False)
 
     def _finish(self, out: Tensor, x: Tensor) -> Tensor:
         if self.shortcut is not None:
@@ -63,6 +63,9 @@ class _ResidualMixin(nn.Module):
 
 class QuantBasicBlock(BasicBlock, _ResidualMixin):
     """ResNet-18/34 block. The output of ``residual_add`` is the sum before ReLU and quantization."""
+
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
 
     def __init__(self, in_channels: int, out_channels: int, **kwargs: object) -> None:
         super().__init__(in_channels, out_channels, **kwargs)
@@ -78,6 +81,10 @@ class QuantBasicBlock(BasicBlock, _ResidualMixin):
 
 class QuantBottleneckBlock(BottleneckBlock, _ResidualMixin):
     """ResNet-50/101 block. The output of ``residual_add`` is the sum before ReLU and quantization."""
+
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
 
     def __init__(self, in_channels: int, out_channels: int, **kwargs: object) -> None:
         super().__init__(in_channels, out_channels, **kwargs)
@@ -102,9 +109,7 @@ class QuantLastLevelP6P7(LastLevelP6P7):
         relu: ReLU after both.
     """
 
-    def __init__(
-        self, *, in_channels: int, out_channels: int, in_feature: str, norm: str, relu: bool
-    ) -> None:
+    def __init__(self, *, in_channels: int, out_channels: int, in_feature: str, norm: str, relu: bool) -> None:
         super().__init__(in_channels, out_channels, in_feature)
         if norm:
             for key, channels in (("p6", in_channels), ("p7", out_channels)):
@@ -190,9 +195,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         )
     if resnets.RES5_DILATION != 1:
         raise ValueError(f"MODEL.RESNETS.RES5_DILATION must be 1, got {resnets.RES5_DILATION}")
-    stem = QuantStem(
-        in_channels=input_shape.channels, out_channels=resnets.STEM_OUT_CHANNELS, norm=resnets.NORM
-    )
+    stem = QuantStem(in_channels=input_shape.channels, out_channels=resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
     stages = []
     in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
     bottleneck_channels = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP

@@ -63,7 +63,7 @@ def _norm_name(module: nn.Module | None) -> str:
 
 def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Norms that stand behind a convolution in a ``Sequential`` rather than inside it."""
-    norms = {}
+    norms: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, nn.Sequential):
             layers = list(module)
@@ -96,7 +96,7 @@ def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def make_plan(model: nn.Module, size: tuple[int, int]) -> list[PlanRow]:
+def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     """The plan of a dense detector (``backbone``, ``head``, ``auxiliary``), for one image.
 
     Args:
@@ -141,8 +141,8 @@ def _conv_row(path: str, conv: nn.Conv2d, following: nn.Module | None, macs: int
     extra = list(norm.parameters()) + [b for b in norm.buffers() if b.dim()] if norm else []
     rest = sum(t.numel() for t in extra) + (0 if conv.bias is None else conv.bias.numel())
     quantized = isinstance(conv, QuantConv2d)
-    weight_quantizer = conv.weight_quantizer if quantized else None
-    input_quantizer = conv.input_quantizer if quantized else None
+    weight_quantizer: Quantizer | None = getattr(conv, "weight_quantizer", None)
+    input_quantizer: Quantizer | None = getattr(conv, "input_quantizer", None)
     weight_bits = weight_quantizer.spec.num_bits if weight_quantizer else FLOAT_BITS
     is_image = quantized and input_quantizer is None
     input_bits = input_quantizer.spec.num_bits if input_quantizer else FLOAT_BITS

@@ -116,9 +116,7 @@ class QuantPolicy:
             )
             if site.role == "stem":
                 return weight, None
-            input = QuantSpec(
-                values["INPUT.QUANTIZER"], values["INPUT.NUM_BITS"], "input", signed=site.signed
-            )
+            input = QuantSpec(values["INPUT.QUANTIZER"], values["INPUT.NUM_BITS"], "input", signed=site.signed)
         except ValueError as error:
             raise ValueError(f"MODEL.QUANT for layer {path}: {error}") from error
         return weight, input
@@ -143,9 +141,7 @@ class QuantPolicy:
             elif isinstance(child, nn.Conv2d):
                 site = getattr(child, "quant_site", None)
                 if site is None:
-                    raise ValueError(
-                        f"layer {path} ({type(child).__name__}) has no declared quantization site"
-                    )
+                    raise ValueError(f"layer {path} ({type(child).__name__}) has no declared quantization site")
                 specs = self.specs(path, site)
                 if specs is None:
                     logger.warning("%s stays in float by MODEL.QUANT.RULES", path)

@@ -29,7 +29,5 @@ def build_quantizer(spec: QuantSpec, *, num_channels: int = 1) -> Quantizer:
     classes = QUANTIZER_REGISTRY.get(spec.quantizer, {})
     if spec.role not in classes:
         valid = sorted(name for name, roles in QUANTIZER_REGISTRY.items() if spec.role in roles)
-        raise ValueError(
-            f"QUANTIZER for {spec.role}s must be one of {', '.join(valid)}, got {spec.quantizer!r}"
-        )
+        raise ValueError(f"QUANTIZER for {spec.role}s must be one of {', '.join(valid)}, got {spec.quantizer!r}")
     return classes[spec.role](spec, num_channels)

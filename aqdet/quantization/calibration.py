@@ -49,8 +49,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
     for name, share in shares.items():
         if share > 0 and not pending[name].spec.signed:
             logger.warning(
-                "%s is declared unsigned but %.2f %% of its calibration values are negative: they are "
-                "clipped to zero",
+                "%s is declared unsigned but %.2f %% of its calibration values are negative: they are clipped to zero",
                 name,
                 100 * share,
             )

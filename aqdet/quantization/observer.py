@@ -101,9 +101,7 @@ def check_method(method: str) -> None:
         ValueError: listing the valid ones.
     """
     if method not in CALIBRATION_METHODS:
-        raise ValueError(
-            f"calibration METHOD must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}"
-        )
+        raise ValueError(f"calibration METHOD must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}")
 
 
 def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method: str) -> Tensor:

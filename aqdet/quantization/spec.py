@@ -35,9 +35,7 @@ class QuantSpec:
         if self.role not in ("weight", "input"):
             raise ValueError(f"role must be 'weight' or 'input', got {self.role!r}")
         if type(self.num_bits) is not int or not MIN_BITS <= self.num_bits <= MAX_BITS:
-            raise ValueError(
-                f"NUM_BITS must be an integer from {MIN_BITS} to {MAX_BITS}, got {self.num_bits!r}"
-            )
+            raise ValueError(f"NUM_BITS must be an integer from {MIN_BITS} to {MAX_BITS}, got {self.num_bits!r}")
         if self.role == "weight" and not self.signed:
             raise ValueError("weights are signed: signed=False is for role='input'")
         if self.role == "input" and self.per_channel:

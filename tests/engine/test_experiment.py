@@ -44,11 +44,7 @@ def test_done_is_not_done_again_until_its_config_changes(make, capsys):
     run_jobs([job("a")], script)
     assert runs("a") == "ff"
     noted = job("a").finished()
-    assert (
-        noted["command"].startswith("python ")
-        and noted["seconds"] > 0
-        and sys.executable not in noted["command"]
-    )
+    assert noted["command"].startswith("python ") and noted["seconds"] > 0 and sys.executable not in noted["command"]
 
 
 def test_a_failure_shows_its_log_and_the_next_run_resumes(make):

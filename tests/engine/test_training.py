@@ -31,7 +31,13 @@ def run(tmp_path_factory):
     torch.save({"model": float_model.state_dict()}, root / "fp.pth")
 
     def cfg_for(name, *overrides):
-        values = f"MODEL.RETINANET.NUM_CLASSES 6 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 DATALOADER.NUM_WORKERS 0 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 INPUT.MAX_SIZE_TEST 96 DATASETS.TRAIN ('{DATA}',) DATASETS.TEST ('{DATA}',) TEST.EVAL_PERIOD 2 MODEL.QUANT.CALIBRATION.NUM_BATCHES 2 MODEL.QUANT.CALIBRATION.METHOD minmax SOLVER.CHECKPOINT_PERIOD 2 OUTPUT_DIR {root / name}"
+        values = (
+            "MODEL.RETINANET.NUM_CLASSES 6 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 4 DATALOADER.NUM_WORKERS 0 "
+            "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 INPUT.MAX_SIZE_TEST 96 "
+            f"DATASETS.TRAIN ('{DATA}',) DATASETS.TEST ('{DATA}',) TEST.EVAL_PERIOD 2 SOLVER.CHECKPOINT_PERIOD 2 "
+            "MODEL.QUANT.CALIBRATION.NUM_BATCHES 2 MODEL.QUANT.CALIBRATION.METHOD minmax "
+            f"OUTPUT_DIR {root / name}"
+        )
         (root / name).mkdir(exist_ok=True)
         return make_cfg(*QUANT, *AUX, *values.split(), *overrides, seed_weights=str(root / "fp.pth"))
 
@@ -98,9 +104,7 @@ def test_resume_goes_on_with_optimizer_and_without_calibration(run, caplog):
     assert all(torch.equal(ours[k]["momentum_buffer"], theirs[k]["momentum_buffer"]) for k in theirs)
     scales = {n: q.state_dict() for n, q in quantizers(trainer.model)}
     trainer._hooks[0].before_train()
-    assert all(
-        torch.equal(v, scales[n][k]) for n, q in quantizers(trainer.model) for k, v in q.state_dict().items()
-    )
+    assert all(torch.equal(v, scales[n][k]) for n, q in quantizers(trainer.model) for k, v in q.state_dict().items())
 
 
 def test_random_start_of_quantized_training_is_loud(run, caplog):

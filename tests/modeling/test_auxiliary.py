@@ -60,9 +60,7 @@ def test_matched_once_and_normalizer_moved_once(monkeypatch):
 
 def test_schedules():
     def weight(schedule, iteration):
-        path = AuxiliaryPath(
-            adaptors=[], head=torch.nn.Identity(), loss_weight=2.0, schedule=schedule, max_iter=100
-        )
+        path = AuxiliaryPath(adaptors=[], head=torch.nn.Identity(), loss_weight=2.0, schedule=schedule, max_iter=100)
         return path.weight_at(iteration)
 
     assert [weight("constant", i) for i in (0, 50, 100)] == [2, 2, 2]

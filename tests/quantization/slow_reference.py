@@ -26,9 +26,7 @@ def uniform(x: float, scale: float, low: int, high: int) -> tuple[int, float]:
     return code, code * scale
 
 
-def lsq_gradients(
-    xs: list[float], grads: list[float], scale: float, low: int, high: int
-) -> tuple[list[float], float]:
+def lsq_gradients(xs: list[float], grads: list[float], scale: float, low: int, high: int) -> tuple[list[float], float]:
     """LSQ (1902.08153), equations 3 and 5, with the gradient scale 1 / sqrt(N Qp)."""
     dx, dscale = [], 0.0
     for x, grad in zip(xs, grads, strict=True):
@@ -42,9 +40,7 @@ def lsq_gradients(
     return dx, dscale / math.sqrt(len(xs) * high)
 
 
-def pact_gradients(
-    xs: list[float], grads: list[float], alpha: float, signed: bool
-) -> tuple[list[float], float]:
+def pact_gradients(xs: list[float], grads: list[float], alpha: float, signed: bool) -> tuple[list[float], float]:
     """PACT (1805.06085): dy/dalpha is 1 where x >= alpha; signed, also -1 where x <= -alpha."""
     dx, dalpha = [], 0.0
     for x, grad in zip(xs, grads, strict=True):

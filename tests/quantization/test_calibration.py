@@ -1,11 +1,12 @@
+import datetime
 import logging
 import math
+import multiprocessing
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from quantization import slow_reference as slow
 from quantization.specs import bound, data, ready
 from torch import nn
@@ -195,22 +196,36 @@ def _rank_data(rank):
 
 
 def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    scales = []
-    for method in CALIBRATION_METHODS:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=90),
+    )
+    try:
+        scales = []
+        for method in CALIBRATION_METHODS:
+            model = site()
+            calibrate(model, lambda m=model: m(_rank_data(rank)), method=method)
+            scales.append(model[0].scale.item())
+        # A rank without data takes part.
         model = site()
-        calibrate(model, lambda m=model: m(_rank_data(rank)), method=method)
-        scales.append(model[0].scale.item())
-    # A rank without data takes part.
-    model = site()
-    calibrate(model, lambda: rank == 0 or model(_rank_data(1)))
-    torch.save([*scales, model[0].scale.item()], os.path.join(folder, f"{rank}.pth"))
-    dist.destroy_process_group()
+        calibrate(model, lambda: rank == 0 or model(_rank_data(1)))
+        torch.save([*scales, model[0].scale.item()], os.path.join(folder, f"{rank}.pth"))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ranks_agree_with_one_process_on_all_data(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    # This process is rank 0: a second new one would import everything as well.
+    other = multiprocessing.get_context("spawn").Process(target=_rank, args=(1, str(tmp_path)))
+    other.start()
+    try:
+        _rank(0, str(tmp_path))
+    finally:
+        other.join(30)
+        other.kill()
     expected = []
     for method in (*CALIBRATION_METHODS, "second rank alone"):
         model, alone = site(), method not in CALIBRATION_METHODS

@@ -68,8 +68,7 @@ both_rules = pytest.mark.parametrize("rule", ("lsq", "pact"))
 def test_equals_fake_quantize_then_conv_bit_for_bit(rule, geometry, bias, low, high, dtype):
     geometry = GEOMETRIES[geometry]
     expected, actual = (
-        run(operands(geometry["groups"], dtype, bias=bias), rule, geometry, fused, low, high)
-        for fused in (False, True)
+        run(operands(geometry["groups"], dtype, bias=bias), rule, geometry, fused, low, high) for fused in (False, True)
     )
     assert actual["y"].dtype == dtype
     check_equal(actual, expected, rule)
@@ -185,9 +184,7 @@ def test_only_the_operands_are_kept_for_backward(rule):
             else:
                 conv2d_fake_quantized(*values.values(), 0, 15, rule=rule, **PLAIN)
         allowed = (values["x"], values["scale"], values["weight"], *extra)
-        assert {t.untyped_storage().data_ptr() for t in kept} == {
-            t.untyped_storage().data_ptr() for t in allowed
-        }
+        assert {t.untyped_storage().data_ptr() for t in kept} == {t.untyped_storage().data_ptr() for t in allowed}
 
 
 def test_padding_is_exactly_zero():

@@ -29,9 +29,7 @@ def data(tmp_path_factory):
 
 def train_net(root, *arguments, config=CONFIG):
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(config), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -73,8 +71,6 @@ def test_eval_only_of_a_detector_that_finds_nothing(data):
     model = build_model(load_config(CONFIG))
     torch.nn.init.constant_(model.head.cls_score.bias, -50.0)
     torch.save({"model": model.state_dict()}, root / "blind.pth")
-    code, stdout, stderr = train_net(
-        root, "--eval-only", *names, "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "blind.pth"
-    )
+    code, stdout, stderr = train_net(root, "--eval-only", *names, "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "blind.pth")
     assert code == 0, stderr
     assert json.loads((root / "out/inference/metrics.json").read_text())["AP"] == 0
