@@ -6,9 +6,10 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
@@ -26,7 +27,11 @@ _ALLOWED_GLOBALS = {
     *(
         (f"numpy.{core}.{module}", name)
         for core in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"))
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
     ),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -46,31 +51,45 @@ def load_pickled_arrays(file: IO[bytes]) -> dict[str, Any]:
     """Reads a ``.pkl`` of Detectron2's or Caffe2's model zoo.
 
     Raises:
-        pickle.UnpicklingError: if it holds anything but containers, numbers, strings and numpy arrays.
+        pickle.UnpicklingError: if it is not a dict of containers, numbers, strings and numpy arrays.
     """
-    return _ArrayUnpickler(file, encoding="latin1").load()
+    data = _ArrayUnpickler(file, encoding="latin1").load()
+    if not isinstance(data, dict):
+        raise pickle.UnpicklingError(f"it is a {type(data).__name__}, not a dict")
+    return data
 
 
 def load_weights_file(path: str) -> dict[str, Any]:
     """``torch.load`` of a file that may hold tensors and plain containers only.
 
     Raises:
+        OSError: if it cannot be read.
         ValueError: in one line, if it holds anything else or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        found = re.search(r"(Unsupported|GLOBAL)[^\n]*", str(error))
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = f"it holds more than tensors: {found.group()}" if found else f"it is damaged: {lines[0]}"
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # Damaged input makes the unpickler raise almost anything.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = "it is damaged or was not written by torch.save"
+        if code:
+            reason = f"it holds more than tensors and containers: {code.group(1)}"
         raise ValueError(f"checkpoint {path!r} is refused, {reason}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"checkpoint {path!r} holds no state dict but a {type(data).__name__}")
+    return data
 
 
 def save_atomically(data: Any, path: str) -> None:
     """``torch.save`` beside the target, flushed to disk, then renamed."""
+    _write_atomically(path, lambda file: torch.save(data, file))
+
+
+def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
     aside = f"{path}.part"
     with open(aside, "wb") as file:
-        torch.save(data, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -99,7 +118,10 @@ class AqdetCheckpointer(DetectionCheckpointer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
-        self._allow = [re.compile(pattern) for pattern in allow_keys]
+        try:
+            self._allow = [re.compile(pattern) for pattern in allow_keys]
+        except re.error as error:
+            raise ValueError(f"CHECKPOINT.ALLOW_KEYS: {error.pattern!r} is no regex: {error}") from error
         self._aux_init = aux_init
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -113,6 +135,11 @@ class AqdetCheckpointer(DetectionCheckpointer):
         logger.info("Saving checkpoint to %s", path)
         save_atomically(data, path)
         self.tag_last_checkpoint(basename)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Notes which file a resume starts from."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        _write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
 
     def save_stripped(self, name: str) -> None:
         """Writes the detector alone, without auxiliary path and training state, as ``name.pth``."""
@@ -128,20 +155,37 @@ class AqdetCheckpointer(DetectionCheckpointer):
             FileNotFoundError: if there is no such file.
             ValueError: in one line, if the file holds code, is damaged, or does not fit the model.
         """
-        if path and "://" not in path and not os.path.isfile(path):
-            raise FileNotFoundError(f"checkpoint {path!r} does not exist (MODEL.WEIGHTS, or --resume)")
         self._path = path
+        if path and "://" in path:
+            try:
+                path = self.path_manager.get_local_path(path)
+            except OSError as error:
+                raise ValueError(f"checkpoint {self._path!r} cannot be fetched: {error}") from error
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"checkpoint {self._path!r} does not exist (MODEL.WEIGHTS, or what --resume continues from)"
+            )
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if not filename.endswith(".pkl"):
-            data = load_weights_file(filename)
-            return data if "model" in data else {"model": data}
+        data = self._load_zoo(filename) if filename.endswith(".pkl") else load_weights_file(filename)
+        data = data if "model" in data else {"model": data}
+        model = data["model"]
+        if not isinstance(model, dict) or not all(
+            isinstance(value, torch.Tensor | np.ndarray) for value in model.values()
+        ):
+            raise ValueError(f"checkpoint {self._path!r} holds no state dict of tensors")
+        return data
+
+    def _load_zoo(self, filename: str) -> dict[str, Any]:
         try:
             with open(filename, "rb") as file:
                 data = load_pickled_arrays(file)
-        except (pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ValueError(f"checkpoint {filename!r} is refused, it must hold only arrays: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:  # Damaged input makes the unpickler raise almost anything.
+            reason = " ".join(str(error).split())
+            raise ValueError(f"checkpoint {self._path!r} is refused, it must hold only arrays: {reason}") from error
         if "model" in data and "__author__" in data:
             return data
         data = data.get("blobs", data)
@@ -168,7 +212,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return _IncompatibleKeys([], [], [])
 
     def _check(self, incompatible: _IncompatibleKeys, stored: set[str], scope: tuple[str, ...]) -> None:
-        names = [name for name, _ in quantizers(self.model)]
+        names = {name for name, _ in quantizers(self.model)}
         quantizer_keys = {key for key in self.model.state_dict() if key.rpartition(".")[0] in names}
         stored_quantizers = {k for k in stored if re.search(r"quantizer\.(calibrated|num_bits)$", k)}
         counts: dict[str, int] = {}
@@ -176,7 +220,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
 
         def sort(kind: str, key: str, detail: str = "") -> None:
             group = ""
-            if key.startswith(PREFIX):
+            if key.startswith(PREFIX) and kind != "of another shape":
                 group = "of the auxiliary path"
             elif kind == "missing" and key in quantizer_keys and not stored_quantizers:
                 group = "of quantizers, to be calibrated"
@@ -194,14 +238,19 @@ class AqdetCheckpointer(DetectionCheckpointer):
             else:
                 problems.append(f"{kind} {key}{detail}")
 
-        for key in incompatible.missing_keys:
-            sort("missing", key)
+        for key, theirs, ours in incompatible.incorrect_shapes:
+            sort("of another shape", key, f" {tuple(theirs)} in the file, {tuple(ours)} in the model")
         for key in incompatible.unexpected_keys:
             sort("unexpected", key)
-        for key, theirs, ours in incompatible.incorrect_shapes:
-            sort("shape", key, f" {tuple(theirs)} in the file, {tuple(ours)} in the model")
+        # A key of another shape is not loaded, and listed as missing too.
+        reshaped = {key for key, *_ in incompatible.incorrect_shapes}
+        for key in incompatible.missing_keys:
+            if key not in reshaped:
+                sort("missing", key)
         if problems:
             hint = "CHECKPOINT.ALLOW_KEYS takes regexes of keys that may differ"
+            if any(re.match(r"layer1\.0\.(conv1|bn1)\.", key) for key in stored):
+                hint = "a torchvision ResNet goes through tools/convert_torchvision.py first"
             if stored_quantizers and not quantizer_keys:
                 hint = "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
             more = f"; and {len(problems) - _MAX_LISTED} more" * (len(problems) > _MAX_LISTED)
@@ -219,8 +268,10 @@ class AqdetCheckpointer(DetectionCheckpointer):
         has_head = any(key.startswith("head.") for key in stored)
         if path is None or any(key.startswith(PREFIX) for key in stored):
             return
-        if self._aux_init == "head" and has_head:
+        if self._aux_init != "head" or not has_head:
+            logger.info("The auxiliary path starts at random")
+        elif not set(path.head.state_dict()) <= set(model.head.state_dict()):
+            logger.warning("The auxiliary path starts at random: its norm is not the detector's head's")
+        else:
             path.initialize_from(model.head)
             logger.info("The auxiliary head starts as a copy of the detector's own head")
-        else:
-            logger.info("The auxiliary path starts at random")

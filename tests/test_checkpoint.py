@@ -1,3 +1,5 @@
+import copy
+import logging
 import os
 import pickle
 from collections import OrderedDict
@@ -8,6 +10,8 @@ import torch
 from helpers import AUX, QUANT, calibrated, make_batch, make_model
 
 from aqdet.checkpoint import AqdetCheckpointer, load_pickled_arrays
+from aqdet.modeling import strip
+from aqdet.quantization import quantizers
 
 
 class Harmful:
@@ -130,3 +134,220 @@ def test_saved_whole_or_not_at_all(folder, monkeypatch):
     with pytest.raises(OSError):
         checkpointer.save("a")
     assert (folder / "a.pth").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def float_state():
+    return make_model(seed=1).state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole_state():
+    """Of a calibrated quantized detector with its auxiliary path."""
+    return calibrated(make_model(*QUANT, *AUX, seed=2), make_batch()).state_dict()
+
+
+@pytest.fixture
+def float_model():
+    return make_model()
+
+
+def write(path, content):
+    torch.save(content, path)
+    return str(path)
+
+
+def load(model, path, **kwargs):
+    return AqdetCheckpointer(model, **kwargs).load(path)
+
+
+def error_of(model, path, **kwargs):
+    with pytest.raises(ValueError) as caught:
+        load(model, path, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and path in message
+    return message
+
+
+# --- refused files ---
+
+
+@pytest.mark.parametrize(
+    "target",
+    [("builtins", "eval"), ("numpy", "load"), ("numpy.core.multiarray", "fromfile"), ("torch", "load")],
+)
+def test_only_arrays_are_unpickled(tmp_path, float_model, target):
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(b"c" + "\n".join(target).encode() + b"\n.")
+    assert ".".join(target) in error_of(float_model, str(path))
+
+
+@pytest.mark.parametrize("ending", ["pth", "pkl"])
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x80\x04K\x05.", b"PK\x03\x04abc"])
+def test_damaged_files_get_one_line(tmp_path, float_model, ending, content):
+    path = tmp_path / f"damaged.{ending}"
+    path.write_bytes(content)
+    error_of(float_model, str(path))
+
+
+def test_truncated_file(tmp_path, float_model, float_state):
+    path = write(tmp_path / "a.pth", {"model": float_state})
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+    assert "damaged" in error_of(float_model, path)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"model": [1]}, {"model": {"a": 1}}])
+def test_no_state_dict(tmp_path, float_model, content):
+    assert "no state dict" in error_of(float_model, write(tmp_path / "a.pth", content))
+
+
+# --- model zoo files ---
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_zoo_detector(tmp_path, float_model, float_state, protocol):
+    arrays = {k: v.numpy() for k, v in float_state.items() if not k.endswith("num_batches_tracked")}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2"}, protocol))
+    load(float_model, str(path))
+    loaded = float_model.state_dict()
+    assert all(torch.equal(loaded[key], torch.from_numpy(value)) for key, value in arrays.items())
+
+
+def test_zoo_file_with_the_array_names_of_old_numpy(tmp_path, float_model):
+    array = pickle.dumps({"model": {"a": np.ones(2, np.float32)}, "__author__": "x"}, 2)
+    path = tmp_path / "old.pkl"
+    path.write_bytes(array.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert "unexpected a" in error_of(float_model, str(path))
+
+
+def backbone_file(path, model, drop=()):
+    prefix = "backbone.bottom_up."
+    arrays = {
+        key.removeprefix(prefix): value.numpy() + 1
+        for key, value in model.state_dict().items()
+        if key.startswith(prefix) and "num_batches" not in key and key not in drop
+    }
+    arrays["stem.fc.weight"] = np.zeros((10, 512), np.float32)
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "someone", "matching_heuristics": True}))
+    return str(path)
+
+
+def test_imagenet_backbone_by_name_matching(tmp_path, float_model, caplog):
+    caplog.set_level(logging.INFO, "aqdet")
+    model = make_model(*QUANT, *AUX)
+    # A float copy of trunk stages in the auxiliary path has the same suffixes and shapes.
+    model.auxiliary.trunk = copy.deepcopy(float_model.backbone.bottom_up)
+    load(model, backbone_file(tmp_path / "r18.pkl", float_model))
+    loaded, given = model.state_dict(), float_model.state_dict()
+    for key in ("stem.conv1.weight", "res5.1.conv2.norm.running_var"):
+        key = f"backbone.bottom_up.{key}"
+        assert torch.equal(loaded[key], given[key] + 1)
+    assert "missing outside the file's scope (backbone.bottom_up.)" in caplog.text
+    assert model.auxiliary is not None
+
+
+def test_imagenet_backbone_must_be_complete(tmp_path, float_model):
+    key = "backbone.bottom_up.res4.0.conv2.weight"
+    path = backbone_file(tmp_path / "r18.pkl", float_model, drop=(key,))
+    assert f"missing {key}" in error_of(float_model, path)
+
+
+def test_torchvision_weights_point_to_the_converter(tmp_path, float_model):
+    path = write(tmp_path / "resnet18.pth", {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)})
+    assert "tools/convert_torchvision.py" in error_of(float_model, path)
+
+
+# --- strictness ---
+
+
+def test_float_checkpoint_starts_a_quantized_detector(tmp_path, float_state, caplog):
+    caplog.set_level(logging.INFO, "aqdet")
+    model = make_model(*QUANT, *AUX)
+    load(model, write(tmp_path / "a.pth", {"model": float_state}))
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in float_state.items())
+    assert not any(q.is_calibrated for _, q in quantizers(model))
+    names = {name for name, _ in quantizers(model)}
+    quantizer_keys = [key for key in loaded if key.rpartition(".")[0] in names]
+    # BN adds its num_batches_tracked itself.
+    auxiliary_keys = [k for k in loaded if k.startswith("auxiliary.") and not k.endswith("_tracked")]
+    assert f"Loaded {len(float_state)} keys" in caplog.text
+    assert f"{len(quantizer_keys)} keys missing of quantizers" in caplog.text
+    assert f"{len(auxiliary_keys)} keys missing of the auxiliary path" in caplog.text
+
+
+def test_reload_is_calibrated(tmp_path, whole_state, caplog):
+    caplog.set_level(logging.INFO, "aqdet")
+    model = make_model(*QUANT)
+    load(model, write(tmp_path / "a.pth", {"model": whole_state}))
+    assert all(q.is_calibrated for _, q in quantizers(model))
+    count = sum(key.startswith("auxiliary.") for key in whole_state)
+    assert f"{count} keys unexpected of the auxiliary path" in caplog.text
+
+
+def test_quantized_checkpoint_in_a_float_detector(tmp_path, float_model, whole_state):
+    message = error_of(float_model, write(tmp_path / "a.pth", {"model": whole_state}))
+    assert "unexpected backbone" in message and "MODEL.QUANT.ENABLED is False" in message
+    total = len(strip(whole_state)) - len(float_model.state_dict())
+    assert message.count("unexpected ") == 20 and f"and {total - 20} more" in message
+
+
+@pytest.mark.parametrize("prefix", ["", "auxiliary."])
+def test_other_shape_and_allowed_keys(tmp_path, whole_state, prefix, caplog):
+    caplog.set_level(logging.INFO, "aqdet")
+    key = f"{prefix}head.cls_score.bias"
+    path = write(tmp_path / "a.pth", {"model": {**whole_state, key: torch.zeros(7)}})
+    model = make_model(*QUANT, *AUX)
+    message = error_of(model, path)
+    assert f"of another shape {key} (7,) in the file, (9,) in the model (CHECKPOINT.ALLOW_KEYS" in message
+    assert "missing" not in message
+    load(model, path, allow_keys=[r"head\.cls_score\."])
+    assert "1 keys of another shape allowed by CHECKPOINT.ALLOW_KEYS" in caplog.text
+
+
+def test_allow_keys_must_be_regexes(float_model):
+    with pytest.raises(ValueError, match=r"CHECKPOINT.ALLOW_KEYS: '\(' is no regex"):
+        AqdetCheckpointer(float_model, allow_keys=["("])
+
+
+# --- the start of the auxiliary path ---
+
+
+def test_auxiliary_head_starts_as_the_head(tmp_path, float_state):
+    path = write(tmp_path / "a.pth", {"model": float_state})
+    model = make_model(*QUANT, *AUX)
+    load(model, path, aux_init="head")
+    assert torch.equal(model.auxiliary.head.cls_score.bias, float_state["head.cls_score.bias"])
+    assert torch.equal(model.auxiliary.head.bbox_pred.weight, float_state["head.bbox_pred.weight"])
+    assert model.auxiliary.head.bbox_pred.weight is not model.head.bbox_pred.weight
+    model = make_model(*QUANT, *AUX)
+    load(model, path, aux_init="random")
+    assert not torch.equal(model.auxiliary.head.bbox_pred.weight, float_state["head.bbox_pred.weight"])
+
+
+def test_auxiliary_head_with_another_norm_starts_at_random(tmp_path, caplog):
+    plain = ("MODEL.RETINANET.NORM", "")
+    path = write(tmp_path / "a.pth", {"model": make_model(*plain).state_dict()})
+    load(make_model(*plain, *AUX), path, aux_init="head")
+    assert "its norm is not the detector's head's" in caplog.text
+
+
+# --- writing ---
+
+
+def test_save_marks_the_last_one_and_strips(tmp_path, whole_state):
+    model = make_model(*QUANT, *AUX)
+    checkpointer = AqdetCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    checkpointer.save_stripped("model_final_stripped")
+    assert sorted(os.listdir(tmp_path)) == [
+        "last_checkpoint",
+        "model_0000001.pth",
+        "model_final_stripped.pth",
+    ]
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
+    stripped = torch.load(tmp_path / "model_final_stripped.pth", weights_only=True)
+    assert set(stripped) == {"model"} and set(stripped["model"]) == set(strip(whole_state))

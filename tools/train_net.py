@@ -15,6 +15,8 @@ from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
 from aqdet.engine import Trainer, build_checkpointer, fit_to_machine
 
+USER_ERROR = 2
+
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Reads the config, registers its datasets, and checks both against each other."""
@@ -43,23 +45,32 @@ def main(args: argparse.Namespace) -> None:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise
-        print(f"error: {error} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)")
+
+
+def fail(message: str) -> None:
+    """Prints one line and ends the process."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR)
 
 
 def invoke_main() -> None:
     """Parses the command line and starts one process a GPU."""
     args = default_argument_parser().parse_args()
-    if args.num_gpus > 1 and torch.cuda.device_count() < args.num_gpus:
-        sys.exit(f"error: --num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices")
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    if args.num_gpus * args.num_machines > 1 and torch.cuda.device_count() < args.num_gpus:
+        fail(f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices")
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except torch.multiprocessing.ProcessExitedException as error:
+        # The process that failed has printed why.
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ DISTRACTOR_AREA = (250, 5000)
 NUM_LINES = (2, 6)
 NUM_PATCHES = (1, 4)
 PIXEL_NOISE = 9
+
+STALE_SECONDS = 3600
 
 _PLACEMENT_ATTEMPTS = 8
 _DISTRACTORS = ("hexagon", "half_disc", "chevron", "splinter", "blob")
@@ -142,6 +145,7 @@ def make_shapes(folder: str | os.PathLike[str], *, num_images: int, seed: int, s
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(folder)):
             if not folder.exists():
+                _remove_stale_parts(folder)
                 _write_folder(folder, num_images, seed, size)
     found = len(list((folder / "images").glob("*.png")))
     if found != num_images or not (folder / "annotations.json").is_file():
@@ -166,6 +170,13 @@ def shapes_folder(split: str, cache_dir: str | os.PathLike[str]) -> Path:
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update(repr((SHAPE_SPLITS[split], IMAGE_SIZE, cv2.__version__, np.__version__)).encode())
     return Path(cache_dir) / f"shapes_{split}_v{VERSION}_{digest.hexdigest()[:12]}"
+
+
+def _remove_stale_parts(folder: Path) -> None:
+    """Removes what a killed process left behind; younger parts may be another machine's."""
+    for part in folder.parent.glob(f".{folder.name}.part-*"):
+        if time.time() - part.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:

@@ -1,12 +1,12 @@
 """
 Pascal VOC folders to COCO JSON.
 
-Policy. A record that cannot be read as meant stops the conversion with all such records in one line and nothing
-written: a missing or unreadable file, XML with a DOCTYPE, an object without a name or with a box that is not four
-finite numbers, a class outside ``classes``. What is repaired or dropped is counted with the records it happened to:
-a box that reaches outside the image is clipped; one that lies outside or ends before it starts is dropped; a box of
-one pixel, an object given twice, and an image without objects are kept and counted; where the XML's size of an image
-differs from the file's, the file's is used, turned as its EXIF orientation says.
+Policy. A record that cannot be read as meant stops the conversion, with all such records in one line and
+nothing written: a missing or unreadable file, XML with a DOCTYPE, an object without a name or with a box that
+is not four finite numbers, a class outside ``classes``. What is repaired or dropped is counted, with the
+records it happened to: a box that reaches outside the image is clipped; one that lies outside or ends before
+it starts is dropped; a box of one pixel, an object given twice and an image without objects are kept; where
+the XML's size of an image differs from the file's, the file's is used, turned as EXIF says.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def convert_voc(
         voc_root: folder with ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``.
         split: name of a file in ``ImageSets/Main`` without its ending; image ids follow its lines.
         output: COCO JSON to write; file names in it are relative to ``JPEGImages``.
-        classes: names in the order of their category ids, from 1; if None, those of all the folder's annotations,
-            sorted, so that all splits of a folder get the same ids.
-        difficult_as_crowd: makes ``difficult`` objects crowd regions, which Detectron2 does not train on and COCO's
-            evaluation ignores; else they are objects as all others.
+        classes: names in the order of their category ids, from 1; if None, those of all the folder's
+            annotations, sorted, so that all splits of a folder get the same ids.
+        difficult_as_crowd: makes ``difficult`` objects crowd regions, which Detectron2 does not train on
+            and COCO's evaluation ignores; else they are objects as all others.
 
     Returns:
         what was written, repaired and dropped.
@@ -221,8 +221,8 @@ def _parse(path: Path) -> ElementTree.Element:
     The root element of an XML file.
 
     Raises:
-        ValueError: if it is not XML, or has a DOCTYPE: that is where entities are defined, which can point to other
-            files or grow without bound, and an annotation needs none.
+        ValueError: if it is not XML, or has a DOCTYPE: that is where entities are defined, which can point
+            to other files or grow without bound, and an annotation needs none.
     """
 
     def refuse(*_: object) -> None:

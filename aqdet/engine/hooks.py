@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
@@ -17,14 +19,17 @@ from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
 from ..modeling.auxiliary import detached_auxiliary
-from ..quantization import Quantizer, calibrate, quantizers
+from ..quantization import calibrate, quantizers
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Restores buffers (BN statistics), loss normalizers and BN list positions; quantizers are left alone."""
+    """Restores buffers (BN statistics), loss normalizers, BN list positions and random states afterwards.
+
+    Quantizers are left alone.
+    """
     owned = {id(buffer) for _, quantizer in quantizers(model) for buffer in quantizer.buffers()}
     buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in owned]
     attributes = []
@@ -32,9 +37,13 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
         if isinstance(module, CycleBatchNormList):
             attributes.append((module, "_pos", module._pos))
         attributes.append((module, "loss_normalizer", vars(module).get("loss_normalizer")))
+    random_states = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
     finally:
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
@@ -48,9 +57,10 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
 class CalibrationHook(HookBase):
     """Before training: gives uncalibrated quantizers their first ranges, from training batches.
 
-    The model runs in training mode, so that the ranges are those of the batch statistics that training sees, and
-    everything but the quantizers is restored afterwards. Where all are calibrated, as after a resume, nothing
-    happens.
+    The model runs in training mode, so that the ranges are those of the batch statistics that training sees,
+    and everything but the quantizers is restored afterwards. Adaptors of an auxiliary path whose head is a
+    copy of the detector's are aligned by the same batches. Where nothing is pending, as after a resume,
+    nothing happens.
 
     Args:
         build_loader: makes a data loader of its own, so that training sees the data it would have seen.
@@ -65,18 +75,22 @@ class CalibrationHook(HookBase):
     def before_train(self) -> None:
         """Runs once."""
         model = self.trainer.model
-        if all(quantizer.is_calibrated for _, quantizer in quantizers(model)):
-            if any(isinstance(m, Quantizer) for m in model.modules()):
-                logger.info("All quantizers are calibrated already")
+        states = [q.is_calibrated or not q.enabled for _, q in quantizers(model)]
+        aligning = any(getattr(module, "needs_alignment", False) for module in model.modules())
+        if all(states) and not aligning:
+            if states:
+                logger.info("All %d quantizers are calibrated already", len(states))
             return
-        batches = list(itertools.islice(self._build_loader(), self._num_batches))
 
         def run() -> None:
-            for batch in batches:
+            for batch in itertools.islice(self._build_loader(), self._num_batches):
                 model(batch)
 
         with torch.no_grad(), EventStorage(0), leaving_no_trace(model):
-            calibrate(model, run, method=self._method)
+            if all(states):
+                run()
+            else:
+                calibrate(model, run, method=self._method)
 
 
 class StrippedEvalHook(EvalHook):
@@ -91,12 +105,12 @@ class StrippedEvalHook(EvalHook):
 
 
 class StrippedCheckpointHook(HookBase):
-    """After the last iteration: writes ``model_final_stripped.pth`` beside ``model_final.pth``."""
+    """Once, after the last iteration: writes ``model_final_stripped.pth`` beside ``model_final.pth``."""
 
     def __init__(self, checkpointer: AqdetCheckpointer) -> None:
         self._checkpointer = checkpointer
 
     def after_train(self) -> None:
         """Writes the file if training came to its end."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.iter >= self.trainer.max_iter:
             self._checkpointer.save_stripped("model_final_stripped")

@@ -30,11 +30,13 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
             }
     for module in model.modules():
         if isinstance(module, CycleBatchNormList) and solver.WEIGHT_DECAY_NORM is not None:
-            for parameter in module.parameters(recurse=False):
-                special[parameter] = {
-                    "lr": solver.BASE_LR,
-                    "weight_decay": solver.WEIGHT_DECAY_NORM,
-                }
+            for name, parameter in module.named_parameters(recurse=False):
+                values = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY_NORM}
+                if name == "bias":
+                    values["lr"] *= solver.BIAS_LR_FACTOR
+                    if solver.WEIGHT_DECAY_BIAS is not None:
+                        values["weight_decay"] = solver.WEIGHT_DECAY_BIAS
+                special[parameter] = values
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,

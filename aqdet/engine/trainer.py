@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -17,6 +18,7 @@ from torch import nn
 from ..checkpoint import AqdetCheckpointer
 from ..evaluation import COCOEvaluator
 from ..modeling.auxiliary import detached_auxiliary
+from ..quantization import quantizers
 from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook
 from .solver import build_optimizer
 
@@ -29,10 +31,10 @@ def fit_to_machine(cfg: CfgNode) -> None:
         logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
-        for name in ("RESNETS", "FPN", "RETINANET", "AUX"):
-            if cfg.MODEL[name].NORM == "SyncBN":
+        for name, node in cfg.MODEL.items():
+            if isinstance(node, CfgNode) and node.get("NORM") == "SyncBN":
                 logger.warning("MODEL.%s.NORM: SyncBN does not run on a CPU: using BN", name)
-                cfg.MODEL[name].NORM = "BN"
+                node.NORM = "BN"
 
 
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> AqdetCheckpointer:
@@ -49,36 +51,23 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer with calibration, stripped evaluation and safe checkpoints."""
 
-    def __init__(self, cfg: CfgNode) -> None:
-        super().__init__(cfg)
-        self.checkpointer = build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
-        # The base class has built its hooks around its own checkpointer by now.
-        self._hooks.clear()
-        self.register_hooks(self.build_hooks())
-
-    @property
-    def model(self) -> nn.Module:
-        """The model being trained, in its DDP wrapper where there is one."""
-        return self._trainer.model
-
-    @model.setter
-    def model(self, value: nn.Module) -> None:
-        """Detectron2 0.6 copies the inner trainer's attributes; the model stays there."""
+    model: nn.Module
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, with ours in these places.
+        """Detectron2's hooks, with ours in these places; the last thing that its constructor calls.
 
+        Our checkpointer takes the place of Detectron2's first, because the hooks are built around it.
         Calibration comes first, before anything reads the model. Our evaluation takes the place of
         Detectron2's, which is after the checkpoint, so that a failing evaluation loses nothing. The stripped
         file is written last of the checkpoints, when the whole one exists.
         """
+        self.checkpointer = build_checkpointer(self.cfg, self.model, trainer=weakref.proxy(self))
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         calibration = cfg.MODEL.QUANT.CALIBRATION
-        hooks: list[HookBase] = [
-            CalibrationHook(lambda: self.build_train_loader(cfg), calibration.NUM_BATCHES, calibration.METHOD)
-        ]
+        build_loader = functools.partial(self.build_train_loader, cfg)
+        hooks: list[HookBase] = [CalibrationHook(build_loader, calibration.NUM_BATCHES, calibration.METHOD)]
         for hook in super().build_hooks():
             if isinstance(hook, EvalHook):
                 if comm.is_main_process():
@@ -120,11 +109,24 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO AP by pycocotools."""
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        """COCO AP by pycocotools, into ``OUTPUT_DIR/inference``, each of several sets into a folder there."""
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            output_dir = os.path.join(output_dir, dataset_name)
+        return COCOEvaluator(dataset_name, output_dir=output_dir)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluates the detector alone, without its auxiliary path."""
+        """Evaluates the detector alone, without its auxiliary path.
+
+        Raises:
+            ValueError: if quantizers were never calibrated, as after loading a float checkpoint.
+        """
+        pending = [name for name, q in quantizers(model) if q.enabled and not q.is_calibrated]
+        if pending:
+            raise ValueError(
+                f"{len(pending)} quantizers are not calibrated, {pending[0]} among them: MODEL.WEIGHTS must "
+                "be a checkpoint of quantized training, or MODEL.QUANT.ENABLED False"
+            )
         with detached_auxiliary(model):
             return super().test(cfg, model, evaluators)

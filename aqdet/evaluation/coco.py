@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any
+from collections.abc import Collection
 
 from detectron2 import evaluation
 from detectron2.utils import comm
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Of object areas in pixels, as COCO has them.
+SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
     """Detectron2's COCO box evaluation with pycocotools.
 
-    A detector that finds nothing, or data without boxes, is AP 0. A size band or a class that has no
-    objects is NaN, null in the file. Results are also written to ``metrics.json``.
+    AP, AP50 and AP75 are always numbers: a detector that finds nothing, or data without boxes, is 0. So is
+    a size band or a class that has objects of which none is found; one without objects is NaN, null in the
+    file. Results are also written to ``metrics.json``.
 
     Args:
         dataset_name: a registered dataset.
@@ -27,18 +30,12 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     def __init__(self, dataset_name: str, *, output_dir: str) -> None:
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
 
-    def evaluate(self, img_ids: Any = None) -> dict[str, dict[str, float]]:
+    def evaluate(self, img_ids: Collection[int] | None = None) -> dict[str, dict[str, float]]:
         """``{"bbox": {"AP": ..., ...}}`` in percent on the main process, ``{}`` on the others."""
         results = super().evaluate(img_ids)
         if not comm.is_main_process():
             return {}
-        names = self._metadata.get("thing_classes") or []
-        values = dict(results.get("bbox") or {})
-        for key in (*METRICS, *(f"AP-{name}" for name in names)):
-            values.setdefault(key, math.nan)
-        for key in ("AP", "AP50", "AP75"):
-            if not values[key] >= 0:
-                values[key] = 0.0
+        values = self._complete(results.get("bbox") or {}, img_ids)
         os.makedirs(self._output_dir, exist_ok=True)
         path = os.path.join(self._output_dir, "metrics.json")
         finite = {key: v if math.isfinite(v) else None for key, v in values.items()}
@@ -46,3 +43,26 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             json.dump(finite, file, indent=1)
         os.replace(path + ".part", path)
         return {"bbox": values}
+
+    def _complete(self, found: dict[str, float], img_ids: Collection[int] | None) -> dict[str, float]:
+        """All metrics: Detectron2's, with 0 for what it leaves out although there are objects."""
+        objects = [
+            a
+            for a in self._coco_api.dataset.get("annotations", ())
+            if not a.get("iscrowd") and (img_ids is None or a["image_id"] in img_ids)
+        ]
+        exists = {key: True for key in METRICS}
+        for key, (low, high) in SIZE_BANDS.items():
+            exists[key] = any(low <= a["area"] <= high for a in objects)
+        names = self._metadata.get("thing_classes") or []
+        ids = sorted(self._coco_api.getCatIds())
+        used = {a["category_id"] for a in objects}
+        for name, category in zip(names, ids, strict=True):
+            exists[f"AP-{name}"] = category in used
+        if len(names) == 1 and "AP" in found:
+            found = {**found, f"AP-{names[0]}": found["AP"]}
+        values = dict(found)
+        for key, any_object in exists.items():
+            if not math.isfinite(values.get(key, math.nan)):
+                values[key] = 0.0 if any_object else math.nan
+        return values

@@ -1,66 +1,176 @@
-import concurrent.futures
 import hashlib
 import json
+import multiprocessing
+import os
+import time
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from pycocotools.coco import COCO
 
 import aqdet.data  # noqa: F401  (registers)
 from aqdet.data import SHAPE_CLASSES, make_shapes
 from aqdet.data.builtin import set_cache_dir
-from aqdet.data.shapes import SHAPE_SPLITS, draw_scene
+from aqdet.data.shapes import MIN_VISIBLE_PERCENT, SHAPE_SPLITS, _place_items, draw_scene, shapes_folder
+
+NUM_SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [draw_scene(7, index) for index in range(NUM_SCENES)]
 
 
 def test_scenes_are_the_same_everywhere():
     digest = hashlib.sha256()
-    for index in range(4):
-        image, objects = draw_scene(SHAPE_SPLITS["train"].seed, index)
-        digest.update(image.tobytes())
-        digest.update(json.dumps(objects).encode())
-    assert digest.hexdigest() == "441f56db7d4bb8042128d9f63d46ed1def599f52b74eb93f2ade8fc70fc9e36a"
+    for spec in SHAPE_SPLITS.values():
+        for index in range(4):
+            image, objects = draw_scene(spec.seed, index)
+            digest.update(image.tobytes())
+            digest.update(json.dumps(objects).encode())
+    assert digest.hexdigest() == "CHECKSUM"
 
 
-def test_bands_classes_and_boxes():
-    areas, kinds = [], set()
-    for index in range(60):
-        image, objects = draw_scene(7, index)
+def test_a_scene_depends_on_seed_and_index_alone(scenes):
+    image, objects = draw_scene(7, 3)
+    assert np.array_equal(image, scenes[3][0]) and objects == scenes[3][1]
+    assert not np.array_equal(image, scenes[4][0])
+    assert not np.array_equal(image, draw_scene(8, 3)[0])
+
+
+def test_boxes_lie_in_the_image_and_hold_the_shape(scenes):
+    for image, objects in scenes:
         assert image.shape == (192, 192, 3) and image.dtype == np.uint8
         for item in objects:
             x, y, w, h = item["bbox"]
             assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= 192 and y + h <= 192
             assert 0 < item["area"] <= w * h
-            areas.append(item["area"])
-            kinds.add(item["category_id"])
-    assert kinds == set(range(1, len(SHAPE_CLASSES) + 1))
-    small = sum(a < 32**2 for a in areas) / len(areas)
-    large = sum(a > 96**2 for a in areas) / len(areas)
+            points = np.array(item["segmentation"][0]).reshape(-1, 2)
+            assert np.array_equal(points.min(axis=0), [x + 0.5, y + 0.5])
+            assert np.array_equal(points.max(axis=0), [x + w - 0.5, y + h - 0.5])
+
+
+def test_all_classes_and_size_bands_are_there(scenes):
+    items = [item for _, objects in scenes for item in objects]
+    assert {item["category_id"] for item in items} == set(range(1, len(SHAPE_CLASSES) + 1))
+    areas = np.array([item["area"] for item in items])
+    small, large = (areas < 32**2).mean(), (areas > 96**2).mean()
     assert small > 0.2 and large > 0.015 and small + large < 0.8
 
 
-def test_written_once_whole_and_valid(tmp_path):
-    folder = tmp_path / "shapes"
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        paths = list(pool.map(lambda _: make_shapes(folder, num_images=5, seed=3, size=96), range(3)))
-    assert len(set(paths)) == 1 and not list(tmp_path.glob(".*part*"))
-    before = paths[0].stat().st_mtime_ns
-    make_shapes(folder, num_images=5, seed=3, size=96)
-    assert paths[0].stat().st_mtime_ns == before
-    coco = COCO(str(paths[0]))
-    assert len(coco.getImgIds()) == 5
-    assert all(coco.annToMask(a).sum() > 0 for a in coco.loadAnns(coco.getAnnIds()))
-    next((folder / "images").glob("*.png")).unlink()
-    with pytest.raises(ValueError, match="damaged: 4 of 5 images"):
-        make_shapes(folder, num_images=5, seed=3, size=96)
+def test_objects_stay_visible():
+    overlapping = 0
+    for index in range(10):
+        items = _place_items(np.random.Generator(np.random.PCG64(index)), 192)
+        for position, item in enumerate(items):
+            hidden = np.zeros_like(item.mask)
+            for above in items[position + 1 :]:
+                hidden |= above.mask
+            if item.kind in SHAPE_CLASSES:
+                visible = (item.mask & ~hidden).sum() / item.mask.sum()
+                assert visible >= MIN_VISIBLE_PERCENT / 100
+                overlapping += visible < 1
+    assert overlapping > 5
 
 
-def test_registered_lazily(tmp_path):
+def test_written_dataset_is_valid_coco(tmp_path):
+    path = make_shapes(tmp_path / "a", num_images=5, seed=3, size=96)
+    coco = COCO(str(path))
+    assert coco.getImgIds() == [1, 2, 3, 4, 5]
+    for item in coco.loadAnns(coco.getAnnIds()):
+        # The mask leaves out half of the outline's pixels, so it is not larger than what is drawn.
+        assert coco.annToMask(item).sum() == pytest.approx(item["area"], rel=0.15, abs=8)
+    records = load_coco_json(str(path), str(path.parent / "images"), f"test_{id(path)}")
+    for index, record in enumerate(records):
+        image, objects = draw_scene(3, index, 96)
+        assert np.array_equal(cv2.imread(record["file_name"]), image)
+        assert [a["bbox"] for a in record["annotations"]] == [o["bbox"] for o in objects]
+        assert (record["height"], record["width"]) == (96, 96)
+    again = make_shapes(tmp_path / "b", num_images=5, seed=3, size=96)
+    assert path.read_bytes() == again.read_bytes()
+
+
+def _make(folder):
+    return str(make_shapes(folder, num_images=6, seed=3, size=96)), os.getpid()
+
+
+def test_processes_that_start_together_write_once(tmp_path):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        results = pool.map(_make, [tmp_path / "shapes"] * 3, chunksize=1)
+    assert len({path for path, _ in results}) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shapes", "shapes.lock"]
+    path = tmp_path / "shapes" / "annotations.json"
+    before = path.stat().st_mtime_ns
+    _make(tmp_path / "shapes")
+    assert path.stat().st_mtime_ns == before
+
+
+def test_an_interrupted_generation_leaves_nothing_and_starts_again(tmp_path, monkeypatch):
+    written = []
+
+    def interrupted(path, image):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return True
+
+    killed = tmp_path / ".shapes.part-killed"
+    killed.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "imwrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _make(tmp_path / "shapes")
+    assert not (tmp_path / "shapes").exists()
+    assert list(tmp_path.glob(".*part*")) == [killed]
+    os.utime(killed, (0, time.time() - 7200))
+    _make(tmp_path / "shapes")
+    assert not killed.exists() and len(list((tmp_path / "shapes" / "images").iterdir())) == 6
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    _make(tmp_path / "shapes")
+    next((tmp_path / "shapes" / "images").glob("*.png")).unlink()
+    with pytest.raises(ValueError, match="damaged: 5 of 6 images, annotations present; delete the folder"):
+        _make(tmp_path / "shapes")
+
+
+def test_folder_name_follows_the_generator(tmp_path, monkeypatch):
+    from aqdet.data import shapes
+
+    before = shapes_folder("val", tmp_path)
+    assert before.parent == tmp_path and before == shapes_folder("val", tmp_path)
+    assert before != shapes_folder("train", tmp_path)
+    changed = tmp_path / "shapes.py"
+    changed.write_text("PIXEL_NOISE = 1\n")
+    monkeypatch.setattr(shapes, "__file__", str(changed))
+    assert shapes_folder("val", tmp_path) != before
+
+
+def test_registered_lazily(tmp_path, monkeypatch):
+    small = {"train": SHAPE_SPLITS["train"], "val": type(SHAPE_SPLITS["val"])(4, seed=2)}
+    monkeypatch.setattr("aqdet.data.builtin.SHAPE_SPLITS", small)
     set_cache_dir(str(tmp_path))
     try:
         metadata = MetadataCatalog.get("aqdet_shapes_val")
+        assert metadata.thing_classes == list(SHAPE_CLASSES) and metadata.evaluator_type == "coco"
         assert metadata.json_file.startswith(str(tmp_path)) and not list(tmp_path.iterdir())
-        assert "aqdet_shapes_train" in DatasetCatalog.list()
-        assert metadata.thing_classes == list(SHAPE_CLASSES)
+        records = DatasetCatalog.get("aqdet_shapes_val")
+        assert len(records) == 4 and os.path.isfile(metadata.json_file)
+        assert os.path.dirname(records[0]["file_name"]) == metadata.image_root
+        ids = {COCO(metadata.json_file).getCatIds()[i]: i for i in range(len(SHAPE_CLASSES))}
+        assert metadata.thing_dataset_id_to_contiguous_id == ids
     finally:
+        set_cache_dir("")
+
+
+def test_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("AQDET_CACHE", str(tmp_path / "cache"))
+    set_cache_dir("")
+    try:
+        assert MetadataCatalog.get("aqdet_shapes_train").json_file.startswith(str(tmp_path / "cache"))
+    finally:
+        monkeypatch.undo()
         set_cache_dir("")

@@ -1,11 +1,16 @@
 import json
+import math
+import os
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
+from helpers import make_cfg
+from tiny_data import CLASSES, write_dataset
 
+from aqdet.data import register_declared
 from aqdet.evaluation import COCOEvaluator
 
 
@@ -49,3 +54,70 @@ def test_nothing_found_or_nothing_there_is_zero(tmp_path, boxes, found):
     for key in ("AP", "AP50", "AP75"):
         assert result[key] == written[key] == 0
     assert {"APs", "APm", "APl", "AP-a", "AP-b"} <= set(written)
+
+
+# The two objects of every image of write_dataset, both of medium size, by class.
+BOXES = {0: [4.0, 5.0, 40.0, 38.0], 1: [20.0, 10.0, 50.0, 60.0]}
+NUMBERS = ("AP", "AP50", "AP75", "APm", "AP-disc", "AP-cross")
+NONE = {"APs": None, "APl": None, "AP-ring": None}
+
+
+@pytest.fixture
+def evaluate_tiny(tmp_path):
+    """Function of detections {image id: [(class, score, box)]} and dataset options: the metrics file."""
+    name = f"coco_of_{tmp_path.name}"
+
+    def run(detections, **options):
+        entry = write_dataset(tmp_path / "data", name, **options)
+        register_declared(make_cfg("DATASETS.DECLARED", str([entry]), "DATASETS.TEST", str((name,))))
+        DatasetCatalog.get(name)  # fills in the category ids, as the test loader does
+        evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "inference"))
+        evaluator.reset()
+        for image_id, found in detections.items():
+            instances = Instances((64, 64))
+            instances.pred_boxes = Boxes(torch.tensor([box for _, _, box in found]).reshape(-1, 4))
+            instances.scores = torch.tensor([score for _, score, _ in found])
+            instances.pred_classes = torch.tensor([number for number, _, _ in found]).long()
+            evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+        values = evaluator.evaluate()["bbox"]
+        written = json.loads((tmp_path / "inference" / "metrics.json").read_text())
+        assert written == {key: v if math.isfinite(v) else None for key, v in values.items()}
+        assert not [file for file in os.listdir(tmp_path / "inference") if file.endswith(".part")]
+        return written
+
+    yield run
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_half_of_the_objects(evaluate_tiny):
+    # Of class 0 two in four are found: precision 1 at the 51 recalls 0, 0.01 ... 0.5 in 101, else 0. Of
+    # class 1 none is found.
+    half = 100 * 51 / 101
+    values = evaluate_tiny({i: [(0, 0.9, BOXES[0])] for i in (1, 2)})
+    expected = {key: half / 2 for key in NUMBERS} | {"AP-disc": half, "AP-cross": 0.0} | NONE
+    assert values == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("detections", [{}, {i: [] for i in (1, 2, 3, 4)}], ids=["no outputs", "empty outputs"])
+def test_zero_detections_are_zero(evaluate_tiny, detections):
+    assert evaluate_tiny(detections) == {**dict.fromkeys(NUMBERS, 0.0), **NONE}
+
+
+@pytest.mark.parametrize("found", [[], [(0, 0.9, BOXES[0])]], ids=["nothing found", "false positives"])
+def test_data_without_boxes_is_zero(evaluate_tiny, found):
+    values = evaluate_tiny({i: found for i in (1, 2)}, num_images=2, empty=(0, 1))
+    zeros = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    assert values == {**zeros, **dict.fromkeys(("APm", "AP-disc", "AP-cross")), **NONE}
+
+
+def test_image_without_boxes_among_others(evaluate_tiny):
+    found = [(number, 0.9, box) for number, box in BOXES.items()]
+    values = evaluate_tiny({1: [], 2: found, 3: found, 4: found}, empty=(0,))
+    assert values["AP"] == pytest.approx(100)
+
+
+def test_one_class_has_its_ap(evaluate_tiny, tmp_path):
+    found = {i: [(0, 0.9, BOXES[0])] for i in (1, 2)}
+    values = evaluate_tiny(found, classes=CLASSES[:1])
+    assert values["AP-disc"] == values["AP"] == pytest.approx(100 * 51 / 101)

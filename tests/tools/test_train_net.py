@@ -1,15 +1,18 @@
 """The command line: wrong input gets one line, evaluation of a file gives a metrics file."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import train_net as tool
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from helpers import ROOT
+from helpers import QUANT, ROOT, make_cfg, make_model
+from tiny_data import train_overrides, write_dataset
 from train_net import invoke_main, main
 
 from aqdet.config import load_config
@@ -59,11 +62,13 @@ def test_a_missing_config_has_no_traceback(data):
     assert "Traceback" not in stderr
 
 
-def test_more_gpus_than_there_are(monkeypatch):
+def test_more_gpus_than_there_are(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--num-gpus", "7"])
-    with pytest.raises(SystemExit, match="error: --num-gpus 7, but there are 1 CUDA devices"):
+    with pytest.raises(SystemExit) as stop:
         invoke_main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --num-gpus 7, but there are 1 CUDA devices\n"
 
 
 def test_eval_only_of_a_detector_that_finds_nothing(data):
@@ -74,3 +79,105 @@ def test_eval_only_of_a_detector_that_finds_nothing(data):
     code, stdout, stderr = train_net(root, "--eval-only", *names, "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "blind.pth")
     assert code == 0, stderr
     assert json.loads((root / "out/inference/metrics.json").read_text())["AP"] == 0
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), "tiny_train_net")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(make_cfg("MODEL.FPN.RELU", "True").dump())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(entry, config_file, tmp_path_factory):
+    """Output folder of a quantized training by the command itself, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.save({"model": make_model("MODEL.FPN.RELU", "True").state_dict()}, folder / "float.pth")
+    overrides = [*train_overrides(entry, folder / "out", max_iter=2), *QUANT]
+    overrides += [
+        "MODEL.WEIGHTS",
+        str(folder / "float.pth"),
+        "MODEL.DEVICE",
+        "cuda",
+        "MODEL.FPN.NORM",
+        "SyncBN",
+    ]
+    command = [sys.executable, "tools/train_net.py", "--config-file", config_file, *overrides]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "out", done.stdout + done.stderr
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; gives its exit status and what it printed on stderr."""
+    # They would stop messages of aqdet from reaching the tests after this one.
+    monkeypatch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
+    # Detectron2's handlers write to the captured, by now closed, stdout of the test that made them.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.delenv("AQDET_DEBUG", raising=False)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, arguments)])
+        status = 0
+        try:
+            invoke_main()
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+
+    return command
+
+
+def test_training_writes_everything_and_says_what_it_replaced(trained):
+    output, printed = trained
+    for name in ("model_final.pth", "model_final_stripped.pth", "metrics.json", "inference/metrics.json"):
+        assert (output / name).is_file(), name
+    assert list(output.glob("events.out.tfevents.*"))
+    assert "there is no CUDA device: using cpu" in printed
+    assert "MODEL.FPN.NORM: SyncBN does not run on a CPU: using BN" in printed
+    assert "Calibrated" in printed and "missing of quantizers" in printed
+    assert (output / "log.txt").is_file() and "Calibrated" in (output / "log.txt").read_text()
+
+
+def test_eval_only_gives_the_ap_of_the_training(trained, entry, config_file, run, tmp_path):
+    output, _ = trained
+    overrides = [*train_overrides(entry, tmp_path / "again"), *QUANT]
+    overrides += ["MODEL.WEIGHTS", str(output / "model_final_stripped.pth")]
+    assert run("--config-file", config_file, "--eval-only", *overrides)[0] == 0
+    metrics = [json.loads((x / "inference" / "metrics.json").read_text()) for x in (output, tmp_path / "again")]
+    assert metrics[0] == metrics[1]
+
+
+def test_eval_only_resume_takes_the_last_checkpoint(trained, entry, config_file, run):
+    output, _ = trained
+    (output / "inference" / "metrics.json").unlink()
+    overrides = [*train_overrides(entry, output), *QUANT, "MODEL.WEIGHTS", "nowhere.pth"]
+    assert run("--config-file", config_file, "--eval-only", "--resume", *overrides)[0] == 0
+    assert (output / "inference" / "metrics.json").is_file()
+
+
+def test_eval_only_of_float_weights_in_a_quantized_config(trained, entry, config_file, run, tmp_path):
+    weights = ["MODEL.WEIGHTS", str(trained[0].parent / "float.pth")]
+    overrides = [*train_overrides(entry, tmp_path), *QUANT, *weights]
+    status, printed = run("--config-file", config_file, "--eval-only", *overrides)
+    assert status == 2 and "quantizers are not calibrated" in printed.splitlines()[-1]
+
+
+def test_debug_shows_where(run, monkeypatch):
+    monkeypatch.setenv("AQDET_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        run("--config-file", "nowhere.yaml")
+
+
+def test_unsafe_config(run, tmp_path):
+    unsafe = tmp_path / "unsafe.yaml"
+    unsafe.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
+    status, printed = run("--config-file", unsafe)
+    assert status == 2 and printed.startswith("error: ") and "object tag" in printed and printed.count("\n") == 1

@@ -1,0 +1,74 @@
+"""Parameter groups."""
+
+import pytest
+import torch
+from detectron2.layers import CycleBatchNormList
+from detectron2.solver import build_optimizer as detectron2_build_optimizer
+from helpers import AUX, QUANT, make_cfg, make_model
+
+from aqdet.engine.solver import build_optimizer
+from aqdet.quantization import quantizers
+
+SOLVER = (
+    *("SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.01", "SOLVER.WEIGHT_DECAY_NORM", "0.002"),
+    *("SOLVER.BIAS_LR_FACTOR", "2.0", "SOLVER.WEIGHT_DECAY_BIAS", "0.003"),
+    *("MODEL.QUANT.SCALE_LR_FACTOR", "0.5", "MODEL.QUANT.PACT_ALPHA_DECAY", "0.0007"),
+)
+
+
+def values_by_name(model, optimizer):
+    """Parameter name -> (lr, weight decay); every parameter may be in one group only."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = [
+        (names[parameter], (group["lr"], group["weight_decay"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_every_trainable_parameter_is_in_one_group():
+    frozen = ("MODEL.BACKBONE.FREEZE_AT", "2")
+    model = make_model(*QUANT, *AUX, *frozen)
+    found = values_by_name(model, build_optimizer(make_cfg(*QUANT, *AUX, *SOLVER, *frozen), model))
+    assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "backbone.bottom_up.stem.conv1.weight" not in found
+
+
+def test_values_by_kind_of_parameter():
+    model = make_model(*QUANT, *AUX)
+    found = values_by_name(model, build_optimizer(make_cfg(*QUANT, *AUX, *SOLVER), model))
+    assert found["head.cls_score.weight"] == (0.1, 0.01)
+    assert found["head.cls_score.bias"] == (0.2, 0.003)
+    assert found["backbone.bottom_up.res2.0.conv1.norm.weight"] == (0.1, 0.002)
+    # One BN a level, its affine shared.
+    assert isinstance(model.head.cls_subnet[1], CycleBatchNormList)
+    assert found["head.cls_subnet.1.weight"] == (0.1, 0.002)
+    assert found["head.cls_subnet.1.bias"] == (0.2, 0.003)
+    assert found["auxiliary.head.cls_subnet.1.weight"] == (0.1, 0.002)
+    of_quantizers = {(f"{name}.{key}", key) for name, q in quantizers(model) for key, _ in q.named_parameters()}
+    assert {key for _, key in of_quantizers} == {"scale", "alpha"}
+    for name, key in of_quantizers:
+        assert found[name] == pytest.approx((0.05, 0.0007 if key == "alpha" else 0.0)), name
+
+
+def test_as_detectron2_where_there_is_nothing_new():
+    overrides = (*SOLVER, "MODEL.RETINANET.NORM", "")
+    cfg, model = make_cfg(*overrides), make_model(*overrides)
+    cfg.SOLVER.WEIGHT_DECAY = 0.0001
+    ours, theirs = (build(cfg, model) for build in (build_optimizer, detectron2_build_optimizer))
+    assert values_by_name(model, ours) == values_by_name(model, theirs)
+    assert len(ours.param_groups) == len(theirs.param_groups)
+
+
+def test_gradient_clipping():
+    model = torch.nn.Linear(1, 1, bias=False)
+    cfg = make_cfg("SOLVER.BASE_LR", "1.0", "SOLVER.WEIGHT_DECAY", "0.0")
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.25
+    optimizer = build_optimizer(cfg, model)
+    before = model.weight.item()
+    model.weight.grad = torch.full((1, 1), 100.0)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(before - 0.25)

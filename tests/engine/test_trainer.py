@@ -1,0 +1,302 @@
+"""Training runs of a few iterations on a few small images, on the CPU."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import HookBase
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling import build_model
+from helpers import AUX, QUANT, make_batch, make_cfg, make_model
+from tiny_data import train_cfg, write_dataset
+
+from aqdet.data import register_declared
+from aqdet.engine import Trainer, build_checkpointer, fit_to_machine, hooks
+from aqdet.modeling import detached_auxiliary
+from aqdet.quantization import quantizers
+
+BOTH = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
+PERIODS = ("TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2")
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), "tiny_trainer")
+
+
+@pytest.fixture(scope="module")
+def float_weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("float") / "model_final.pth"
+    torch.save({"model": make_model("MODEL.FPN.RELU", "True").state_dict()}, path)
+    return str(path)
+
+
+class Watched(Trainer):
+    """Notes what evaluation is given."""
+
+    seen: list = []
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        parameters = {name for name, _ in model.named_parameters()}
+        cls.seen.append((model.auxiliary, parameters, model.training))
+        return super().test(cfg, model, evaluators)
+
+
+class Notes(HookBase):
+    """Keeps parameters, and the auxiliary path's values after each iteration."""
+
+    def __init__(self):
+        self.auxiliary_values = []
+
+    def before_train(self):
+        self.parameters = dict(self.trainer.model.named_parameters())
+        self.modules = dict(self.trainer.model.named_modules())
+
+    def after_step(self):
+        self.auxiliary_values.append(self.trainer.model.auxiliary.adaptors[0].conv.weight.detach().clone())
+
+
+@pytest.fixture(scope="module")
+def trained(entry, float_weights, tmp_path_factory):
+    """Four iterations of the 4-bit detector with its auxiliary path, evaluated after two and at the end."""
+    output = tmp_path_factory.mktemp("run")
+    cfg = train_cfg(entry, output, *BOTH, *PERIODS, "MODEL.WEIGHTS", float_weights)
+    trainer = Watched(cfg)
+    notes = Notes()
+    trainer.register_hooks([notes])
+    trainer.resume_or_load(resume=False)
+    Watched.seen.clear()
+    trainer.train()
+    return trainer, notes, output
+
+
+def test_evaluation_sees_the_detector_alone(trained):
+    trainer, notes, _ = trained
+    assert len(Watched.seen) == 2  # after two iterations, and at the end
+    for auxiliary, parameters, _ in Watched.seen:
+        assert auxiliary is None
+        assert parameters == {name for name in notes.parameters if not name.startswith("auxiliary.")}
+
+
+def test_the_auxiliary_path_is_put_back_and_goes_on_training(trained):
+    trainer, notes, _ = trained
+    parameters = dict(trainer.model.named_parameters())
+    assert list(parameters) == list(notes.parameters)
+    assert all(parameters[name] is notes.parameters[name] for name in parameters)
+    modules = dict(trainer.model.named_modules())
+    assert modules.keys() == notes.modules.keys()
+    assert all(modules[name] is notes.modules[name] for name in modules)
+    in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in parameters.values()}
+    # The evaluation came between the second and the third.
+    values = notes.auxiliary_values
+    assert len(values) == 4 and all(not torch.equal(a, b) for a, b in zip(values, values[1:], strict=False))
+
+
+def test_both_final_checkpoints_and_the_metrics_are_written(trained):
+    _, notes, output = trained
+    whole = torch.load(output / "model_final.pth", weights_only=True)
+    stripped = torch.load(output / "model_final_stripped.pth", weights_only=True)
+    dropped = set(whole["model"]) - set(stripped["model"])
+    assert dropped and all(key.startswith("auxiliary.") for key in dropped)
+    assert all(torch.equal(whole["model"][key], value) for key, value in stripped["model"].items())
+    assert whole["iteration"] == 3 and "optimizer" in whole["trainer"]["_trainer"]
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    assert set(stripped) == {"model"}
+    assert json.loads((output / "inference" / "metrics.json").read_text())["AP"] >= 0
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert {"aux_loss_cls", "aux_loss_box_reg", "bbox/AP50"} <= set().union(*lines)
+    assert len(list(output.glob("events.out.tfevents.*"))) == 1
+
+
+def test_the_stripped_detector_equals_the_trained_one_bit_for_bit(trained):
+    trainer, _, output = trained
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.AUX.ENABLED = False
+    shipped = build_model(cfg)
+    build_checkpointer(cfg, shipped).load(str(output / "model_final_stripped.pth"))
+    assert [name for name, _ in shipped.named_modules()] == [
+        name for name, _ in trainer.model.named_modules() if not name.startswith("auxiliary")
+    ]
+    batch = make_batch()
+    outputs = []
+    for model in (shipped, trainer.model):
+        model.eval()
+        model.test_score_thresh = 0.0
+        with torch.no_grad(), detached_auxiliary(model):
+            outputs.append([x["instances"] for x in model(batch)])
+    trainer.model.train()
+    for a, b in zip(*outputs, strict=True):
+        assert len(a) > 0
+        assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+        assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+class Killed(BaseException):
+    """Ends training as a signal does."""
+
+
+class Kill(HookBase):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise Killed
+
+
+def test_resume_continues_with_optimizer_and_calibration(entry, float_weights, tmp_path, monkeypatch):
+    cfg = train_cfg(entry, tmp_path, *BOTH, *PERIODS, "MODEL.WEIGHTS", float_weights)
+    first = Trainer(cfg)
+    first.register_hooks([Kill(2)])
+    first.resume_or_load(resume=False)
+    with pytest.raises(Killed):
+        first.train()
+    assert not (tmp_path / "model_final_stripped.pth").exists()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+    second = Trainer(cfg)
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 2
+    states = [trainer.model.state_dict() for trainer in (first, second)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    for a, b in zip(first.optimizer.param_groups, second.optimizer.param_groups, strict=True):
+        assert a["lr"] == b["lr"] and a["weight_decay"] == b["weight_decay"]
+        for p, q in zip(a["params"], b["params"], strict=True):
+            momentum = [t.optimizer.state[r]["momentum_buffer"] for t, r in ((first, p), (second, q))]
+            assert torch.equal(*momentum)
+
+    def recalibrates(*args, **kwargs):
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(hooks, "calibrate", recalibrates)
+    second.train()
+    assert second.iter == 4
+    assert (tmp_path / "model_final_stripped.pth").exists()
+
+
+def test_a_failure_in_the_last_iteration_is_no_final_checkpoint(entry, float_weights, tmp_path):
+    weights = ("MODEL.WEIGHTS", float_weights)
+    trainer = Trainer(train_cfg(entry, tmp_path, *BOTH, *weights, max_iter=1))
+    trainer.register_hooks([Kill(0)])
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert not list(tmp_path.glob("*.pth"))
+
+
+class StandIn:
+    """What a hook needs of a trainer."""
+
+    def __init__(self, model):
+        self.model = model
+
+
+def run_calibration(model, batches):
+    hook = hooks.CalibrationHook(lambda: iter(batches), 2, "minmax")
+    hook.trainer = StandIn(model)
+    hook.before_train()
+
+
+def state_of(model):
+    """All that calibration must not change: tensors that are no quantizer's, and python state."""
+    names = tuple(f"{name}." for name, _ in quantizers(model))
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(names)}
+    positions = [m._pos for m in model.modules() if isinstance(m, CycleBatchNormList)]
+    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    return tensors, (positions, vars(model).get("loss_normalizer"), model.training, states)
+
+
+@pytest.mark.parametrize("normalizer", [None, 55.0])
+def test_calibration_leaves_no_trace(normalizer):
+    model = make_model(*BOTH)
+    if normalizer is not None:
+        model.loss_normalizer = normalizer
+    tensors, others = state_of(model)
+
+    def batches():
+        for _ in range(3):
+            random.random(), np.random.rand(), torch.rand(1)
+            yield make_batch()
+
+    run_calibration(model, batches())
+    after, others_after = state_of(model)
+    assert others_after == others
+    assert all(torch.equal(after[key], value) for key, value in tensors.items())
+    assert all(q.is_calibrated for _, q in quantizers(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_calibration_takes_the_configured_number_of_batches():
+    taken = []
+
+    def batches():
+        for index in range(5):
+            taken.append(index)
+            yield make_batch()
+
+    run_calibration(make_model(*QUANT), batches())
+    assert taken == [0, 1]
+
+
+def test_calibrated_detectors_read_no_batch():
+    def batches():
+        raise AssertionError("read a batch")
+        yield
+
+    model = make_model(*QUANT)
+    run_calibration(model, [make_batch()])
+    for calibrated_model in (model, make_model()):
+        run_calibration(calibrated_model, batches())
+
+
+def test_adaptors_are_aligned_without_quantizers_too():
+    model = make_model(*AUX)
+    model.auxiliary.initialize_from(model.head)
+    before = model.auxiliary.adaptors[0].conv.norm.weight.detach().clone()
+    run_calibration(model, [make_batch()])
+    assert not model.auxiliary.needs_alignment
+    assert not torch.equal(model.auxiliary.adaptors[0].conv.norm.weight, before)
+
+
+@pytest.mark.parametrize("weights", ["random", "float"])
+def test_random_start_of_quantized_training_warns(entry, float_weights, tmp_path, caplog, weights):
+    path = float_weights if weights == "float" else ""
+    cfg = train_cfg(entry, tmp_path, *BOTH, "MODEL.WEIGHTS", path)
+    Trainer(cfg).resume_or_load(resume=False)
+    assert ("STARTS FROM RANDOM WEIGHTS" in caplog.text) == (weights == "random")
+
+
+def test_evaluating_without_calibration_is_a_user_error(entry, tmp_path):
+    cfg = train_cfg(entry, tmp_path, *QUANT)
+    with pytest.raises(ValueError, match="not calibrated, backbone.*MODEL.QUANT.ENABLED False"):
+        Trainer.test(cfg, build_model(cfg))
+
+
+def test_several_test_sets_do_not_overwrite_each_other(entry, tmp_path):
+    other = {**entry, "name": "tiny_trainer_2"}
+    cfg = train_cfg(entry, tmp_path).clone()
+    cfg.defrost()
+    cfg.DATASETS.DECLARED = [entry, other]
+    cfg.DATASETS.TEST = ("tiny_trainer", "tiny_trainer_2")
+    register_declared(cfg)
+    folders = {Trainer.build_evaluator(cfg, name)._output_dir for name in cfg.DATASETS.TEST}
+    assert folders == {str(tmp_path / "inference" / name) for name in cfg.DATASETS.TEST}
+
+
+def test_what_the_machine_lacks_is_replaced_and_said(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    keys = [f"MODEL.{name}.NORM" for name in ("RESNETS", "FPN", "RETINANET", "AUX", "ROI_BOX_HEAD")]
+    cfg = make_cfg("MODEL.DEVICE", "cuda", *(part for key in keys for part in (key, "SyncBN")))
+    fit_to_machine(cfg)
+    assert cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE is cuda" in caplog.text
+    for key in keys:
+        assert cfg.MODEL[key.split(".")[1]].NORM == "BN" and f"{key}: SyncBN" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg = make_cfg("MODEL.DEVICE", "cuda", "MODEL.FPN.NORM", "SyncBN")
+    fit_to_machine(cfg)
+    assert (cfg.MODEL.DEVICE, cfg.MODEL.FPN.NORM) == ("cuda", "SyncBN")

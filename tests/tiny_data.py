@@ -1,0 +1,55 @@
+"""A COCO dataset of a few small images, and configs that train on it in seconds."""
+
+import json
+
+import numpy as np
+from helpers import make_cfg
+from PIL import Image
+
+from aqdet.data import register_declared
+
+CLASSES = ("disc", "cross", "ring")
+
+
+def write_dataset(folder, name, *, num_images=4, size=64, empty=(), classes=CLASSES):
+    """Images of noise, each with an object of the first two classes, or none where its index is in ``empty``.
+
+    Returns an entry of DATASETS.DECLARED.
+    """
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for index in range(num_images):
+        pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        images.append({"id": index + 1, "file_name": f"{index}.png", "width": size, "height": size})
+        boxes = [] if index in empty else [[4, 5, 36, 33], [20, 10, 30, 50]]
+        for number, box in enumerate(boxes[: len(classes)]):
+            annotation = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": number + 1}
+            annotations.append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    categories = [{"id": i + 1, "name": c} for i, c in enumerate(classes)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content))
+    return {"name": name, "json": str(path), "image_root": str(folder)}
+
+
+def train_overrides(entry, output_dir, max_iter=4):
+    """``KEY VALUE ...`` of a training of ``max_iter`` iterations on two images each."""
+    return [
+        *("DATASETS.DECLARED", str([entry]), "DATASETS.TRAIN", str((entry["name"],))),
+        *("DATASETS.TEST", str((entry["name"],)), "OUTPUT_DIR", str(output_dir), "SEED", "1"),
+        *("DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+        *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", str(max_iter), "SOLVER.BASE_LR", "0.01"),
+        *("SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "()", "MODEL.QUANT.CALIBRATION.NUM_BATCHES", "2"),
+        *("MODEL.QUANT.CALIBRATION.METHOD", "minmax"),
+    ]
+
+
+def train_cfg(entry, output_dir, *overrides, max_iter=4):
+    """A frozen config, its datasets registered and its output folder made."""
+    cfg = make_cfg(*train_overrides(entry, output_dir, max_iter), *overrides)
+    register_declared(cfg)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    cfg.freeze()
+    return cfg
