@@ -86,22 +86,26 @@ def machine() -> str:
 def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) -> None:
     """The BCCD section of RESULTS.md, from the metrics files of finished jobs."""
     done = {key: job for key, job in jobs.items() if job.finished() is not None}
-    complete = [s for s in args.seeds if all((s, k) in done for k in ("start", *VARIANTS))]
     missing = [job.name for key, job in jobs.items() if key not in done]
     values = {key: job.metrics() for key, job in done.items()}
+
+    def seeds_of(*keys: str) -> list[int]:
+        return [s for s in args.seeds if all((s, key) in done for key in keys)]
+
     rows, paired = [], []
     for key, title in VARIANTS.items():
-        cells = [mean_and_spread([values[s, key][m] for s in complete]) for m in METRICS]
-        seconds = [done[s, key].finished()["seconds"] for s in complete]
-        per_seed = ", ".join(f"{values[s, key]['AP']:.1f}" for s in complete)
-        rows.append([title, *cells, per_seed, f"{sum(seconds) / max(len(seconds), 1) / 60:.1f} min"])
+        finished = [done[s, key].finished()["seconds"] for s in seeds_of(key)]
+        cells = [mean_and_spread([values[s, key][m] for s in seeds_of(key)]) for m in METRICS]
+        per_seed = ", ".join(f"{values[s, key]['AP']:.1f}" for s in seeds_of(key)) or "-"
+        minutes = f"{sum(finished) / len(finished) / 60:.1f} min" if finished else "-"
+        rows.append([title, *cells, per_seed, minutes])
     pairs = [(key, "fp_bn") for key in VARIANTS if key != "fp_bn"]
     pairs += [("lsq_w4a4_aux", "lsq_w4a4"), ("dorefa_w4a4_aux", "dorefa_w4a4")]
     for a, b in pairs:
-        differences = [values[s, a]["AP"] - values[s, b]["AP"] for s in complete]
-        each = ", ".join(f"{d:+.1f}" for d in differences)
+        differences = [values[s, a]["AP"] - values[s, b]["AP"] for s in seeds_of(a, b)]
+        each = ", ".join(f"{d:+.1f}" for d in differences) or "-"
         paired.append([f"{VARIANTS[a]} − {VARIANTS[b]}", mean_and_spread(differences), each])
-    starts = mean_and_spread([values[s, "start"]["AP"] for s in complete])
+    starts = mean_and_spread([values[s, "start"]["AP"] for s in seeds_of("start")])
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -112,7 +116,7 @@ def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) ->
 
 Train split to train (205 images), val split to evaluate (87). For each seed one full-precision start of
 {args.start_epochs} epochs, and from it five runs of {args.epochs} epochs with the same schedule. COCO AP of the
-detector alone, in percent, mean ± sample standard deviation over seeds {", ".join(map(str, complete)) or "(none)"}.
+detector alone, in percent, mean ± sample standard deviation over the seeds that have run (of {seeds}).
 
 {markdown_table(["detector", *METRICS, "AP by seed", "time a run"], rows)}
 

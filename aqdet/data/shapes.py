@@ -48,19 +48,22 @@ class SplitSpec:
 SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2)}
 
 # Difficulty. Ranges are inclusive.
-NUM_OBJECTS = (3, 8)
+NUM_OBJECTS = (4, 9)
 # Area of an object in pixels, within COCO's bands (32^2 and 96^2), and how often each is drawn.
-AREA_RANGES = {"small": (150, 1000), "medium": (1050, 9000), "large": (9300, 14000)}
-BAND_PERCENT = {"small": 38, "medium": 44, "large": 18}
-CONTRAST = (14, 64)  # grey levels between an object's colour and the background's, per channel
-MIN_VISIBLE_PERCENT = 50  # an object that would hide more of another one is not drawn
-STRETCH_PERCENT = (78, 128)  # width of an object against its height, before rotation
-TEXTURE_AMPLITUDE = (4, 26)
-NUM_DISTRACTORS = (2, 5)
+AREA_RANGES = {"small": (260, 1000), "medium": (1050, 9000), "large": (9300, 14000)}
+BAND_PERCENT = {"small": 32, "medium": 50, "large": 18}
+CONTRAST = (36, 100)  # grey levels between an object's colour and the background's, per channel
+MIN_VISIBLE_PERCENT = 60  # an object that would hide more of another one is not drawn
+STRETCH_PERCENT = (85, 118)  # width of an object against its height, before rotation
+TURN_DEGREES = (-20, 20)  # of an object; distractors turn freely
+TEXTURE_AMPLITUDE = (3, 16)
+HUE = 24  # grey levels between the channels of the background and its brightness
+BLOTCHES = {48: 12, 16: 7, 4: 5}  # cell in pixels -> grey levels, in the background
+NUM_DISTRACTORS = (0, 3)
 DISTRACTOR_AREA = (250, 5000)
-NUM_LINES = (2, 6)
-NUM_PATCHES = (1, 4)
-PIXEL_NOISE = 9
+NUM_LINES = (1, 4)
+NUM_PATCHES = (0, 2)
+PIXEL_NOISE = 6
 
 STALE_SECONDS = 3600
 
@@ -104,7 +107,7 @@ def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarra
         (a hole is joined to the outline by a slit) and ``iscrowd``.
     """
     rng = np.random.Generator(np.random.PCG64([seed, index]))
-    base = rng.integers(56, 200, 3)
+    base = rng.integers(72, 184) + rng.integers(-HUE, HUE + 1, 3)
     canvas = _background(rng, base, size)
     for _ in range(_draw(rng, NUM_PATCHES)):
         _paint_patch(rng, canvas)
@@ -318,7 +321,7 @@ def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item 
     # Square roots, so that sides rather than areas are evenly spread.
     side = _draw(rng, (math.isqrt(area[0]) + 1, math.isqrt(area[1])))
     stretch = _draw(rng, STRETCH_PERCENT)
-    angle = int(rng.integers(360))
+    angle = _draw(rng, TURN_DEGREES) % 360 if is_object else int(rng.integers(360))
     cos, sin = int(_COS[angle]), int(_COS[(angle - 90) % 360])
     radius = max(3, side * _REFERENCE_RADIUS // math.isqrt(_reference_area(kind)))
     outlines = []
@@ -389,7 +392,7 @@ def _background(rng: np.random.Generator, base: np.ndarray, size: int) -> np.nda
     ramp = np.arange(size) - size // 2
     light = (ramp[:, None] * slope[0] + ramp * slope[1]) // size
     canvas = light[:, :, None].astype(np.int16) + base.astype(np.int16)
-    for cell, amplitude in ((48, 14), (16, 9), (4, 7)):
+    for cell, amplitude in BLOTCHES.items():
         canvas += _blotches(rng, amplitude, cell, size, size, 3)
     return canvas + _texture(rng, size, size) // 2
 

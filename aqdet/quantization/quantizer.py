@@ -47,6 +47,7 @@ class Quantizer(nn.Module):
     calibrated: Tensor
     num_bits: Tensor
     signed: Tensor
+    kind: Tensor
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__()
@@ -61,6 +62,9 @@ class Quantizer(nn.Module):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.register_buffer("num_bits", torch.tensor(spec.num_bits))
         self.register_buffer("signed", torch.tensor(spec.signed))
+        # What the other buffers do not tell apart: method and granularity, as text.
+        kind = spec.quantizer + "/channel" * spec.per_channel
+        self.register_buffer("kind", torch.tensor(list(kind.encode().ljust(24))[:24], dtype=torch.uint8))
 
     @property
     def is_calibrated(self) -> bool:
@@ -193,11 +197,15 @@ class Quantizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for key, own in (("num_bits", self.spec.num_bits), ("signed", self.spec.signed)):
-            stored = state_dict.get(prefix + key)
-            if stored is not None and stored.item() != own:
+        for key in ("num_bits", "signed", "kind"):
+            stored, own = state_dict.get(prefix + key), getattr(self, key)
+            if stored is not None and not torch.equal(stored.to(own.device), own):
+                theirs, ours = (
+                    bytes(t.tolist()).decode(errors="replace").strip() if key == "kind" else t.item()
+                    for t in (stored, own)
+                )
                 error_msgs.append(
-                    f"{prefix}{key} is {stored.item()} in the checkpoint and {own} in the model: "
+                    f"{prefix}{key} is {theirs} in the checkpoint and {ours} in the model: "
                     "use the config that the checkpoint was trained with, or a float checkpoint"
                 )
                 return

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from helpers import make_cfg
 
 from aqdet.data import check_num_classes, register_declared
@@ -13,7 +14,7 @@ def dataset(folder, names=("cat", "dog", "cow")):
     content["categories"] = [{"id": 10 * (i + 1), "name": n} for i, n in enumerate(names)]
     (folder / "a.json").write_text(json.dumps(content))
     return {
-        "name": f"test_{folder.name}_{id(folder)}",
+        "name": f"test_{folder}",
         "json": str(folder / "a.json"),
         "image_root": str(folder),
     }
@@ -48,6 +49,8 @@ def test_registers_once_and_under_the_datasets_folder(tmp_path, monkeypatch):
         ({"image_root": "none"}, r"DATASETS.DECLARED\[0\].image_root: no folder 'none'"),
         ({"name": ""}, r"DATASETS.DECLARED\[0\].name must be a non-empty string"),
         ({"extra": 1}, "must have exactly the fields name, json, image_root"),
+        ({"json": 3}, r"DATASETS.DECLARED\[0\].json must be a non-empty string, got 3"),
+        ({"name": "coco_2017_val"}, "'coco_2017_val' is registered already with other files"),
     ],
 )
 def test_wrong_declarations_are_one_line(tmp_path, change, words):
@@ -66,7 +69,86 @@ def test_unknown_names_and_class_counts(tmp_path):
         check_num_classes(cfg_for(train=[two["name"]]))
     with pytest.raises(ValueError, match="have different classes"):
         check_num_classes(cfg_for(train=[three["name"]], test=[two["name"]]))
-    broken = dataset(tmp_path / "broken")
-    (tmp_path / "broken" / "a.json").write_text("{")
-    with pytest.raises(ValueError, match="is not COCO JSON"):
-        register_declared(cfg_for(broken))
+
+
+def test_a_list_of_entries_is_needed(tmp_path):
+    cfg = cfg_for()
+    cfg.DATASETS.DECLARED = "mine.json"
+    with pytest.raises(ValueError, match=r"DATASETS.DECLARED must be a list of .*, got 'mine.json'"):
+        register_declared(cfg)
+    with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[1\] must have exactly"):
+        register_declared(cfg_for(dataset(tmp_path / "d"), "mine.json"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: "{", "Expecting property name"),
+        (lambda c: "[1, 2]", "it has no list 'images'"),
+        (lambda c: json.dumps({**c, "annotations": {}}), "it has no list 'annotations'"),
+        (lambda c: json.dumps({**c, "categories": []}), "'categories' is empty"),
+        (lambda c: json.dumps({**c, "categories": [{"id": "1", "name": "a"}]}), "needs an integer id and a name"),
+        (lambda c: json.dumps({**c, "categories": [{"id": 1}]}), "needs an integer id and a name"),
+        (lambda c: json.dumps({**c, "categories": ["a"]}), "needs an integer id and a name, got 'a'"),
+        (lambda c: json.dumps({**c, "categories": [{"id": 1, "name": "a"}] * 2}), "of another one"),
+    ],
+)
+def test_broken_annotation_files_are_one_line(tmp_path, change, words):
+    entry = dataset(tmp_path / "d")
+    path = tmp_path / "d" / "a.json"
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[0\].json: .* is not COCO JSON: .*") as error:
+        register_declared(cfg_for(entry))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert entry["name"] not in DatasetCatalog
+
+
+def test_class_ids_are_those_of_detectron2(tmp_path):
+    entry = dataset(tmp_path / "d", ("z", "a"))
+    register_declared(cfg_for(entry))
+    before = MetadataCatalog.get(entry["name"]).thing_dataset_id_to_contiguous_id
+    assert before == {10: 0, 20: 1}
+    path = tmp_path / "d" / "a.json"
+    content = json.loads(path.read_text())
+    content["images"] = [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}]
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 20, "bbox": [0, 0, 4, 4], "iscrowd": 0}]
+    path.write_text(json.dumps(content))
+    records = DatasetCatalog.get(entry["name"])
+    assert records[0]["annotations"][0]["category_id"] == 1
+    assert records[0]["file_name"] == str(tmp_path / "d" / "a.png")
+
+
+def test_paths_are_looked_up_in_the_current_folder_too(tmp_path, monkeypatch):
+    entry = {**dataset(tmp_path / "d"), "json": "d/a.json", "image_root": "d"}
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    register_declared(cfg_for(entry))
+    assert MetadataCatalog.get(entry["name"]).image_root == "d"
+
+
+def test_class_counts_of_the_embedded_dataset_and_of_other_models(tmp_path):
+    cfg = cfg_for(train=["aqdet_shapes_train"], test=["aqdet_shapes_val"])
+    with pytest.raises(ValueError, match="MODEL.RETINANET.NUM_CLASSES is 3, but aqdet_shapes_train has 6"):
+        check_num_classes(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 6
+    check_num_classes(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    with pytest.raises(ValueError, match="MODEL.ROI_HEADS.NUM_CLASSES is 80"):
+        check_num_classes(cfg)
+
+
+def test_classes_known_after_loading_are_checked(tmp_path):
+    entry = dataset(tmp_path / "d", ("a", "b"))
+    register_coco_instances(entry["name"], {}, entry["json"], entry["image_root"])
+    with pytest.raises(ValueError, match="NUM_CLASSES is 3, but .* has 2 classes: a, b"):
+        check_num_classes(cfg_for(train=[entry["name"]]))
+
+
+def test_a_dataset_without_class_names_is_reported(caplog):
+    name = "test_without_class_names"
+    DatasetCatalog.register(name, list)
+    try:
+        check_num_classes(cfg_for(train=[name]))
+    finally:
+        DatasetCatalog.remove(name)
+    assert f"Dataset {name} does not name its classes" in caplog.text
