@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--start-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=4, help="of each of the five runs")
     parser.add_argument("--results-only", action="store_true", help="rewrite the table and stop")
+    parser.add_argument("--remark", default="", help="a sentence to print below the table")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     return parser.parse_args()
 
@@ -130,6 +131,8 @@ Command: `python tools/bccd.py --bccd-root BCCD --seeds {seeds} {flags}`, which 
 `configs/BCCD/retinanet_r18_{{{",".join(VARIANTS)}}}.yaml`. {" to ".join(dates[:1] + dates[-1:])}, table written at commit {commit},
 {machine()}, torch {torch.__version__}.
 """
+    if args.remark:
+        text += f"\n{args.remark}\n"
     if missing:
         text += f"\nNot run: {', '.join(missing)}.\n"
     write_section(ROOT / "RESULTS.md", "bccd", text)
