@@ -128,8 +128,8 @@ Paired differences in AP, from the same start:
 {markdown_table(["difference", "mean ± std", "by seed"], paired)}
 
 Command: `python tools/bccd.py --bccd-root BCCD --seeds {seeds} {flags}`, which runs
-`configs/BCCD/retinanet_r18_{{{",".join(VARIANTS)}}}.yaml`. {" to ".join(dates[:1] + dates[-1:])}, table written at commit {commit},
-{machine()}, torch {torch.__version__}.
+`configs/BCCD/retinanet_r18_{{{",".join(VARIANTS)}}}.yaml`. {" to ".join(sorted({*dates[:1], *dates[-1:]}))},
+table written at commit {commit}, {machine()}, torch {torch.__version__}.
 """
     if args.remark:
         text += f"\n{args.remark}\n"
