@@ -51,15 +51,26 @@ SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2)}
 NUM_OBJECTS = (4, 9)
 # Area of an object in pixels, within COCO's bands (32^2 and 96^2), and how often each is drawn.
 AREA_RANGES = {"small": (260, 1000), "medium": (1050, 9000), "large": (9300, 14000)}
-BAND_PERCENT = {"small": 32, "medium": 50, "large": 18}
-CONTRAST = (36, 100)  # grey levels between an object's colour and the background's, per channel
+BAND_PERCENT = {"small": 26, "medium": 52, "large": 22}
+CONTRAST = (36, 100)  # grey levels between a distractor's or a line's colour and the background's, per channel
 MIN_VISIBLE_PERCENT = 60  # an object that would hide more of another one is not drawn
 STRETCH_PERCENT = (85, 118)  # width of an object against its height, before rotation
 TURN_DEGREES = (-20, 20)  # of an object; distractors turn freely
+# What a class's colour tends to, as blue, green and red above the background's, and how far an object strays from it:
+# far enough to meet other classes, near enough for a detector to learn within minutes.
+CLASS_TINTS = {
+    "circle": (-50, -50, 70),
+    "ring": (70, -50, -50),
+    "square": (-50, 70, -50),
+    "triangle": (60, 60, -60),
+    "cross": (-60, 60, 60),
+    "star": (60, -60, 60),
+}
+TINT_SPREAD = 30
 TEXTURE_AMPLITUDE = (3, 16)
 HUE = 24  # grey levels between the channels of the background and its brightness
 BLOTCHES = {48: 12, 16: 7, 4: 5}  # cell in pixels -> grey levels, in the background
-NUM_DISTRACTORS = (0, 3)
+NUM_DISTRACTORS = (0, 2)
 DISTRACTOR_AREA = (250, 5000)
 NUM_LINES = (1, 4)
 NUM_PATCHES = (0, 2)
@@ -404,6 +415,9 @@ def _colour(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
 
 def _paint_item(rng: np.random.Generator, canvas: np.ndarray, item: _Item, base: np.ndarray) -> None:
     colour = _colour(rng, base).astype(np.int16)
+    if item.kind in CLASS_TINTS:
+        spread = rng.integers(-TINT_SPREAD, TINT_SPREAD + 1, 3)
+        colour = (base + np.array(CLASS_TINTS[item.kind]) + spread).astype(np.int16)
     left, top, width, height = cv2.boundingRect(item.polygons[0])
     box = slice(top, top + height), slice(left, left + width)
     filled = _texture(rng, height, width) + colour
