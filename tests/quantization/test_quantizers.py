@@ -295,9 +295,28 @@ def test_a_checkpoint_of_another_grid_is_refused(wrong, words):
         nn.Sequential(build_quantizer(wrong)).load_state_dict(state, strict=False)
 
 
+@pytest.mark.parametrize(
+    "stored, own, words",
+    [
+        (QuantSpec("lsq", 4, "input"), QuantSpec("dorefa", 4, "input"), "kind is lsq in .* and dorefa in the model"),
+        (
+            QuantSpec("dorefa", 4, "weight", per_channel=True),
+            QuantSpec("dorefa", 4, "weight"),
+            "kind is dorefa/channel in .* and dorefa in the model",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_method_is_refused(stored, own, words):
+    state = ready(stored).state_dict()
+    with pytest.raises(RuntimeError, match=words):
+        build_quantizer(own).load_state_dict(state, strict=False)
+
+
 def test_a_partial_checkpoint_does_not_count_as_calibrated():
-    state = ready(QuantSpec("dorefa", 4, "weight")).state_dict()
-    quantizer = build_quantizer(QuantSpec("lsq", 4, "weight"))
+    spec = QuantSpec("lsq", 4, "weight")
+    state = ready(spec).state_dict()
+    del state["scale"]
+    quantizer = build_quantizer(spec)
     assert quantizer.load_state_dict(state, strict=False).missing_keys == ["scale"]
     assert not quantizer.is_calibrated and not quantizer.calibrated
     with pytest.raises(RuntimeError, match="not calibrated"):
