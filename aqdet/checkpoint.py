@@ -159,7 +159,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         if path and "://" in path:
             try:
                 path = self.path_manager.get_local_path(path)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 raise ValueError(f"checkpoint {self._path!r} cannot be fetched: {error}") from error
         if path and not os.path.isfile(path):
             raise FileNotFoundError(
@@ -172,7 +172,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         data = data if "model" in data else {"model": data}
         model = data["model"]
         if not isinstance(model, dict) or not all(
-            isinstance(value, torch.Tensor | np.ndarray) for value in model.values()
+            isinstance(key, str) and isinstance(value, torch.Tensor | np.ndarray) for key, value in model.items()
         ):
             raise ValueError(f"checkpoint {self._path!r} holds no state dict of tensors")
         return data
@@ -193,7 +193,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
-        scope = tuple(checkpoint.get("aqdet", {}).get("scope", ()))
+        scope = self._scope(checkpoint)
         if checkpoint.get("matching_heuristics"):
             scope = ("backbone.bottom_up.",)
         stored = set(checkpoint["model"])
@@ -210,6 +210,16 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._check(incompatible, stored, scope)
         self._start_auxiliary(stored)
         return _IncompatibleKeys([], [], [])
+
+    def _scope(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
+        """Prefixes of the keys that a file is about, if it says so."""
+        entry = checkpoint.get("aqdet", {})
+        scope = entry.get("scope", []) if isinstance(entry, dict) else None
+        if not isinstance(scope, list | tuple) or not all(isinstance(prefix, str) for prefix in scope):
+            raise ValueError(
+                f'checkpoint {self._path!r}: its entry "aqdet" must be {{"scope": [key prefixes]}}, got {entry!r:.100}'
+            )
+        return tuple(scope)
 
     def _check(self, incompatible: _IncompatibleKeys, stored: set[str], scope: tuple[str, ...]) -> None:
         names = {name for name, _ in quantizers(self.model)}

@@ -121,6 +121,16 @@ def test_a_backbone_of_declared_scope(folder):
         AqdetCheckpointer(make_model(*QUANT)).load("bb.pth")
 
 
+@pytest.mark.parametrize("entry", [3, {"scope": "backbone."}, {"scope": [1]}])
+def test_a_malformed_scope(folder, entry):
+    torch.save({"model": make_model().state_dict(), "aqdet": entry}, "a.pth")
+    with pytest.raises(
+        ValueError, match=r"""'a.pth': its entry "aqdet" must be {"scope": \[key prefixes\]}, got"""
+    ) as error:
+        AqdetCheckpointer(make_model()).load("a.pth")
+    one_line(error)
+
+
 def test_saved_whole_or_not_at_all(folder, monkeypatch):
     checkpointer = AqdetCheckpointer(torch.nn.Linear(1, 1), str(folder))
     checkpointer.save("a")
@@ -197,7 +207,9 @@ def test_truncated_file(tmp_path, float_model, float_state):
     assert "damaged" in error_of(float_model, path)
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"model": [1]}, {"model": {"a": 1}}])
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), [1, 2], {"model": [1]}, {"model": {"a": 1}}, {"model": {0: torch.zeros(1)}}]
+)
 def test_no_state_dict(tmp_path, float_model, content):
     assert "no state dict" in error_of(float_model, write(tmp_path / "a.pth", content))
 

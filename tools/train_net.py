@@ -13,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
-from aqdet.engine import Trainer, build_checkpointer, fit_to_machine
+from aqdet.engine import Trainer, build_checkpointer, check_names, fit_to_machine
 
 USER_ERROR = 2
 
@@ -21,9 +21,14 @@ USER_ERROR = 2
 def setup(args: argparse.Namespace) -> CfgNode:
     """Reads the config, registers its datasets, and checks both against each other."""
     cfg = load_config(args.config_file, args.opts)
+    check_names(cfg)
     fit_to_machine(cfg)
     register_declared(cfg)
     check_num_classes(cfg)
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error.strerror}") from error
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="aqdet")
@@ -45,7 +50,11 @@ def main(args: argparse.Namespace) -> None:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise
-        fail(f"{' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)")
+        message = str(error)
+        if message.startswith("Caught "):
+            # A worker of the data loader sends its traceback, which ends in what happened.
+            message = message.strip().splitlines()[-1]
+        fail(f"{' '.join(message.split())} (AQDET_DEBUG=1 shows where)")
 
 
 def fail(message: str) -> None:

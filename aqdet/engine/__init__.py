@@ -1,5 +1,6 @@
-"""Training: trainer, hooks, parameter groups."""
+"""Training: trainer, checks, hooks, parameter groups."""
 
-from .trainer import Trainer, build_checkpointer, fit_to_machine
+from .checks import check_names, fit_to_machine
+from .trainer import Trainer, build_checkpointer
 
-__all__ = ["Trainer", "build_checkpointer", "fit_to_machine"]
+__all__ = ["Trainer", "build_checkpointer", "check_names", "fit_to_machine"]

@@ -20,6 +20,7 @@ from torch import nn
 from ..checkpoint import AqdetCheckpointer
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import calibrate, quantizers
+from ..quantization.observer import check_method
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,15 @@ class CalibrationHook(HookBase):
     Args:
         build_loader: makes a data loader of its own, so that training sees the data it would have seen.
         num_batches, method: ``MODEL.QUANT.CALIBRATION``.
+
+    Raises:
+        ValueError: if one of them is not valid, before training rather than in it.
     """
 
     def __init__(self, build_loader: Callable[[], Iterable[Any]], num_batches: int, method: str) -> None:
+        check_method(method)
+        if num_batches < 1:
+            raise ValueError(f"MODEL.QUANT.CALIBRATION.NUM_BATCHES must be at least 1, got {num_batches}")
         self._build_loader = build_loader
         self._num_batches = num_batches
         self._method = method

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,18 +27,6 @@ from .solver import build_optimizer
 logger = logging.getLogger(__name__)
 
 
-def fit_to_machine(cfg: CfgNode) -> None:
-    """Changes what this machine cannot do, each change logged: device, and SyncBN on a CPU."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu":
-        for name, node in cfg.MODEL.items():
-            if isinstance(node, CfgNode) and node.get("NORM") == "SyncBN":
-                logger.warning("MODEL.%s.NORM: SyncBN does not run on a CPU: using BN", name)
-                node.NORM = "BN"
-
-
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> AqdetCheckpointer:
     """The checkpointer of a config."""
     return AqdetCheckpointer(
@@ -46,6 +36,15 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         aux_init=cfg.MODEL.AUX.INIT,
         **checkpointables,
     )
+
+
+@contextlib.contextmanager
+def _usable(key: str, names: Any) -> Iterator[None]:
+    """Detectron2 asserts that data is usable: a user error that lacks the config key."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"{key} {tuple(names)}: {error or 'no data'}") from error
 
 
 class Trainer(DefaultTrainer):
@@ -106,6 +105,28 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See :func:`aqdet.engine.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's.
+
+        Raises:
+            ValueError: naming ``DATASETS.TRAIN``, if it is empty, has no boxes, or does not suit the batch size.
+        """
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
+        with _usable("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+            return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's.
+
+        Raises:
+            ValueError: naming ``DATASETS.TEST``, if the dataset has no images.
+        """
+        with _usable("DATASETS.TEST", (dataset_name,)):
+            return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

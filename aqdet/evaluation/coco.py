@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Collection
 
 from detectron2 import evaluation
 from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Of object areas in pixels, as COCO has them.
@@ -29,6 +32,20 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def __init__(self, dataset_name: str, *, output_dir: str) -> None:
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
+        self._fill_in()
+
+    def _fill_in(self) -> None:
+        """Fields that training does without and pycocotools does not: no crowd, the box's area."""
+        counts = {"iscrowd": 0, "area": 0}
+        for annotation in self._coco_api.dataset.get("annotations", ()):
+            _, _, width, height = annotation["bbox"]
+            for field, value in (("iscrowd", 0), ("area", width * height)):
+                counts[field] += field not in annotation
+                annotation.setdefault(field, value)
+        for field, count in counts.items():
+            if count:
+                source = "taken as 0" if field == "iscrowd" else "taken from the box"
+                logger.warning("%d annotations of %s lack %r: %s", count, self._metadata.name, field, source)
 
     def evaluate(self, img_ids: Collection[int] | None = None) -> dict[str, dict[str, float]]:
         """``{"bbox": {"AP": ..., ...}}`` in percent on the main process, ``{}`` on the others."""

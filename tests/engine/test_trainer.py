@@ -9,11 +9,11 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
-from helpers import AUX, QUANT, make_batch, make_cfg, make_model
+from helpers import AUX, QUANT, make_batch, make_model
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
-from aqdet.engine import Trainer, build_checkpointer, fit_to_machine, hooks
+from aqdet.engine import Trainer, build_checkpointer, hooks
 from aqdet.modeling import detached_auxiliary
 from aqdet.quantization import quantizers
 
@@ -288,15 +288,25 @@ def test_several_test_sets_do_not_overwrite_each_other(entry, tmp_path):
     assert folders == {str(tmp_path / "inference" / name) for name in cfg.DATASETS.TEST}
 
 
-def test_what_the_machine_lacks_is_replaced_and_said(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    keys = [f"MODEL.{name}.NORM" for name in ("RESNETS", "FPN", "RETINANET", "AUX", "ROI_BOX_HEAD")]
-    cfg = make_cfg("MODEL.DEVICE", "cuda", *(part for key in keys for part in (key, "SyncBN")))
-    fit_to_machine(cfg)
-    assert cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE is cuda" in caplog.text
-    for key in keys:
-        assert cfg.MODEL[key.split(".")[1]].NORM == "BN" and f"{key}: SyncBN" in caplog.text
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cfg = make_cfg("MODEL.DEVICE", "cuda", "MODEL.FPN.NORM", "SyncBN")
-    fit_to_machine(cfg)
-    assert (cfg.MODEL.DEVICE, cfg.MODEL.FPN.NORM) == ("cuda", "SyncBN")
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (("SOLVER.IMS_PER_BATCH", "0"), r"DATASETS.TRAIN \('tiny_trainer',\): .*batch size"),
+        (("MODEL.QUANT.CALIBRATION.METHOD", "best"), "METHOD must be one of mse, .*, got 'best'"),
+        (("MODEL.QUANT.CALIBRATION.NUM_BATCHES", "0"), "CALIBRATION.NUM_BATCHES must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_training(entry, tmp_path, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        Trainer(train_cfg(entry, tmp_path, *QUANT, *overrides))
+
+
+def test_data_without_boxes_or_images_is_a_user_error(tmp_path):
+    for name, number in (("tiny_no_boxes", 2), ("tiny_no_images", 0)):
+        entry = write_dataset(tmp_path / name, name, num_images=number, empty=(0, 1))
+        cfg = train_cfg(entry, tmp_path)
+        with pytest.raises(ValueError, match=f"DATASETS.TRAIN .*'{name}'"):
+            Trainer.build_train_loader(cfg)
+    with pytest.raises(ValueError, match="DATASETS.TEST .*'tiny_no_images'"):
+        Trainer.build_test_loader(cfg, "tiny_no_images")

@@ -67,8 +67,14 @@ def evaluate_tiny(tmp_path):
     """Function of detections {image id: [(class, score, box)]} and dataset options: the metrics file."""
     name = f"coco_of_{tmp_path.name}"
 
-    def run(detections, **options):
+    def run(detections, drop=(), **options):
         entry = write_dataset(tmp_path / "data", name, **options)
+        path = tmp_path / "data" / f"{name}.json"
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            for field in drop:
+                del annotation[field]
+        path.write_text(json.dumps(content))
         register_declared(make_cfg("DATASETS.DECLARED", str([entry]), "DATASETS.TEST", str((name,))))
         DatasetCatalog.get(name)  # fills in the category ids, as the test loader does
         evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "inference"))
@@ -121,3 +127,13 @@ def test_one_class_has_its_ap(evaluate_tiny, tmp_path):
     found = {i: [(0, 0.9, BOXES[0])] for i in (1, 2)}
     values = evaluate_tiny(found, classes=CLASSES[:1])
     assert values["AP-disc"] == values["AP"] == pytest.approx(100 * 51 / 101)
+
+
+def test_fields_that_training_does_without_are_filled_in(evaluate_tiny, caplog):
+    # One class of two found, so that a wrong area or crowd flag would change a number.
+    found = {i: [(0, 0.9, BOXES[0])] for i in (1, 2)}
+    complete = evaluate_tiny(found)
+    assert "lack" not in caplog.text
+    assert evaluate_tiny(found, drop=("area", "iscrowd")) == complete
+    assert "8 annotations of coco_of_" in caplog.text
+    assert "lack 'iscrowd': taken as 0" in caplog.text and "lack 'area': taken from the box" in caplog.text

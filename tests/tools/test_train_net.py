@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,8 @@ def train_net(root, *arguments, config=CONFIG):
         (["DATASETS.TEST", "('coco',)"], "no dataset 'coco'"),
         (["MODEL.RETINANET.NUM_CLASSES", "4"], "NUM_CLASSES is 4, but mine has 6 classes"),
         (["MODEL.QUANT.BITS", "4"], "Non-existent key: MODEL.QUANT.BITS"),
+        (["MODEL.META_ARCHITECTURE", "Retina"], "MODEL.META_ARCHITECTURE must be one of "),
+        (["OUTPUT_DIR", "/dev/null/out"], "OUTPUT_DIR '/dev/null/out' cannot be made: Not a directory"),
     ],
 )
 def test_wrong_input_is_one_line(data, arguments, words, monkeypatch, capsys):
@@ -174,6 +177,19 @@ def test_debug_shows_where(run, monkeypatch):
     monkeypatch.setenv("AQDET_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         run("--config-file", "nowhere.yaml")
+
+
+def test_a_missing_image_is_one_line_from_a_worker_too(entry, config_file, run, tmp_path):
+    content = json.loads(Path(entry["json"]).read_text())
+    for image in content["images"]:
+        image["file_name"] = "gone.png"
+    json_file = tmp_path / "gone.json"
+    json_file.write_text(json.dumps(content))
+    gone = {**entry, "name": "tiny_gone", "json": str(json_file)}
+    arguments = ("--eval-only", *train_overrides(gone, tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1")
+    status, printed = run("--config-file", config_file, *arguments)
+    last = printed.splitlines()[-1]
+    assert status == 2 and last.startswith("error: FileNotFoundError: ") and "gone.png" in last
 
 
 def test_unsafe_config(run, tmp_path):

@@ -1,0 +1,60 @@
+"""A config against the machine and against what is registered, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+logger = logging.getLogger(__name__)
+
+# What Detectron2 0.6 and main both know.
+NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+
+def fit_to_machine(cfg: CfgNode) -> None:
+    """Changes what this machine cannot do, each change logged: device, and SyncBN on a CPU."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu":
+        for name, node in _nodes_with_norm(cfg):
+            if node.NORM == "SyncBN":
+                logger.warning("MODEL.%s.NORM: SyncBN does not run on a CPU: using BN", name)
+                node.NORM = "BN"
+
+
+def check_names(cfg: CfgNode) -> None:
+    """Checks the names that Detectron2 looks up without saying which key they come from.
+
+    Raises:
+        ValueError: in one line, naming the key, the value and the valid ones.
+    """
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from error
+    for key, value, registry in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        if value not in registry:
+            names = ", ".join(sorted(name for name, _ in registry))
+            raise ValueError(f"{key} must be one of {names}, got {value!r}")
+    for name, node in _nodes_with_norm(cfg):
+        try:
+            get_norm(node.NORM, 32)
+        except KeyError as error:
+            raise ValueError(
+                f"MODEL.{name}.NORM must be one of {', '.join(NORMS)} or '' for none, got {node.NORM!r}"
+            ) from error
+
+
+def _nodes_with_norm(cfg: CfgNode) -> Iterator[tuple[str, CfgNode]]:
+    for name, node in cfg.MODEL.items():
+        if isinstance(node, CfgNode) and isinstance(node.get("NORM"), str):
+            yield name, node
