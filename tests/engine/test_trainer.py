@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from helpers import AUX, QUANT, make_batch, make_model
@@ -231,6 +231,18 @@ def test_calibration_leaves_no_trace(normalizer):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_an_interrupted_calibration_leaves_no_trace_either():
+    # A whole pass ends at the first level again, an interrupted one anywhere.
+    model = make_model(*BOTH)
+    norms = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
+    with pytest.raises(Killed), hooks.leaving_no_trace(model):
+        for norm in norms:
+            norm(torch.rand(1, 16, 2, 2))
+        assert all(norm._pos == 1 for norm in norms)
+        raise Killed
+    assert norms and all(norm._pos == 0 for norm in norms)
+
+
 def test_calibration_takes_the_configured_number_of_batches():
     taken = []
 
@@ -275,6 +287,19 @@ def test_evaluating_without_calibration_is_a_user_error(entry, tmp_path):
     cfg = train_cfg(entry, tmp_path, *QUANT)
     with pytest.raises(ValueError, match="not calibrated, backbone.*MODEL.QUANT.ENABLED False"):
         Trainer.test(cfg, build_model(cfg))
+
+
+def test_evaluation_of_a_file_is_without_the_auxiliary_path_too(entry, tmp_path, monkeypatch):
+    seen = []
+
+    def note(cls, cfg, model, evaluators):
+        seen.append(model.auxiliary)
+
+    monkeypatch.setattr(DefaultTrainer, "test", classmethod(note))
+    model = make_model(*AUX)
+    path = model.auxiliary
+    Trainer.test(train_cfg(entry, tmp_path, *AUX), model)
+    assert seen == [None] and model.auxiliary is path
 
 
 def test_several_test_sets_do_not_overwrite_each_other(entry, tmp_path):
