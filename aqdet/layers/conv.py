@@ -54,10 +54,12 @@ class QuantConv2d(Conv2d):
             path: dotted name of the layer in the model, for messages.
 
         Raises:
-            ValueError: if the padding is not with zeros.
+            ValueError: if the padding is not with zeros, or is given by name.
         """
         if conv.padding_mode != "zeros":
             raise ValueError(f"{path}: padding_mode {conv.padding_mode!r} cannot be quantized")
+        if isinstance(conv.padding, str):
+            raise ValueError(f"{path}: padding {conv.padding!r} cannot be quantized, give it as numbers")
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -137,9 +139,9 @@ class QuantConv2d(Conv2d):
 def shared_weights(module: nn.Module) -> Iterator[None]:
     """Quantizes the weights below ``module`` once for several calls, as a head's over pyramid levels."""
     layers = [layer for layer in module.modules() if isinstance(layer, QuantConv2d)]
-    for layer in layers:
-        layer._shared_weight = (layer.weight_quantizer(layer.weight),)
     try:
+        for layer in layers:
+            layer._shared_weight = (layer.weight_quantizer(layer.weight),)
         yield
     finally:
         for layer in layers:

@@ -56,8 +56,8 @@ class Adaptor(nn.Module):
         own would see something that it was not trained on. Statistics are averaged over ranks.
         """
         norm = self.conv.norm
-        if norm is None or getattr(norm, "weight", None) is None:
-            return
+        if not isinstance(getattr(norm, "weight", None), nn.Parameter):
+            return  # No norm, or a frozen one, which passes x unchanged as it is.
         moments = torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
@@ -105,8 +105,8 @@ class AuxiliaryPath(nn.Module):
     def forward(self, features: list[Tensor]) -> Any:
         """List of ``(N, C, H, W)``, one for each level, to what the head gives."""
         pairs = zip(self.adaptors, features, strict=True)
-        if self.needs_alignment and not torch.is_grad_enabled():
-            # The first calibration batch; training itself always has gradients.
+        if self.needs_alignment and self.training and not torch.is_grad_enabled():
+            # The first calibration batch: in training mode, but training itself always has gradients.
             for adaptor, feature in zip(self.adaptors, features, strict=True):
                 cast(Adaptor, adaptor).align(feature)
             self.needs_alignment = False
@@ -132,8 +132,8 @@ class AuxiliaryPath(nn.Module):
         self.needs_alignment = True
 
 
-def build_auxiliary(cfg: CfgNode, *, head: nn.Module, channels: list[int]) -> AuxiliaryPath | None:
-    """The auxiliary path of a dense detector, or None if ``MODEL.AUX.ENABLED`` is off.
+def build_auxiliary(cfg: CfgNode, *, head: nn.Module, channels: list[int]) -> AuxiliaryPath:
+    """The auxiliary path of a dense detector by ``MODEL.AUX``.
 
     Args:
         cfg: config.

@@ -242,6 +242,10 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     in_feature = fpn.TOP_BLOCK_IN_FEATURE
     if in_feature not in ("res5", "p5"):
         raise ValueError(f"MODEL.FPN.TOP_BLOCK_IN_FEATURE must be 'res5' or 'p5', got {in_feature!r}")
+    key = "RESNETS.OUT_FEATURES" if in_feature == "res5" else "FPN.IN_FEATURES"
+    features = cfg.MODEL.RESNETS.OUT_FEATURES if in_feature == "res5" else fpn.IN_FEATURES
+    if "res5" not in features:
+        raise ValueError(f"MODEL.{key} must have 'res5', which P6 is computed from, got {features}")
     bottom_up = _build_resnet(cfg, input_shape)
     shapes = bottom_up.output_shape()
     top_block = QuantLastLevelP6P7(

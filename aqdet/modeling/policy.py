@@ -16,14 +16,15 @@ from ..quantization import QuantSpec
 
 logger = logging.getLogger(__name__)
 
-RULE_KEYS = (
-    "ENABLED",
-    "WEIGHT.QUANTIZER",
-    "WEIGHT.NUM_BITS",
-    "WEIGHT.PER_CHANNEL",
-    "INPUT.QUANTIZER",
-    "INPUT.NUM_BITS",
-)
+RULE_KEYS = {
+    "ENABLED": bool,
+    "WEIGHT.QUANTIZER": str,
+    "WEIGHT.NUM_BITS": int,
+    "WEIGHT.PER_CHANNEL": bool,
+    "INPUT.QUANTIZER": str,
+    "INPUT.NUM_BITS": int,
+}
+"""What a rule can set, and of which type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,11 @@ class QuantPolicy:
             pattern, overrides = entry
             if not isinstance(pattern, str) or not isinstance(overrides, dict):
                 raise ValueError(f"{name} must be [regex, {{key: value}}], got {entry!r}")
-            unknown = sorted(set(overrides) - set(RULE_KEYS))
-            if unknown:
-                raise ValueError(f"{name}: unknown key {unknown[0]!r}, valid keys are {', '.join(RULE_KEYS)}")
+            for key, value in overrides.items():
+                if key not in RULE_KEYS:
+                    raise ValueError(f"{name}: unknown key {key!r}, valid keys are {', '.join(RULE_KEYS)}")
+                if type(value) is not RULE_KEYS[key]:
+                    raise ValueError(f"{name}: {key} must be of type {RULE_KEYS[key].__name__}, got {value!r}")
             try:
                 rules.append(Rule(re.compile(pattern), dict(overrides)))
             except re.error as error:
@@ -155,12 +158,19 @@ class QuantPolicy:
                 setattr(parent, name.rpartition(".")[2], layer)
 
     def check_rules(self, model: nn.Module) -> None:
-        """Checks that every rule wins for at least one layer of the whole model.
+        """Checks that every rule wins for at least one layer of the whole model, and that rules reach all of it.
 
         Raises:
-            ValueError: in one line, naming the rule and listing the layers that rules can match.
+            ValueError: in one line, naming the rule and listing the layers that rules can match; or naming a
+                convolution that has no site, as those of a backbone that is not ours.
         """
         paths = [path for path, _ in quantizable_layers(model)]
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Conv2d) and path not in paths:
+                raise ValueError(
+                    f"MODEL.QUANT.ENABLED is True but layer {path} ({type(module).__name__}) has no declared "
+                    "quantization site: MODEL.BACKBONE.NAME must be a build_quant_* one"
+                )
         used = {self.winning_rule(path) for path in paths}
         for index, rule in enumerate(self.rules):
             if index not in used:

@@ -3,7 +3,7 @@ import torch
 from detectron2.layers import Conv2d
 from helpers import QUANT, calibrated, gradients, make_batch, make_model
 
-from aqdet.layers import QuantConv2d, StreamQuantizer, shared_weights
+from aqdet.layers import QuantAdd, QuantConv2d, StreamQuantizer, shared_weights
 from aqdet.quantization import QuantSpec, calibrate
 
 WEIGHT = QuantSpec("lsq", 4, "weight", per_channel=True)
@@ -85,3 +85,75 @@ def test_the_quantizer_of_a_relu_is_the_relu(name):
     theirs.backward(grad)
     assert torch.equal(ours, theirs) and torch.equal(a.grad, b.grad)
     torch.testing.assert_close(first, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_not_kept_when_quantizing_one_of_them_fails():
+    layers = [QuantConv2d.from_float(Conv2d(2, 2, 1), WEIGHT, None, str(i)) for i in range(2)]
+    head = torch.nn.Sequential(*layers)
+    calibrate(layers[0], lambda: layers[0](torch.rand(1, 2, 3, 3)))
+    with pytest.raises(RuntimeError, match="'1.weight_quantizer' is not calibrated"):
+        with shared_weights(head):
+            pass
+    assert [layer._shared_weight for layer in layers] == [None, None]
+
+
+def test_padding_by_name_is_refused_before_it_fails_in_backward():
+    with pytest.raises(ValueError, match="y: padding 'same'"):
+        QuantConv2d.from_float(torch.nn.Conv2d(1, 1, 3, padding="same"), WEIGHT, INPUT, "y")
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "dorefa"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("geometry", [{"stride": 2}, {"dilation": 2, "groups": 2}])
+def test_padding_is_zero_after_quantization(method, signed, geometry):
+    conv = torch.nn.Conv2d(2, 4, 3, padding=(2, 1), **geometry)
+    specs = QuantSpec(method, 4, "weight", per_channel=True), QuantSpec(method, 4, "input", signed=signed)
+    layer = QuantConv2d.from_float(conv, *specs, "x")
+    x = torch.rand(2, 2, 7, 6, generator=torch.Generator().manual_seed(1)) + 3  # no value near zero
+    calibrate(layer, lambda: layer(x))
+    padded = torch.nn.functional.pad(layer.input_quantizer(x), (1, 1, 2, 2))
+    expected = torch.nn.functional.conv2d(padded, layer.weight_quantizer(conv.weight), conv.bias, **geometry)
+    torch.testing.assert_close(layer(x), expected)
+    assert len(layer.input_quantizer(x).unique()) <= 16
+
+
+def test_mode_of_the_float_layer_is_kept():
+    conv = Conv2d(2, 2, 1, norm=torch.nn.BatchNorm2d(2)).eval()
+    layer = QuantConv2d.from_float(conv, WEIGHT, INPUT)
+    assert not layer.training and not layer.norm.training and not layer.weight_quantizer.training
+
+
+def test_the_stem_has_no_input_quantizer_and_its_weight_is_quantized():
+    layer = QuantConv2d.from_float(torch.nn.Conv2d(3, 2, 3), QuantSpec("lsq", 2, "weight"), None)
+    x = torch.randint(0, 256, (1, 3, 5, 5)).float()
+    calibrate(layer, lambda: layer(x))
+    assert layer.input_quantizer is None and len(layer.weight_quantizer(layer.weight).unique()) <= 4
+    expected = torch.conv2d(x, layer.weight_quantizer(layer.weight), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0 and layer.weight_quantizer.scale.grad is not None
+
+
+def test_add_quantizes_the_operands_that_are_not_on_a_grid_yet():
+    add, x, y = QuantAdd(signed=(True, None)), torch.randn(500), torch.rand(500)
+    assert torch.equal(add(x, y), x + y)
+    add.quantize("lsq", 3, "a")
+    calibrate(add, lambda: add(x, y))
+    assert add.y_quantizer is None and add.x_quantizer.spec.signed
+    on_grid = add(x, torch.zeros(500))
+    assert 4 < len(on_grid.unique()) <= 8 and torch.equal(add(x, y), on_grid + y)
+    both = QuantAdd(signed=(True, False))
+    both.quantize("pact", 2, "b")
+    assert both.x_quantizer.spec.signed and not both.y_quantizer.spec.signed
+    assert [q.path for q in (both.x_quantizer, both.y_quantizer)] == ["b.x_quantizer", "b.y_quantizer"]
+
+
+def test_a_stream_after_a_relu_is_unsigned_whatever_is_said():
+    stream = StreamQuantizer(relu=True, signed=True)
+    stream.quantize("lsq", 8, "s")
+    assert not stream.quantizer.spec.signed
+    assert StreamQuantizer(relu=False, signed=True).signed
+    with pytest.raises(RuntimeError, match="'s.quantizer' is not calibrated"):
+        stream(torch.rand(3))
+    stream.quantizer.enabled = False
+    assert stream(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]

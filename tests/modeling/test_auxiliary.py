@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_model
 
-from aqdet.modeling.auxiliary import AuxiliaryPath
+from aqdet.modeling.auxiliary import Adaptor, AuxiliaryPath, strip
 from aqdet.quantization import set_quantization
 
 BATCH = make_batch()
@@ -76,9 +76,8 @@ def test_the_loss_follows_the_schedule():
     assert half.item() == pytest.approx(full.item() / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("relu", ["True"])
-def test_started_from_the_head_it_predicts_what_the_float_head_predicts(relu):
-    model = make_model(*QUANT, *AUX, "MODEL.FPN.RELU", relu)
+def test_started_from_the_head_it_predicts_what_the_float_head_predicts():
+    model = make_model(*QUANT, *AUX, "MODEL.FPN.RELU", "True")
     model.auxiliary.initialize_from(model.head)
     calibrated(model, BATCH)
     assert not model.auxiliary.needs_alignment
@@ -90,3 +89,64 @@ def test_started_from_the_head_it_predicts_what_the_float_head_predicts(relu):
         ours, theirs = model.auxiliary(features), model.head(features)
     for a, b in zip(sum(map(list, ours), []), sum(map(list, theirs), []), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
+
+
+def test_without_relu_in_the_pyramid_the_head_sees_its_positive_part():
+    model = make_model(*AUX)
+    model.auxiliary.initialize_from(model.head)
+    features = [torch.randn(2, 16, s, s) for s in (16, 8, 4, 4, 2)]
+    with torch.no_grad():
+        ours = model.auxiliary(features)
+        theirs = model.head([f.relu() for f in features])
+    for a, b in zip(sum(map(list, ours), []), sum(map(list, theirs), []), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", ""])
+def test_an_aligned_adaptor_is_the_identity_on_what_it_was_aligned_to(norm):
+    adaptor = Adaptor(3, norm)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 20, 0]).view(3, 1, 1)
+    adaptor.align(x)
+    torch.testing.assert_close(adaptor(x), x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(adaptor(-x - 1), torch.zeros_like(x)) or norm == "BN"
+
+
+def test_only_a_calibration_batch_aligns():
+    model = make_model(*AUX)
+    path = model.auxiliary
+    path.initialize_from(model.head)
+    features = [torch.rand(1, 16, s, s) for s in (16, 8, 4, 4, 2)]
+    path(features)  # a training step has gradients
+    with torch.no_grad():
+        path.eval()(features)  # counting operations for a plan is in evaluation mode
+        assert path.needs_alignment and path.adaptors[0].conv.norm.bias.abs().sum() == 0
+        path.train()(features)
+    assert not path.needs_alignment and path.adaptors[0].conv.norm.bias.abs().sum() > 0
+    aligned = path.adaptors[0].conv.norm.bias.clone()
+    with torch.no_grad():
+        path([2 * f for f in features])
+    assert torch.equal(aligned, path.adaptors[0].conv.norm.bias)
+
+
+def test_the_copied_head_is_a_copy():
+    model = make_model(*QUANT, *AUX)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(0.5)
+    model.auxiliary.initialize_from(model.head)
+    own, theirs = model.auxiliary.head.state_dict(), model.head.state_dict()
+    assert set(theirs) - set(own) and all(torch.equal(own[k], theirs[k]) for k in own)
+    storages = {t.data_ptr() for t in model.head.parameters()}
+    assert not any(t.data_ptr() in storages for t in model.auxiliary.head.parameters())
+
+
+def test_a_path_for_other_levels_is_not_cut_short():
+    path = make_model(*AUX).auxiliary
+    with pytest.raises(ValueError, match="shorter|longer"):
+        path([torch.rand(1, 16, 4, 4)] * 3)
+
+
+def test_strip_takes_only_the_paths_own_keys():
+    state = {"auxiliary.head.a": 1, "backbone.auxiliary.b": 2, "auxiliary_c": 3}
+    assert strip(state) == {"backbone.auxiliary.b": 2, "auxiliary_c": 3}
+    assert "auxiliary.head.a" in state

@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from helpers import QUANT, make_cfg
 
 from aqdet.layers import QuantConv2d
-from aqdet.modeling import QuantPolicy
+from aqdet.modeling import QuantPolicy, quantizable_layers
 
 
 def with_rules(*rules, extra=()):
@@ -68,3 +68,66 @@ def test_an_undeclared_convolution_is_an_error():
     policy = QuantPolicy.from_config(make_cfg(*QUANT))
     with pytest.raises(ValueError, match="layer x.0 .Conv2d. has no declared quantization site"):
         policy.apply(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), "x.")
+
+
+def test_a_rule_that_never_wins_is_an_error_even_if_it_matches():
+    with pytest.raises(ValueError, match=r"RULES\[1\] 'res5' decides for no layer"):
+        build_model(with_rules(("res", {"WEIGHT.NUM_BITS": 3}), ("res5", {"WEIGHT.NUM_BITS": 2})))
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"ENABLED": "False"}, r"RULES\[0\]: ENABLED must be of type bool, got 'False'"),
+        ({"WEIGHT.PER_CHANNEL": "no"}, "WEIGHT.PER_CHANNEL must be of type bool, got 'no'"),
+        ({"WEIGHT.QUANTIZER": ["lsq"]}, r"WEIGHT.QUANTIZER must be of type str, got \['lsq'\]"),
+        ({"INPUT.NUM_BITS": True}, "INPUT.NUM_BITS must be of type int, got True"),
+        ({1: 2, "BITS": 2}, "unknown key 1, valid keys are ENABLED"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_rather_than_taken_as_true(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        build_model(with_rules(("cls_score", overrides)))
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("WEIGHT.QUANTIZER", "lqs", "QUANTIZER for weights must be one of dorefa, lsq, pact, got 'lqs'"),
+        ("INPUT.QUANTIZER", "lqs", "QUANTIZER for inputs must be one of dorefa, lsq, pact, got 'lqs'"),
+        ("WEIGHT.NUM_BITS", "1", "integer from 2 to 8, got 1"),
+        ("INPUT.NUM_BITS", "32", "integer from 2 to 8, got 32"),
+        ("BOUNDARY_NUM_BITS", "9", "stem.conv1: NUM_BITS must be an integer from 2 to 8, got 9"),
+    ],
+)
+def test_wrong_defaults_are_one_line(key, value, words):
+    with pytest.raises(ValueError, match="MODEL.QUANT for layer backbone.*" + words) as error:
+        build_model(make_cfg(*QUANT, f"MODEL.QUANT.{key}", value))
+    assert "\n" not in str(error.value)
+
+
+def test_a_backbone_that_is_not_ours_cannot_be_left_in_float_unnoticed():
+    cfg = make_cfg(*QUANT)
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    with pytest.raises(ValueError, match="layer backbone.* has no declared.*MODEL.BACKBONE.NAME"):
+        build_model(cfg)
+    cfg.MODEL.QUANT.ENABLED = False
+    build_model(cfg)
+
+
+def test_the_auxiliary_path_is_out_of_reach_of_rules():
+    with pytest.raises(ValueError, match="'auxiliary' decides for no layer"):
+        build_model(with_rules(("auxiliary", {"ENABLED": False}), extra=("MODEL.AUX.ENABLED", "True")))
+
+
+def test_signedness_is_declared_by_the_structure():
+    def signed_inputs(*extra):
+        model = build_model(make_cfg(*QUANT, *extra))
+        inputs = {p: m.input_quantizer for p, m in quantizable_layers(model) if m.input_quantizer is not None}
+        return {path for path, quantizer in inputs.items() if quantizer.spec.signed}
+
+    head = {"head.cls_subnet.0", "head.bbox_subnet.0"}
+    assert signed_inputs() == head | {f"backbone.fpn_output{i}" for i in (3, 4, 5)}
+    top = ("MODEL.FPN.TOP_BLOCK_IN_FEATURE", "p5")
+    assert "backbone.top_block.p6" in signed_inputs(*top)
+    assert signed_inputs("MODEL.FPN.RELU", "True", *top) == set()
