@@ -31,9 +31,8 @@ class QuantRetinaNetHead(RetinaNetHead):
                 if isinstance(layer, nn.Conv2d):
                     declare_site(layer, signed=signed)
                     signed = False
-        signed = signed_input if not len(self.cls_subnet) else False
         for layer in (self.cls_score, self.bbox_pred):
-            declare_site(layer, signed=signed, role="prediction")
+            declare_site(layer, signed=False, role="prediction")  # behind the last ReLU of its tower
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See Detectron2's; the weights, shared over the levels, are quantized once."""
