@@ -67,6 +67,11 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # What P6 is computed from: "res5" or "p5".
     cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "res5"
 
+    # --- Solver ---
+    # "SGD" as Detectron2, or "AdamW", which needs fewer iterations from random weights; LR and WEIGHT_DECAY of one
+    # do not suit the other.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
     # --- Data ---
     # [{name: ..., json: COCO annotation file, image_root: folder}, ...], usable in DATASETS.TRAIN / TEST.
     # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder.

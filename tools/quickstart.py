@@ -39,14 +39,14 @@ def make_jobs(output: str, short: bool) -> dict[str, Job]:
     jobs = {}
     for key in ("start", *VARIANTS):
         config = ROOT / "configs" / "quickstart" / f"retinanet_r18_{'fp_bn' if key == 'start' else key}.yaml"
-        iterations = load_config(config).SOLVER.MAX_ITER
         overrides: list[str] = ["SEED", "1"]
-        if key != "start":
-            iterations = load_config(config.with_name("retinanet_r18_lsq_w4a4.yaml")).SOLVER.MAX_ITER
+        if key == "start":
+            solver = load_config(config).SOLVER
+        else:
+            solver = load_config(config.with_name("retinanet_r18_lsq_w4a4.yaml")).SOLVER
             overrides += ["MODEL.WEIGHTS", os.path.join(output, "start", "model_final.pth")]
-        if short:
-            iterations = 4
-        overrides += ["SOLVER.MAX_ITER", str(iterations)]
+        iterations = 4 if short else solver.MAX_ITER
+        overrides += ["SOLVER.BASE_LR", str(solver.BASE_LR), "SOLVER.MAX_ITER", str(iterations)]
         path = os.path.relpath(config)
         jobs[key] = Job(key, path, tuple(overrides), os.path.join(output, key), iterations)
     return jobs

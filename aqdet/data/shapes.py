@@ -48,14 +48,14 @@ class SplitSpec:
 SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2)}
 
 # Difficulty. Ranges are inclusive.
-NUM_OBJECTS = (4, 9)
+NUM_OBJECTS = (3, 7)
 # Area of an object in pixels, within COCO's bands (32^2 and 96^2), and how often each is drawn.
-AREA_RANGES = {"small": (260, 1000), "medium": (1050, 9000), "large": (9300, 14000)}
+AREA_RANGES = {"small": (260, 1000), "medium": (1050, 9000), "large": (9300, 12500)}
 BAND_PERCENT = {"small": 26, "medium": 52, "large": 22}
 CONTRAST = (36, 100)  # grey levels between a distractor's or a line's colour and the background's, per channel
-MIN_VISIBLE_PERCENT = 60  # an object that would hide more of another one is not drawn
-STRETCH_PERCENT = (85, 118)  # width of an object against its height, before rotation
-TURN_DEGREES = (-20, 20)  # of an object; distractors turn freely
+MIN_VISIBLE_PERCENT = 70  # an object that would hide more of another one is not drawn
+STRETCH_PERCENT = (88, 114)  # width of an object against its height, before rotation
+TURN_DEGREES = (-12, 12)  # of an object; distractors turn freely
 # What a class's colour tends to, as blue, green and red above the background's, and how far an object strays from it:
 # far enough to meet other classes, near enough for a detector to learn within minutes.
 CLASS_TINTS = {
@@ -66,15 +66,15 @@ CLASS_TINTS = {
     "cross": (-60, 60, 60),
     "star": (60, -60, 60),
 }
-TINT_SPREAD = 30
-TEXTURE_AMPLITUDE = (3, 16)
+TINT_SPREAD = 24
+TEXTURE_AMPLITUDE = (2, 10)
 HUE = 24  # grey levels between the channels of the background and its brightness
-BLOTCHES = {48: 12, 16: 7, 4: 5}  # cell in pixels -> grey levels, in the background
+BLOTCHES = {48: 8, 16: 5, 4: 3}  # cell in pixels -> grey levels, in the background
 NUM_DISTRACTORS = (0, 2)
 DISTRACTOR_AREA = (250, 5000)
-NUM_LINES = (1, 4)
+NUM_LINES = (0, 3)
 NUM_PATCHES = (0, 2)
-PIXEL_NOISE = 6
+PIXEL_NOISE = 4
 
 STALE_SECONDS = 3600
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import load_config
+
 DONE = "done.json"
 _POLL_SECONDS = 2.0
 
@@ -50,10 +52,9 @@ class Job:
         ]
 
     def fingerprint(self) -> str:
-        """Changes when the config file or the overrides do."""
-        digest = hashlib.sha256(Path(self.config).read_bytes())
-        digest.update("\0".join(self.overrides).encode())
-        return digest.hexdigest()[:16]
+        """Changes when the config does, be it in the file, in a ``_BASE_`` of it or in the overrides."""
+        merged = load_config(self.config, self.overrides).dump()
+        return hashlib.sha256(merged.encode()).hexdigest()[:16]
 
     def finished(self) -> dict[str, Any] | None:
         """What was noted when the job ended, or None if it is still to be done."""

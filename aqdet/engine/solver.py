@@ -12,6 +12,8 @@ from torch import nn
 
 from ..quantization import quantizers
 
+OPTIMIZERS = ("SGD", "AdamW")
+
 
 def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Detectron2's parameter groups, with rules for what it does not know.
@@ -60,12 +62,23 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD as Detectron2 builds it, over :func:`optimizer_groups`."""
+    """SGD as Detectron2 builds it, or AdamW (1711.05101), over :func:`optimizer_groups`.
+
+    Raises:
+        ValueError: for an unknown ``SOLVER.OPTIMIZER``.
+    """
     solver = cfg.SOLVER
-    return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
-        optimizer_groups(cfg, model),
-        lr=solver.BASE_LR,
-        momentum=solver.MOMENTUM,
-        nesterov=solver.NESTEROV,
-        weight_decay=solver.WEIGHT_DECAY,
-    )
+    groups = optimizer_groups(cfg, model)
+    if solver.OPTIMIZER == "SGD":
+        return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
+            groups,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+    if solver.OPTIMIZER == "AdamW":
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY
+        )
+    raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}, got {solver.OPTIMIZER!r}")

@@ -161,19 +161,27 @@ class QuantPolicy:
         """Checks that every rule wins for at least one layer of the whole model, and that rules reach all of it.
 
         Raises:
-            ValueError: in one line, naming the rule and listing the layers that rules can match; or naming a
-                convolution that has no site, as those of a backbone that is not ours.
+            ValueError: in one line, naming the rule and listing the layers that rules can match; naming a rule
+                for the input of nothing but the stem; or naming a convolution that has no site, as those of a
+                backbone that is not ours.
         """
-        paths = [path for path, _ in quantizable_layers(model)]
+        sites: dict[str, Site] = {path: layer.quant_site for path, layer in quantizable_layers(model)}  # type: ignore[misc]
+        paths = list(sites)
         for path, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and path not in paths:
                 raise ValueError(
                     f"MODEL.QUANT.ENABLED is True but layer {path} ({type(module).__name__}) has no declared "
                     "quantization site: MODEL.BACKBONE.NAME must be a build_quant_* one"
                 )
-        used = {self.winning_rule(path) for path in paths}
         for index, rule in enumerate(self.rules):
-            if index not in used:
+            decided = [path for path in paths if self.winning_rule(path) == index]
+            reads_image = bool(decided) and all(sites[path].role == "stem" for path in decided)
+            if reads_image and any(key.startswith("INPUT.") for key in rule.overrides):
+                raise ValueError(
+                    f"MODEL.QUANT.RULES[{index}] {rule.pattern.pattern!r} sets INPUT keys for {decided[0]} alone, "
+                    "which reads the uint8 image and has no input quantizer"
+                )
+            if not decided:
                 shown = ", ".join(paths[:12])
                 more = f" and {len(paths) - 12} more (tools/plan.py lists them)" * (len(paths) > 12)
                 raise ValueError(

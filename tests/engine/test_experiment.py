@@ -10,7 +10,7 @@ import json, os, sys
 out = sys.argv[sys.argv.index("OUTPUT_DIR") + 1]
 runs = os.path.join(out, "runs"); n = len(open(runs).read()) if os.path.exists(runs) else 0
 open(runs, "a").write("r" if "--resume" in sys.argv else "f")
-if "fail" in sys.argv and n == 0:
+if "13" in sys.argv and n == 0:
     open(os.path.join(out, "last_checkpoint"), "w").write("x")
     sys.exit("went wrong")
 os.makedirs(os.path.join(out, "inference"), exist_ok=True)
@@ -21,9 +21,10 @@ json.dump({"AP": 12.0}, open(os.path.join(out, "inference", "metrics.json"), "w"
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     monkeypatch.setattr("aqdet.engine.experiment._POLL_SECONDS", 0.05)
-    script, config = tmp_path / "net.py", tmp_path / "c.yaml"
+    script, base, config = (tmp_path / name for name in ("net.py", "base.yaml", "c.yaml"))
     script.write_text(SCRIPT)
-    config.write_text("A: 1")
+    base.write_text("SEED: 1")
+    config.write_text("_BASE_: base.yaml")
 
     def job(name, *overrides):
         return Job(name, str(config), overrides, str(tmp_path / name), 10)
@@ -31,27 +32,29 @@ def make(tmp_path, monkeypatch):
     def runs(name):
         return (tmp_path / name / "runs").read_text()
 
-    return job, runs, str(script), config
+    return job, runs, str(script), base
 
 
 def test_done_is_not_done_again_until_its_config_changes(make, capsys):
-    job, runs, script, config = make
+    job, runs, script, base = make
     run_jobs([job("a"), job("b")], script)
     run_jobs([job("a"), job("b")], script)
     assert runs("a") == runs("b") == "f"
     assert "[2/2] b: AP 12.0" in capsys.readouterr().out
-    config.write_text("A: 2")
+    base.write_text("SEED: 2")
     run_jobs([job("a")], script)
     assert runs("a") == "ff"
-    noted = job("a").finished()
+    run_jobs([job("a", "SEED", "3")], script)
+    assert runs("a") == "fff"
+    noted = job("a", "SEED", "3").finished()
     assert noted["command"].startswith("python ") and noted["seconds"] > 0 and sys.executable not in noted["command"]
 
 
 def test_a_failure_shows_its_log_and_the_next_run_resumes(make):
     job, runs, script, _ = make
     with pytest.raises(RuntimeError, match="x failed with status 1.*\nwent wrong"):
-        run_jobs([job("x", "fail"), job("y")], script)
-    run_jobs([job("x", "fail"), job("y")], script)
+        run_jobs([job("x", "SEED", "13"), job("y")], script)
+    run_jobs([job("x", "SEED", "13"), job("y")], script)
     assert runs("x") == "fr" and runs("y") == "f"
 
 

@@ -72,3 +72,28 @@ def test_gradient_clipping():
     model.weight.grad = torch.full((1, 1), 100.0)
     optimizer.step()
     assert model.weight.item() == pytest.approx(before - 0.25)
+
+
+def test_adamw_decays_weights_apart_from_its_step():
+    model = torch.nn.Linear(1, 1, bias=False)
+    cfg = make_cfg("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.5")
+    optimizer = build_optimizer(cfg, model)
+    before = model.weight.item()
+    model.weight.grad = torch.full((1, 1), 3.0)
+    optimizer.step()
+    # The first step is the learning rate in the direction of the gradient.
+    assert model.weight.item() == pytest.approx(before * (1 - 0.1 * 0.5) - 0.1)
+
+
+def test_adamw_keeps_the_groups_and_clips():
+    model = make_model(*QUANT)
+    cfg = make_cfg(*QUANT, *SOLVER, "SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS.ENABLED", "True")
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    sgd = build_optimizer(make_cfg(*QUANT, *SOLVER), model)
+    assert values_by_name(model, optimizer) == values_by_name(model, sgd)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER must be one of SGD, AdamW, got 'adam'"):
+        build_optimizer(make_cfg("SOLVER.OPTIMIZER", "adam"), make_model())

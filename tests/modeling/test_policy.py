@@ -75,6 +75,13 @@ def test_a_rule_that_never_wins_is_an_error_even_if_it_matches():
         build_model(with_rules(("res", {"WEIGHT.NUM_BITS": 3}), ("res5", {"WEIGHT.NUM_BITS": 2})))
 
 
+def test_a_rule_for_the_input_of_the_stem_alone_is_an_error():
+    with pytest.raises(ValueError, match=r"RULES\[0\] 'stem' sets INPUT keys for .*stem.conv1 alone, which reads the"):
+        build_model(with_rules(("stem", {"INPUT.NUM_BITS": 4})))
+    # Where it decides for others too, it means those.
+    build_model(with_rules(("bottom_up", {"INPUT.NUM_BITS": 3})))
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
