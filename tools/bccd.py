@@ -118,8 +118,8 @@ def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) ->
     text = f"""## BCCD: RetinaNet, ResNet-18, 320x240, from scratch on a CPU
 
 Train split to train (205 images), val split to evaluate (87). For each seed one full-precision start of
-{args.start_epochs} epochs, and from it {len(VARIANTS)} runs of {args.epochs} epochs with the same schedule. COCO AP of the
-detector alone, in percent, mean ± sample standard deviation over the seeds that have run (of {seeds}).
+{args.start_epochs} epochs, and from it {len(VARIANTS)} runs of {args.epochs} epochs with the same schedule.
+COCO AP of the detector alone, in percent, mean ± sample standard deviation over the seeds that have run (of {seeds}).
 
 {markdown_table(["detector", *METRICS, "AP by seed", "time a run"], rows)}
 
