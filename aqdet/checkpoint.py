@@ -6,12 +6,14 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
@@ -21,6 +23,7 @@ from .quantization import quantizers
 logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 20
+_NUMBERED = re.compile(r"model_\d{7}\.pth")
 _ALLOWED_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
@@ -93,6 +96,21 @@ def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def damage_of(path: str) -> str:
+    """What is wrong with a file of :func:`save_atomically`, by its checksums; "" if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    return f"{wrong} has a wrong checksum" if wrong else ""
 
 
 class AqdetCheckpointer(DetectionCheckpointer):
@@ -106,6 +124,10 @@ class AqdetCheckpointer(DetectionCheckpointer):
     Args:
         allow_keys: regexes, ``CHECKPOINT.ALLOW_KEYS``.
         aux_init: ``"head"`` starts an auxiliary path that the file lacks from the detector's own head.
+        keep: how many files ``model_<iteration>.pth`` stay in ``save_dir``, ``CHECKPOINT.KEEP``; 0 for all.
+
+    Raises:
+        ValueError: for a regex or a number that is not valid.
     """
 
     def __init__(
@@ -115,6 +137,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         *,
         allow_keys: Sequence[str] = (),
         aux_init: str = "random",
+        keep: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
@@ -122,7 +145,10 @@ class AqdetCheckpointer(DetectionCheckpointer):
             self._allow = [re.compile(pattern) for pattern in allow_keys]
         except re.error as error:
             raise ValueError(f"CHECKPOINT.ALLOW_KEYS: {error.pattern!r} is no regex: {error}") from error
+        if keep < 0:
+            raise ValueError(f"CHECKPOINT.KEEP must be 0, for all, or more, got {keep}")
         self._aux_init = aux_init
+        self._keep = keep
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``name.pth`` in ``save_dir``, whole or not at all, and marks it as the last one."""
@@ -135,11 +161,60 @@ class AqdetCheckpointer(DetectionCheckpointer):
         logger.info("Saving checkpoint to %s", path)
         save_atomically(data, path)
         self.tag_last_checkpoint(basename)
+        if self._keep and _NUMBERED.fullmatch(basename):
+            older = self._numbered_before(basename)
+            for outdated in older[: max(len(older) + 1 - self._keep, 0)]:
+                os.remove(os.path.join(self.save_dir, outdated))
+
+    def _numbered_before(self, basename: str) -> list[str]:
+        """Checkpoints of earlier iterations, oldest first; of all iterations if ``basename`` has none in its name."""
+        numbered = sorted(name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name))
+        return [name for name in numbered if name < basename or not _NUMBERED.fullmatch(basename)]
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """See Detectron2's; a resume passes over checkpoints that are damaged or gone, and says so.
+
+        The main process chooses the file, so that all processes load the same one.
+
+        Raises:
+            ValueError: if there are checkpoints and none is whole; otherwise as :meth:`load`.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        chosen = comm.all_gather(self._newest_whole() if comm.is_main_process() else "")[0]
+        if not chosen:
+            raise ValueError(
+                f"no checkpoint in {self.save_dir!r} is whole: start without --resume, or put a whole one there and "
+                "its name into the file last_checkpoint"
+            )
+        return self.load(chosen)
+
+    def _newest_whole(self) -> str:
+        last = os.path.basename(self.get_checkpoint_file())
+        for name in [last, *reversed(self._numbered_before(last))]:
+            path = os.path.join(self.save_dir, name)
+            damage = damage_of(path)
+            if not damage:
+                return path
+            logger.warning("Checkpoint %s is damaged (%s): trying the one before", path, damage)
+        return ""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Notes which file a resume starts from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         _write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def forget_last_checkpoint(self) -> None:
+        """Puts aside the note of an earlier run in the same folder, so that no resume mixes the two."""
+        if self.save_to_disk and self.has_checkpoint():
+            path = os.path.join(self.save_dir, "last_checkpoint")
+            logger.warning(
+                "%s holds an earlier run, last %s, which this one does not continue (--resume would): its note is "
+                "kept as last_checkpoint.old",
+                self.save_dir,
+                os.path.basename(self.get_checkpoint_file()),
+            )
+            os.replace(path, f"{path}.old")
 
     def save_stripped(self, name: str) -> None:
         """Writes the detector alone, without auxiliary path and training state, as ``name.pth``."""

@@ -84,6 +84,14 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # Regexes of keys that may be missing, unexpected or of another shape when weights are loaded, e.g.
     # ["head\\.cls_score\\."] to start from a detector of other classes. Anything else stops with a list.
     cfg.CHECKPOINT.ALLOW_KEYS = []
+    # How many model_<iteration>.pth stay in OUTPUT_DIR, the newest; 0 for all. A resume needs one, and the one before
+    # it if it is damaged.
+    cfg.CHECKPOINT.KEEP = 3
+
+    # --- Training ---
+    # The same losses in every run with the same SEED, config and device. Slower on GPUs, where an operation that has
+    # no deterministic form stops with an error that names it. CPUs need no such thing.
+    cfg.SOLVER.DETERMINISTIC = False
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CfgNode:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PreciseBN
 from detectron2.layers import CycleBatchNormList
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -100,15 +102,50 @@ class CalibrationHook(HookBase):
                 calibrate(model, run, method=self._method)
 
 
+class PreciseBNHook(PreciseBN):
+    """Detectron2's BN re-estimation, on the same images each time, so that nothing of it has to be resumed."""
+
+    def update_stats(self) -> None:
+        """Replaces BN's moving averages."""
+        self._data_iter = None
+        super().update_stats()
+
+
 class StrippedEvalHook(EvalHook):
     """Evaluation of the detector alone: every ``eval_period`` iterations and after the last one.
 
-    The auxiliary path is taken out of the model during evaluation and put back after.
+    The auxiliary path is taken out of the model during evaluation and put back after. All processes evaluate
+    the main process's BN statistics, which are those in the checkpoint. If evaluation fails, what was trained
+    is saved first.
+
+    Args:
+        eval_period, eval_function: see Detectron2's.
+        checkpointer: saves ``model_<iteration>.pth``.
     """
 
+    def __init__(
+        self, eval_period: int, eval_function: Callable[[], dict[str, Any]], checkpointer: AqdetCheckpointer
+    ) -> None:
+        super().__init__(eval_period, eval_function)
+        self._checkpointer = checkpointer
+
     def _do_eval(self) -> None:
-        with detached_auxiliary(self.trainer.model):
-            super()._do_eval()
+        trainer = self.trainer
+        if comm.get_world_size() > 1:
+            for buffer in trainer.model.buffers():
+                dist.broadcast(buffer, 0)
+        try:
+            with detached_auxiliary(trainer.model):
+                super()._do_eval()
+        except Exception:
+            if trainer.iter < trainer.max_iter:  # else model_final.pth exists
+                self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+            raise
+
+    def after_train(self) -> None:
+        """Evaluates if training came to its end."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class StrippedCheckpointHook(HookBase):

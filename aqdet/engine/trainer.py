@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
+from ..data.stream import TrainLoader, build_train_loader, seed_generators
 from ..evaluation import COCOEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers
-from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook
+from .hooks import CalibrationHook, PreciseBNHook, StrippedCheckpointHook, StrippedEvalHook
+from .resume import InterruptHook, MetricsHook, MetricsWriter
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -34,8 +38,23 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         cfg.OUTPUT_DIR,
         allow_keys=cfg.CHECKPOINT.ALLOW_KEYS,
         aux_init=cfg.MODEL.AUX.INIT,
+        keep=cfg.CHECKPOINT.KEEP,
         **checkpointables,
     )
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model in a ``DistributedDataParallel``, on the GPU it is on or on the CPU; itself in a single process."""
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    device_ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside :func:`distribute`."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
@@ -48,42 +67,104 @@ def _usable(key: str, names: Any) -> Iterator[None]:
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's default trainer with calibration, stripped evaluation and safe checkpoints."""
+    """Detectron2's default trainer with calibration, stripped evaluation and exact resume.
 
+    Every iteration is a function of the model's and the optimizer's state, the seed and the iteration's number:
+    its images by :class:`~aqdet.data.stream.TrainLoader`, all other random numbers because the generators are
+    set from these. So a run that was killed ends, on a CPU to the bit, as if it had not been.
+    """
+
+    iter: int
     model: nn.Module
+    data_loader: TrainLoader
+    checkpointer: AqdetCheckpointer
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # Not DefaultTrainer's, which builds its own checkpointer and, in 0.6, cannot distribute on CPUs.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_class(distribute(model), data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = build_checkpointer(cfg, model, trainer=weakref.proxy(self))
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, with ours in these places; the last thing that its constructor calls.
+        """Detectron2's hooks, with ours in these places; the last thing that the constructor calls.
 
-        Our checkpointer takes the place of Detectron2's first, because the hooks are built around it.
-        Calibration comes first, before anything reads the model. Our evaluation takes the place of
-        Detectron2's, which is after the checkpoint, so that a failing evaluation loses nothing. The stripped
-        file is written last of the checkpoints, when the whole one exists.
+        Calibration comes first, before anything reads the model. Evaluation and the writers come before the
+        checkpoint, which so holds the state after the whole iteration: a run that is killed anywhere repeats
+        what the checkpoint does not know of, and nothing else. The stripped file is written when the whole one
+        exists and before the last evaluation, which might fail. Signals are answered when all that is done.
         """
-        self.checkpointer = build_checkpointer(self.cfg, self.model, trainer=weakref.proxy(self))
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         calibration = cfg.MODEL.QUANT.CALIBRATION
         build_loader = functools.partial(self.build_train_loader, cfg)
         hooks: list[HookBase] = [CalibrationHook(build_loader, calibration.NUM_BATCHES, calibration.METHOD)]
+        self._metrics: MetricsWriter | None = None
+        last: list[HookBase] = []
         for hook in super().build_hooks():
-            if isinstance(hook, EvalHook):
+            if isinstance(hook, PeriodicCheckpointer):
+                last.append(hook)
+            elif isinstance(hook, PreciseBN):
+                num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
+                hooks.append(PreciseBNHook(cfg.TEST.EVAL_PERIOD, self.model, build_loader(), num_iter))
+            elif isinstance(hook, EvalHook):
                 if comm.is_main_process():
                     hooks.append(StrippedCheckpointHook(self.checkpointer))
-                hook = StrippedEvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)
-            if hook is not None:
+                hooks.append(StrippedEvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, self.checkpointer))
+            elif hook is not None:
                 hooks.append(hook)
-        return hooks
+        return [*hooks, MetricsHook(self._metrics), *last, InterruptHook(self.checkpointer)]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, with a ``metrics.json`` that goes on where a resumed run does."""
+        self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
+
+    def train(self) -> Any:
+        """See Detectron2's."""
+        self.data_loader.start = self.start_iter
+        return super().train()
+
+    def run_step(self) -> None:
+        """One iteration, with random numbers of its own.
+
+        Detectron2's scripted losses compute their gradient in another order from the second call in a process
+        on, when TorchScript has optimized them: not here where a resume is to be exact. On CPUs that costs
+        nothing.
+        """
+        seed_generators(self.data_loader.seed, self.iter, comm.get_rank())
+        exact = self.cfg.SOLVER.DETERMINISTIC or self.cfg.MODEL.DEVICE == "cpu"
+        with torch.jit.optimized_execution(not exact):
+            super().run_step()
+
+    def after_train(self) -> None:
+        """See Detectron2's; a run that is resumed after its last iteration is not one further."""
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """See Detectron2's; warns if quantized training is about to start from random weights."""
-        super().resume_or_load(resume)
+        """See Detectron2's; warns if quantized training is about to start from random weights.
+
+        A run that starts anew puts aside the note of where an earlier one in its folder stood.
+        """
         resumed = resume and self.checkpointer.has_checkpoint()
+        super().resume_or_load(resume)
+        if not resumed:
+            self.checkpointer.forget_last_checkpoint()
         if self.cfg.MODEL.QUANT.ENABLED and not self.cfg.MODEL.WEIGHTS and not resumed:
             logger.warning(
                 "QUANTIZED TRAINING STARTS FROM RANDOM WEIGHTS: MODEL.WEIGHTS is empty. Train the full-"
@@ -91,15 +172,29 @@ class Trainer(DefaultTrainer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks and optimizer; the last is left out by Detectron2 0.6."""
+        """Iteration, hooks, optimizer, seed, and loss normalizers, which are plain attributes of the model."""
         state = super().state_dict()
-        state.setdefault("_trainer", self._trainer.state_dict())
+        state.setdefault("_trainer", self._trainer.state_dict())  # left out by Detectron2 0.6
+        state["seed"] = self.data_loader.seed
+        state["loss_normalizers"] = {
+            name: float(vars(module)["loss_normalizer"])
+            for name, module in unwrap(self.model).named_modules()
+            if "loss_normalizer" in vars(module)
+        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        if "seed" not in state_dict:
+            logger.warning("The checkpoint is of an older version: the order of images and loss normalizers start anew")
+            return
+        if self.cfg.SEED not in (-1, state_dict["seed"]):
+            logger.warning("SEED %d is not used: the run goes on with %d", self.cfg.SEED, state_dict["seed"])
+        self.data_loader.seed = state_dict["seed"]
+        for name, value in state_dict["loss_normalizers"].items():
+            unwrap(self.model).get_submodule(name).loss_normalizer = value
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -107,16 +202,16 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's.
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """See :func:`aqdet.data.stream.build_train_loader`.
 
         Raises:
-            ValueError: naming ``DATASETS.TRAIN``, if it is empty, has no boxes, or does not suit the batch size.
+            ValueError: naming ``DATASETS.TRAIN``, if it is empty or has no boxes, or ``SOLVER.IMS_PER_BATCH``.
         """
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
         with _usable("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
-            return super().build_train_loader(cfg)
+            return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

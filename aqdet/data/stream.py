@@ -1,0 +1,212 @@
+"""Training batches that are a function of the seed and the iteration, whoever reads them and whenever.
+
+Detectron2's loader keeps its place in worker processes, in buckets of images that wait for others of their
+aspect ratio, and in random states that advance from image to image; none of that can be read back to be put in
+a checkpoint. Here nothing has a state: the order is drawn from the seed, and every image is augmented with
+random numbers of its own place in that order. So the same images come in the same iterations with any number
+of workers, with any number of processes that share the batch, and after a resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, MapDataset, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def seed_generators(*key: int) -> None:
+    """Puts python's, numpy's and torch's generators (CUDA's too) in a state that ``key`` alone decides.
+
+    Args:
+        key: integers that are not negative; different keys give unrelated states.
+    """
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.manual_seed(words[2])
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """As :func:`seed_generators` inside, without CUDA's; afterwards the generators are where they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    try:
+        random.seed(words[0])
+        np.random.seed(words[1])
+        torch.default_generator.manual_seed(words[2])
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class _SeededDataset(Dataset):
+    """A map-style dataset read by places, ``(index, position)``, each with random numbers of its own."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        index, position = place
+        with seeded(self._seed, position):
+            return self._dataset[index]
+
+
+class PlacedBatches(Sampler):
+    """Endless batches of places ``(index, position)``: one process's share of each.
+
+    The whole batch is formed first and then dealt out, so that an iteration has the same images whatever the
+    number of processes. Deviation from Detectron2, where each process forms its own: with aspect ratio
+    grouping the whole batch has one orientation, not only each process's part.
+
+    Args:
+        indices: the endless order of images.
+        batch_size: of the whole batch.
+        group_of: image index -> group; images of different groups do not share a batch.
+        start: batches to pass over.
+        rank, world_size: which share.
+    """
+
+    def __init__(
+        self,
+        indices: Iterator[int],
+        batch_size: int,
+        *,
+        group_of: Sequence[int] | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._indices = indices
+        self._batch_size = batch_size
+        self._group_of = group_of
+        self._start = start
+        self._share = slice(rank, None, world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in itertools.islice(self._whole_batches(), self._start, None):
+            yield batch[self._share]
+
+    def _whole_batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        for position, index in enumerate(self._indices):
+            group = 0 if self._group_of is None else self._group_of[index]
+            batch = waiting.setdefault(group, [])
+            batch.append((index, position))
+            if len(batch) == self._batch_size:
+                yield waiting.pop(group)
+
+
+class TrainLoader:
+    """Endless training batches from a seed, from any iteration on.
+
+    Iterating starts nothing before the first batch is asked for: until then ``seed`` and ``start`` may be set,
+    as a resume does.
+
+    Args:
+        dataset: map-style, loads and augments.
+        order: seed -> the endless order of image indices, the same in all processes.
+        batch_size: images of all processes together.
+        group_of: see :class:`PlacedBatches`.
+        num_workers: processes that load.
+        seed: of the order and of augmentation.
+
+    Attributes:
+        start: iteration whose batch comes first.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        order: Callable[[int], Iterator[int]],
+        batch_size: int,
+        group_of: Sequence[int] | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.start = 0
+        self._order = order
+        self._group_of = group_of
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches = PlacedBatches(
+            self._order(self.seed),
+            self.batch_size,
+            group_of=self._group_of,
+            start=self.start,
+            rank=comm.get_rank(),
+            world_size=comm.get_world_size(),
+        )
+        yield from DataLoader(
+            _SeededDataset(self.dataset, self.seed),
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # of seeds that nothing uses; the default one would advance the main state
+        )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group is the training process's to answer; it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_train_loader(cfg: CfgNode) -> TrainLoader:
+    """The loader of a config: Detectron2's dataset, mapper and sampler, read by :class:`TrainLoader`.
+
+    Without a ``SEED`` in the config one is drawn, the same in all processes.
+
+    Raises:
+        ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly.
+    """
+    world_size = comm.get_world_size()
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a positive multiple of {world_size} processes, got {batch_size}"
+        )
+    arguments = build_detection_train_loader.from_config(cfg)
+    mapper = arguments["mapper"]
+    group_of = None
+    if arguments["aspect_ratio_grouping"]:
+        group_of = bytes(record["width"] > record["height"] for record in arguments["dataset"])
+    records = DatasetFromList(arguments["dataset"], copy=False)  # in bytes; the list itself is let go
+
+    def order(seed: int) -> Iterator[int]:
+        # Newer samplers take their seed from the config, 0.6's from numpy.
+        seeded_cfg = cfg.clone()
+        seeded_cfg.defrost()
+        seeded_cfg.SEED = seed
+        with seeded(seed):
+            sampler = build_detection_train_loader.from_config(seeded_cfg, mapper, dataset=records)["sampler"]
+        return sampler._infinite_indices()  # before it is dealt out to processes
+
+    return TrainLoader(
+        MapDataset(records, mapper),
+        order=order,
+        batch_size=batch_size,
+        group_of=group_of,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+    )

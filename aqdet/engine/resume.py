@@ -1,0 +1,166 @@
+"""What a run needs to be stopped at any moment and to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter
+
+from ..checkpoint import AqdetCheckpointer
+
+logger = logging.getLogger(__name__)
+
+# Scalars that no resume can repeat.
+TIMINGS = frozenset({"time", "data_time", "rank_data_time", "eta_seconds"})
+# Of values for the medians that writers print.
+_WINDOW = 20
+
+
+class MetricsWriter(JSONWriter):
+    """Detectron2's ``metrics.json``, which a resume cuts back to where its checkpoint was written.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        super().__init__(path, window_size=_WINDOW)
+
+    def state_dict(self) -> dict[str, int]:
+        """Length of the file in bytes and the last iteration in it."""
+        return {"bytes": os.path.getsize(self._path), "last_write": self._last_write}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Cuts off what was written after :meth:`state_dict`, half a line perhaps."""
+        self._last_write = state["last_write"]
+        size = os.path.getsize(self._path)
+        if size < state["bytes"]:
+            logger.warning("%s is shorter than when the checkpoint was saved: lines are missing in it", self._path)
+        self._file_handle.truncate(min(size, state["bytes"]))
+
+    def start_anew(self) -> None:
+        """Puts the lines of an earlier run aside."""
+        if os.path.getsize(self._path):
+            self._file_handle.close()
+            os.replace(self._path, f"{self._path}.old")
+            logger.info("%s is of an earlier run: kept as metrics.json.old", self._path)
+            super().__init__(self._path, window_size=_WINDOW)
+
+
+class MetricsHook(HookBase):
+    """Carries ``metrics.json``, and the recent values that its medians are taken over, through a resume.
+
+    Args:
+        writer: of the main process; None in the others.
+    """
+
+    def __init__(self, writer: MetricsWriter | None) -> None:
+        self._writer = writer
+        self._loaded: dict[str, Any] | None = None
+
+    def before_train(self) -> None:
+        """Puts back what was loaded, or starts the file anew if the run starts at its beginning."""
+        if self._loaded is None:
+            if self._writer is not None and self.trainer.start_iter == 0:
+                self._writer.start_anew()
+            return
+        storage = self.trainer.storage
+        for name, (smoothed, values) in self._loaded["recent"].items():
+            for value, iteration in values:
+                storage.iter = iteration
+                storage.put_scalar(name, value, smoothing_hint=smoothed)
+        storage.iter = self.trainer.start_iter
+        if self._writer is not None:
+            self._writer.load_state_dict(self._loaded["file"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """State after the trainer's iteration; all in python's own types."""
+        storage, iteration = self.trainer.storage, self.trainer.iter
+        hints = storage.smoothing_hints()
+        recent = {}
+        for name, history in storage.histories().items():
+            values = [(float(v), int(i)) for v, i in history.values()[-_WINDOW - 1 :] if i <= iteration]
+            if name not in TIMINGS:
+                recent[name] = (hints[name], values[-_WINDOW:])
+        return {"recent": recent, "file": {} if self._writer is None else self._writer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps the state until training starts."""
+        self._loaded = state
+
+
+class Interrupted(SystemExit):
+    """Training was stopped by a signal, after a checkpoint; the exit status is the shell's for that signal.
+
+    Args:
+        signum: the signal.
+        iteration: the last one done.
+    """
+
+    def __init__(self, signum: int, iteration: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+        self.iteration = iteration
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name} after iteration {self.iteration}"
+
+
+class InterruptHook(HookBase):
+    """SIGTERM and Ctrl-C: ends the iteration, saves, stops; a second signal stops at once.
+
+    A signal to one process stops all of them, after the same iteration. It has to be the last hook, so that
+    what it saves is the state after everything else. In a process that ``--num-gpus`` started SIGTERM is left
+    alone: there it means that another process has failed, and waiting for that one would take forever. Such
+    processes get SIGINT when their parent ends.
+
+    Args:
+        checkpointer: saves ``model_<iteration>.pth``.
+    """
+
+    def __init__(self, checkpointer: AqdetCheckpointer) -> None:
+        self._checkpointer = checkpointer
+        self._received = 0
+        self._previous: dict[int, Any] = {}
+
+    def before_train(self) -> None:
+        """From here signals wait for the end of an iteration."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Only the main thread may set handlers, and it has its own.
+        spawned = multiprocessing.parent_process() is not None
+        for signum in (signal.SIGINT,) if spawned else (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        logger.warning("%s: saving after this iteration; once more to stop at once", signal.Signals(signum).name)
+        self._received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def after_step(self) -> None:
+        """Stops if any process got a signal."""
+        signum = max(comm.all_gather(self._received))
+        iteration = self.trainer.iter
+        if iteration + 1 >= self.trainer.max_iter:
+            self._restore()  # What follows, evaluation, is not in iterations, and all is saved.
+        if signum:
+            if iteration + 1 < self.trainer.max_iter:
+                self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            raise Interrupted(signum, iteration)
+
+    def after_train(self) -> None:
+        """Gives the signals back."""
+        self._restore()

@@ -1,0 +1,52 @@
+"""A run that is stopped, however, ends as if it had not been."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+# By hand, for more: AQDET_TEST_KILLS=100 AQDET_TEST_KILL_SEED=7 pytest tests/engine/test_resume.py
+KILLS = int(os.environ.get("AQDET_TEST_KILLS", "10"))
+SEED = os.environ.get("AQDET_TEST_KILL_SEED", "0")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("kill_runs.py"))]
+    command += [str(tmp_path_factory.mktemp("kills")), str(KILLS), SEED]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_runs_end_with_the_same_weights_and_metrics(report):
+    assert sum(run["kills"] for run in report["runs"]) >= KILLS
+    assert {run["workers"] for run in report["runs"]} == {0, 2}
+    for run in report["runs"]:
+        assert run["weights"] and run["metrics"], run
+
+
+def test_the_uninterrupted_run_has_a_line_for_every_third_iteration_and_evaluation(report):
+    lines = [json.loads(line) for line in report["lines"]]
+    losses = [line["iteration"] for line in lines if "total_loss" in line]
+    evaluations = [line["iteration"] for line in lines if "bbox/AP" in line]
+    assert losses == [2, 5, 8, 11, 13] and evaluations == [4, 9, 14]
+    assert len({line["total_loss"] for line in lines if "total_loss" in line}) == 5
+
+
+def test_the_newest_checkpoints_are_kept_and_none_is_left_half_written(report):
+    for run in report["runs"]:
+        assert run["numbered"] == [f"model_{i:07d}.pth" for i in (9, 11, 13)] and not run["aside"]
+
+
+def test_signals_to_the_whole_process_group_save_and_stop(report):
+    assert [run["status"] for run in report["interrupted"]] == [128 + 15, 128 + 2]
+    for run in report["interrupted"]:
+        assert run["last"] == "model_0000001.pth"
+        assert run["weights"] and run["metrics"], run
