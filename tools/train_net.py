@@ -7,13 +7,14 @@ import sys
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
-from aqdet.engine import Trainer, build_checkpointer, check_names, fit_to_machine
+from aqdet.engine import Interrupted, Trainer, build_checkpointer, check_names, fit_to_machine
+from aqdet.engine.launch import continuing_command, is_restart, join_process_group, launch, make_deterministic
 
 USER_ERROR = 2
 
@@ -23,6 +24,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_names(cfg)
     fit_to_machine(cfg)
+    join_process_group(cfg.MODEL.DEVICE)
     register_declared(cfg)
     check_num_classes(cfg)
     try:
@@ -31,6 +33,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error.strerror}") from error
     cfg.freeze()
     default_setup(cfg, args)
+    make_deterministic(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="aqdet")
     return cfg
 
@@ -45,8 +48,12 @@ def main(args: argparse.Namespace) -> None:
             Trainer.test(cfg, model)
             return
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        trainer.resume_or_load(resume=args.resume or is_restart())
         trainer.train()
+    except Interrupted as stop:
+        if comm.is_main_process():
+            print(f"{stop}; continue with: {continuing_command()}", file=sys.stderr)
+        raise
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise
@@ -64,19 +71,14 @@ def fail(message: str) -> None:
 
 
 def invoke_main() -> None:
-    """Parses the command line and starts one process a GPU."""
+    """Parses the command line and runs :func:`main` in one process or more."""
     args = default_argument_parser().parse_args()
-    if args.num_gpus * args.num_machines > 1 and torch.cuda.device_count() < args.num_gpus:
-        fail(f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices")
     try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        launch(main, args)
+    except ValueError as error:
+        if os.environ.get("AQDET_DEBUG"):
+            raise
+        fail(str(error))
     except torch.multiprocessing.ProcessExitedException as error:
         # The process that failed has printed why.
         sys.exit(error.exit_code)

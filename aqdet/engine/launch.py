@@ -1,0 +1,101 @@
+"""Starting processes, and what is set in each before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+
+import detectron2.engine
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Calls ``main(args)``: in this process, in one for each of ``--num-gpus``, or in each that torchrun started.
+
+    Under torchrun ``main`` calls :func:`join_process_group` when it knows the device.
+
+    Raises:
+        ValueError: if ``--num-gpus`` asks for what is not there.
+    """
+    if dist.is_torchelastic_launched():
+        if args.num_gpus * args.num_machines > 1:
+            raise ValueError("--num-gpus and --num-machines are Detectron2's: under torchrun give --nproc_per_node")
+        main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    if args.num_gpus * args.num_machines > 1 and torch.cuda.device_count() < args.num_gpus:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices (on CPUs: torchrun "
+            f"--nproc_per_node {args.num_gpus} {sys.argv[0]} ...)"
+        )
+    detectron2.engine.launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def join_process_group(device: str) -> None:
+    """Under torchrun, joins its processes: by NCCL on GPUs, by gloo on CPUs. Otherwise does nothing.
+
+    Args:
+        device: ``MODEL.DEVICE``.
+
+    Raises:
+        ValueError: if there are fewer GPUs than processes.
+    """
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        backend = "nccl"
+        local_size, num_devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if local_size > num_devices:
+            raise ValueError(
+                f"torchrun --nproc_per_node {local_size}, but there are {num_devices} CUDA devices "
+                "(MODEL.DEVICE cpu trains on CPUs)"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
+    comm.synchronize()
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def continuing_command() -> str:
+    """The command line that continues this run."""
+    start = ["python"]
+    if dist.is_torchelastic_launched():
+        start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+            start += ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
+    return shlex.join([*start, sys.argv[0], "--resume", *(word for word in sys.argv[1:] if word != "--resume")])
+
+
+def make_deterministic(cfg: CfgNode) -> None:
+    """Applies ``SOLVER.DETERMINISTIC`` to torch; call it before the first use of a GPU.
+
+    Raises:
+        ValueError: if the key is on and there is no seed.
+    """
+    if not cfg.SOLVER.DETERMINISTIC:
+        return
+    if cfg.SEED < 0:
+        raise ValueError(f"SOLVER.DETERMINISTIC needs a SEED of 0 or more, got {cfg.SEED}")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
