@@ -3,6 +3,7 @@ import logging
 import os
 import pickle
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -363,3 +364,68 @@ def test_save_marks_the_last_one_and_strips(tmp_path, whole_state):
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
     stripped = torch.load(tmp_path / "model_final_stripped.pth", weights_only=True)
     assert set(stripped) == {"model"} and set(stripped["model"]) == set(strip(whole_state))
+
+
+def saved(folder, iterations, keep=0):
+    """A checkpointer of a small model that has saved after each iteration, with the iteration as its weight."""
+    checkpointer = AqdetCheckpointer(torch.nn.Linear(1, 1), str(folder), keep=keep)
+    for iteration in iterations:
+        torch.nn.init.constant_(checkpointer.model.weight, iteration)
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    return checkpointer
+
+
+def resume(folder):
+    checkpointer = AqdetCheckpointer(torch.nn.Linear(1, 1), str(folder))
+    extra = checkpointer.resume_or_load("", resume=True)
+    assert checkpointer.model.weight.item() == extra["iteration"]
+    return extra["iteration"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip_a_bit_of_the_weight(path):
+    content = path.read_bytes()
+    place = content.index(torch.tensor(9.0).numpy().tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit_of_the_weight, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, harm):
+    saved(tmp_path, (4, 14, 9))  # 14 is of an earlier run, and not before 9
+    harm(tmp_path / "model_0000009.pth")
+    assert resume(tmp_path) == 4
+    assert "model_0000009.pth is damaged" in caplog.text and "trying the one before" in caplog.text
+
+
+def test_a_damaged_final_checkpoint_falls_back_to_the_last_numbered_one(tmp_path):
+    saved(tmp_path, (4, 9)).save("model_final", iteration=9)
+    truncate(tmp_path / "model_final.pth")
+    assert resume(tmp_path) == 9
+
+
+def test_no_whole_checkpoint_is_a_user_error(tmp_path):
+    saved(tmp_path, (4, 9))
+    for path in tmp_path.glob("*.pth"):
+        truncate(path)
+    with pytest.raises(ValueError, match=f"no checkpoint in '{tmp_path}' is whole: start without --resume"):
+        resume(tmp_path)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    saved(tmp_path, (99,))  # of an earlier run: not ours to delete
+    checkpointer = saved(tmp_path, (0, 1, 2, 3, 4), keep=2)
+    checkpointer.save("model_final", iteration=4)
+    numbers = sorted(int(path.stem[6:]) for path in tmp_path.glob("model_0*.pth"))
+    assert numbers == [3, 4, 99] and (tmp_path / "model_final.pth").exists()
+    with pytest.raises(ValueError, match="CHECKPOINT.KEEP must be 0, for all, or more, got -1"):
+        saved(tmp_path, (), keep=-1)
+
+
+def test_a_run_that_starts_anew_puts_the_note_of_the_earlier_one_aside(tmp_path, caplog):
+    checkpointer = saved(tmp_path, (4,))
+    checkpointer.forget_last_checkpoint()
+    assert not checkpointer.has_checkpoint() and (tmp_path / "last_checkpoint.old").read_text() == "model_0000004.pth"
+    assert "holds an earlier run, last model_0000004.pth" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch.distributed as dist
 from torch import nn
 
 from .observer import check_method
@@ -17,7 +18,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
     """Gives every uncalibrated quantizer of a model its first range.
 
     Calibrated ones are left as they are and keep quantizing. Statistics are summed over the ranks of the
-    default process group, so that all ranks must call this.
+    default process group, so that all ranks must call this; if ``run`` fails in one of them all raise.
 
     Args:
         model: the model.
@@ -28,7 +29,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
         Name of each quantizer calibrated -> share of its observed values that were negative.
 
     Raises:
-        RuntimeError: naming the first quantizer that ``run`` did not reach.
+        RuntimeError: naming the first quantizer that ``run`` did not reach, or the rank where ``run`` failed.
         ValueError: if the method is unknown, before anything runs.
     """
     check_method(method)
@@ -40,7 +41,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
         quantizer.start_observing()
     shares = {}
     try:
-        run()
+        _run_on_all_ranks(run)
         for name, quantizer in pending.items():
             shares[name] = quantizer.finish_calibration(method)
     finally:
@@ -55,3 +56,22 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
             )
     logger.info("Calibrated %d quantizers (%s)", len(shares), method)
     return shares
+
+
+def _run_on_all_ranks(run: Callable[[], object]) -> None:
+    """Runs; a failure on one rank is raised on all, which would otherwise wait for its statistics."""
+    if not (dist.is_available() and dist.is_initialized()):
+        run()
+        return
+    failure: Exception | None = None
+    try:
+        run()
+    except Exception as error:
+        failure = error
+    failures: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(failures, "" if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message:
+            raise RuntimeError(f"calibration failed on rank {rank}: {message}")

@@ -74,7 +74,9 @@ def images(loader, number):
 
 
 def equal(one, other):
-    return all(a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) for a, b in zip(one, other, strict=True))
+    return all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_a_loader_starts_anywhere_with_any_number_of_workers(entry, tmp_path):
@@ -107,9 +109,7 @@ def test_loading_leaves_the_random_states_of_training_alone(entry, tmp_path):
 
 def test_the_repeating_sampler_is_a_function_of_the_seed_too(entry, tmp_path):
     sampler = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", "4.0")
-    one, other, different = (
-        images(loader_of(entry, tmp_path, *sampler, "SEED", seed), 5) for seed in ("4", "4", "5")
-    )
+    one, other, different = (images(loader_of(entry, tmp_path, *sampler, "SEED", seed), 5) for seed in ("4", "4", "5"))
     assert equal(one, other) and not equal(one, different)
     names = [name for name, *_ in one]  # an epoch: sqrt(4 / 1) = 2, every image twice
     assert sorted(names) == sorted([*set(names)] * 2) and len(set(names)) == 5

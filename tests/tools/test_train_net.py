@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_net as tool
-from detectron2.engine import default_argument_parser
+from detectron2.engine import HookBase, default_argument_parser
 from detectron2.modeling import build_model
 from helpers import QUANT, ROOT, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
@@ -71,7 +73,8 @@ def test_more_gpus_than_there_are(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         invoke_main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --num-gpus 7, but there are 1 CUDA devices\n"
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: --num-gpus 7, but there are 1 CUDA devices (on CPUs: torchrun --nproc_per_node 7")
 
 
 def test_eval_only_of_a_detector_that_finds_nothing(data):
@@ -197,3 +200,41 @@ def test_unsafe_config(run, tmp_path):
     unsafe.write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
     status, printed = run("--config-file", unsafe)
     assert status == 2 and printed.startswith("error: ") and "object tag" in printed and printed.count("\n") == 1
+
+
+class SignalsItself(HookBase):
+    """As another process would, in the second iteration."""
+
+    def before_step(self):
+        if self.trainer.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_saves_and_prints_the_command_that_continues(entry, config_file, run, tmp_path, monkeypatch):
+    class Signalled(tool.Trainer):
+        def build_hooks(self):
+            return [SignalsItself(), *super().build_hooks()]
+
+    monkeypatch.setattr(tool, "Trainer", Signalled)
+    handler = signal.getsignal(signal.SIGTERM)
+    overrides = train_overrides(entry, tmp_path, max_iter=3)
+    status, printed = run("--config-file", config_file, *overrides)
+    assert status == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
+    last = printed.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM after iteration 1; continue with: python train_net.py --resume ")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (tmp_path / "model_final.pth").exists() and not (tmp_path / "inference").exists()
+    (tmp_path / "metrics.json").unlink()  # is said, and no reason not to go on
+    monkeypatch.undo()
+    words = shlex.split(last.partition("continue with: python ")[2])
+    monkeypatch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sys, "argv", words)
+    invoke_main()
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 2
+    assert (tmp_path / "inference" / "metrics.json").exists()
+
+
+def test_determinism_needs_a_seed(entry, config_file, run, tmp_path):
+    overrides = [*train_overrides(entry, tmp_path), "SEED", "-1", "SOLVER.DETERMINISTIC", "True"]
+    status, printed = run("--config-file", config_file, *overrides)
+    assert status == 2 and "SOLVER.DETERMINISTIC needs a SEED of 0 or more, got -1" in printed

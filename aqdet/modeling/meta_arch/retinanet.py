@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -108,7 +111,18 @@ class QuantRetinaNet(RetinaNet):
         finally:
             self._normalizer_held = False
 
-    def _ema_update(self, name: str, *args: Any, **kwargs: Any) -> float:
-        if self._normalizer_held:
-            return getattr(self, name)
-        return super()._ema_update(name, *args, **kwargs)
+    def _ema_update(self, name: str, value: float, *args: Any, **kwargs: Any) -> float:
+        """The moving average of the whole batch's value, as each process's share.
+
+        Deviation: in Detectron2 each process averages its own value, from its own start, and a batch that is
+        spread over processes has other gradients than in one. Here they are the same, if each process has a
+        positive anchor. Without gradients, as in calibration, processes do not wait for each other.
+        """
+        world_size = comm.get_world_size()
+        if not self._normalizer_held:
+            if world_size > 1 and torch.is_grad_enabled():
+                total = torch.tensor(float(value), device=self.device)
+                dist.all_reduce(total)
+                value = total.item()
+            super()._ema_update(name, value, *args, **kwargs)
+        return getattr(self, name) / world_size
