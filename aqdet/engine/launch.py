@@ -49,6 +49,10 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 def join_process_group(device: str) -> None:
     """Under torchrun, joins its processes: by NCCL on GPUs, by gloo on CPUs. Otherwise does nothing.
 
+    The store that torchrun lends outlives a restart, with the addresses of the processes before it. So on one
+    node each attempt gets keys of its own. Nodes may count attempts differently: for restarts on several, set
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun, which then makes a new store each time.
+
     Args:
         device: ``MODEL.DEVICE``.
 
@@ -67,7 +71,10 @@ def join_process_group(device: str) -> None:
                 "(MODEL.DEVICE cpu trains on CPUs)"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=DEFAULT_TIMEOUT)
     comm.synchronize()
 
 

@@ -88,7 +88,7 @@ class MetricsHook(HookBase):
         hints = storage.smoothing_hints()
         recent = {}
         for name, history in storage.histories().items():
-            values = [(float(v), int(i)) for v, i in history.values()[-_WINDOW - 1 :] if i <= iteration]
+            values = [(float(v), int(i)) for v, i in history.values()[-2 * _WINDOW :] if i <= iteration]
             if name not in TIMINGS:
                 recent[name] = (hints[name], values[-_WINDOW:])
         return {"recent": recent, "file": {} if self._writer is None else self._writer.state_dict()}

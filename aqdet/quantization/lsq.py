@@ -35,5 +35,6 @@ class LSQQuantizer(Quantizer):
         """See :meth:`Quantizer.grid`."""
         scale = floor_scale(self.scale)
         if num_shared is not None:
-            scale = grad_scale(scale, 1 / math.sqrt(max(num_shared, 1) * self.quant_max))
+            count = max(self.count_over_ranks(num_shared), 1)
+            scale = grad_scale(scale, 1 / math.sqrt(count * self.quant_max))
         return AffineGrid(scale, self.quant_min, self.quant_max, "lsq")

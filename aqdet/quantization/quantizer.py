@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .functional import broadcast_scale, fake_quantize, quantize
@@ -159,8 +160,8 @@ class Quantizer(nn.Module):
         """The uniform grid as it stands, or None for a method without one.
 
         Args:
-            num_shared: number of elements that share a scale, for methods that normalise the gradient of
-                the scale by it; None when no gradient is needed.
+            num_shared: number of elements on this rank that share a scale, for methods that normalise the
+                gradient of the scale by it; None when no gradient is needed.
         """
         return None
 
@@ -170,6 +171,12 @@ class Quantizer(nn.Module):
         assert grid is not None
         scale = broadcast_scale(grid.scale, x)
         return fake_quantize(x, scale, grid.quant_min, grid.quant_max, rule=grid.rule)
+
+    def count_over_ranks(self, number: int) -> int:
+        """Elements of the whole batch that share a scale, from those of this rank: a weight is on every rank whole."""
+        if self.spec.role == "input" and dist.is_available() and dist.is_initialized():
+            return number * dist.get_world_size()
+        return number
 
     @torch.no_grad()
     def to_integer(self, x: Tensor) -> IntegerTensor:

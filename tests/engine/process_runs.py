@@ -1,0 +1,221 @@
+"""Trainings by two CPU processes, as a program: ``python process_runs.py FOLDER``.
+
+As in kill_runs, everything is imported once and forked. Prints a JSON report as its last line.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers import calibrated, make_batch, make_model  # noqa: E402
+from kill_runs import TINY  # noqa: E402
+from tiny_data import train_cfg, write_dataset  # noqa: E402
+
+from aqdet.engine import Trainer  # noqa: E402
+from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
+from aqdet.engine.trainer import distribute, unwrap  # noqa: E402
+from aqdet.quantization import calibrate, quantizers  # noqa: E402
+
+DETECTOR = ("MODEL.QUANT.ENABLED", "True", "MODEL.AUX.ENABLED", "True", "MODEL.FPN.RELU", "True")
+FROZEN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "FrozenBN")
+FROZEN += ("MODEL.AUX.NORM", "FrozenBN")
+
+
+def fork(run, *arguments):
+    """Calls a function in another process; its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        run(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def together(folder, run, world_size=2):
+    """Calls ``run(folder)`` in processes of one group; their exit statuses and the seconds until the last."""
+
+    def in_group(rank):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        run(folder)
+
+    folder.mkdir()
+    start = time.monotonic()
+    children = [fork(in_group, rank) for rank in range(world_size)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], time.monotonic() - start
+
+
+def write(path, data):
+    torch.save(data, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def gradients(folder):
+    """Two iterations' losses and gradients on this process's share of four images, the ranges calibrated on it."""
+    model = make_model(*DETECTOR, *FROZEN)
+    share = make_batch(4)[comm.get_rank() :: comm.get_world_size()]
+    calibrated(model, share)
+    del model.loss_normalizer  # as calibration by the hook does
+    wrapped = distribute(model)
+    for iteration in range(2):  # DDP would stop in the second if a parameter had not been used in the first
+        model.zero_grad()
+        with EventStorage(iteration):
+            losses = wrapped(share)
+        sum(losses.values()).backward()
+    result = {
+        "gradients": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+        "scales": {name: q.grid().scale.detach() for name, q in quantizers(model)},
+        "normalizer": model.loss_normalizer,
+    }
+    write(folder / f"rank{comm.get_rank()}.pth", result)
+
+
+def failing_calibration(folder):
+    """Rank 1 cannot read its data."""
+    model = make_model(*DETECTOR)
+
+    def run():
+        if comm.get_rank() == 1:
+            raise ValueError("no such image")
+
+    try:
+        calibrate(model, run, method="minmax")
+    except (ValueError, RuntimeError) as error:
+        (folder / f"rank{comm.get_rank()}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+class KillOnce(HookBase):
+    """Kills the second process in an iteration, if torchrun has not restarted it yet."""
+
+    def __init__(self, iteration):
+        self._iteration = iteration
+
+    def before_step(self):
+        if comm.get_rank() == 1 and self.trainer.iter == self._iteration and not is_restart():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StopOnce(HookBase):
+    """Sends the second process a signal in an iteration."""
+
+    def __init__(self, iteration):
+        self._iteration = iteration
+
+    def before_step(self):
+        if comm.get_rank() == 1 and self.trainer.iter == self._iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(cfg, *hooks, resume=False):
+    """A training, and what it ends with: rank, start, parameters, AP."""
+    seed_all_rng(cfg.SEED + comm.get_rank())
+    trainer = Trainer(cfg)
+    trainer.register_hooks(list(hooks))
+    trainer.resume_or_load(resume=resume)
+    start = trainer.start_iter
+    trainer.train()
+    return start, {name: p.detach().clone() for name, p in unwrap(trainer.model).named_parameters()}
+
+
+def elastic_worker(cfg):
+    """What torchrun starts: trains, is killed once, goes on."""
+    torch.set_num_threads(1)
+    join_process_group("cpu")
+    start, parameters = train(cfg, KillOnce(3), resume=is_restart())
+    write(Path(cfg.OUTPUT_DIR) / f"rank{comm.get_rank()}.pth", (start, parameters))
+    dist.destroy_process_group()
+
+
+def detections(folder):
+    """How many each image has, and the sorted scores, of the last evaluation."""
+    found = json.loads((folder / "coco_instances_results.json").read_text())
+    counts = [sum(box["image_id"] == image for box in found) for image in range(1, 6)]
+    return counts, sorted(box["score"] for box in found)
+
+
+def stopping(cfg):
+    """A signal to one process stops both after the same iteration."""
+    status = None
+    try:
+        train(cfg, StopOnce(1))
+    except SystemExit as end:
+        status = (end.code, end.iteration)
+    (Path(cfg.OUTPUT_DIR) / f"rank{comm.get_rank()}.txt").write_text(json.dumps(status))
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    report = {}
+    statuses, _ = together(folder / "two", gradients)
+    single = folder / "one"
+    single.mkdir()
+    os.waitpid(fork(gradients, single), 0)
+    one = torch.load(single / "rank0.pth")
+    two = [torch.load(folder / "two" / f"rank{rank}.pth") for rank in range(2)]
+    report["statuses"] = statuses
+    report["parameters"] = len(one["gradients"])
+    report["gradient_error"] = max(
+        ((g - r["gradients"][name]).abs().max() / g.abs().max().clamp(min=1e-12)).item()
+        for r in two
+        for name, g in one["gradients"].items()
+    )
+    report["zero_gradients"] = [name for name, g in one["gradients"].items() if not g.any()]
+    report["scales"] = all(torch.equal(s, r["scales"][name]) for r in two for name, s in one["scales"].items())
+    report["normalizers"] = [r["normalizer"] for r in (one, *two)]
+
+    statuses, seconds = together(folder / "failing", failing_calibration)
+    texts = [(folder / "failing" / f"rank{rank}.txt").read_text() for rank in range(2)]
+    report["calibration"] = {"statuses": statuses, "texts": texts, "seconds": seconds}
+
+    entry = write_dataset(folder / "data", "tiny_processes", num_images=5)
+    # One size, because processes pad only their own images; small steps, because nothing normalizes.
+    same = ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.CROP.ENABLED", "False", "SOLVER.BASE_LR", "1e-5")
+    # In float, because a quantizer makes a step of the last bit's difference; every box counts for the AP.
+    same += ("MODEL.QUANT.ENABLED", "False", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    cfg = {
+        name: train_cfg(entry, folder / name, *TINY, *FROZEN, *same, max_iter=6)
+        for name in ("alone", "elastic", "stopped")
+    }
+
+    os.waitpid(fork(lambda: write(folder / "alone" / "rank0.pth", train(cfg["alone"]))), 0)
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", monitor_interval=0.1, run_id="aqdet",
+    )  # fmt: skip
+    elastic_launch(launch, elastic_worker)(cfg["elastic"])
+    start, parameters = torch.load(folder / "elastic" / "rank0.pth")
+    other = torch.load(folder / "elastic" / "rank1.pth")[1]
+    alone = torch.load(folder / "alone" / "rank0.pth")[1]
+    report["elastic"] = {
+        "start": start,
+        "ranks_agree": all(torch.equal(p, other[name]) for name, p in parameters.items()),
+        "error": max(((p - alone[name]).abs().max() / p.abs().max()).item() for name, p in parameters.items()),
+        "detections": [detections(folder / name / "inference") for name in ("elastic", "alone")],
+    }
+    together(folder / "group", lambda _: stopping(cfg["stopped"]))
+    report["stopped"] = [json.loads((folder / "stopped" / f"rank{rank}.txt").read_text()) for rank in range(2)]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

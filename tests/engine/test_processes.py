@@ -1,0 +1,51 @@
+"""Two CPU processes train as one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("process_runs.py"))]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command.append(str(tmp_path_factory.mktemp("processes")))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_half_the_batch_each_gives_the_gradients_of_the_whole(report):
+    # Quantized, with the auxiliary path, whose parameters DDP would miss if they were not used.
+    assert report["statuses"] == [0, 0] and report["parameters"] > 100
+    assert report["scales"]
+    assert report["normalizers"] == pytest.approx([report["normalizers"][0]] * 3)
+    assert report["gradient_error"] < 1e-5
+    # Only PACT's alphas that clip nothing.
+    assert all(name.endswith("quantizer.alpha") for name in report["zero_gradients"])
+
+
+def test_a_failing_calibration_stops_all_processes_with_the_reason(report):
+    assert report["calibration"]["texts"] == [
+        "RuntimeError: calibration failed on rank 1: ValueError: no such image",
+        "ValueError: no such image",
+    ]
+
+
+def test_a_killed_worker_is_restarted_and_the_run_goes_on(report):
+    elastic = report["elastic"]
+    assert elastic["start"] == 2  # killed in iteration 3, the checkpoint is of iteration 1
+    assert elastic["ranks_agree"] and elastic["error"] < 1e-4
+    (counts, scores), (counts_alone, scores_alone) = elastic["detections"]
+    assert counts == counts_alone and min(counts) > 0  # each image once, whichever process saw it
+    assert scores == pytest.approx(scores_alone, abs=1e-4)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_iteration(report):
+    assert report["stopped"] == [[128 + 15, 1]] * 2
