@@ -1,5 +1,11 @@
 #!/usr/bin/env python
-"""Trains or evaluates a detector, with Detectron2's command line."""
+"""Trains or evaluates a detector, with Detectron2's command line.
+
+``torchrun --nproc_per_node N tools/train_net.py ...`` trains in N processes, on GPUs or on CPUs; with
+``--max-restarts`` it starts failed ones again, which go on from the last checkpoint. SIGTERM and Ctrl-C save and
+print the command that continues. Exit status: 2 for wrong input, 3 for a loss that is not finite, 128 + n for
+signal n.
+"""
 
 import argparse
 import os
@@ -13,10 +19,11 @@ from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
-from aqdet.engine import Interrupted, Trainer, build_checkpointer, check_names, fit_to_machine
+from aqdet.engine import Interrupted, NonFiniteLoss, Trainer, build_checkpointer, check_names, fit_to_machine
 from aqdet.engine.launch import continuing_command, is_restart, join_process_group, launch, make_deterministic
 
 USER_ERROR = 2
+NON_FINITE = 3
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -54,6 +61,10 @@ def main(args: argparse.Namespace) -> None:
         if comm.is_main_process():
             print(f"{stop}; continue with: {continuing_command()}", file=sys.stderr)
         raise
+    except NonFiniteLoss as error:
+        if comm.is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(NON_FINITE)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise

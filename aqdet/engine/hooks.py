@@ -133,7 +133,8 @@ class StrippedEvalHook(EvalHook):
         trainer = self.trainer
         if comm.get_world_size() > 1:
             for buffer in trainer.model.buffers():
-                dist.broadcast(buffer, 0)
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
         try:
             with detached_auxiliary(trainer.model):
                 super()._do_eval()

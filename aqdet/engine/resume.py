@@ -116,7 +116,7 @@ class Interrupted(SystemExit):
 
 
 class InterruptHook(HookBase):
-    """SIGTERM and Ctrl-C: ends the iteration, saves, stops; a second signal stops at once.
+    """SIGTERM and Ctrl-C: ends the iteration, saves, stops; the same signal again stops at once.
 
     A signal to one process stops all of them, after the same iteration. It has to be the last hook, so that
     what it saves is the state after everything else. In a process that ``--num-gpus`` started SIGTERM is left
@@ -143,7 +143,7 @@ class InterruptHook(HookBase):
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         logger.warning("%s: saving after this iteration; once more to stop at once", signal.Signals(signum).name)
         self._received = signum
-        self._restore()
+        signal.signal(signum, self._previous.pop(signum))  # The other one may follow: Ctrl-C, then a parent's SIGTERM.
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -24,9 +24,11 @@ from ..data.stream import TrainLoader, build_train_loader, seed_generators
 from ..evaluation import COCOEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers
-from .hooks import CalibrationHook, PreciseBNHook, StrippedCheckpointHook, StrippedEvalHook
+from .hooks import CalibrationHook, PreciseBNHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
+from .numbers import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss, QuantizerWatchHook, describe_scales, find_origin
 from .resume import InterruptHook, MetricsHook, MetricsWriter
 from .solver import build_optimizer
+from .state import ForwardState, loss_normalizers, set_loss_normalizers
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        trainer_class = CheckedAMPTrainer if cfg.SOLVER.AMP.ENABLED else CheckedTrainer
         self._trainer = trainer_class(distribute(model), data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(cfg, model, trainer=weakref.proxy(self))
@@ -123,6 +125,8 @@ class Trainer(DefaultTrainer):
                 hooks.append(StrippedEvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, self.checkpointer))
             elif hook is not None:
                 hooks.append(hook)
+        if comm.is_main_process():
+            hooks.append(QuantizerWatchHook())
         return [*hooks, MetricsHook(self._metrics), *last, InterruptHook(self.checkpointer)]
 
     def build_writers(self) -> list[EventWriter]:
@@ -133,6 +137,7 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         """See Detectron2's."""
         self.data_loader.start = self.start_iter
+        self._forward_state = ForwardState(unwrap(self.model))
         return super().train()
 
     def run_step(self) -> None:
@@ -141,11 +146,54 @@ class Trainer(DefaultTrainer):
         Detectron2's scripted losses compute their gradient in another order from the second call in a process
         on, when TorchScript has optimized them: not here where a resume is to be exact. On CPUs that costs
         nothing.
+
+        Raises:
+            NonFiniteLoss: in one line that says where from, after saving the state from before the iteration.
         """
         seed_generators(self.data_loader.seed, self.iter, comm.get_rank())
         exact = self.cfg.SOLVER.DETERMINISTIC or self.cfg.MODEL.DEVICE == "cpu"
-        with torch.jit.optimized_execution(not exact):
-            super().run_step()
+        before = self._forward_state.get()
+        try:
+            with torch.jit.optimized_execution(not exact):
+                super().run_step()
+        except NonFiniteLoss as error:
+            self._forward_state.set(before)
+            raise NonFiniteLoss(self._explain(str(error))) from None
+
+    def _explain(self, wrong: str) -> str:
+        """What is known of a loss or gradient that is not finite; all processes call this, their state put back."""
+        model = unwrap(self.model)
+        saved = self._save_from_before(model)
+        self.data_loader.start = self.iter
+        batch = next(iter(self.data_loader))
+        seed_generators(self.data_loader.seed, self.iter, comm.get_rank())
+        amp = torch.autocast("cuda", enabled=self.cfg.SOLVER.AMP.ENABLED)
+        with torch.no_grad(), EventStorage(self.iter), leaving_no_trace(model), amp:
+            origin = find_origin(model, lambda: model(batch))
+        words = [f"not finite in iteration {self.iter}: {wrong}"]
+        if origin is not None:
+            level = f", level {origin.level}" * bool(origin.level)
+            words.append(f"first tensor that is not finite: {origin.what}{level}")
+            words.append(f"scales around it: {describe_scales(model, origin.around)}")
+        else:
+            words.append("parameters and outputs of layers are finite: it arises behind them")
+        words.append(f"learning rate {max(group['lr'] for group in self.optimizer.param_groups):.3g}")
+        words.append(f"images {', '.join(str(image.get('image_id', image.get('file_name'))) for image in batch)}")
+        # The process where it happened knows most: the others' tensors are finite.
+        texts = comm.all_gather("; ".join(words) if origin is not None else "")
+        return next((text for text in texts if text), "; ".join(words)) + saved
+
+    def _save_from_before(self, model: nn.Module) -> str:
+        if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+            return "; the weights were not finite before it either: continue from an earlier checkpoint"
+        if self.iter == 0:
+            return "; it is the first iteration, nothing from before is saved"
+        self.iter -= 1
+        try:
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        finally:
+            self.iter += 1
+        return f"; the state from before is in {self.checkpointer.get_checkpoint_file()}"
 
     def after_train(self) -> None:
         """See Detectron2's; a run that is resumed after its last iteration is not one further."""
@@ -176,11 +224,7 @@ class Trainer(DefaultTrainer):
         state = super().state_dict()
         state.setdefault("_trainer", self._trainer.state_dict())  # left out by Detectron2 0.6
         state["seed"] = self.data_loader.seed
-        state["loss_normalizers"] = {
-            name: float(vars(module)["loss_normalizer"])
-            for name, module in unwrap(self.model).named_modules()
-            if "loss_normalizer" in vars(module)
-        }
+        state["loss_normalizers"] = loss_normalizers(unwrap(self.model).named_modules())
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,8 +237,7 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED not in (-1, state_dict["seed"]):
             logger.warning("SEED %d is not used: the run goes on with %d", self.cfg.SEED, state_dict["seed"])
         self.data_loader.seed = state_dict["seed"]
-        for name, value in state_dict["loss_normalizers"].items():
-            unwrap(self.model).get_submodule(name).loss_normalizer = value
+        set_loss_normalizers(unwrap(self.model).named_modules(), state_dict["loss_normalizers"])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

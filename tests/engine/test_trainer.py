@@ -14,6 +14,7 @@ from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
 from aqdet.engine import Trainer, build_checkpointer, hooks
+from aqdet.engine.launch import make_deterministic
 from aqdet.modeling import detached_auxiliary
 from aqdet.quantization import quantizers
 
@@ -335,3 +336,78 @@ def test_data_without_boxes_or_images_is_a_user_error(tmp_path):
             Trainer.build_train_loader(cfg)
     with pytest.raises(ValueError, match="DATASETS.TEST .*'tiny_no_images'"):
         Trainer.build_test_loader(cfg, "tiny_no_images")
+
+
+@pytest.fixture
+def torch_settings():
+    """Puts torch's global settings back."""
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def losses_of_run(cfg):
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+    trainer.train()
+    return [value for value, _ in trainer.storage.history("total_loss").values()]
+
+
+def test_the_same_seed_gives_the_same_losses(entry, tmp_path, torch_settings):
+    def run(name, *overrides):
+        cfg = train_cfg(entry, tmp_path / name, *BOTH, *overrides, max_iter=2)
+        make_deterministic(cfg)
+        return losses_of_run(cfg)
+
+    first = run("a")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert run("b", "DATALOADER.NUM_WORKERS", "1") == first
+    assert run("c", "SOLVER.DETERMINISTIC", "True") == first  # on a CPU it is no other arithmetic
+    assert torch.are_deterministic_algorithms_enabled()
+    assert run("d", "SEED", "5") != first
+
+
+def test_a_new_run_in_the_folder_of_an_earlier_one_keeps_its_metrics_apart(entry, tmp_path):
+    cfg = train_cfg(entry, tmp_path, max_iter=2)
+    (tmp_path / "metrics.json").write_text('{"iteration": 77}\n')
+    losses_of_run(cfg)
+    assert (tmp_path / "metrics.json.old").read_text() == '{"iteration": 77}\n'
+    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.json").read_text().splitlines()] == [1, 2]
+
+
+def test_a_failing_evaluation_loses_nothing(entry, tmp_path):
+    class Failing(Trainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            raise OSError("no space left")
+
+    trainer = Failing(train_cfg(entry, tmp_path, "TEST.EVAL_PERIOD", "2"))
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert trainer.model.training
+    second = Trainer(trainer.cfg)
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 2
+
+
+def test_a_resume_says_what_it_does_not_follow(entry, tmp_path, caplog):
+    first = Trainer(train_cfg(entry, tmp_path, max_iter=1))
+    first.train()
+    second = Trainer(train_cfg(entry, tmp_path, "SEED", "9", max_iter=1))
+    second.resume_or_load(resume=True)
+    assert "SEED 9 is not used: the run goes on with 1" in caplog.text and second.data_loader.seed == 1
+    state = first.state_dict()
+    del state["seed"]
+    second.load_state_dict(state)
+    assert "The checkpoint is of an older version" in caplog.text
+
+
+def test_bn_is_estimated_from_the_same_images_each_time(entry, tmp_path):
+    precise = ("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2")
+    trainer = Trainer(train_cfg(entry, tmp_path, *precise))
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, hooks.PreciseBNHook))
+    hook.update_stats()
+    before = trainer.model.backbone.bottom_up.stem.conv1.norm.running_mean.clone()
+    hook.update_stats()
+    assert torch.equal(trainer.model.backbone.bottom_up.stem.conv1.norm.running_mean, before)

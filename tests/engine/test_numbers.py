@@ -1,0 +1,197 @@
+"""What is said when numbers go wrong."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
+from tiny_data import train_cfg, write_dataset
+
+from aqdet.engine import NonFiniteLoss, Trainer
+from aqdet.engine.numbers import Origin, QuantizerWatchHook, all_finite, find_origin
+from aqdet.quantization import quantizers
+
+BOTH = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), "tiny_numbers")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return calibrated(make_model(*BOTH), make_batch())
+
+
+def origin_in(model):
+    def run():
+        with torch.no_grad():
+            losses_of(model, make_batch())
+
+    return find_origin(model, run)
+
+
+def break_in_call(module, number):
+    """Makes the output of a module's nth call, counted from 0, not a number."""
+    calls = []
+
+    def hook(_, inputs, output):
+        calls.append(None)
+        return output * float("nan") if len(calls) == number + 1 else output
+
+    return module.register_forward_hook(hook)
+
+
+def test_nested_tensors():
+    nan = torch.tensor(float("nan"))
+    assert all_finite([torch.ones(2), {"a": (torch.ones(1), "text", None)}, torch.tensor(3)])
+    assert not all_finite([torch.ones(2), {"a": (nan, "text")}])
+
+
+def test_a_finite_model_has_no_origin(model):
+    assert origin_in(model) is None
+
+
+@pytest.mark.parametrize(
+    "layer, call, level",
+    [
+        ("head.cls_subnet.0", 1, "p4"),
+        ("auxiliary.head.bbox_pred", 4, "p7"),
+        ("backbone.fpn_output4", 0, "p4"),
+        ("backbone.bottom_up.res3.0.conv2", 0, "res3"),
+    ],
+)
+def test_the_layer_and_its_level_are_found(model, layer, call, level):
+    handle = break_in_call(model.get_submodule(layer), call)
+    origin = origin_in(model)
+    handle.remove()
+    assert origin.what == f"output of {layer}" and origin.level == level
+    if not layer.startswith("auxiliary"):
+        assert f"{layer}.weight_quantizer" in origin.around and f"{layer}.input_quantizer" in origin.around
+        assert 2 < len(origin.around) <= 6
+
+
+def test_what_a_layer_computes_before_its_norm_is_the_layer_s(model):
+    conv = model.backbone.bottom_up.res4[0].conv1
+    handle = conv.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] * float("inf"),))
+    origin = origin_in(model)
+    handle.remove()
+    assert origin.what == "output of backbone.bottom_up.res4.0.conv1"
+
+
+def test_pixels_that_are_not_finite(model):
+    std = model.pixel_std.clone()
+    model.pixel_std.zero_()
+    origin = origin_in(model)
+    model.pixel_std.copy_(std)
+    assert origin.what == "output of the preprocessing of images"
+
+
+def test_a_parameter_comes_before_any_output(model):
+    name = "head.cls_score.input_quantizer.scale"
+    parameter = model.get_parameter(name)
+    value = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(float("nan"))
+    origin = origin_in(model)
+    with torch.no_grad():
+        parameter.copy_(value)
+    around = ("head.cls_score.weight_quantizer", "head.cls_score.input_quantizer")
+    assert origin == Origin(f"parameter {name}", "", around)
+
+
+class Break(HookBase):
+    """In one iteration, one level of the box tower is not a number; the loss masks it, its gradient does not."""
+
+    def __init__(self, iteration):
+        self._iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self._iteration:
+            tower = self.trainer.model.head.bbox_subnet[0]
+
+            def hook(_, inputs, output):
+                hook.calls += 1
+                return output * float("nan") if hook.calls % 5 == 3 else output
+
+            hook.calls = 0
+            tower.register_forward_hook(hook)
+
+
+def state_of(trainer):
+    tensors = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    return tensors, trainer.model.loss_normalizer
+
+
+class Keep(HookBase):
+    def after_step(self):
+        self.state = state_of(self.trainer)
+
+
+def test_training_stops_with_the_reason_and_the_state_from_before(entry, tmp_path):
+    cfg = train_cfg(entry, tmp_path, *BOTH, max_iter=6)
+    trainer, keep = Trainer(cfg), Keep()
+    trainer.register_hooks([Break(2), keep])
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(NonFiniteLoss) as stop:
+        trainer.train()
+    message = str(stop.value)
+    assert (
+        message.startswith("not finite in iteration 2: gradients of ") and "first tensor that is not finite" in message
+    )
+    assert "output of head.bbox_subnet.0, level p5; scales around it: " in message
+    assert "head.bbox_subnet.0.weight_quantizer 0." in message and "head.bbox_subnet.0.input_quantizer 0." in message
+    assert (
+        f"; learning rate 0.01; images {', '.join(str(x['image_id']) for x in next(iter(trainer.data_loader)))};"
+        in message
+    )
+    assert message.endswith(f"; the state from before is in {tmp_path / 'model_0000001.pth'}") and "\n" not in message
+
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    (tensors, normalizer), (after, normalizer_after) = keep.state, state_of(resumed)
+    assert normalizer == normalizer_after
+    assert all(torch.equal(after[key], value) for key, value in tensors.items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(entry, tmp_path):
+    trainer = Trainer(train_cfg(entry, tmp_path))
+    trainer.resume_or_load(resume=False)
+    torch.nn.init.constant_(trainer.model.head.cls_score.bias, float("inf"))
+    with pytest.raises(NonFiniteLoss, match="parameter head.cls_score.bias.* continue from an earlier checkpoint$"):
+        trainer.train()
+    assert not list(tmp_path.glob("*.pth"))
+
+
+class StandIn:
+    def __init__(self, model):
+        self.model, self.iter, self.max_iter = model, 99, 1000
+
+
+def test_scales_at_their_floor_and_weights_on_one_level_are_warned_about_once(caplog):
+    model = calibrated(make_model(*QUANT), make_batch())
+    watch = QuantizerWatchHook(period=100)
+    watch.trainer = StandIn(model)
+
+    def warnings():
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    with caplog.at_level(logging.WARNING):
+        watch.after_step()
+        assert not warnings()
+        scales = dict(quantizers(model))
+        with torch.no_grad():
+            scales["backbone.fpn_output3.input_quantizer"].scale.fill_(-1)
+            model.head.cls_subnet[0].weight.zero_()
+        watch.trainer.iter = 100
+        watch.after_step()  # not in the period
+        assert not warnings()
+        for watch.trainer.iter in (199, 299, 999):
+            watch.after_step()
+    assert warnings() == [
+        "1 quantizers have a scale at its floor, below which it cannot shrink: backbone.fpn_output3.input_quantizer",
+        "1 layers have all their weights on one level, and so no function: head.cls_subnet.0",
+    ]
