@@ -355,8 +355,14 @@ class AqdetCheckpointer(DetectionCheckpointer):
             return
         if self._aux_init != "head" or not has_head:
             logger.info("The auxiliary path starts at random")
-        elif not set(path.head.state_dict()) <= set(model.head.state_dict()):
-            logger.warning("The auxiliary path starts at random: its norm is not the detector's head's")
+            return
+        missing = path.initialize_from(model)
+        if missing:
+            logger.warning(
+                "The auxiliary path starts at random: the detector has nothing like its %s (%d keys differ; is "
+                "MODEL.AUX.NORM the norm of the detector?)",
+                missing[0],
+                len(missing),
+            )
         else:
-            path.initialize_from(model.head)
-            logger.info("The auxiliary head starts as a copy of the detector's own head")
+            logger.info("The auxiliary path starts from the detector's own layers")

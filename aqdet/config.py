@@ -49,7 +49,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # --- The full-precision auxiliary path; training only ---
     cfg.MODEL.AUX = CfgNode()
     cfg.MODEL.AUX.ENABLED = False
-    # What it reads. "fpn": the pyramid levels.
+    # What it reads. "fpn": the pyramid levels. "backbone": the sum of every residual block and the stem, aggregated
+    # into a float pyramid of its own (image classifiers: without the pyramid). "both": the mean of the two.
     cfg.MODEL.AUX.TAPS = "fpn"
     # Factor of the auxiliary losses.
     cfg.MODEL.AUX.LOSS_WEIGHT = 1.0
@@ -57,8 +58,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.AUX.SCHEDULE = "constant"
     # Norm of the adaptors and of the auxiliary head ("BN": one BN per level).
     cfg.MODEL.AUX.NORM = "BN"
-    # How it starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's head
-    # and aligns the adaptors to be the identity; "random".
+    # How it starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's own
+    # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
     cfg.MODEL.AUX.INIT = "head"
 
     # --- Structure ---

@@ -1,7 +1,7 @@
 """Layers of the low-precision detector."""
 
 from .add import QuantAdd, StreamQuantizer
-from .conv import QuantConv2d, Site, declare_site, shared_weights
+from .conv import QuantConv2d, Site, declare_site, forget_sites, shared_weights
 
 __all__ = [
     "QuantAdd",
@@ -9,5 +9,6 @@ __all__ = [
     "Site",
     "StreamQuantizer",
     "declare_site",
+    "forget_sites",
     "shared_weights",
 ]

@@ -32,6 +32,12 @@ def declare_site(conv: nn.Conv2d, *, signed: bool, role: str = "inner") -> None:
     conv.quant_site = Site(signed, role)  # type: ignore[assignment]
 
 
+def forget_sites(module: nn.Module) -> None:
+    """Takes back what :func:`declare_site` marked below ``module``: it stays in float, out of every policy's reach."""
+    for layer in module.modules():
+        vars(layer).pop("quant_site", None)
+
+
 class QuantConv2d(Conv2d):
     """Detectron2's ``Conv2d`` with ``weight_quantizer`` and ``input_quantizer``.
 

@@ -8,13 +8,16 @@ Shape legend: N batch, C channels, H and W height and width at the stride of a l
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
@@ -26,26 +29,25 @@ BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (
 
 
 class QuantStem(BasicStem):
-    """7x7 conv, ReLU, max pool; reads the uint8 image and puts the residual stream on its grid.
+    """7x7 conv, max pool, ReLU; reads the uint8 image and puts the residual stream on its grid.
 
-    The stream is quantized after the pooling, which gives the same values as before it (the maximum of
-    quantized values is the quantized maximum) for a quarter of the work.
+    ReLU and quantizer come after the pooling, which gives the same values as before it (the maximum of
+    quantized values is the quantized maximum) for a quarter of the work, and a tap point like a block's.
     """
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         declare_site(self.conv1, signed=True, role="stem")
-        self.output_stream = StreamQuantizer(relu=False)
+        self.output_stream = StreamQuantizer(relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to ``(N, C, H / 4, W / 4)``."""
-        x = F.relu_(self.conv1(x))
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        x = F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
         return self.output_stream(x)
 
 
 class _ResidualMixin(nn.Module):
-    """The end of a residual block: sum, tap point, ReLU, shared stream."""
+    """The end of a residual block: sum, then ReLU and shared stream, whose input is the tap point."""
 
     shortcut: nn.Conv2d | None
 
@@ -62,7 +64,7 @@ class _ResidualMixin(nn.Module):
 
 
 class QuantBasicBlock(BasicBlock, _ResidualMixin):
-    """ResNet-18/34 block. The output of ``residual_add`` is the sum before ReLU and quantization."""
+    """ResNet-18/34 block. Its tap point is the sum before ReLU and quantization."""
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
@@ -80,7 +82,7 @@ class QuantBasicBlock(BasicBlock, _ResidualMixin):
 
 
 class QuantBottleneckBlock(BottleneckBlock, _ResidualMixin):
-    """ResNet-50/101 block. The output of ``residual_add`` is the sum before ReLU and quantization."""
+    """ResNet-50/101 block. Its tap point is the sum before ReLU and quantization."""
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
@@ -179,6 +181,23 @@ class QuantFPN(FPN):
         return {name: results[name] for name in self._out_features}
 
 
+@contextlib.contextmanager
+def tapped_sums(bottom_up: ResNet) -> Iterator[list[Tensor]]:
+    """Lists what the stem and every block of a forward pass inside the context compute before ReLU and quantizer.
+
+    The list fills in the order of the forward pass with the tensors themselves, ``(N, C, H, W)`` each. The hooks
+    that fill it are gone when the context ends.
+    """
+    sums: list[Tensor] = []
+    streams = [m for name, m in bottom_up.named_modules() if name.endswith(".output_stream")]
+    handles = [stream.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0])) for stream in streams]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """ResNet in float with declared sites, from Detectron2's ``MODEL.RESNETS`` keys."""
     resnets = cfg.MODEL.RESNETS
@@ -238,6 +257,19 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     Raises:
         ValueError: for a config value that it does not support, naming the key.
     """
+    bottom_up = _build_resnet(cfg, input_shape)
+    backbone = build_fpn(cfg, bottom_up, norm=cfg.MODEL.FPN.NORM)
+    if cfg.MODEL.QUANT.ENABLED:
+        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    return backbone
+
+
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, norm: str) -> QuantFPN:
+    """FPN with P6 and P7 in float by ``MODEL.FPN``, except for its norm.
+
+    Raises:
+        ValueError: for a config value that it does not support, naming the key.
+    """
     fpn = cfg.MODEL.FPN
     in_feature = fpn.TOP_BLOCK_IN_FEATURE
     if in_feature not in ("res5", "p5"):
@@ -246,24 +278,19 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     features = cfg.MODEL.RESNETS.OUT_FEATURES if in_feature == "res5" else fpn.IN_FEATURES
     if "res5" not in features:
         raise ValueError(f"MODEL.{key} must have 'res5', which P6 is computed from, got {features}")
-    bottom_up = _build_resnet(cfg, input_shape)
-    shapes = bottom_up.output_shape()
     top_block = QuantLastLevelP6P7(
-        in_channels=shapes["res5"].channels if in_feature == "res5" else fpn.OUT_CHANNELS,
+        in_channels=bottom_up.output_shape()["res5"].channels if in_feature == "res5" else fpn.OUT_CHANNELS,
         out_channels=fpn.OUT_CHANNELS,
         in_feature=in_feature,
-        norm=fpn.NORM if fpn.RELU else "",
+        norm=norm if fpn.RELU else "",
         relu=fpn.RELU,
     )
-    backbone = QuantFPN(
+    return QuantFPN(
         relu=fpn.RELU,
         bottom_up=bottom_up,
         in_features=fpn.IN_FEATURES,
         out_channels=fpn.OUT_CHANNELS,
-        norm=fpn.NORM,
+        norm=norm,
         top_block=top_block,
         fuse_type=fpn.FUSE_TYPE,
     )
-    if cfg.MODEL.QUANT.ENABLED:
-        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
-    return backbone

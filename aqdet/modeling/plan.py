@@ -14,6 +14,7 @@ from torch import nn
 from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
 from ..quantization import Quantizer
 from .auxiliary import PREFIX
+from .backbone import tapped_sums
 
 FLOAT_BITS = 32
 IMAGE_BITS = 8
@@ -112,11 +113,12 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     try:
         with _counting(model, macs):
             image = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
-            features = model.backbone(image)
+            with tapped_sums(model.backbone.bottom_up) as sums:
+                features = model.backbone(image)
             levels = [features[name] for name in model.head_in_features]
             model.head(levels)
             if model.auxiliary is not None:
-                model.auxiliary(levels)
+                model.auxiliary(levels, sums)
     finally:
         for quantizer, state in zip(active, enabled, strict=True):
             quantizer.enabled = state
@@ -168,7 +170,7 @@ def _conv_row(path: str, conv: nn.Conv2d, following: nn.Module | None, macs: int
 
 def _shared_row(path: str, kind: str, text: str, module: nn.Module) -> PlanRow:
     found = [q for q in module.modules() if isinstance(q, Quantizer)]
-    part = "quantized" if found else "float"
+    part = "auxiliary" if path.startswith(PREFIX) else "quantized" if found else "float"
     bits = sum(q.num_scales for q in found) * FLOAT_BITS
     return PlanRow(path, kind, part, "-", text, "-", 0, bits, 0, 0)
 

@@ -269,7 +269,7 @@ def test_calibrated_detectors_read_no_batch():
 
 def test_adaptors_are_aligned_without_quantizers_too():
     model = make_model(*AUX)
-    model.auxiliary.initialize_from(model.head)
+    model.auxiliary.initialize_from(model)
     before = model.auxiliary.adaptors[0].conv.norm.weight.detach().clone()
     run_calibration(model, [make_batch()])
     assert not model.auxiliary.needs_alignment

@@ -2,9 +2,13 @@ import math
 
 import pytest
 import torch
-from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
-from aqdet.modeling.auxiliary import Adaptor, AuxiliaryPath, strip
+from aqdet.modeling import detached_auxiliary
+from aqdet.modeling.auxiliary import TAPS, Adaptor, Aggregation, AuxiliaryPath, strip
+from aqdet.modeling.backbone import tapped_sums
 from aqdet.quantization import set_quantization
 
 BATCH = make_batch()
@@ -15,21 +19,27 @@ def trunk(grads):
     return {n: g for n, g in grads.items() if n.startswith("backbone.")}
 
 
-def pair(weight):
-    model = calibrated(make_model(*QUANT, *AUX, "MODEL.AUX.LOSS_WEIGHT", str(weight)), BATCH)
+def pair(weight, taps="fpn"):
+    extra = ("MODEL.AUX.LOSS_WEIGHT", str(weight), "MODEL.AUX.TAPS", taps)
+    model = calibrated(make_model(*QUANT, *AUX, *extra), BATCH)
     for _ in range(3):
         gradients(model, BATCH)
     return model
 
 
-def test_the_trunks_gradient_changes_with_the_auxiliary_loss():
-    model = pair(1.0)
+@pytest.mark.parametrize("taps", TAPS)
+def test_the_trunks_gradient_changes_with_the_auxiliary_loss(taps):
+    model = pair(1.0, taps)
     main, both = trunk(gradients(model, BATCH, MAIN)[1]), trunk(gradients(model, BATCH)[1])
     weights = [n for n in main if n.endswith(("conv1.weight", "conv2.weight", "scale"))]
+    if taps == "backbone":
+        # The route does not pass the trunk's pyramid, nor what quantizes the last block's output for it.
+        weights = [n for n in weights if "bottom_up" in n and "res5.1.output_stream" not in n]
     assert len(weights) > 30
     assert all(not torch.equal(main[n], both[n]) for n in weights)
     alone = gradients(model, BATCH, ("aux_loss_cls", "aux_loss_box_reg"))[1]
     assert all(alone[n].abs().max() > 0 for n in weights)
+    assert taps != "backbone" or not any(n.startswith("backbone.fpn_") for n in alone)
     assert not any(n.startswith("head.") for n in alone)
 
 
@@ -40,8 +50,9 @@ def test_with_weight_zero_it_is_the_main_losss_alone():
         torch.testing.assert_close(main[name], both[name], rtol=1e-6, atol=1e-7)
 
 
-def test_every_trainable_parameter_gets_a_gradient():
-    model = pair(1.0)
+@pytest.mark.parametrize("taps", TAPS)
+def test_every_trainable_parameter_gets_a_gradient(taps):
+    model = pair(1.0, taps)
     model.zero_grad()
     sum(losses_of(model, BATCH).values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -78,7 +89,7 @@ def test_the_loss_follows_the_schedule():
 
 def test_started_from_the_head_it_predicts_what_the_float_head_predicts():
     model = make_model(*QUANT, *AUX, "MODEL.FPN.RELU", "True")
-    model.auxiliary.initialize_from(model.head)
+    model.auxiliary.initialize_from(model)
     calibrated(model, BATCH)
     assert not model.auxiliary.needs_alignment
     set_quantization(model, False)
@@ -93,7 +104,7 @@ def test_started_from_the_head_it_predicts_what_the_float_head_predicts():
 
 def test_without_relu_in_the_pyramid_the_head_sees_its_positive_part():
     model = make_model(*AUX)
-    model.auxiliary.initialize_from(model.head)
+    model.auxiliary.initialize_from(model)
     features = [torch.randn(2, 16, s, s) for s in (16, 8, 4, 4, 2)]
     with torch.no_grad():
         ours = model.auxiliary(features)
@@ -114,7 +125,7 @@ def test_an_aligned_adaptor_is_the_identity_on_what_it_was_aligned_to(norm):
 def test_only_a_calibration_batch_aligns():
     model = make_model(*AUX)
     path = model.auxiliary
-    path.initialize_from(model.head)
+    path.initialize_from(model)
     features = [torch.rand(1, 16, s, s) for s in (16, 8, 4, 4, 2)]
     path(features)  # a training step has gradients
     with torch.no_grad():
@@ -133,7 +144,7 @@ def test_the_copied_head_is_a_copy():
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.add_(0.5)
-    model.auxiliary.initialize_from(model.head)
+    model.auxiliary.initialize_from(model)
     own, theirs = model.auxiliary.head.state_dict(), model.head.state_dict()
     assert set(theirs) - set(own) and all(torch.equal(own[k], theirs[k]) for k in own)
     storages = {t.data_ptr() for t in model.head.parameters()}
@@ -144,6 +155,139 @@ def test_a_path_for_other_levels_is_not_cut_short():
     path = make_model(*AUX).auxiliary
     with pytest.raises(ValueError, match="shorter|longer"):
         path([torch.rand(1, 16, 4, 4)] * 3)
+
+
+def small_resnet(*overrides):
+    cfg = make_cfg(*overrides)
+    cfg.MODEL.BACKBONE.NAME = "build_quant_resnet_backbone"
+    return build_backbone(cfg, ShapeSpec(channels=3))
+
+
+def test_taps_are_the_sums_before_relu_and_quantizer_and_leave_no_hook():
+    trunk = small_resnet(*QUANT, "MODEL.RESNETS.OUT_FEATURES", "['stem','res2','res3','res4','res5']")
+    set_quantization(trunk, False)
+    image = torch.randn(1, 3, 64, 64)
+    with tapped_sums(trunk) as sums:
+        outputs = trunk(image)
+    assert len(sums) == 9 and all(s.min() < 0 for s in sums)
+    for index, name in enumerate(["stem", "res2", "res3", "res4", "res5"]):
+        # In float a stage's output is the ReLU of its last block's sum.
+        assert torch.equal(sums[2 * index].relu(), outputs[name])
+    trunk(image)
+    with pytest.raises(ZeroDivisionError), tapped_sums(trunk):
+        raise ZeroDivisionError
+    assert len(sums) == 9 and not any(m._forward_pre_hooks for m in trunk.modules())
+
+
+@pytest.mark.parametrize("depth, width", [(18, 64), (50, 256)])
+def test_aggregation_is_the_papers_formula(depth, width):
+    names = ("MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.RES2_OUT_CHANNELS", str(width))
+    trunk = small_resnet(*names, "MODEL.RESNETS.OUT_FEATURES", "['res3','res5']")
+    path = Aggregation(trunk, norm="BN").eval()
+    trunk.eval()
+    for parameter in path.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with tapped_sums(trunk) as sums, torch.no_grad():
+        trunk(torch.randn(1, 3, 32, 32))
+    ours = path(sums)
+
+    state = path.state_dict()
+
+    def conv(key, x, stride=1):
+        weight, norm = state[f"{key}.weight"], [state[f"{key}.norm.{k}"] for k in ("weight", "bias")]
+        y = torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], x[:, :, ::stride, ::stride])
+        return y / math.sqrt(1 + 1e-5) * norm[0].view(1, -1, 1, 1) + norm[1].view(1, -1, 1, 1)  # fresh statistics
+
+    h, outputs, tap = conv("stem.conv", sums[0]).relu(), {}, 1
+    for stage, blocks in zip(("res2", "res3", "res4", "res5"), {18: (2,) * 4, 50: (3, 4, 6, 3)}[depth], strict=True):
+        for block in range(blocks):
+            if block == 0 and not (depth == 18 and stage == "res2"):
+                h = conv(f"{stage}.0.shortcut", h, 1 if stage == "res2" else 2)
+            h = (h + conv(f"{stage}.{block}.adaptor.conv", sums[tap])).relu()
+            tap += 1
+        outputs[stage] = h
+    assert list(ours) == ["res3", "res5"] and tap == len(sums)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, outputs[name], rtol=1e-4, atol=1e-5)
+    shapes = trunk.output_shape()
+    assert {k: vars(v) for k, v in path.output_shape().items()} == {k: vars(shapes[k]) for k in shapes}
+
+
+@pytest.mark.parametrize("norm", ["BN", ""])
+def test_an_adaptor_beside_something_carried_is_aligned_by_least_squares(norm):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 2, 8, 8, generator=generator) * torch.tensor([1.0, 5.0]).view(2, 1, 1) + 3
+    carried = 0.4 * x + torch.randn(4, 2, 8, 8, generator=generator) + 1
+    adaptor = Adaptor(2, norm)
+    adaptor.align(x, carried)
+    got = adaptor.conv(x)
+    for channel in range(2):
+        values = x[:, channel].flatten()
+        columns = torch.stack([values, torch.ones_like(values)], dim=1)
+        wanted = (x - carried)[:, channel].flatten()
+        fit = columns @ torch.linalg.lstsq(columns, wanted.unsqueeze(1)).solution
+        torch.testing.assert_close(got[:, channel].flatten(), fit.flatten(), rtol=1e-3, atol=1e-3)
+
+
+def test_started_from_a_detector_every_h_is_near_the_blocks_own_output():
+    extra = ("MODEL.AUX.TAPS", "backbone", "MODEL.FPN.RELU", "True")
+    model = make_model(*QUANT, *AUX, *extra)
+    assert model.auxiliary.initialize_from(model) == []
+    own, theirs = model.auxiliary.state_dict(), model.state_dict()
+    assert torch.equal(own["trunk.fpn_output4.weight"], theirs["backbone.fpn_output4.weight"])
+    assert torch.equal(own["trunk.top_block.p6.weight"], theirs["backbone.top_block.p6.weight"])
+    key = "bottom_up.res4.0.shortcut.weight"
+    assert torch.equal(own[f"trunk.{key}"], theirs[f"backbone.{key}"])
+    calibrated(model, BATCH)
+    assert not model.auxiliary.needs_alignment
+    set_quantization(model, False)
+    with torch.no_grad(), tapped_sums(model.backbone.bottom_up) as sums:
+        model.backbone(model.preprocess_image(BATCH).tensor)
+        own = model.auxiliary.trunk.bottom_up(sums)
+    for name, last in (("res3", 4), ("res4", 6), ("res5", 8)):
+        target = sums[last].relu()
+        # Half of a block's sum is carried, where the trunk carries all of it: a random trunk is the worst case.
+        error = (own[name] - target).square().mean() / target.var()
+        assert error < 0.2, (name, error)
+
+
+def test_both_reads_the_mean_of_the_levels_of_the_two():
+    model = make_model(*AUX, "MODEL.AUX.TAPS", "both")
+    path = model.auxiliary.eval()
+    path.head = torch.nn.Identity()
+    with torch.no_grad(), tapped_sums(model.backbone.bottom_up) as sums:
+        features = model.backbone(torch.randn(1, 3, 64, 64))
+        levels = [features[name] for name in model.head_in_features]
+        got, own = path(levels, sums), path.trunk(sums)
+    for a, name, adaptor, level in zip(got, model.head_in_features, path.adaptors, levels, strict=True):
+        assert torch.equal(a, (adaptor(level) + own[name]) / 2)
+
+
+@pytest.mark.parametrize("taps", ["backbone", "both"])
+def test_detached_or_in_evaluation_nothing_is_tapped(taps, monkeypatch):
+    model = make_model(*AUX, "MODEL.AUX.TAPS", taps)
+    monkeypatch.setattr("aqdet.modeling.meta_arch.dense.tapped_sums", lambda _: pytest.fail("tapped"))
+    with detached_auxiliary(model):
+        losses_of(model, BATCH)
+    with torch.no_grad():
+        model.eval()(BATCH)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_the_taps_are_let_go_after_a_step_and_after_a_failure(monkeypatch):
+    model = make_model(*AUX, "MODEL.AUX.TAPS", "backbone")
+    losses_of(model, BATCH)
+    assert model._sums == []
+    monkeypatch.setattr(model, "losses", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        losses_of(model, BATCH)
+    assert model._sums == [] and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_backbone_without_tap_points_is_refused():
+    cfg = make_cfg(*AUX, "MODEL.AUX.TAPS", "both", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone")
+    with pytest.raises(ValueError, match="MODEL.AUX.TAPS 'both' reads the blocks of a build_quant_.*got"):
+        build_model(cfg)
 
 
 def test_strip_takes_only_the_paths_own_keys():

@@ -5,7 +5,8 @@ import torch
 from helpers import AUX, QUANT, calibrated, gradients, make_batch, make_cfg, make_model
 
 from aqdet.layers import QuantConv2d, StreamQuantizer
-from aqdet.modeling import detached_auxiliary, strip
+from aqdet.modeling import detached_auxiliary, quantizable_layers, strip
+from aqdet.modeling.auxiliary import TAPS
 from aqdet.quantization import quantizers, set_quantization
 
 BATCH = make_batch()
@@ -13,14 +14,16 @@ FROZEN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.BACKBONE.FREEZE_AT", "2", "MO
 R50 = ("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "MODEL.RETINANET.NORM", "")
 
 
-def test_names_are_detectron2s_plus_quantizers_plus_auxiliary():
+@pytest.mark.parametrize("taps", TAPS)
+def test_names_are_detectron2s_plus_quantizers_plus_auxiliary(taps):
     theirs = set(make_model(theirs=True).state_dict())
-    model = make_model(*QUANT, *AUX)
+    model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", taps)
     names = tuple(f"{name}." for name, _ in quantizers(model))
     ours = set(model.state_dict())
     assert theirs <= ours
     assert all(key.startswith((*names, "auxiliary.")) for key in ours - theirs)
     assert set(strip(model.state_dict())) == {k for k in ours if not k.startswith("auxiliary.")}
+    assert not any(name.startswith("auxiliary.") for name, _ in (*quantizers(model), *quantizable_layers(model)))
 
 
 @pytest.mark.parametrize("extra", [(), FROZEN, R50], ids=["r18", "r18-frozen", "r50"])
@@ -46,13 +49,31 @@ def test_off_is_off_bit_for_bit(extra, how):
         assert torch.equal(a["instances"].scores, b["instances"].scores)
 
 
-def test_dropped_is_dropped():
-    model = calibrated(make_model(*QUANT, *AUX, "MODEL.FPN.RELU", "True"), BATCH)
+@pytest.mark.parametrize("taps", TAPS)
+def test_off_is_off_beside_an_auxiliary_path(taps):
+    theirs = make_model(theirs=True)
+    model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", taps)
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    set_quantization(model, False)
+    for _ in range(3):
+        gradients(theirs, BATCH)
+    expected, expected_gradients = gradients(theirs, BATCH)
+    losses, grads = gradients(model, BATCH, keys=set(expected))
+    assert all(torch.equal(losses[key], value) for key, value in expected.items())
+    assert set(grads) == set(expected_gradients)
+    assert all(torch.equal(grads[key], value) for key, value in expected_gradients.items())
+
+
+@pytest.mark.parametrize("taps", TAPS)
+def test_dropped_is_dropped(taps):
+    model = calibrated(make_model(*QUANT, *AUX, "MODEL.FPN.RELU", "True", "MODEL.AUX.TAPS", taps), BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
     for _ in range(2):
         gradients(model, BATCH)
         optimizer.step()
     bare = make_model(*QUANT, "MODEL.FPN.RELU", "True")
+    kinds = [(n, type(m)) for n, m in model.named_modules() if not n.startswith("auxiliary")]
+    assert [(n, type(m)) for n, m in bare.named_modules()] == kinds
     assert set(bare.state_dict()) == set(strip(model.state_dict()))
     bare.load_state_dict(strip(model.state_dict()))
     model.eval(), bare.eval()
@@ -156,7 +177,7 @@ def test_config_values_are_checked_in_one_line():
         (("MODEL.RESNETS.DEPTH", "20"), "DEPTH must be one of 18, 34, 50, 101, got 20"),
         (("MODEL.FPN.TOP_BLOCK_IN_FEATURE", "p6"), "'res5' or 'p5', got 'p6'"),
         (("MODEL.FPN.FUSE_TYPE", "avg"), "FUSE_TYPE must be 'sum'"),
-        ((*AUX, "MODEL.AUX.TAPS", "stem"), "TAPS must be one of fpn, got 'stem'"),
+        ((*AUX, "MODEL.AUX.TAPS", "stem"), "TAPS must be one of fpn, backbone, both, got 'stem'"),
         ((*AUX, "MODEL.AUX.SCHEDULE", "step"), "SCHEDULE must be one of constant, linear, cosine"),
         ((*AUX, "MODEL.AUX.INIT", "zero"), "INIT must be one of head, random"),
         ((*AUX, "MODEL.AUX.LOSS_WEIGHT", "-1."), "LOSS_WEIGHT must not be negative"),

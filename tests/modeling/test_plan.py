@@ -38,6 +38,20 @@ def test_totals_and_float_plan():
     assert total(rows, "auxiliary").parameters == aux
 
 
+def test_the_auxiliary_path_of_both_taps_is_listed_and_summed():
+    model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", "both")
+    rows = {r.path: r for r in make_plan(model, (64, 64)) if r.part == "auxiliary"}
+    # stem, eight blocks, three projections; five levels; own pyramid of three laterals, three outputs, P6 and P7; head
+    assert sum(r.kind == "conv" for r in rows.values()) == 9 + 3 + 5 + 8 + 4
+    adaptor = rows["auxiliary.trunk.bottom_up.res3.0.adaptor.conv"]
+    assert (adaptor.weight, adaptor.input, adaptor.norm) == ("float 32", "float 32", "BatchNorm2d")
+    assert adaptor.macs == 8 * 8 * 128 * 128
+    assert rows["auxiliary.trunk.bottom_up.res3.0.shortcut"].macs == 8 * 8 * 64 * 128
+    assert rows["auxiliary.adaptors.0.conv"].macs == 8 * 8 * 16 * 16
+    total_parameters = sum(p.numel() for p in model.auxiliary.parameters())
+    assert total(list(rows.values()), "auxiliary").parameters == total_parameters
+
+
 def test_command_line(tmp_path):
     config = ROOT / "configs" / "quickstart" / "retinanet_r18_lsq_w4a4_aux.yaml"
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config-file", str(config)]

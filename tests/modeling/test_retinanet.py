@@ -41,7 +41,7 @@ def test_both_heads_have_the_same_targets_and_normalizer(model, monkeypatch):
     # With the main head's predictions in place of its own, the auxiliary loss must be the main loss.
     kept = []
     handle = model.head.register_forward_hook(lambda m, i, o: kept.append(o))
-    monkeypatch.setattr(model.auxiliary, "forward", lambda features: kept[-1])
+    monkeypatch.setattr(model.auxiliary, "forward", lambda *_: kept[-1])
     try:
         model.loss_normalizer = 3.0
         losses = losses_of(model, BATCH)
@@ -53,7 +53,7 @@ def test_both_heads_have_the_same_targets_and_normalizer(model, monkeypatch):
 
 
 def test_the_normalizer_is_free_again_after_an_exception(model, monkeypatch):
-    def fail(features):
+    def fail(*_):
         raise ZeroDivisionError
 
     monkeypatch.setattr(model.auxiliary, "forward", fail)
@@ -99,7 +99,7 @@ def test_in_training_only_the_auxiliary_path_convolves_in_float(model, monkeypat
 
 
 def test_the_auxiliary_path_does_not_run_in_evaluation(model, monkeypatch):
-    monkeypatch.setattr(model.auxiliary, "forward", lambda features: pytest.fail("ran"))
+    monkeypatch.setattr(model.auxiliary, "forward", lambda *_: pytest.fail("ran"))
     model.eval()
     try:
         assert len(model(BATCH)) == 2
