@@ -73,6 +73,24 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # do not suit the other.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
+    # --- FCOS (1904.01355), which Detectron2 has no keys for; the values are its defaults ---
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    # Norm of the head's convs, "" for none ("BN": one BN per level).
+    cfg.MODEL.FCOS.NORM = "GN"
+    # Foreground probability that the class logits start with.
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Points are positive within this distance of a box's centre, in strides.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Thresholds in evaluation; scores are sqrt(class probability x centerness).
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
     # --- Data ---
     # [{name: ..., json: COCO annotation file, image_root: folder}, ...], usable in DATASETS.TRAIN / TEST.
     # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder.

@@ -22,6 +22,12 @@ SMALL = (
 ).split()
 
 
+FCOS = (
+    "MODEL.META_ARCHITECTURE QuantFCOS MODEL.FCOS.NUM_CLASSES 3 MODEL.FCOS.NUM_CONVS 1 MODEL.FCOS.NORM BN "
+    "MODEL.FCOS.SCORE_THRESH_TEST 0.0"
+).split()
+
+
 def make_cfg(*overrides, theirs=False, seed_weights=""):
     names = ("RetinaNet", "build_retinanet_resnet_fpn_backbone")
     if not theirs:

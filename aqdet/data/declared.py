@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 FIELDS = ("name", "json", "image_root")
 # Where a meta-architecture, with or without "Quant" in front, is told its number of classes.
-NUM_CLASSES_NODES = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+NUM_CLASSES_NODES = {"RetinaNet": "RETINANET", "FCOS": "FCOS", "GeneralizedRCNN": "ROI_HEADS"}
 
 
 def register_declared(cfg: CfgNode) -> None:

@@ -6,12 +6,14 @@ from .backbone import (
     build_quant_resnet_backbone,
     build_quant_retinanet_resnet_fpn_backbone,
 )
-from .heads import QuantRetinaNetHead
-from .meta_arch import QuantRetinaNet
+from .heads import QuantFCOSHead, QuantRetinaNetHead
+from .meta_arch import QuantFCOS, QuantRetinaNet
 from .policy import QuantPolicy, quantizable_layers
 
 __all__ = [
     "AuxiliaryPath",
+    "QuantFCOS",
+    "QuantFCOSHead",
     "QuantFPN",
     "QuantPolicy",
     "QuantRetinaNet",

