@@ -18,10 +18,12 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from .modeling.auxiliary import PREFIX, detached_auxiliary, strip
+from .modeling.convert import SCOPE
 from .quantization import quantizers
 
 logger = logging.getLogger(__name__)
 
+CLASSIFIER_KEY = "head.linear.weight"
 _MAX_LISTED = 20
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
 _ALLOWED_GLOBALS = {
@@ -119,7 +121,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
     After loading, these may be missing: quantizer keys if the file has none (a float checkpoint), the
     auxiliary path, BN's ``num_batches_tracked``, what ``allow_keys`` matches, and whatever lies outside the
     scope that the file declares (a converted backbone has ``{"aqdet": {"scope": ["backbone.bottom_up."]}}``).
-    The auxiliary path may also be unexpected. Anything else stops with a list.
+    The auxiliary path may also be unexpected. Anything else stops with a list. Of a classifier's file a detector
+    takes the backbone with its quantizers.
 
     Args:
         allow_keys: regexes, ``CHECKPOINT.ALLOW_KEYS``.
@@ -270,7 +273,9 @@ class AqdetCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         scope = self._scope(checkpoint)
         if checkpoint.get("matching_heuristics"):
-            scope = ("backbone.bottom_up.",)
+            scope = (SCOPE,)
+        if CLASSIFIER_KEY in checkpoint["model"] and CLASSIFIER_KEY not in self.model.state_dict():
+            scope = self._keep_backbone(checkpoint)
         stored = set(checkpoint["model"])
         try:
             if checkpoint.get("matching_heuristics"):
@@ -285,6 +290,14 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._check(incompatible, stored, scope)
         self._start_auxiliary(stored)
         return _IncompatibleKeys([], [], [])
+
+    def _keep_backbone(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
+        """Leaves of a classifier's file what a detector has, and returns its scope."""
+        model = checkpoint["model"]
+        checkpoint["model"] = {key: value for key, value in model.items() if key.startswith(SCOPE)}
+        count = len(model) - len(checkpoint["model"])
+        logger.info("%s is of a classifier: %d keys of its head and auxiliary path are left out", self._path, count)
+        return (SCOPE,)
 
     def _scope(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
         """Prefixes of the keys that a file is about, if it says so."""

@@ -91,10 +91,22 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
+    # --- Image classification ---
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    cfg.INPUT.CLASSIFIER = CfgNode()
+    # Side of the square that is classified: a random crop in training, the centre in evaluation, where the shorter
+    # side of the image is first resized to INPUT.MIN_SIZE_TEST.
+    cfg.INPUT.CLASSIFIER.CROP_SIZE = 224
+    # Smallest area of a random crop as a share of the image's.
+    cfg.INPUT.CLASSIFIER.MIN_AREA = 0.08
+
     # --- Data ---
     # [{name: ..., json: COCO annotation file, image_root: folder}, ...], usable in DATASETS.TRAIN / TEST.
     # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder.
     cfg.DATASETS.DECLARED = []
+    # [{name: ..., root: folder with a folder of images for each class}, ...], for image classification.
+    cfg.DATASETS.IMAGE_FOLDERS = []
     # Where the embedded dataset is written; "" for $AQDET_CACHE or ~/.cache/aqdet.
     cfg.DATASETS.CACHE_DIR = ""
 

@@ -28,6 +28,12 @@ FCOS = (
 ).split()
 
 
+CLASSIFIER = (
+    "MODEL.META_ARCHITECTURE QuantClassifier MODEL.BACKBONE.NAME build_quant_classifier_backbone "
+    "MODEL.CLASSIFIER.NUM_CLASSES 3 MODEL.AUX.TAPS backbone DATALOADER.ASPECT_RATIO_GROUPING False"
+).split()
+
+
 def make_cfg(*overrides, theirs=False, seed_weights=""):
     names = ("RetinaNet", "build_retinanet_resnet_fpn_backbone")
     if not theirs:
@@ -50,7 +56,8 @@ def make_batch(num_images=2, size=64, empty=()):
         instances.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
         instances.gt_classes = torch.tensor([] if index in empty else [0, 2]).long()
         image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": size, "width": size})
+        sizes = {"height": size, "width": size}
+        batch.append({"image": image, "instances": instances, "label": index % 3, **sizes})
     return batch
 
 

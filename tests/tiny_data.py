@@ -34,6 +34,17 @@ def write_dataset(folder, name, *, num_images=4, size=64, empty=(), classes=CLAS
     return {"name": name, "json": str(path), "image_root": str(folder)}
 
 
+def write_image_folder(folder, name, *, per_class=2, size=48, classes=CLASSES):
+    """Images of noise, brighter from class to class. Returns an entry of DATASETS.IMAGE_FOLDERS."""
+    rng = np.random.default_rng(0)
+    for label, class_name in enumerate(classes):
+        (folder / class_name).mkdir(parents=True)
+        for index in range(per_class):
+            pixels = rng.integers(60 * label, 60 * label + 60, (size, size + 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / class_name / f"{index}.png")
+    return {"name": name, "root": str(folder)}
+
+
 def train_overrides(entry, output_dir, max_iter=4):
     """``KEY VALUE ...`` of a training of ``max_iter`` iterations on two images each."""
     return [

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from aqdet.config import load_config
-from aqdet.engine import fit_to_machine
+from aqdet.engine import check_names, fit_to_machine
 from aqdet.modeling.plan import make_plan, total
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     args = parse_args()
     try:
         cfg = load_config(args.config_file, args.opts)
+        check_names(cfg)
         fit_to_machine(cfg)
         if any(side % 32 or side <= 0 for side in args.size):
             raise ValueError(f"--size must be positive multiples of 32, got {args.size}")
@@ -59,7 +60,7 @@ def main() -> None:
     }
     totals = {name: total(rows, *keys) for name, keys in parts.items()}
     print(f"\nTotals for one image of {args.size[0]}x{args.size[1]}:")
-    header = ["part", "convs", "parameters", "weight bytes", "GMACs", "Gbit-ops"]
+    header = ["part", "layers", "parameters", "weight bytes", "GMACs", "Gbit-ops"]
     cells = [
         [name, t.layers, t.parameters, t.weight_bytes, t.macs / 1e9, t.bit_ops / 1e9] for name, t in totals.items()
     ]

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from .builtin import set_cache_dir
+from .classification import register_image_folders
 
 __all__ = ["check_num_classes", "register_declared"]
 
@@ -20,12 +21,17 @@ logger = logging.getLogger(__name__)
 
 FIELDS = ("name", "json", "image_root")
 # Where a meta-architecture, with or without "Quant" in front, is told its number of classes.
-NUM_CLASSES_NODES = {"RetinaNet": "RETINANET", "FCOS": "FCOS", "GeneralizedRCNN": "ROI_HEADS"}
+NUM_CLASSES_NODES = {
+    "RetinaNet": "RETINANET",
+    "FCOS": "FCOS",
+    "Classifier": "CLASSIFIER",
+    "GeneralizedRCNN": "ROI_HEADS",
+}
 
 
 def register_declared(cfg: CfgNode) -> None:
     """
-    Registers ``DATASETS.DECLARED`` and checks that the datasets to train and test on exist.
+    Registers ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` and checks that the datasets to train and test on exist.
 
     Every process of a job has to call it. The same declaration may come again.
 
@@ -43,6 +49,7 @@ def register_declared(cfg: CfgNode) -> None:
         )
     for index, entry in enumerate(declared):
         _register(entry, f"DATASETS.DECLARED[{index}]")
+    register_image_folders(cfg, _resolve)
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:

@@ -172,10 +172,14 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def build_train_loader(cfg: CfgNode) -> TrainLoader:
-    """The loader of a config: Detectron2's dataset, mapper and sampler, read by :class:`TrainLoader`.
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> TrainLoader:
+    """The loader of a config: Detectron2's dataset and sampler, read by :class:`TrainLoader`.
 
     Without a ``SEED`` in the config one is drawn, the same in all processes.
+
+    Args:
+        cfg: config.
+        mapper: record -> what the model takes; None for Detectron2's of the config.
 
     Raises:
         ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly.
@@ -186,7 +190,7 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH must be a positive multiple of {world_size} processes, got {batch_size}"
         )
-    arguments = build_detection_train_loader.from_config(cfg)
+    arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
     mapper = arguments["mapper"]
     group_of = None
     if arguments["aspect_ratio_grouping"]:

@@ -45,6 +45,15 @@ def check_names(cfg: CfgNode) -> None:
         if value not in registry:
             names = ", ".join(sorted(name for name, _ in registry))
             raise ValueError(f"{key} must be one of {names}, got {value!r}")
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not any(base.__module__.startswith("aqdet.") for base in getattr(architecture, "__mro__", ())):
+        ours = ", ".join(sorted(name for name, _ in META_ARCH_REGISTRY if name.startswith("Quant")))
+        for key in ("QUANT", "AUX"):
+            if cfg.MODEL[key].ENABLED:
+                raise ValueError(
+                    f"MODEL.{key}.ENABLED is True, but MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is "
+                    f"Detectron2's and would leave its head in float: use one of {ours}"
+                )
     for name, node in _nodes_with_norm(cfg):
         try:
             get_norm(node.NORM, 32)

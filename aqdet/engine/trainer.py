@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
+from ..data import build_mapper
+from ..data.classification import EVALUATOR_TYPE
 from ..data.stream import TrainLoader, build_train_loader, seed_generators
-from ..evaluation import COCOEvaluator
+from ..evaluation import COCOEvaluator, TopKEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers
 from .hooks import CalibrationHook, PreciseBNHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
@@ -254,7 +258,7 @@ class Trainer(DefaultTrainer):
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
         with _usable("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
-            return build_train_loader(cfg)
+            return build_train_loader(cfg, build_mapper(cfg, True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -264,14 +268,19 @@ class Trainer(DefaultTrainer):
             ValueError: naming ``DATASETS.TEST``, if the dataset has no images.
         """
         with _usable("DATASETS.TEST", (dataset_name,)):
-            return super().build_test_loader(cfg, dataset_name)
+            return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO AP by pycocotools, into ``OUTPUT_DIR/inference``, each of several sets into a folder there."""
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCO AP by pycocotools, or top-1 and top-5 of image folders, into ``OUTPUT_DIR/inference``.
+
+        Each of several sets into a folder there.
+        """
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             output_dir = os.path.join(output_dir, dataset_name)
+        if MetadataCatalog.get(dataset_name).get("evaluator_type") == EVALUATOR_TYPE:
+            return TopKEvaluator(output_dir=output_dir)
         return COCOEvaluator(dataset_name, output_dir=output_dir)
 
     @classmethod

@@ -1,5 +1,6 @@
 """Evaluation."""
 
+from .classification import TopKEvaluator
 from .coco import COCOEvaluator
 
-__all__ = ["COCOEvaluator"]
+__all__ = ["COCOEvaluator", "TopKEvaluator"]

@@ -16,7 +16,7 @@ from ..quantization import Quantizer, QuantSpec, build_quantizer, conv2d_fake_qu
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """What the structure knows of a convolution before any policy.
+    """What the structure knows of a convolution or fully connected layer before any policy.
 
     Attributes:
         signed: whether its input can be negative.
@@ -27,9 +27,9 @@ class Site:
     role: str = "inner"
 
 
-def declare_site(conv: nn.Conv2d, *, signed: bool, role: str = "inner") -> None:
-    """Marks a convolution as one that a quantization policy is to convert."""
-    conv.quant_site = Site(signed, role)  # type: ignore[assignment]
+def declare_site(layer: nn.Conv2d | nn.Linear, *, signed: bool, role: str = "inner") -> None:
+    """Marks a layer as one that a quantization policy is to convert."""
+    layer.quant_site = Site(signed, role)  # type: ignore[assignment]
 
 
 def forget_sites(module: nn.Module) -> None:

@@ -3,21 +3,24 @@
 from .auxiliary import AuxiliaryPath, detached_auxiliary, strip
 from .backbone import (
     QuantFPN,
+    build_quant_classifier_backbone,
     build_quant_resnet_backbone,
     build_quant_retinanet_resnet_fpn_backbone,
 )
 from .heads import QuantFCOSHead, QuantRetinaNetHead
-from .meta_arch import QuantFCOS, QuantRetinaNet
+from .meta_arch import QuantClassifier, QuantFCOS, QuantRetinaNet
 from .policy import QuantPolicy, quantizable_layers
 
 __all__ = [
     "AuxiliaryPath",
+    "QuantClassifier",
     "QuantFCOS",
     "QuantFCOSHead",
     "QuantFPN",
     "QuantPolicy",
     "QuantRetinaNet",
     "QuantRetinaNetHead",
+    "build_quant_classifier_backbone",
     "build_quant_resnet_backbone",
     "build_quant_retinanet_resnet_fpn_backbone",
     "detached_auxiliary",

@@ -24,7 +24,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from ..layers import forget_sites
-from .backbone import QuantFPN, build_fpn
+from .backbone import BottomUp, QuantFPN, build_fpn
 
 TAPS = ("fpn", "backbone", "both")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -312,17 +312,21 @@ def build_auxiliary(
         raise ValueError(f"MODEL.AUX.TAPS must be one of {', '.join(TAPS)}, got {aux.TAPS!r}")
     if aux.INIT not in INITS:
         raise ValueError(f"MODEL.AUX.INIT must be one of {', '.join(INITS)}, got {aux.INIT!r}")
-    adaptors, trunk = [], None
+    adaptors: list[Adaptor] = []
+    trunk: BottomUp | QuantFPN | None = None
+    if isinstance(backbone, BottomUp) and aux.TAPS != "backbone":
+        raise ValueError(f"MODEL.AUX.TAPS must be 'backbone' where there is no pyramid, got {aux.TAPS!r}")
     if aux.TAPS in ("fpn", "both"):
         adaptors = [Adaptor(shape.channels, aux.NORM) for shape in shapes.values()]
     if aux.TAPS in ("backbone", "both"):
-        if not isinstance(backbone, QuantFPN):
+        if not isinstance(backbone, (BottomUp, QuantFPN)):
             raise ValueError(
                 f"MODEL.AUX.TAPS {aux.TAPS!r} reads the blocks of a build_quant_* backbone: MODEL.BACKBONE.NAME "
                 f"must be one, got {cfg.MODEL.BACKBONE.NAME!r}"
             )
         aggregation = Aggregation(cast(ResNet, backbone.bottom_up), norm=aux.NORM)
-        trunk = build_fpn(cfg, aggregation, norm=aux.NORM)
+        is_pyramid = isinstance(backbone, QuantFPN)
+        trunk = build_fpn(cfg, aggregation, norm=aux.NORM) if is_pyramid else BottomUp(aggregation)
     path = AuxiliaryPath(
         adaptors=adaptors,
         trunk=trunk,

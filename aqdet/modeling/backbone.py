@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
@@ -245,6 +246,38 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 def build_quant_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """ResNet-18/34/50/101, quantized by ``MODEL.QUANT`` if enabled; Detectron2's keys otherwise."""
     backbone = _build_resnet(cfg, input_shape)
+    if cfg.MODEL.QUANT.ENABLED:
+        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    return backbone
+
+
+class BottomUp(Backbone):
+    """A trunk without a pyramid, under the name that it has in a detector: ``backbone.bottom_up``.
+
+    Args:
+        bottom_up: ResNet, or an aggregation of its taps.
+    """
+
+    def __init__(self, bottom_up: Backbone) -> None:
+        super().__init__()
+        self.bottom_up = bottom_up
+
+    def forward(self, x: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Input of ``bottom_up`` to its features by name, ``(N, C, H, W)`` each."""
+        return self.bottom_up(x)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Of ``bottom_up``."""
+        return self.bottom_up.output_shape()
+
+
+@BACKBONE_REGISTRY.register()
+def build_quant_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> BottomUp:
+    """ResNet-18/34/50/101 of an image classifier, quantized by ``MODEL.QUANT`` if enabled.
+
+    Its layers have the names that they have in a detector, for rules and for checkpoints.
+    """
+    backbone = BottomUp(_build_resnet(cfg, input_shape))
     if cfg.MODEL.QUANT.ENABLED:
         QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
     return backbone

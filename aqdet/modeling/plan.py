@@ -11,13 +11,14 @@ import torch
 from detectron2.layers import CycleBatchNormList
 from torch import nn
 
-from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
+from ..layers import QuantAdd, QuantConv2d, QuantLinear, StreamQuantizer
 from ..quantization import Quantizer
 from .auxiliary import PREFIX
 from .backbone import tapped_sums
 
 FLOAT_BITS = 32
 IMAGE_BITS = 8
+LAYERS = (nn.Conv2d, nn.Linear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,8 @@ class PlanRow:
     """One layer, or one tensor that several layers read.
 
     Attributes:
-        path: dotted name. kind: ``"conv"``, ``"sum"`` or ``"stream"``. part: ``"float"``, ``"quantized"`` or
-            ``"auxiliary"``.
+        path: dotted name. kind: ``"conv"``, ``"linear"``, ``"sum"`` or ``"stream"``. part: ``"float"``,
+            ``"quantized"`` or ``"auxiliary"``.
         weight, input: quantizer, bits, signedness and granularity, as text.
         norm: class of the norm after it, with the number of levels where there are several; or ``"-"``.
         parameters: number of parameters, the norm's included. weight_bits: what the layer's weights, bias, norm
@@ -78,7 +79,7 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
 @contextlib.contextmanager
 def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
     def count(path: str) -> Any:
-        def hook(layer: nn.Conv2d, _: Any, output: torch.Tensor) -> None:
+        def hook(layer: nn.Conv2d | nn.Linear, _: Any, output: torch.Tensor) -> None:
             per_output = layer.weight[0].numel()
             macs[path] = macs.get(path, 0) + output[0].numel() * per_output
 
@@ -87,7 +88,7 @@ def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
     handles = [
         module.register_forward_hook(count(path))
         for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
+        if isinstance(module, LAYERS)
     ]
     try:
         yield
@@ -98,7 +99,7 @@ def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
 
 @torch.no_grad()
 def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
-    """The plan of a dense detector (``backbone``, ``head``, ``auxiliary``), for one image.
+    """The plan of a dense detector or image classifier (``backbone``, ``head``, ``auxiliary``), for one image.
 
     Args:
         model: calibrated or not; its state is not changed, but it is left in evaluation mode.
@@ -125,8 +126,8 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     following = _following_norms(model)
     rows = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            rows.append(_conv_row(path, module, following.get(module), macs.get(path, 0)))
+        if isinstance(module, LAYERS):
+            rows.append(_layer_row(path, module, following.get(module), macs.get(path, 0)))
         elif isinstance(module, QuantAdd):
             text = [
                 _describe(q, "on grid" if signed is None else "float")
@@ -138,13 +139,13 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     return rows
 
 
-def _conv_row(path: str, conv: nn.Conv2d, following: nn.Module | None, macs: int) -> PlanRow:
-    norm = getattr(conv, "norm", None) or following
+def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | None, macs: int) -> PlanRow:
+    norm = getattr(layer, "norm", None) or following
     extra = list(norm.parameters()) + [b for b in norm.buffers() if b.dim()] if norm else []
-    rest = sum(t.numel() for t in extra) + (0 if conv.bias is None else conv.bias.numel())
-    quantized = isinstance(conv, QuantConv2d)
-    weight_quantizer: Quantizer | None = getattr(conv, "weight_quantizer", None)
-    input_quantizer: Quantizer | None = getattr(conv, "input_quantizer", None)
+    rest = sum(t.numel() for t in extra) + (0 if layer.bias is None else layer.bias.numel())
+    quantized = isinstance(layer, (QuantConv2d, QuantLinear))
+    weight_quantizer: Quantizer | None = getattr(layer, "weight_quantizer", None)
+    input_quantizer: Quantizer | None = getattr(layer, "input_quantizer", None)
     weight_bits = weight_quantizer.spec.num_bits if weight_quantizer else FLOAT_BITS
     is_image = quantized and input_quantizer is None
     input_bits = input_quantizer.spec.num_bits if input_quantizer else FLOAT_BITS
@@ -152,17 +153,17 @@ def _conv_row(path: str, conv: nn.Conv2d, following: nn.Module | None, macs: int
         input_bits = IMAGE_BITS
     scales = sum(q.num_scales for q in (weight_quantizer, input_quantizer) if q is not None)
     part = "auxiliary" if path.startswith(PREFIX) else "quantized" if quantized else "float"
-    parameters = sum(p.numel() for p in conv.parameters(recurse=False))
+    parameters = sum(p.numel() for p in layer.parameters(recurse=False))
     parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
     return PlanRow(
         path,
-        "conv",
+        "conv" if isinstance(layer, nn.Conv2d) else "linear",
         part,
         _describe(weight_quantizer, "float 32"),
         _describe(input_quantizer, "image u8" if is_image else "float 32"),
         _norm_name(norm),
         parameters,
-        conv.weight.numel() * weight_bits + (rest + scales) * FLOAT_BITS,
+        layer.weight.numel() * weight_bits + (rest + scales) * FLOAT_BITS,
         macs,
         macs * weight_bits * input_bits,
     )
@@ -190,7 +191,7 @@ def total(rows: list[PlanRow], *parts: str) -> PlanTotal:
     """Totals of the rows in the given parts."""
     chosen = [row for row in rows if row.part in parts]
     return PlanTotal(
-        sum(row.kind == "conv" for row in chosen),
+        sum(row.kind in ("conv", "linear") for row in chosen),
         sum(row.parameters for row in chosen),
         sum(row.weight_bits for row in chosen) // 8,
         sum(row.macs for row in chosen),

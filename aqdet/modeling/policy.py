@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..layers import QuantAdd, QuantConv2d, Site, StreamQuantizer
+from ..layers import QuantAdd, QuantConv2d, QuantLinear, Site, StreamQuantizer
 from ..quantization import QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -125,14 +125,14 @@ class QuantPolicy:
         return weight, input
 
     def apply(self, module: nn.Module, prefix: str) -> None:
-        """Converts a module in place: its declared convolutions, sums and streams.
+        """Converts a module in place: its declared layers, sums and streams.
 
         Args:
-            module: part of a model whose convolutions all have a declared site.
+            module: part of a model whose convolutions and fully connected layers all have a declared site.
             prefix: dotted path of the part in the model, ending in a dot.
 
         Raises:
-            ValueError: naming the layer, if a convolution has no site or a spec is not valid.
+            ValueError: naming the layer, if one has no site or a spec is not valid.
         """
         for name, child in list(module.named_modules()):
             path = prefix + name
@@ -141,7 +141,7 @@ class QuantPolicy:
                     child.quantize(*self.stream, path)
                 except ValueError as error:
                     raise ValueError(f"MODEL.QUANT.RESIDUAL for {path}: {error}") from error
-            elif isinstance(child, nn.Conv2d):
+            elif isinstance(child, (nn.Conv2d, nn.Linear)):
                 site = getattr(child, "quant_site", None)
                 if site is None:
                     raise ValueError(f"layer {path} ({type(child).__name__}) has no declared quantization site")
@@ -150,7 +150,10 @@ class QuantPolicy:
                     logger.warning("%s stays in float by MODEL.QUANT.RULES", path)
                     continue
                 try:
-                    layer = QuantConv2d.from_float(child, *specs, path=path)
+                    if isinstance(child, nn.Conv2d):
+                        layer: nn.Module = QuantConv2d.from_float(child, *specs, path=path)
+                    else:
+                        layer = QuantLinear.from_float(child, *specs, path=path)
                 except ValueError as error:
                     raise ValueError(f"MODEL.QUANT for layer {path}: {error}") from error
                 layer.quant_site = site  # type: ignore[assignment]
@@ -162,13 +165,13 @@ class QuantPolicy:
 
         Raises:
             ValueError: in one line, naming the rule and listing the layers that rules can match; naming a rule
-                for the input of nothing but the stem; or naming a convolution that has no site, as those of a
+                for the input of nothing but the stem; or naming a layer that has no site, as those of a
                 backbone that is not ours.
         """
         sites: dict[str, Site] = {path: layer.quant_site for path, layer in quantizable_layers(model)}  # type: ignore[misc]
         paths = list(sites)
         for path, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) and path not in paths:
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and path not in paths:
                 raise ValueError(
                     f"MODEL.QUANT.ENABLED is True but layer {path} ({type(module).__name__}) has no declared "
                     "quantization site: MODEL.BACKBONE.NAME must be a build_quant_* one"
@@ -190,8 +193,8 @@ class QuantPolicy:
                 )
 
 
-def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    """Convolutions with a declared site, converted or not, with their paths."""
+def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
+    """Convolutions and fully connected layers with a declared site, converted or not, with their paths."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and hasattr(module, "quant_site"):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and hasattr(module, "quant_site"):
             yield path, module

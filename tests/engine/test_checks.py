@@ -40,6 +40,17 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("key", ["QUANT", "AUX"])
+@pytest.mark.parametrize("architecture", ["RetinaNet", "GeneralizedRCNN"])
+def test_an_architecture_that_would_ignore_our_keys_is_refused(key, architecture):
+    cfg = make_cfg("MODEL.META_ARCHITECTURE", architecture, f"MODEL.{key}.ENABLED", "True")
+    with pytest.raises(ValueError, match=f"MODEL.{key}.ENABLED.*{architecture}.*use one of .*QuantRetinaNet") as error:
+        check_names(cfg)
+    assert "\n" not in str(error.value)
+    cfg.MODEL[key].ENABLED = False
+    check_names(cfg)
+
+
 @pytest.mark.parametrize("norm", ["", *NORMS])
 def test_every_listed_norm_is_one(norm):
     check_names(make_cfg("MODEL.FPN.NORM", norm))

@@ -18,7 +18,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.sta
 def test_config_builds_plans_and_steps(path):
     cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""])
     fit_to_machine(cfg)
-    match = re.search(r"_(?:fp_bn|(lsq|dorefa)_w(\d)a(\d))(_aux)?$", path.stem)
+    match = re.search(r"_(?:fp(?:_bn)?|(lsq|dorefa)_w(\d)a(\d))(_aux)?$", path.stem)
     assert match, "configs are named ..._lsq_w4a4_aux"
     method, weight_bits, input_bits, aux = match.groups()
     quant = cfg.MODEL.QUANT

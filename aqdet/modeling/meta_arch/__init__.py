@@ -1,6 +1,7 @@
 """Meta-architectures, registered with Detectron2."""
 
+from .classifier import QuantClassifier
 from .fcos import QuantFCOS
 from .retinanet import QuantRetinaNet
 
-__all__ = ["QuantFCOS", "QuantRetinaNet"]
+__all__ = ["QuantClassifier", "QuantFCOS", "QuantRetinaNet"]

@@ -1,0 +1,138 @@
+"""Image classifier with a low-precision trunk and a full-precision auxiliary path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import Backbone
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ...layers import declare_site
+from ..auxiliary import AuxiliaryPath, build_auxiliary
+from ..backbone import tapped_sums
+from ..policy import QuantPolicy
+
+FEATURE = "res5"
+
+
+class ClassifierHead(nn.Module):
+    """Global average pooling and a fully connected layer with a declared site.
+
+    Args:
+        channels: of the feature.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+        declare_site(self.linear, signed=False, role="prediction")
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """One ``(N, C, H, W)`` to logits ``(N, K)``."""
+        (feature,) = features
+        return self.linear(feature.mean(dim=(2, 3)))
+
+
+@META_ARCH_REGISTRY.register()
+class QuantClassifier(nn.Module):
+    """Image classifier whose trunk and head can be quantized; what the paper of the auxiliary path is about.
+
+    The auxiliary path aggregates the blocks' sums and ends in pooling and a classifier of its own. In
+    evaluation, and when it is detached, nothing of it runs.
+
+    Args:
+        backbone: trunk with a ResNet in ``bottom_up``.
+        head: list of features to logits.
+        auxiliary: the path, or None.
+        pixel_mean, pixel_std: for each channel.
+    """
+
+    auxiliary: AuxiliaryPath | None
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        auxiliary: AuxiliaryPath | None = None,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.auxiliary = auxiliary
+        self.head_in_features = [FEATURE]
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from ``MODEL.CLASSIFIER``.
+
+        Raises:
+            ValueError: in one line, for a config value that is not valid, naming its key.
+        """
+        if FEATURE not in cfg.MODEL.RESNETS.OUT_FEATURES:
+            raise ValueError(
+                f"MODEL.RESNETS.OUT_FEATURES must have {FEATURE!r}, which is classified, got "
+                f"{cfg.MODEL.RESNETS.OUT_FEATURES}"
+            )
+        backbone = build_backbone(cfg)
+        shape = backbone.output_shape()[FEATURE]
+        num_classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
+        head = ClassifierHead(shape.channels, num_classes)
+        if cfg.MODEL.QUANT.ENABLED:
+            policy = QuantPolicy.from_config(cfg)
+            policy.apply(head, "head.")
+            policy.check_rules(nn.ModuleDict({"backbone": backbone, "head": head}))
+        auxiliary = None
+        if cfg.MODEL.AUX.ENABLED:
+            auxiliary_head = ClassifierHead(shape.channels, num_classes)
+            auxiliary = build_auxiliary(cfg, head=auxiliary_head, backbone=backbone, shapes={FEATURE: shape})
+        return {
+            "backbone": backbone,
+            "head": head,
+            "auxiliary": auxiliary,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses in training, class probabilities in evaluation.
+
+        Args:
+            batched_inputs: for each image ``image``, uint8 ``(3, H, W)``, all of one size, and in training
+                ``label``, an int.
+
+        Returns:
+            ``{"loss_cls": ..., "aux_loss_cls": ...}``, or for each image ``{"scores": (K,)}``.
+        """
+        device = self.pixel_mean.device
+        images = torch.stack([x["image"].to(device) for x in batched_inputs])
+        images = (images - self.pixel_mean) / self.pixel_std
+        path = self.auxiliary
+        if not self.training:
+            return [{"scores": scores} for scores in self.head([self.backbone(images)[FEATURE]]).softmax(dim=1)]
+        labels = torch.tensor([x["label"] for x in batched_inputs], device=device)
+        if path is None:
+            return {"loss_cls": F.cross_entropy(self.head([self.backbone(images)[FEATURE]]), labels)}
+        with tapped_sums(self.backbone.bottom_up) as sums:
+            features = [self.backbone(images)[FEATURE]]
+        weight = path.weight_at(get_event_storage().iter)
+        return {
+            "loss_cls": F.cross_entropy(self.head(features), labels),
+            "aux_loss_cls": weight * F.cross_entropy(path(features, sums), labels),
+        }

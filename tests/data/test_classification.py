@@ -1,0 +1,121 @@
+"""Image folders: what is read, what is refused, and what the classifier is given."""
+
+import logging
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import CLASSIFIER, make_cfg
+from PIL import Image
+from tiny_data import write_image_folder
+
+from aqdet.data import build_mapper, check_num_classes, register_declared
+from aqdet.data.classification import CenterCrop, RandomResizedCrop
+
+
+def cfg_of(*entries, test=()):
+    cfg = make_cfg(*CLASSIFIER, "INPUT.CLASSIFIER.CROP_SIZE", "32", "INPUT.MIN_SIZE_TEST", "40")
+    cfg.DATASETS.IMAGE_FOLDERS = list(entries)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entries[0]["name"],), test
+    return cfg
+
+
+def test_classes_are_the_folders_and_other_files_are_counted(tmp_path, caplog):
+    entry = write_image_folder(tmp_path / "a", "folder_a", per_class=2)
+    (tmp_path / "a" / "cross" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "cross" / "below").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "cross" / "below" / "grey.JPEG")
+    cfg = cfg_of(entry)
+    register_declared(cfg)
+    register_declared(cfg)  # once more, as every process of a job on one machine might
+    check_num_classes(cfg)
+    records = DatasetCatalog.get("folder_a")
+    assert MetadataCatalog.get("folder_a").thing_classes == ["cross", "disc", "ring"]
+    assert [record["label"] for record in records] == [0, 0, 0, 1, 1, 2, 2]
+    assert [record["image_id"] for record in records] == list(range(7))
+    assert "1 files that are no images by their names are left out" in caplog.text
+    grey = build_mapper(cfg, False)(records[2])
+    assert grey["image"].shape == (3, 32, 32)
+
+
+def test_wrong_entries_are_one_line(tmp_path):
+    entry = write_image_folder(tmp_path / "b", "folder_b")
+    (tmp_path / "empty").mkdir()
+
+    def refused(words, *entries, **changes):
+        cfg = cfg_of(*(entries or ({**entry, **changes},)))
+        with pytest.raises(ValueError, match=words) as error:
+            register_declared(cfg)
+        assert "\n" not in str(error.value)
+
+    refused(r"IMAGE_FOLDERS\[0\] must have exactly the fields name, root, got", name="x", images="y")
+    refused(r"IMAGE_FOLDERS\[0\].root must be a non-empty string, got 3", name="x", root=3)
+    refused(r"IMAGE_FOLDERS\[0\].root: no folder 'nowhere'", name="x", root="nowhere")
+    refused("has no folders, it must have one for each class", name="x", root=str(tmp_path / "empty"))
+    register_declared(cfg_of(entry))
+    refused("'folder_b' is registered already", root=str(tmp_path))
+    cfg = make_cfg(*CLASSIFIER)
+    cfg.DATASETS.IMAGE_FOLDERS = "folder"
+    with pytest.raises(ValueError, match="IMAGE_FOLDERS must be a list"):
+        register_declared(cfg)
+
+
+def test_a_class_without_images_and_another_number_of_classes(tmp_path):
+    entry = write_image_folder(tmp_path / "c", "folder_c")
+    (tmp_path / "c" / "square").mkdir()
+    cfg = cfg_of(entry)
+    register_declared(cfg)
+    with pytest.raises(ValueError, match="MODEL.CLASSIFIER.NUM_CLASSES is 3, but folder_c has 4 classes: cross"):
+        check_num_classes(cfg)
+    with pytest.raises(ValueError, match="square' has no image"):
+        DatasetCatalog.get("folder_c")
+
+
+def test_random_crops_have_the_drawn_size_and_stay_inside():
+    image = np.arange(60 * 90 * 3, dtype=np.uint32).reshape(60, 90, 3).astype(np.float32)
+    np.random.seed(0)
+    shares = []
+    for _ in range(200):
+        crop, resize = RandomResizedCrop(16, 0.25).get_transform(image).transforms
+        assert 0 <= crop.x0 and crop.x0 + crop.w <= 90 and 0 <= crop.y0 and crop.y0 + crop.h <= 60
+        assert 3 / 4 - 0.06 < crop.w / crop.h < 4 / 3 + 0.06
+        assert resize.apply_image(crop.apply_image(image)).shape == (16, 16, 3)
+        shares.append(crop.w * crop.h / (60 * 90))
+    assert 0.24 < min(shares) < 0.35 and 0.8 < max(shares) <= 1
+    # No part of a thin image has such an aspect ratio at that size.
+    crop = RandomResizedCrop(16, 0.9).get_transform(np.zeros((10, 200, 3), np.uint8)).transforms[0]
+    assert (crop.x0, crop.y0, crop.w, crop.h) == (95, 0, 10, 10)
+
+
+def test_the_centre_is_taken_and_the_record_kept(tmp_path):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[4:36, 24:56] = (10, 20, 30)
+    assert np.all(CenterCrop(32).get_transform(pixels).apply_image(pixels) == (10, 20, 30))
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    cfg = cfg_of({"name": "unused", "root": "unused"})
+    got = build_mapper(cfg, False)({"file_name": str(tmp_path / "a.png"), "label": 2, "image_id": 7})
+    assert (got["label"], got["image_id"], got["image"].shape) == (2, 7, (3, 32, 32))
+    assert got["image"][:, 16, 16].tolist() == [30, 20, 10]  # INPUT.FORMAT is BGR
+    np.random.seed(0)
+    train = build_mapper(cfg, True)
+    images = [train({"file_name": str(tmp_path / "a.png"), "label": 2})["image"] for _ in range(3)]
+    assert not images[0].equal(images[1]) and all(image.shape == (3, 32, 32) for image in images)
+
+
+def test_values_that_do_not_suit_and_unreadable_images(tmp_path):
+    for key, value, words in [
+        ("DATALOADER.ASPECT_RATIO_GROUPING", "True", "ASPECT_RATIO_GROUPING must be False"),
+        ("INPUT.CLASSIFIER.MIN_AREA", "0.", "MIN_AREA must be above 0 and at most 1, got 0"),
+        ("INPUT.CLASSIFIER.CROP_SIZE", "900", r"CROP_SIZE must be from 1 to INPUT.MIN_SIZE_TEST \(800\), got 900"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            build_mapper(make_cfg(*CLASSIFIER, key, value), True)
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="image .*bad.png' cannot be read"):
+        build_mapper(make_cfg(*CLASSIFIER), False)({"file_name": str(tmp_path / "bad.png"), "label": 0})
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    register_declared(cfg_of(write_image_folder(tmp_path / "d", "folder_d")))
+    assert len(DatasetCatalog.get("folder_d")) == 6 and "left out" not in caplog.text

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Cuts the objects of the embedded dataset out into image folders, train and val, for a small classification run."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+import aqdet  # noqa: F401  (registers the dataset)
+from aqdet.data import SHAPE_CLASSES
+
+
+def crop_objects(split: str, root: Path, size: int, margin: float) -> int:
+    """Writes ``root/split/<class>/<number>.png``, the square around each box and a margin, resized; returns how many."""
+    count = 0
+    for record in DatasetCatalog.get(f"aqdet_shapes_{split}"):
+        with Image.open(record["file_name"]) as image:
+            for annotation in record["annotations"]:
+                x, y, width, height = annotation["bbox"]
+                half = max(width, height) * (0.5 + margin)
+                center = x + width / 2, y + height / 2
+                box = (center[0] - half, center[1] - half, center[0] + half, center[1] + half)
+                folder = root / split / SHAPE_CLASSES[annotation["category_id"]]
+                folder.mkdir(parents=True, exist_ok=True)
+                crop = image.convert("RGB").crop(tuple(round(value) for value in box))
+                crop.resize((size, size), Image.Resampling.BILINEAR).save(folder / f"{count:06d}.png")
+                count += 1
+    return count
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for train/ and val/, new or empty")
+    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels")
+    parser.add_argument("--margin", type=float, default=0.15, help="around the box, as a share of its longer side")
+    args = parser.parse_args()
+    if args.output.is_dir() and any(args.output.iterdir()):
+        sys.exit(f"error: --output {str(args.output)!r} is not empty")
+    for split in ("train", "val"):
+        print(f"{split}: {crop_objects(split, args.output, args.size, args.margin)} images in {args.output / split}")
+
+
+if __name__ == "__main__":
+    main()
