@@ -364,10 +364,13 @@ class AqdetCheckpointer(DetectionCheckpointer):
         model = self.model
         path = getattr(model, "auxiliary", None)
         has_head = any(key.startswith("head.") for key in stored)
-        if path is None or any(key.startswith(PREFIX) for key in stored):
+        if path is None:
+            return
+        keys = {f"{PREFIX}{key}" for key in path.state_dict() if not key.endswith("num_batches_tracked")}
+        if keys <= stored:
             return
         if self._aux_init != "head" or not has_head:
-            logger.info("The auxiliary path starts at random")
+            logger.info("The auxiliary path, or what the file lacks of it, starts at random")
             return
         missing = path.initialize_from(model)
         if missing:

@@ -347,6 +347,15 @@ def test_auxiliary_head_with_another_norm_starts_at_random(tmp_path, caplog):
     assert "starts at random: the detector has nothing like its head." in caplog.text
 
 
+def test_a_file_with_another_path_starts_the_path_from_the_head(tmp_path, whole_state, caplog):
+    caplog.set_level(logging.INFO, "aqdet")
+    path = write(tmp_path / "a.pth", {"model": whole_state})
+    model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", "both")
+    load(model, path, aux_init="head")
+    assert model.auxiliary.needs_alignment and "starts from the detector's own layers" in caplog.text
+    assert torch.equal(model.auxiliary.head.bbox_pred.weight, whole_state["head.bbox_pred.weight"])
+
+
 # --- writing ---
 
 

@@ -14,7 +14,7 @@ from aqdet.data import SHAPE_CLASSES
 
 
 def crop_objects(split: str, root: Path, size: int, margin: float) -> int:
-    """Writes ``root/split/<class>/<number>.png``, the square around each box and a margin, resized; returns how many."""
+    """Writes ``root/split/<class>/<number>.png``, the square around each box and a margin; returns how many."""
     count = 0
     for record in DatasetCatalog.get(f"aqdet_shapes_{split}"):
         with Image.open(record["file_name"]) as image:

@@ -128,6 +128,8 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     for path, module in model.named_modules():
         if isinstance(module, LAYERS):
             rows.append(_layer_row(path, module, following.get(module), macs.get(path, 0)))
+        elif path.startswith(PREFIX):
+            continue  # sums in float
         elif isinstance(module, QuantAdd):
             text = [
                 _describe(q, "on grid" if signed is None else "float")
@@ -171,7 +173,7 @@ def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | N
 
 def _shared_row(path: str, kind: str, text: str, module: nn.Module) -> PlanRow:
     found = [q for q in module.modules() if isinstance(q, Quantizer)]
-    part = "auxiliary" if path.startswith(PREFIX) else "quantized" if found else "float"
+    part = "quantized" if found else "float"
     bits = sum(q.num_scales for q in found) * FLOAT_BITS
     return PlanRow(path, kind, part, "-", text, "-", 0, bits, 0, 0)
 

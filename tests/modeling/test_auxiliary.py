@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
@@ -282,6 +283,21 @@ def test_the_taps_are_let_go_after_a_step_and_after_a_failure(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         losses_of(model, BATCH)
     assert model._sums == [] and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("taps", ["backbone", "both"])
+def test_steps_in_ddp_which_refuses_unused_parameters(taps, tmp_path):
+    model = calibrated(make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", taps), BATCH)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        for _ in range(2):  # the second forward fails if the first step left a parameter out
+            sum(losses_of(wrapped, BATCH).values()).backward()
+            with detached_auxiliary(wrapped), torch.no_grad():
+                wrapped.eval()(BATCH)
+            wrapped.train()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_backbone_without_tap_points_is_refused():

@@ -44,7 +44,7 @@ class LowPrecisionDense(DenseDetector):
         super().__init__(**kwargs)
         self.auxiliary = auxiliary
         self._normalizer_held = False
-        self._sums: list[Tensor] = []
+        self._sums: list[Tensor] = []  # of a forward in progress, which hands forward_training the features only
 
     @classmethod
     def build_heads(cls, cfg: CfgNode, backbone: Backbone) -> dict[str, Any]:
