@@ -1,6 +1,6 @@
 """Evaluation."""
 
 from .classification import TopKEvaluator
-from .coco import COCOEvaluator
+from .coco import COCOEvaluator, fill_in
 
-__all__ = ["COCOEvaluator", "TopKEvaluator"]
+__all__ = ["COCOEvaluator", "TopKEvaluator", "fill_in"]

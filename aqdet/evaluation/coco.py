@@ -10,12 +10,32 @@ from collections.abc import Collection
 
 from detectron2 import evaluation
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Of object areas in pixels, as COCO has them.
 SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
+
+
+def fill_in(truth: COCO, name: str) -> None:
+    """Fields that training does without and pycocotools does not, in place: no crowd, the box's area.
+
+    Args:
+        truth: annotations.
+        name: of the dataset, for the warning.
+    """
+    counts = {"iscrowd": 0, "area": 0}
+    for annotation in truth.dataset.get("annotations", ()):
+        _, _, width, height = annotation["bbox"]
+        for field, value in (("iscrowd", 0), ("area", width * height)):
+            counts[field] += field not in annotation
+            annotation.setdefault(field, value)
+    for field, count in counts.items():
+        if count:
+            source = "taken as 0" if field == "iscrowd" else "taken from the box"
+            logger.warning("%d annotations of %s lack %r: %s", count, name, field, source)
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
@@ -32,20 +52,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def __init__(self, dataset_name: str, *, output_dir: str) -> None:
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
-        self._fill_in()
-
-    def _fill_in(self) -> None:
-        """Fields that training does without and pycocotools does not: no crowd, the box's area."""
-        counts = {"iscrowd": 0, "area": 0}
-        for annotation in self._coco_api.dataset.get("annotations", ()):
-            _, _, width, height = annotation["bbox"]
-            for field, value in (("iscrowd", 0), ("area", width * height)):
-                counts[field] += field not in annotation
-                annotation.setdefault(field, value)
-        for field, count in counts.items():
-            if count:
-                source = "taken as 0" if field == "iscrowd" else "taken from the box"
-                logger.warning("%d annotations of %s lack %r: %s", count, self._metadata.name, field, source)
+        fill_in(self._coco_api, self._metadata.name)
 
     def evaluate(self, img_ids: Collection[int] | None = None) -> dict[str, dict[str, float]]:
         """``{"bbox": {"AP": ..., ...}}`` in percent on the main process, ``{}`` on the others."""

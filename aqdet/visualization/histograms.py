@@ -1,0 +1,171 @@
+"""Histograms of what quantizers read, on the axis of their own levels, and how much of it they clip."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..quantization import Quantizer, QuantSpec, quantizers
+from ..quantization.functional import SCALE_EPS, broadcast_scale
+
+NUM_BINS = 96
+# Of the quantization range, shown on either side of it.
+_MARGIN = 0.25
+# Attribute of a quantizer in its layer -> which argument of the layer's forward it reads.
+_ARGUMENT = {"input_quantizer": 0, "quantizer": 0, "x_quantizer": 0, "y_quantizer": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteHistogram:
+    """What one quantizer reads.
+
+    Attributes:
+        path: of the quantizer in the model. spec: what it is.
+        unit: ``"steps"``: values over their scale, so that the levels are integers. Methods without a uniform
+            grid have ``"values"``, or, per channel, values over the largest level of their channel.
+        edges: ``(NUM_BINS + 1,)`` of equal bins, in the unit. counts: ``(NUM_BINS,)``; values outside the edges
+            are in the first and the last bin.
+        levels: the quantized values, in the unit; empty if there are too many to name.
+        used: how many of the levels occur; None if that is not known.
+        below, above: shares of the values outside the outermost levels, which are clipped; None for a method
+            without a uniform grid, where no such range exists.
+    """
+
+    path: str
+    spec: QuantSpec
+    unit: str
+    edges: np.ndarray
+    counts: np.ndarray
+    levels: np.ndarray
+    used: int | None
+    below: float | None
+    above: float | None
+
+
+class _Counter:
+    """Adds up tensors that one calibrated quantizer reads."""
+
+    def __init__(self, quantizer: Quantizer, path: str) -> None:
+        self._quantizer = quantizer
+        self._path = path
+        self._counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+        self._range: tuple[float, float] | None = None
+        self._codes: Tensor | None = None
+        self._levels = np.empty(0)
+        self._below = self._above = 0
+
+    def add(self, x: Tensor) -> None:
+        """Counts the values of ``x``, any shape; for weights, channels are axis 0.
+
+        Raises:
+            ValueError: if a value is not finite.
+        """
+        x = x.detach().float()
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{self._path} reads values that are not finite")
+        grid = self._quantizer.grid()
+        if grid is not None:
+            x = x / broadcast_scale(grid.scale.detach(), x)
+            low, high = float(grid.quant_min), float(grid.quant_max)
+            self._below += int((x < low).sum())
+            self._above += int((x > high).sum())
+            # As functional.quantize does, from the quotient at hand.
+            codes = (x.clamp(low, high).round_() - low).long().flatten()
+            codes = torch.bincount(codes, minlength=grid.quant_max - grid.quant_min + 1).cpu()
+            self._codes = codes if self._codes is None else self._codes + codes
+        else:
+            x, levels = self._on_own_levels(x)
+            self._levels = np.union1d(self._levels, levels)
+            low, high = float(levels.min()), float(levels.max())
+        if self._range is None:
+            margin = _MARGIN * ((high - low) or 1.0)
+            self._range = (low - margin, high + margin)
+        start, end = self._range
+        bins = ((x - start) * (NUM_BINS / (end - start))).floor_().clamp_(0, NUM_BINS - 1)
+        self._counts += torch.bincount(bins.long().flatten(), minlength=NUM_BINS).cpu()
+
+    def _on_own_levels(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
+        quantized = self._quantizer.fake_quantize(x).detach()
+        if self._quantizer.spec.per_channel:
+            largest = quantized.abs().flatten(1).amax(dim=1).clamp(min=SCALE_EPS)
+            x, quantized = x / broadcast_scale(largest, x), quantized / broadcast_scale(largest, x)
+        return x, np.unique(np.round(quantized.double().cpu().numpy(), 5))
+
+    def result(self) -> SiteHistogram | None:
+        """The histogram, or None if nothing was counted."""
+        total = int(self._counts.sum())
+        if total == 0 or self._range is None:
+            return None
+        spec, grid = self._quantizer.spec, self._quantizer.grid()
+        levels, used = self._levels, None
+        below = above = None
+        if grid is not None:
+            assert self._codes is not None
+            levels = np.arange(grid.quant_min, grid.quant_max + 1, dtype=np.float64)
+            used = int((self._codes > 0).sum())
+            below, above = self._below / total, self._above / total
+        elif len(levels) <= 2**spec.num_bits:
+            used = len(levels)
+        else:
+            levels = np.empty(0)  # They differ from channel to channel.
+        edges = np.linspace(*self._range, NUM_BINS + 1)
+        unit = "steps" if grid is not None else "values"
+        return SiteHistogram(self._path, spec, unit, edges, self._counts.numpy(), levels, used, below, above)
+
+
+@torch.no_grad()
+def weight_histograms(model: nn.Module) -> dict[str, SiteHistogram]:
+    """One histogram for each layer with a calibrated weight quantizer, by the quantizer's path."""
+    found = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(quantizer, Quantizer) and quantizer.is_active:
+            counter = _Counter(quantizer, f"{name}.weight_quantizer")
+            counter.add(module.weight)  # type: ignore[arg-type]
+            histogram = counter.result()
+            if histogram is not None:
+                found[histogram.path] = histogram
+    return found
+
+
+@torch.no_grad()
+def activation_histograms(model: nn.Module, run: Callable[[], object]) -> dict[str, SiteHistogram]:
+    """One histogram for each calibrated activation quantizer that ``run`` reaches, by the quantizer's path.
+
+    An unsigned quantizer of a sum takes over its ReLU, so that what it reads may be negative.
+
+    Args:
+        model: the model; in evaluation mode for what is shipped.
+        run: forwards some batches through it.
+    """
+    owners = {quantizer: name for name, quantizer in quantizers(model) if quantizer.is_active}
+    counters: dict[str, _Counter] = {}
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            for attribute, index in _ARGUMENT.items():
+                quantizer = getattr(module, attribute, None)
+                if isinstance(quantizer, Quantizer) and quantizer in owners:
+                    path = owners[quantizer]
+                    counters[path] = _Counter(quantizer, path)
+                    stack.enter_context(_reading(module, counters[path], index))
+        run()
+    results = {path: counter.result() for path, counter in counters.items()}
+    return {path: histogram for path, histogram in results.items() if histogram is not None}
+
+
+@contextlib.contextmanager
+def _reading(module: nn.Module, counter: _Counter, index: int) -> Iterator[None]:
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        counter.add(arguments[index])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

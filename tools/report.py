@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+"""Writes one HTML page, complete in itself, about a run or comparing several.
+
+    python tools/report.py OUTPUT_DIR [OUTPUT_DIR ...] [--output report.html]
+
+Start it where the trainings were started if their data was given by relative paths, or say where the data is by
+``--opts DATASETS.DECLARED ...``. What a folder lacks is said in the log and on the page.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from aqdet.engine import fit_to_machine
+from aqdet.visualization import load_runs, make_report
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="of a training; the first is the reference"
+    )
+    parser.add_argument("--output", default="report.html", help="file to write (default: %(default)s)")
+    parser.add_argument("--config-file", default="", help="read in place of each folder's config.yaml")
+    parser.add_argument("--min-score", type=float, default=0.5, help="of detections in pictures (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=4, help="how many worst and best images (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=4, help="test images to observe activations on (default: %(default)s)"
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for every config")
+    return parser.parse_args()
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    args = parse_args()
+    try:
+        if args.pictures < 0 or args.images < 0:
+            raise ValueError(f"--pictures and --images must not be negative, got {args.pictures} and {args.images}")
+        runs = load_runs(args.output_dirs, config_file=args.config_file, overrides=args.opts)
+        for run in runs:
+            if run.cfg is not None:
+                fit_to_machine(run.cfg)
+        text = make_report(runs, min_score=args.min_score, num_pictures=args.pictures, num_images=args.images)
+        with open(args.output + ".part", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(args.output + ".part", args.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(f"{args.output}: {len(text) / 1e6:.1f} MB, {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main()
