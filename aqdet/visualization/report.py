@@ -361,7 +361,7 @@ def _layers(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
                     escape(_share(histogram.above)),
                     used,
                 ]
-                title = f"{_SITE_TEXT.get(path.rpartition('.')[2], path)}, {run.name}"
+                title = _SITE_TEXT.get(path.rpartition(".")[2], path) + f", {run.name}" * (len(runs) > 1)
                 figures.append(svg.histogram_chart(histogram, title=title, caption=_caption(histogram), colour=colour))
             rows.append(row)
         columns = "two" if len(shown) == 1 else "three" if len(shown) == 3 else "four"
@@ -372,10 +372,11 @@ def _layers(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
     for run, _, _ in shown:
         header += [f"{escape(run.name)}", "clipped below", "clipped above", "levels used"]
     text = (
-        "Values in units of the quantization step, so that levels are integers (dashed; of more than 32 only the "
-        "outermost). The share of values is on a logarithmic axis; values beyond the axis are in its first and last "
-        "bin. Clipped: outside the outermost levels. What an unsigned activation quantizer clips below zero is the "
-        f"work of the ReLU. Activations are those of {shown[0][1].num_images} test images."
+        "Values in units of the quantization step, so that levels are integers, or as the axis says where a method "
+        "has no uniform step. Levels are dashed; of more than 32 only the outermost. Shares are on a logarithmic axis; "
+        "values beyond the axis are in its first and last bin. Clipped: outside the outermost levels; what an unsigned "
+        "activation quantizer clips below zero is the work of the ReLU. "
+        f"Activations are those of {shown[0][1].num_images} test images."
     )
     return (
         f'{_legend([run for run, _, _ in shown]) if len(shown) == len(runs) else ""}<p class="soft">{text}</p>'

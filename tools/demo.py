@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Runs a detector on images, folders and videos and draws what it finds; flags as Detectron2's demo has them.
+
+    python tools/demo.py --config-file X --input IMAGES_OR_FOLDERS --output DIR --opts MODEL.WEIGHTS model_final.pth
+
+The exit status is 1 if some input could not be read; its name is printed, and the others are done all the same.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+
+from aqdet.config import load_config
+from aqdet.engine import check_names, fit_to_machine
+from aqdet.visualization.demo import Demo, Summary, find_sources, has_display, output_paths, run_on_files, run_on_webcam
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", help="images, videos, folders of them, or glob patterns")
+    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--webcam", action="store_true", help="the first camera, shown in a window")
+    parser.add_argument("--output", help="folder, or file for one input; without it a window is opened")
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="least score drawn (default: %(default)s)"
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, as for train_net.py")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> Summary:
+    """Checks everything that can be checked first, then runs."""
+    if args.webcam and args.output:
+        raise ValueError("--output is for files: --webcam is shown in a window")
+    if not args.output and not has_display():
+        raise ValueError("there is no display to open a window on: say where to write with --output")
+    cfg = load_config(args.config_file, args.opts)
+    check_names(cfg)
+    fit_to_machine(cfg)
+    if args.webcam:
+        return run_on_webcam(Demo(cfg, args.confidence_threshold))
+    sources = find_sources([args.video_input] if args.video_input else args.input)
+    outputs = output_paths(sources, args.output) if args.output else None
+    return run_on_files(Demo(cfg, args.confidence_threshold), sources, outputs)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    args = parse_args()
+    try:
+        summary = run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    where = f" to {args.output}" if args.output else ""
+    print(
+        f"{summary.detections} detections in {summary.images} images and {summary.videos} videos "
+        f"({summary.frames} frames){where}"
+    )
+    if summary.unreadable:
+        lines = "\n".join(f"  {line}" for line in summary.unreadable)
+        sys.exit(f"{len(summary.unreadable)} inputs could not be read, or not whole:\n{lines}")
+
+
+if __name__ == "__main__":
+    main()
