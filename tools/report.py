@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("aqdet.visualization").setLevel(logging.INFO)
     args = parse_args()
     try:
         if args.pictures < 0 or args.images < 0:

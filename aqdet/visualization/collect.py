@@ -74,20 +74,28 @@ class Inside:
     num_images: int = 0
 
 
-def _register_test_sets(run: Run) -> tuple[str, ...]:
-    """Registers what a run is tested on, not what it was trained on; returns the names that can be used."""
-    if run.cfg is None:
-        return ()
-    cfg = run.cfg.clone()
+def register_test_sets(cfg: CfgNode) -> None:
+    """Registers what a config is tested on; what it was trained on need not be there.
+
+    Raises:
+        ValueError: in one line, if a test set is not there.
+    """
+    cfg = cfg.clone()
     cfg.defrost()
-    names = tuple(cfg.DATASETS.TEST)
     cfg.DATASETS.TRAIN = ()
     declared = cfg.DATASETS.DECLARED
     if isinstance(declared, list | tuple):
-        cfg.DATASETS.DECLARED = [e for e in declared if not isinstance(e, dict) or e.get("name") in names]
+        cfg.DATASETS.DECLARED = [e for e in declared if not isinstance(e, dict) or e.get("name") in cfg.DATASETS.TEST]
+    register_declared(cfg)
+
+
+def _usable_test_sets(run: Run) -> tuple[str, ...]:
+    """Names of the run's test sets, registered and on disk; none, with a note, if they are not there."""
+    if run.cfg is None:
+        return ()
     try:
-        register_declared(cfg)
-        for name in names:
+        register_test_sets(run.cfg)
+        for name in run.cfg.DATASETS.TEST:
             if not os.path.isfile(MetadataCatalog.get(name).get("json_file", "")):
                 DatasetCatalog.get(name)  # The embedded dataset is drawn on first use.
     except (ValueError, OSError) as error:
@@ -96,14 +104,14 @@ def _register_test_sets(run: Run) -> tuple[str, ...]:
             "folder where the training was started, or say where the data is by --opts DATASETS.DECLARED ...)"
         )
         return ()
-    return names
+    return tuple(run.cfg.DATASETS.TEST)
 
 
 def collect_test_sets(runs: Sequence[Run]) -> list[TestSet]:
     """The test sets of all runs, in order of first mention, with what each run achieved there."""
     sets: dict[str, TestSet] = {}
     for index, run in enumerate(runs):
-        usable = _register_test_sets(run)
+        usable = _usable_test_sets(run)
         for name in run.cfg.DATASETS.TEST if run.cfg is not None else ("",):
             if name not in sets:
                 nothing: list[Any] = [None] * len(runs)
@@ -128,13 +136,15 @@ def _read_metrics(run: Run, folder: Path) -> dict[str, float | None] | None:
     except (OSError, ValueError) as error:
         run.note(f"no AP: {path} cannot be read: {error}")
         return None
-    return {key: value for key, value in values.items() if value is None or isinstance(value, int | float)}
+    numbers = {key: v for key, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {key: numbers.get(key) for key in values}
 
 
 def _evaluate(run: Run, index: int, found: TestSet, folder: Path) -> None:
     if not (folder / RESULTS).is_file():
         run.note(f"no curves and pictures of detection: {folder / RESULTS} is missing")
         return
+    logger.info("%s: matching detections with %s", run.name, found.name)
     metadata = MetadataCatalog.get(found.name)
     if found.truth is None:
         found.truth = load_truth(metadata.json_file, found.name)
@@ -164,11 +174,15 @@ def look_inside(run: Run, num_images: int) -> Inside:
     inside = Inside()
     if run.cfg is None:
         return inside
+    logger.info("%s: looking at the layers", run.name)
     cfg = run.cfg.clone()
     cfg.defrost()
     cfg.MODEL.AUX.ENABLED = False
-    weights = run.weights()
-    model = build_model(cfg)
+    try:
+        model = build_model(cfg)
+    except (ValueError, KeyError) as error:
+        run.note(f"no plan and histograms, the config makes no detector: {error}")
+        return inside
     if hasattr(model, "head_in_features"):
         inside.size = plan_size(cfg)
         inside.rows = make_plan(model, inside.size)
@@ -176,24 +190,28 @@ def look_inside(run: Run, num_images: int) -> Inside:
         run.note(f"no plan: it is for dense detectors, this is a {cfg.MODEL.META_ARCHITECTURE}")
     if not any(True for _ in quantizers(model)):
         run.note("no histograms: the detector is in full precision and has no quantizers")
-        return inside
+    elif _load(run, cfg, model):
+        model.eval()
+        inside.weights = weight_histograms(model)
+        _observe(run, cfg, model, inside, num_images)
+    return inside
+
+
+def _load(run: Run, cfg: CfgNode, model: nn.Module) -> bool:
+    """Loads the run's checkpoint; False, with a note, if that leaves the quantizers without ranges."""
+    weights = run.weights()
     if weights is None:
         run.note("no histograms: there is no checkpoint in the folder")
-        return inside
+        return False
     try:
-        checkpointer = AqdetCheckpointer(model, allow_keys=cfg.CHECKPOINT.ALLOW_KEYS)
-        checkpointer.load(str(weights))
+        AqdetCheckpointer(model, allow_keys=cfg.CHECKPOINT.ALLOW_KEYS).load(str(weights))
     except ValueError as error:
         run.note(f"no histograms: {error}")
-        return inside
+        return False
     pending = [name for name, quantizer in quantizers(model) if not quantizer.is_calibrated]
     if pending:
         run.note(f"no histograms: {weights} has {len(pending)} quantizers without a range, {pending[0]} among them")
-        return inside
-    model.eval()
-    inside.weights = weight_histograms(model)
-    _observe(run, cfg, model, inside, num_images)
-    return inside
+    return not pending
 
 
 def plan_size(cfg: CfgNode) -> tuple[int, int]:

@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import AqdetCheckpointer
-from ..data import register_declared
 from ..quantization import quantizers
+from .collect import register_test_sets
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Demo:
 def _metadata(cfg: CfgNode) -> Any:
     """Class names of the first test set; its data need not be on this machine."""
     try:
-        register_declared(cfg)
+        register_test_sets(cfg)
     except ValueError as error:
         logger.warning("Class names are not known, their numbers are drawn: %s", error)
         return MetadataCatalog.get("__unused")

@@ -69,6 +69,8 @@ def evaluate(truth: COCO, results_file: str | os.PathLike[str]) -> COCOeval:
 
 
 def _as_detections(truth: COCO, results: list[dict]) -> COCO:
+    if not isinstance(results, list):
+        raise TypeError(f"it holds a {type(results).__name__}, not a list")
     if results:
         return truth.loadRes(results)
     # loadRes does not take an empty list.

@@ -17,6 +17,8 @@ from ..quantization.functional import SCALE_EPS, broadcast_scale
 NUM_BINS = 96
 # Of the quantization range, shown on either side of it.
 _MARGIN = 0.25
+# In steps: nearer to the range than this, a value is on its end and the quotient only rounded.
+_TOLERANCE = 1e-4
 # Attribute of a quantizer in its layer -> which argument of the layer's forward it reads.
 _ARGUMENT = {"input_quantizer": 0, "quantizer": 0, "x_quantizer": 0, "y_quantizer": 1}
 
@@ -73,8 +75,8 @@ class _Counter:
         if grid is not None:
             x = x / broadcast_scale(grid.scale.detach(), x)
             low, high = float(grid.quant_min), float(grid.quant_max)
-            self._below += int((x < low).sum())
-            self._above += int((x > high).sum())
+            self._below += int((x < low - _TOLERANCE).sum())
+            self._above += int((x > high + _TOLERANCE).sum())
             # As functional.quantize does, from the quotient at hand.
             codes = (x.clamp(low, high).round_() - low).long().flatten()
             codes = torch.bincount(codes, minlength=grid.quant_max - grid.quant_min + 1).cpu()

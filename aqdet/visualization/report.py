@@ -155,9 +155,10 @@ def _training(runs: Sequence[Run]) -> str:
         lines = [
             svg.Series(run.name, *series(run, key), colour) for run, colour in zip(runs, _colours(runs), strict=True)
         ]
-        if max(len(line.x) for line in lines) > 1:  # One AP, after the last iteration, is in the results.
+        # A single AP, after the last iteration, is in the results.
+        if max(len(line.x) for line in lines) > key.endswith("bbox/AP"):
             figures.append(
-                svg.line_chart(lines, title=title, x_label="iteration", y_label=label, x_range=(0.0, 1.02 * end))
+                svg.line_chart(lines, title=title, x_label="iteration", y_label=label, x_range=(0.0, 1.02 * end or 1.0))
             )
     if not figures:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import logging
@@ -128,7 +129,8 @@ def read_commands(folder: Path) -> list[str]:
                     commands.append(_command(line.partition(_ARGUMENTS)[2].strip()))
     done = folder / "done.json"
     if not commands and done.is_file():
-        commands.append(str(json.loads(done.read_text()).get("command", "")))
+        with contextlib.suppress(ValueError, AttributeError):
+            commands.append(str(json.loads(done.read_text()).get("command", "")))
     return [command for command in dict.fromkeys(commands) if command]
 
 
@@ -163,13 +165,15 @@ def _read_history(run: Run) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            iteration = record["iteration"]
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             broken += bool(line.strip())
             continue
-        kept = [r for r in run.history if r["iteration"] < iteration]
-        replaced += len(run.history) - len(kept)
-        run.history = [*kept, record]
+        while run.history and run.history[-1]["iteration"] >= record["iteration"]:
+            run.history.pop()
+            replaced += 1
+        run.history.append(record)
     if broken:
         run.note(f"lines of metrics.json that cannot be read are left out: {broken}")
     if replaced:
