@@ -31,14 +31,14 @@ pre { background: var(--back); border: 1px solid var(--line); border-radius: 4px
 .legend i { background: none !important; border: 2px solid; height: 12px; width: 18px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 12px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: 3px 10px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
+  white-space: nowrap; }
 th:first-child, td:first-child, td.left, th.left { text-align: left; }
 th { background: var(--back); font-weight: 600; position: relative; }
 tr.apart td { border-top: 2px solid var(--soft); }
 td.code, td.path { text-align: left;
   font: 12px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-td.code { overflow-wrap: anywhere; max-width: 420px; }
-td.path { white-space: nowrap; }
+td.code { white-space: normal; overflow-wrap: anywhere; max-width: 420px; }
 td.differs, mark { background: var(--mark); color: inherit; }
 td small { color: var(--soft); display: inline-block; min-width: 3.2em; }
 td.best { font-weight: 600; }
@@ -47,7 +47,6 @@ div.grid { display: grid; gap: 14px 22px; margin: 6px 0 10px; }
 .three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .two { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-.panels { grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); }
 @media (max-width: 800px) { .three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .two { grid-template-columns: minmax(0, 1fr); } .many { grid-template-columns: repeat(2,
   minmax(0, 1fr)); } }
@@ -95,6 +94,12 @@ def chips(names: Sequence[str], colours: Sequence[str], kind: str = "runs") -> s
         for name, colour in zip(names, colours, strict=True)
     )
     return f'<div class="{kind}">{items}</div>'
+
+
+def grid(figures: Sequence[str], columns: int) -> str:
+    """Figures in rows of two, three or four."""
+    name = {2: "two", 3: "three", 4: "four"}[columns]
+    return f'<div class="grid {name}">{"".join(figures)}</div>'
 
 
 def section(title: str, content: str) -> str:

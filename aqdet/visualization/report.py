@@ -18,10 +18,11 @@ from . import svg
 from .collect import Inside, TestSet, collect_test_sets, look_inside
 from .detections import FALSE, FOUND, MISSED, Outcome, f1, image_outcomes, precision_recall, rank_images
 from .histograms import SiteHistogram
-from .page import chips, escape, page, table
+from .page import chips, escape, grid, page, table
 from .run import Run, config_differences, flatten, series
 
 MAX_CLASSES = 12
+_COLUMNS = {2: 2, 3: 3, 5: 3, 6: 3}  # For this many pictures of one image; else 4.
 PICTURE_SIDE = 640  # Pixels of the longer side, as embedded.
 OUTCOME_COLOURS = {FOUND: "#1f6feb", FALSE: "#d9480f", MISSED: "#b4007f"}
 _OUTCOME_TEXT = {FOUND: "found", FALSE: "false detection", MISSED: "missed object"}
@@ -163,7 +164,7 @@ def _training(runs: Sequence[Run]) -> str:
     if not figures:
         return ""
     text = "Losses are medians over the logging window. total_loss includes the auxiliary losses where there are any."
-    return f'{_legend(runs)}<p class="soft">{text}</p><div class="grid two">{"".join(figures)}</div>'
+    return f'{_legend(runs)}<p class="soft">{text}</p>{grid(figures, 2)}'
 
 
 def _precision_recall(runs: Sequence[Run], sets: Sequence[TestSet]) -> str:
@@ -189,7 +190,7 @@ def _precision_recall(runs: Sequence[Run], sets: Sequence[TestSet]) -> str:
             figures.append(
                 svg.line_chart(lines, title=title, x_label="recall", y_label="precision", x_range=ends, y_range=ends)
             )
-        parts.append(f'<h3>{escape(test_set.name)}</h3><div class="grid two">{"".join(figures)}</div>')
+        parts.append(f"<h3>{escape(test_set.name)}</h3>{grid(figures, 2)}")
         if len(with_objects) > len(classes):
             parts.append(
                 f'<p class="soft">The {MAX_CLASSES} classes with the most objects; '
@@ -261,7 +262,7 @@ def _picture_row(
         panels.append(_panel(run.name, text, outcomes, test_set, key, (width, height)))
     return (
         f'<h4>{escape(title)}</h4><svg class="defs" aria-hidden="true"><defs>{image}</defs></svg>'
-        f'<div class="grid panels">{"".join(panels)}</div>'
+        f"{grid(panels, _COLUMNS.get(len(panels), 4))}"
     )
 
 
@@ -355,7 +356,7 @@ def _layers(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
                 if histogram is None:
                     row += ["-"] * 4
                     continue
-                used = "-" if histogram.used is None else f"{histogram.used} of {2**histogram.spec.num_bits}"
+                used = "-" if histogram.used is None else f"{histogram.used}/{2**histogram.spec.num_bits}"
                 row += [
                     escape(_brief(histogram)),
                     escape(_share(histogram.below)),
@@ -365,13 +366,11 @@ def _layers(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
                 title = _SITE_TEXT.get(path.rpartition(".")[2], path) + f", {run.name}" * (len(runs) > 1)
                 figures.append(svg.histogram_chart(histogram, title=title, caption=_caption(histogram), colour=colour))
             rows.append(row)
-        columns = "two" if len(shown) == 1 else "three" if len(shown) == 3 else "four"
-        blocks.append(
-            f'<div class="layer"><h4>{escape(layer)}</h4><div class="grid {columns}">{"".join(figures)}</div></div>'
-        )
+        columns = {1: 2, 3: 3}.get(len(shown), 4)
+        blocks.append(f'<div class="layer"><h4>{escape(layer)}</h4>{grid(figures, columns)}</div>')
     header = ["quantizer"]
     for run, _, _ in shown:
-        header += [f"{escape(run.name)}", "clipped below", "clipped above", "levels used"]
+        header += [escape(run.name), "below", "above", "levels"]
     text = (
         "Values in units of the quantization step, so that levels are integers, or as the axis says where a method "
         "has no uniform step. Levels are dashed; of more than 32 only the outermost. Shares are on a logarithmic axis; "
@@ -381,8 +380,8 @@ def _layers(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
     )
     return (
         f'{_legend([run for run, _, _ in shown]) if len(shown) == len(runs) else ""}<p class="soft">{text}</p>'
-        f"<details><summary>Table of {len(rows)} quantizers</summary>{table(header, rows)}</details>"
-        + (f'<div class="grid two">{"".join(blocks)}</div>' if len(shown) == 1 else "".join(blocks))
+        f"<details><summary>Table of {len(rows)} quantizers: shares clipped below and above, levels used</summary>"
+        f"{table(header, rows)}</details>" + (grid(blocks, 2) if len(shown) == 1 else "".join(blocks))
     )
 
 
