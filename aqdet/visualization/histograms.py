@@ -68,6 +68,8 @@ class _Counter:
         Raises:
             ValueError: if a value is not finite.
         """
+        if x.numel() == 0:
+            return
         x = x.detach().float()
         if not torch.isfinite(x).all():
             raise ValueError(f"{self._path} reads values that are not finite")
@@ -95,9 +97,12 @@ class _Counter:
     def _on_own_levels(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
         quantized = self._quantizer.fake_quantize(x).detach()
         if self._quantizer.spec.per_channel:
-            largest = quantized.abs().flatten(1).amax(dim=1).clamp(min=SCALE_EPS)
-            x, quantized = x / broadcast_scale(largest, x), quantized / broadcast_scale(largest, x)
-        return x, np.unique(np.round(quantized.double().cpu().numpy(), 5))
+            unit = broadcast_scale(quantized.abs().flatten(1).amax(dim=1).clamp(min=SCALE_EPS), x)
+            x, quantized = x / unit, quantized / unit
+        # Equal but for rounding, relative to the largest, is one level.
+        levels = quantized.double().cpu().numpy()
+        largest = float(np.abs(levels).max()) or 1.0
+        return x, np.unique(np.round(levels / largest, 5)) * largest
 
     def result(self) -> SiteHistogram | None:
         """The histogram, or None if nothing was counted."""
