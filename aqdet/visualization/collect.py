@@ -16,6 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "coco_instances_results.json"
 _STRIDE = 32
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What reading a damaged image raises."""
 
 
 @dataclasses.dataclass
@@ -236,7 +239,7 @@ def _observe(run: Run, cfg: CfgNode, model: nn.Module, inside: Inside, num_image
 
     try:
         inside.activations = activation_histograms(model, forward)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         run.note(f"no histograms of activations: {' '.join(str(error).split())}")
         return
     inside.num_images = len(chosen)

@@ -22,12 +22,11 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
-from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import AqdetCheckpointer
 from ..quantization import quantizers
-from .collect import register_test_sets
+from .collect import UNREADABLE, register_test_sets
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ def run_on_files(demo: Demo, sources: Sequence[Source], outputs: Sequence[Path] 
 def _do_image(demo: Demo, path: Path, target: Path | None, summary: Summary) -> bool:
     try:
         image = read_image(str(path), format="BGR")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         summary.unreadable.append(f"{path}: {' '.join(str(error).split())}")
         return True
     start = time.perf_counter()

@@ -122,12 +122,12 @@ def image_outcomes(evaluation: COCOeval, min_score: float) -> dict[int, list[Out
         Image id -> outcomes, for every image of the dataset.
     """
     truth, found = evaluation.cocoGt, evaluation.cocoDt
-    outcomes: dict[int, list[Outcome]] = {int(image_id): [] for image_id in truth.getImgIds()}
+    outcomes: dict[int, list[Outcome]] = {image_id: [] for image_id in truth.getImgIds()}
     for entry in evaluation.evalImgs:
         if entry is None or entry["aRng"] != evaluation.params.areaRng[0]:
             continue
-        rows = outcomes[int(entry["image_id"])]
-        category_id = int(entry["category_id"])
+        rows = outcomes[entry["image_id"]]
+        category_id = entry["category_id"]
         scores = dict(zip(entry["dtIds"], entry["dtScores"], strict=True))
         shown = [score >= min_score for score in entry["dtScores"]]
         for index, key in enumerate(entry["dtIds"]):

@@ -15,7 +15,7 @@ from PIL import Image
 from ..evaluation.coco import METRICS
 from ..modeling.plan import PlanRow, total
 from . import svg
-from .collect import Inside, TestSet, collect_test_sets, look_inside
+from .collect import UNREADABLE, Inside, TestSet, collect_test_sets, look_inside
 from .detections import FALSE, FOUND, MISSED, Outcome, f1, image_outcomes, precision_recall, rank_images
 from .histograms import SiteHistogram
 from .page import chips, escape, grid, page, table
@@ -114,7 +114,8 @@ def _results(runs: Sequence[Run], sets: Sequence[TestSet]) -> str:
             continue
         keys = dict.fromkeys(key for metrics in test_set.metrics if metrics for key in (*METRICS, *metrics))
         rows = [_result_row(key, test_set.metrics) for key in keys]
-        apart = ["apart" if key == next((k for k in keys if k not in METRICS), None) else "" for key in keys]
+        first_class = next((key for key in keys if key not in METRICS), None)
+        apart = ["apart" if key == first_class else "" for key in keys]
         parts.append(f"<h3>{escape(test_set.name or 'Test set')}</h3>")
         parts.append(table(["AP in percent", *(escape(run.name) for run in runs)], rows, row_classes=apart))
     if parts and len(runs) > 1:
@@ -217,9 +218,10 @@ def _pictures(runs: Sequence[Run], sets: Sequence[TestSet], min_score: float, co
         for heading, chosen in (("Worst images", worst), ("Best images", best)):
             if chosen:
                 parts.append(f"<h3>{heading}</h3>")
-            for image_id, score in chosen:
-                found = [(run, table_[image_id]) for (run, _), table_ in zip(shown, outcomes, strict=True)]
-                parts.append(_picture_row(test_set, image_id, score, found, f"picture-{number}-{image_id}"))
+            for rank, (image_id, score) in enumerate(chosen):
+                found = [(run, by_image[image_id]) for (run, _), by_image in zip(shown, outcomes, strict=True)]
+                key = f"{heading.split()[0].lower()}-{number}-{rank}"
+                parts.append(_picture_row(test_set, image_id, score, found, key))
     if not parts:
         return ""
     text = (
@@ -237,11 +239,13 @@ def _picture_row(
     assert test_set.truth is not None
     record = test_set.truth.imgs[image_id]
     path = os.path.join(test_set.image_root, record["file_name"])
-    width, height = record["width"], record["height"]
     title = f"{record['file_name']}: F1 {score:.2f}"
     try:
+        if os.path.isabs(record["file_name"]) or os.path.normpath(record["file_name"]).startswith(os.pardir):
+            raise ValueError("it is outside of the image root")
+        width, height = int(record["width"]), int(record["height"])  # Of the annotations, which the boxes refer to.
         data = _jpeg(path)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         for run, _ in found:
             run.note(f"no picture: {path} cannot be read: {' '.join(str(error).split())}")
         return f"<h4>{escape(title)}</h4><p>{escape(path)} cannot be read.</p>"
@@ -417,9 +421,9 @@ def _plan(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
     tables = [{row.path: row for row in inside.rows} for _, inside in shown]
     rows = []
     quantized = [any(row.part == "quantized" for row in inside.rows) for _, inside in shown]
-    for path in dict.fromkeys(path for rows_ in tables for path in rows_):
-        first = next(rows_[path] for rows_ in tables if path in rows_)
-        cells = [_plan_cell(rows_.get(path)) for rows_ in tables]
+    for path in dict.fromkeys(path for by_path in tables for path in by_path):
+        first = next(by_path[path] for by_path in tables if path in by_path)
+        cells = [_plan_cell(by_path.get(path)) for by_path in tables]
         compared = {cell for cell, included in zip(cells, quantized, strict=True) if included}
         kind = "left differs" if len(compared) > 1 else "left"
         rows.append(

@@ -205,6 +205,22 @@ def test_an_image_that_is_gone_is_noted(runs, entry):
     assert f"<p>{path} cannot be read.</p>" in text and text.count("<use ") == 6
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "{}/secret.png"])
+def test_an_image_outside_of_the_root_is_not_read(runs, entry, tmp_path, name):
+    folder = Path(entry["image_root"])
+    shutil.copy(folder / "0.png", folder.parent / "secret.png")
+    content = json.loads(Path(entry["json"]).read_text())
+    content["images"][0]["file_name"] = name.format(folder.parent)
+    content["images"][1]["width"] = HOSTILE
+    (tmp_path / "outside.json").write_text(json.dumps(content))
+    text = (runs[0] / "config.yaml").read_text().replace(entry["json"], str(tmp_path / "outside.json"))
+    (runs[0] / "config.yaml").write_text(text.replace("tiny_report", f"outside_{tmp_path.name}"))
+    found, page = report_of(runs[0], num_pictures=4)
+    assert any("secret.png cannot be read: it is outside of the image root" in note for note in found[0].notes)
+    assert any("1.png cannot be read: invalid literal" in note for note in found[0].notes)
+    assert page.count("data:image/jpeg") == 2 and "script" not in Page(page).tags
+
+
 def test_data_that_is_elsewhere(runs, entry):
     text = (runs[0] / "config.yaml").read_text().replace(entry["json"], "nowhere.json").replace("tiny_report", "moved")
     (runs[0] / "config.yaml").write_text(text)
