@@ -103,13 +103,25 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.MIN_AREA = 0.08
 
     # --- Data ---
-    # [{name: ..., json: COCO annotation file, image_root: folder}, ...], usable in DATASETS.TRAIN / TEST.
-    # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder.
+    # Datasets for DATASETS.TRAIN / TEST, a list of entries of these forms:
+    #   {name: ..., json: COCO annotation file, image_root: folder}
+    #   {name: ..., format: voc, root: folder, split: train}, and classes: [...], difficult_as_crowd: True
+    #   {name: ..., format: yolo, yaml: data.yaml, split: train}, and image_root: folder of images and labels
+    # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder. Nothing outside the
+    # image root is read. MODEL.*.NUM_CLASSES: 0 takes the number of classes from the data.
     cfg.DATASETS.DECLARED = []
     # [{name: ..., root: folder with a folder of images for each class}, ...], for image classification.
     cfg.DATASETS.IMAGE_FOLDERS = []
-    # Where the embedded dataset is written; "" for $AQDET_CACHE or ~/.cache/aqdet.
+    # Whether the check before training decodes every image, once as long as no file changes.
+    cfg.DATASETS.CHECK_IMAGES = True
+    # Refuse what is repaired, dropped or only looks wrong too (the table: aqdet/data/findings.py).
+    cfg.DATASETS.STRICT = False
+    # Where the embedded dataset and the checks of declared ones are written; "" for $AQDET_CACHE or ~/.cache/aqdet.
     cfg.DATASETS.CACHE_DIR = ""
+
+    # --- Evaluation ---
+    # "pycocotools", or "faster-coco-eval": the same numbers in less time, if that package is installed.
+    cfg.TEST.COCO_EVAL = "pycocotools"
 
     # --- Checkpoints ---
     cfg.CHECKPOINT = CfgNode()

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: one torch thread a process, and the ``gpu`` marker."""
+"""Settings shared by all tests: one torch thread a process, a cache of their own, and the ``gpu`` marker."""
 
 import pytest
 import torch
@@ -6,6 +6,14 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Keeps the checks of the tests' datasets out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AQDET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

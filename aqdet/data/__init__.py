@@ -1,8 +1,8 @@
-"""Datasets: the embedded one, declared ones, converters."""
+"""Datasets: the embedded one, declared ones and their check, converters."""
 
 from . import builtin
 from .classification import build_mapper
-from .declared import check_num_classes, register_declared
+from .declared import check_datasets, check_num_classes, register_declared
 from .shapes import SHAPE_CLASSES, make_shapes
 from .voc import convert_voc
 
@@ -10,6 +10,7 @@ __all__ = [
     "SHAPE_CLASSES",
     "build_mapper",
     "builtin",
+    "check_datasets",
     "check_num_classes",
     "convert_voc",
     "make_shapes",

@@ -22,9 +22,14 @@ def set_cache_dir(path: str) -> None:
         _set_metadata(split)
 
 
-def _folder(split: str) -> Path:
+def cache_dir() -> Path:
+    """The folder that :func:`set_cache_dir` sets."""
     default = os.environ.get("AQDET_CACHE") or "~/.cache/aqdet"
-    return shapes_folder(split, Path(_cache_dir or default).expanduser())
+    return Path(_cache_dir or default).expanduser()
+
+
+def _folder(split: str) -> Path:
+    return shapes_folder(split, cache_dir())
 
 
 def _set_metadata(split: str) -> None:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils import comm
 
 from .builtin import set_cache_dir
+from .check import find_shared_images
+from .checked import Declaration, checked, write_aside
 from .classification import register_image_folders
+from .findings import Report
 
-__all__ = ["check_num_classes", "register_declared"]
+__all__ = ["check_datasets", "check_num_classes", "declarations", "register_declared", "reports_as_json"]
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("name", "json", "image_root")
+# Fields of an entry by its format: those it must have, those it may have.
+FIELDS = {
+    "coco": (("name", "json", "image_root"), ("format",)),
+    "voc": (("name", "format", "root", "split"), ("classes", "difficult_as_crowd")),
+    "yolo": (("name", "format", "yaml", "split"), ("image_root",)),
+}
 # Where a meta-architecture, with or without "Quant" in front, is told its number of classes.
 NUM_CLASSES_NODES = {
     "RetinaNet": "RETINANET",
@@ -33,7 +45,8 @@ def register_declared(cfg: CfgNode) -> None:
     """
     Registers ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` and checks that the datasets to train and test on exist.
 
-    Every process of a job has to call it. The same declaration may come again.
+    Every process of a job has to call it. The same declaration may come again. Labels are checked, images
+    are not opened where that can be avoided; :func:`check_datasets` is the whole check.
 
     Args:
         cfg: config; ``DATASETS.CACHE_DIR`` is applied too.
@@ -42,13 +55,8 @@ def register_declared(cfg: CfgNode) -> None:
         ValueError: in one line, naming the entry, the field, the value and what would be right.
     """
     set_cache_dir(cfg.DATASETS.CACHE_DIR)
-    declared = cfg.DATASETS.DECLARED
-    if not isinstance(declared, list | tuple):
-        raise ValueError(
-            f"DATASETS.DECLARED must be a list of {{{', '.join(f'{f}: ...' for f in FIELDS)}}}, got {declared!r}"
-        )
-    for index, entry in enumerate(declared):
-        _register(entry, f"DATASETS.DECLARED[{index}]")
+    for declaration in declarations(cfg).values():
+        _register(declaration, cfg.DATASETS.STRICT)
     register_image_folders(cfg, _resolve)
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
@@ -58,9 +66,73 @@ def register_declared(cfg: CfgNode) -> None:
                 raise ValueError(f"DATASETS.{key}: no dataset {name!r}, {hint}")
 
 
+def declarations(cfg: CfgNode) -> dict[str, Declaration]:
+    """
+    The entries of ``DATASETS.DECLARED`` by name, their paths looked up.
+
+    Raises:
+        ValueError: in one line, as :func:`register_declared`.
+    """
+    declared = cfg.DATASETS.DECLARED
+    if not isinstance(declared, list | tuple):
+        example = "{name: ..., json: ..., image_root: ...}"
+        raise ValueError(f"DATASETS.DECLARED must be a list of {example}, got {declared!r}")
+    found: dict[str, Declaration] = {}
+    for index, entry in enumerate(declared):
+        declaration = _declaration(entry, f"DATASETS.DECLARED[{index}]")
+        if found.setdefault(declaration.name, declaration) != declaration:
+            raise ValueError(f"DATASETS.DECLARED[{index}].name: {declaration.name!r} is the name of another entry")
+    return found
+
+
+def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
+    """
+    Checks the declared datasets before step 0 and logs what was repaired, dropped or found.
+
+    Images are decoded unless ``DATASETS.CHECK_IMAGES`` is False; a check is not repeated while nothing that it
+    read has changed. The report goes to ``OUTPUT_DIR/dataset_check.txt`` and ``.json``. Of the processes on a
+    machine one checks and the others wait.
+
+    Args:
+        cfg: config whose datasets are registered.
+        train: whether the data to train on are used, and not only those to test on.
+
+    Raises:
+        ValueError: in one line, if there are errors, or under ``DATASETS.STRICT`` anything but notes.
+    """
+    known = declarations(cfg)
+    used = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if train else list(cfg.DATASETS.TEST)
+    names = dict.fromkeys(used)
+    with _first_of_the_machine():
+        reports = {name: checked(known[name], pixels=cfg.DATASETS.CHECK_IMAGES)[0] for name in names if name in known}
+    for first, second in _train_and_test(cfg, reports):
+        find_shared_images(first, second)
+    for name in names:
+        if name in reports:
+            _log(reports[name], cfg)
+        else:
+            logger.info("Dataset %s is registered by code: not checked", name)
+    if reports and comm.is_main_process():
+        folder = Path(cfg.OUTPUT_DIR)
+        write_aside(folder / "dataset_check.txt", "\n\n".join(r.text() for r in reports.values()) + "\n")
+        write_aside(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT))
+    for report in reports.values():
+        _refuse(report, f"dataset {report.name}", cfg.DATASETS.STRICT)
+
+
+def reports_as_json(reports: Sequence[Report], strict: bool) -> str:
+    """The reports as JSON text: all findings, and how many of them stop a training."""
+    datasets = [{k: v for k, v in report.as_dict().items() if k != "images"} for report in reports]
+    refused = sum(report.refused(strict) for report in reports)
+    content = {"refused": refused, "strict": strict, "datasets": datasets}
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
 def check_num_classes(cfg: CfgNode) -> None:
     """
     Checks the number of classes in the config against the datasets, and these against each other.
+
+    A number of 0 is replaced by that of the datasets.
 
     Args:
         cfg: config whose datasets are registered.
@@ -81,36 +153,49 @@ def check_num_classes(cfg: CfgNode) -> None:
             raise ValueError(
                 f"datasets {first} and {name} have different classes: {_listed(expected)} and {_listed(classes)}"
             )
-        if node is not None and len(classes) != cfg.MODEL[node].NUM_CLASSES:
+        if node is None:
+            continue
+        if cfg.MODEL[node].NUM_CLASSES == 0:
+            logger.info("MODEL.%s.NUM_CLASSES: %d, from %s", node, len(classes), name)
+            cfg.MODEL[node].NUM_CLASSES = len(classes)
+        if len(classes) != cfg.MODEL[node].NUM_CLASSES:
             raise ValueError(
                 f"MODEL.{node}.NUM_CLASSES is {cfg.MODEL[node].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes: {_listed(classes)}"
+                f"{len(classes)} classes: {_listed(classes)} (0 takes the number from the data)"
             )
+    if node is not None and cfg.MODEL[node].NUM_CLASSES == 0:
+        raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in DATASETS.TRAIN or TEST names its classes")
 
 
-def _register(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict) or set(entry) != set(FIELDS):
-        raise ValueError(f"{where} must have exactly the fields {', '.join(FIELDS)}, got {entry!r}")
-    for field in FIELDS:
+def _declaration(entry: Any, where: str) -> Declaration:
+    form = entry.get("format", "coco") if isinstance(entry, dict) else "coco"
+    if not isinstance(form, str) or form not in FIELDS:
+        raise ValueError(f"{where}.format must be one of {', '.join(FIELDS)}, got {form!r}")
+    needed, optional = FIELDS[form]
+    if not isinstance(entry, dict) or not set(needed) <= set(entry) <= {*needed, *optional}:
+        may = f", and may have {', '.join(optional)}" if optional else ""
+        raise ValueError(f"{where} must have the fields {', '.join(needed)}{may}, got {entry!r}")
+    for field in set(entry) - {"classes", "difficult_as_crowd"}:
         if not isinstance(entry[field], str) or not entry[field]:
             raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
-    name, json_file, image_root = entry["name"], _resolve(entry["json"]), _resolve(entry["image_root"])
-    roots = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
-    if not os.path.isfile(json_file):
-        raise ValueError(f"{where}.json: no file {json_file!r}; {roots}")
-    if not os.path.isdir(image_root):
-        raise ValueError(f"{where}.image_root: no folder {image_root!r}; {roots}")
-    if name in DatasetCatalog:
-        known = MetadataCatalog.get(name)
-        if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-            raise ValueError(f"{where}.name: {name!r} is registered already with other files, choose another name")
-        return
-    categories = sorted(_read_categories(json_file, where).items())
-    metadata = {
-        "thing_classes": [class_name for _, class_name in categories],
-        "thing_dataset_id_to_contiguous_id": {key: i for i, (key, _) in enumerate(categories)},
-    }
-    register_coco_instances(name, metadata, json_file, image_root)
+    field = {"coco": "json", "voc": "root", "yolo": "yaml"}[form]
+    file = _existing(entry[field], f"{where}.{field}", is_folder=form == "voc")
+    root = entry.get("image_root", "")
+    if form == "voc":
+        root = os.path.join(file, "JPEGImages")
+    root = _existing(root, f"{where}.image_root", is_folder=True) if root else os.path.dirname(file) or "."
+    classes, difficult = entry.get("classes"), entry.get("difficult_as_crowd", False)
+    names = classes if isinstance(classes, list | tuple) else [classes]
+    if classes is not None and not (names and all(isinstance(n, str) and n for n in names) and _unique(names)):
+        raise ValueError(f"{where}.classes must be names, none twice, got {classes!r}")
+    if not isinstance(difficult, bool):
+        raise ValueError(f"{where}.difficult_as_crowd must be True or False, got {difficult!r}")
+    kept = None if classes is None else tuple(classes)
+    return Declaration(entry["name"], form, file, root, entry.get("split", ""), kept, difficult)
+
+
+def _unique(names: Sequence[Any]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def _resolve(path: str) -> str:
@@ -121,28 +206,90 @@ def _resolve(path: str) -> str:
     return under if root and os.path.exists(under) else path
 
 
-def _read_categories(json_file: str, where: str) -> dict[int, str]:
-    """Category id -> name of a COCO annotation file."""
-    refused = f"{where}.json: {json_file!r} is not COCO JSON"
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{refused}: {error}") from error
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise ValueError(f"{refused}: it has no list {part!r}")
-    categories: dict[int, str] = {}
-    for category in content["categories"]:
-        key, name = (category.get(k) if isinstance(category, dict) else None for k in ("id", "name"))
-        if type(key) is not int or not isinstance(name, str) or not name:
-            raise ValueError(f"{refused}: a category needs an integer id and a name, got {category!r}")
-        if key in categories or name in categories.values():
-            raise ValueError(f"{refused}: category {category!r} has the id or the name of another one")
-        categories[key] = name
-    if not categories:
-        raise ValueError(f"{refused}: 'categories' is empty")
-    return categories
+def _existing(path: str, where: str, *, is_folder: bool) -> str:
+    found = _resolve(path)
+    if not (os.path.isdir(found) if is_folder else os.path.isfile(found)):
+        roots = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
+        raise ValueError(f"{where}: no {'folder' if is_folder else 'file'} {found!r}; {roots}")
+    return found
+
+
+def _register(declaration: Declaration, strict: bool) -> None:
+    name = declaration.name
+    known = MetadataCatalog.get(name).get("declaration") if name in DatasetCatalog else declaration
+    if known != declaration:
+        raise ValueError(f"DATASETS.DECLARED: {name!r} is registered already with other files, choose another name")
+    report, json_file = checked(declaration, pixels=False)
+    _refuse(report, f"DATASETS.DECLARED: {name}", strict)
+    changed = report.number("repaired", "dropped")
+    if changed:
+        logger.warning("Dataset %s: %d findings repaired or dropped:\n%s", name, changed, report.summary())
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    image_root = declaration.image_root
+    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    MetadataCatalog.get(name).set(
+        declaration=declaration,
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=list(report.categories.values()),
+        thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(report.categories)},
+    )
+
+
+def _refuse(report: Report, what: str, strict: bool) -> None:
+    """Raises if a report has what stops a training; the first findings of each kind are in the message."""
+    count = report.refused(strict)
+    if not count:
+        return
+    shown: dict[str, str] = {}
+    for finding in report.findings:
+        if report.is_refused(finding.kind, strict):
+            shown.setdefault(finding.kind, f"{report.counts[finding.kind]} {finding.kind}: {finding}")
+    raise ValueError(
+        f"{what}: {count} problem{'s' if count > 1 else ''}{' (DATASETS.STRICT)' if strict else ''}; "
+        f"{'; '.join(shown.values())}; "
+        "tools/check_dataset.py lists them all"
+    )
+
+
+@contextlib.contextmanager
+def _first_of_the_machine() -> Iterator[None]:
+    """Lets one process of each machine go first, and the others when it is done."""
+    is_first = comm.get_local_rank() == 0
+    if not is_first:
+        comm.synchronize()
+    yield
+    if is_first:
+        comm.synchronize()
+
+
+def _train_and_test(cfg: CfgNode, reports: dict[str, Report]) -> Iterator[tuple[Report, Report]]:
+    for test in cfg.DATASETS.TEST:
+        for train in cfg.DATASETS.TRAIN:
+            if train != test and train in reports and test in reports:
+                yield reports[train], reports[test]
+
+
+def _log(report: Report, cfg: CfgNode) -> None:
+    facts = ", ".join(f"{value} {key}" for key, value in report.facts.items())
+    logger.info("Dataset %s: %s; classes %s", report.name, facts, report.classes())
+    empty = report.counts["image-without-boxes"]
+    if empty and report.name in cfg.DATASETS.TRAIN:
+        left_out = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        what = "not trained on" if left_out else "trained on as negatives"
+        logger.info(
+            "Dataset %s: %d images without boxes are %s (DATALOADER.FILTER_EMPTY_ANNOTATIONS is %s)",
+            report.name,
+            empty,
+            what,
+            left_out,
+        )
+    if report.counts:
+        level = logging.WARNING if report.refused(strict=True) else logging.INFO
+        logger.log(level, "Check of %s:\n%s", report.name, report.summary())
 
 
 def _thing_classes(name: str) -> list[str] | None:

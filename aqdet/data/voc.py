@@ -1,18 +1,20 @@
 """
-Pascal VOC folders to COCO JSON.
+Pascal VOC folders: converted to COCO JSON, or read as a declared dataset.
 
-Policy. A record that cannot be read as meant stops the conversion, with all such records in one line and
-nothing written: a missing or unreadable file, XML with a DOCTYPE, an object without a name or with a box that
-is not four finite numbers, a class outside ``classes``. What is repaired or dropped is counted, with the
-records it happened to: a box that reaches outside the image is clipped; one that lies outside or ends before
-it starts is dropped; a box of one pixel, an object given twice and an image without objects are kept; where
-the XML's size of an image differs from the file's, the file's is used, turned as EXIF says.
+:func:`read_voc` leaves the policy to :mod:`aqdet.data.check`. That of :func:`convert_voc`: a record that cannot
+be read as meant stops the conversion, with all such records in one line and nothing written: a missing or
+unreadable file, XML with a DOCTYPE, an object without a name or with a box that is not four finite numbers, a
+class outside ``classes``. What is repaired or dropped is counted, with the records it happened to: a box that
+reaches outside the image is clipped; one that lies outside or ends before it starts is dropped; a box of one
+pixel, an object given twice and an image without objects are kept; where the XML's size of an image differs
+from the file's, the file's is used, turned as EXIF says.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -27,12 +29,14 @@ from xml.parsers import expat
 from PIL import Image
 from tabulate import tabulate
 
-__all__ = ["IMAGE_ENDINGS", "VocReport", "convert_voc"]
+from .check import Source
+from .findings import Report
+from .images import EXIF_ORIENTATION, IMAGE_ENDINGS
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
+__all__ = ["VocReport", "convert_voc", "read_voc"]
+
 SIZE_BANDS = ("small", "medium", "large")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_EXIF_ORIENTATION = 0x0112
 _SHOWN = 20
 
 
@@ -168,6 +172,105 @@ def convert_voc(
     return _report(content, names, notes)
 
 
+def read_voc(
+    voc_root: str,
+    split: str,
+    report: Report,
+    classes: Sequence[str] | None = None,
+    *,
+    difficult_as_crowd: bool = False,
+) -> Source:
+    """
+    Reads one split of a Pascal VOC folder with all its faults.
+
+    Args:
+        voc_root, split, classes, difficult_as_crowd: as for :func:`convert_voc`.
+        report: what cannot be read goes into it.
+
+    Returns:
+        the records, with boxes as COCO has them.
+    """
+    root = Path(voc_root)
+    folder = root / "JPEGImages"
+    split_file = root / "ImageSets" / "Main" / f"{split}.txt"
+    source = Source("voc", str(split_file), str(folder), inputs={str(split_file)})
+    notes: dict[str, list[str]] = collections.defaultdict(list)
+    try:
+        stems = _read_split(root, split, notes)
+    except (ValueError, OSError) as error:
+        report.add("file-unreadable", str(split_file), value=str(error))
+        return source
+    for line in itertools.chain.from_iterable(notes.values()):
+        report.add("line-repeated", str(split_file), value=line)
+    images = _index_images(folder)
+    annotations = {}
+    for stem in stems:
+        annotation = _read_tolerantly(root, stem, report)
+        if annotation is not None:
+            annotations[stem] = annotation
+    if classes is not None:
+        names = list(classes)
+    else:
+        skipped: dict[str, list[str]] = collections.defaultdict(list)
+        names = _class_names(root, annotations, skipped)
+        source.inputs.update(str(path) for path in (root / "Annotations").rglob("*"))
+        for stem in itertools.chain.from_iterable(skipped.values()):
+            report.add("file-skipped", str(root / "Annotations" / f"{stem}.xml"))
+    source.categories = dict(enumerate(names, 1))
+    ids = {name: key for key, name in source.categories.items()}
+    for image_id, stem in enumerate(stems, 1):
+        path = str(root / "Annotations" / f"{stem}.xml")
+        source.inputs.add(path)
+        found = images.get(stem, [f"{stem}{IMAGE_ENDINGS[0]}"])
+        if len(found) > 1:
+            report.add("label-shared", path, value=" and ".join(found))
+        entry: dict[str, Any] = {"id": image_id, "file_name": found[0]}
+        source.images.append(entry)
+        source.image_places.append((path, "size"))
+        if stem not in annotations:
+            continue
+        declared = annotations[stem].declared
+        entry["width"], entry["height"] = (int(text) if text.isdecimal() else text for text in declared)
+        for item in annotations[stem].objects:
+            xmin, ymin, xmax, ymax = item.corners
+            if item.difficult and not difficult_as_crowd:
+                report.add("difficult", path, f"object {item.record.rpartition('#')[2]}")
+            source.annotations.append(
+                {
+                    "id": len(source.annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": ids.get(item.name, f"{item.name}: not among the classes"),
+                    "bbox": [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1],
+                    "ignore": int(item.difficult and difficult_as_crowd),
+                }
+            )
+            source.annotation_places.append((path, f"object {item.record.rpartition('#')[2]}"))
+    return source
+
+
+def _read_tolerantly(root: Path, stem: str, report: Report) -> _Annotation | None:
+    """The annotation of a record without the objects that cannot be read, which go into the report."""
+    path = root / "Annotations" / f"{stem}.xml"
+    try:
+        tree = _parse(path)
+    except (ValueError, OSError) as error:
+        report.add("file-unreadable", str(path), value=str(error))
+        return None
+    objects = []
+    for index, item in enumerate(tree.findall("object")):
+        try:
+            objects.append(_read_object(item, f"{stem}#{index}"))
+        except ValueError as error:
+            report.add("object-malformed", str(path), f"object {index}", value=str(error))
+    return _Annotation(_declared_size(tree), objects)
+
+
+def _declared_size(tree: ElementTree.Element) -> tuple[str, str]:
+    """Width and height that an XML file states, as text."""
+    width, height = ((tree.findtext(f"size/{side}") or "").strip() or "none" for side in ("width", "height"))
+    return width, height
+
+
 def _listed(items: Sequence[str], separator: str = ", ") -> str:
     rest = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return separator.join(items[:_SHOWN]) + rest
@@ -200,12 +303,8 @@ def _read_split(root: Path, split: str, notes: dict[str, list[str]]) -> list[str
 
 def _find_images(root: Path, stems: Sequence[str]) -> dict[str, str]:
     """Image file of each record, relative to ``JPEGImages``; raises with all files that are missing."""
-    found: dict[str, list[str]] = collections.defaultdict(list)
     folder = root / "JPEGImages"
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_ENDINGS:
-            name = path.relative_to(folder).as_posix()
-            found[name[: -len(path.suffix)]].append(name)
+    found = _index_images(folder)
     missing = [f"Annotations/{s}.xml" for s in stems if not (root / "Annotations" / f"{s}.xml").is_file()]
     missing += [f"JPEGImages/{s}{IMAGE_ENDINGS[0]}" for s in stems if s not in found]
     if missing:
@@ -214,6 +313,16 @@ def _find_images(root: Path, stems: Sequence[str]) -> dict[str, str]:
     if several:
         raise ValueError(f"images of the same name in {str(folder)!r}: {_listed(several)}")
     return {stem: found[stem][0] for stem in stems}
+
+
+def _index_images(folder: Path) -> dict[str, list[str]]:
+    """Image files below a folder, by their name without its ending."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_ENDINGS:
+            name = path.relative_to(folder).as_posix()
+            found[name[: -len(path.suffix)]].append(name)
+    return dict(found)
 
 
 def _parse(path: Path) -> ElementTree.Element:
@@ -250,8 +359,7 @@ def _read_annotation(root: Path, stem: str) -> _Annotation:
         objects = [_read_object(item, f"{stem}#{i}") for i, item in enumerate(tree.findall("object"))]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    declared = [(tree.findtext(f"size/{side}") or "").strip() or "none" for side in ("width", "height")]
-    return _Annotation((declared[0], declared[1]), objects)
+    return _Annotation(_declared_size(tree), objects)
 
 
 def _read_object(item: ElementTree.Element, record: str) -> _Object:
@@ -301,7 +409,7 @@ def _image_size(path: Path, stem: str, notes: dict[str, list[str]]) -> tuple[int
     """Width and height as Detectron2 reads the image: turned as its EXIF orientation says."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             width, height = image.size
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} is not an image that can be read: {error}") from error

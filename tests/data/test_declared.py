@@ -4,13 +4,15 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from helpers import make_cfg
+from PIL import Image
 
 from aqdet.data import check_num_classes, register_declared
 
 
 def dataset(folder, names=("cat", "dog", "cow")):
     folder.mkdir(exist_ok=True)
-    content = {"images": [], "annotations": []}
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    content = {"images": [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}], "annotations": []}
     content["categories"] = [{"id": 10 * (i + 1), "name": n} for i, n in enumerate(names)]
     (folder / "a.json").write_text(json.dumps(content))
     return {
@@ -48,7 +50,8 @@ def test_registers_once_and_under_the_datasets_folder(tmp_path, monkeypatch):
         ({"json": "none.json"}, r"DATASETS.DECLARED\[0\].json: no file 'none.json'"),
         ({"image_root": "none"}, r"DATASETS.DECLARED\[0\].image_root: no folder 'none'"),
         ({"name": ""}, r"DATASETS.DECLARED\[0\].name must be a non-empty string"),
-        ({"extra": 1}, "must have exactly the fields name, json, image_root"),
+        ({"extra": 1}, "must have the fields name, json, image_root, and may have format, got"),
+        ({"format": "coc"}, r"DATASETS.DECLARED\[0\].format must be one of coco, voc, yolo, got 'coc'"),
         ({"json": 3}, r"DATASETS.DECLARED\[0\].json must be a non-empty string, got 3"),
         ({"name": "coco_2017_val"}, "'coco_2017_val' is registered already with other files"),
     ],
@@ -65,8 +68,15 @@ def test_unknown_names_and_class_counts(tmp_path):
         register_declared(cfg_for(train=["aqdet_shapes_trian"]))
     two, three = dataset(tmp_path / "two", ("a", "b")), dataset(tmp_path / "three")
     register_declared(cfg_for(two, three))
-    with pytest.raises(ValueError, match="NUM_CLASSES is 3, but .* has 2 classes: a, b"):
-        check_num_classes(cfg_for(train=[two["name"]]))
+    cfg = cfg_for(train=[two["name"]])
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is 3, but .* has 2 classes: a, b \(0 takes the number"):
+        check_num_classes(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 0
+    check_num_classes(cfg)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 2
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.DATASETS.TRAIN = 0, ()
+    with pytest.raises(ValueError, match="NUM_CLASSES is 0, but no dataset"):
+        check_num_classes(cfg)
     with pytest.raises(ValueError, match="have different classes"):
         check_num_classes(cfg_for(train=[three["name"]], test=[two["name"]]))
 
@@ -76,43 +86,41 @@ def test_a_list_of_entries_is_needed(tmp_path):
     cfg.DATASETS.DECLARED = "mine.json"
     with pytest.raises(ValueError, match=r"DATASETS.DECLARED must be a list of .*, got 'mine.json'"):
         register_declared(cfg)
-    with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[1\] must have exactly"):
+    with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[1\] must have the fields"):
         register_declared(cfg_for(dataset(tmp_path / "d"), "mine.json"))
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: "{", "Expecting property name"),
-        (lambda c: "[1, 2]", "it has no list 'images'"),
+        (lambda c: "{", "1 file-unreadable: .*/a.json: not JSON: Expecting property name"),
+        (lambda c: "[1, 2]", "1 file-format: .*/a.json: images = not COCO JSON: it has no list 'images'"),
         (lambda c: json.dumps({**c, "annotations": {}}), "it has no list 'annotations'"),
         (lambda c: json.dumps({**c, "categories": []}), "'categories' is empty"),
-        (lambda c: json.dumps({**c, "categories": [{"id": "1", "name": "a"}]}), "needs an integer id and a name"),
-        (lambda c: json.dumps({**c, "categories": [{"id": 1}]}), "needs an integer id and a name"),
-        (lambda c: json.dumps({**c, "categories": ["a"]}), "needs an integer id and a name, got 'a'"),
-        (lambda c: json.dumps({**c, "categories": [{"id": 1, "name": "a"}] * 2}), "of another one"),
+        (lambda c: json.dumps({**c, "categories": [{"id": 1}]}), r'1 category-malformed: .*categories\[0\]: \{"id": 1'),
+        (lambda c: json.dumps({**c, "categories": [{"id": 1, "name": "a"}] * 2}), r"categories\[1\]"),
     ],
 )
 def test_broken_annotation_files_are_one_line(tmp_path, change, words):
     entry = dataset(tmp_path / "d")
     path = tmp_path / "d" / "a.json"
     path.write_text(change(json.loads(path.read_text())))
-    with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[0\].json: .* is not COCO JSON: .*") as error:
+    with pytest.raises(ValueError, match=rf"DATASETS.DECLARED: {entry['name']}: 1 problem; .*{words}") as error:
         register_declared(cfg_for(entry))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
     assert entry["name"] not in DatasetCatalog
 
 
-def test_class_ids_are_those_of_detectron2(tmp_path):
+def test_class_ids_are_those_of_detectron2_after_a_change_of_the_file_too(tmp_path):
     entry = dataset(tmp_path / "d", ("z", "a"))
     register_declared(cfg_for(entry))
     before = MetadataCatalog.get(entry["name"]).thing_dataset_id_to_contiguous_id
     assert before == {10: 0, 20: 1}
     path = tmp_path / "d" / "a.json"
     content = json.loads(path.read_text())
-    content["images"] = [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}]
     content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 20, "bbox": [0, 0, 4, 4], "iscrowd": 0}]
     path.write_text(json.dumps(content))
+    register_declared(cfg_for(entry))
     records = DatasetCatalog.get(entry["name"])
     assert records[0]["annotations"][0]["category_id"] == 1
     assert records[0]["file_name"] == str(tmp_path / "d" / "a.png")

@@ -1,0 +1,163 @@
+"""Checks of declared datasets, kept until one of the files that they read changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .builtin import cache_dir
+from .check import Source, check_source, read_coco
+from .findings import Report
+from .voc import read_voc
+from .yolo import read_yolo
+
+__all__ = ["Declaration", "check_declaration", "checked", "write_aside"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """
+    A dataset as it was declared, with its paths looked up.
+
+    Attributes:
+        name: that it is registered by.
+        format: ``"coco"``, ``"voc"`` or ``"yolo"``.
+        file: the COCO JSON, the VOC folder, or the YOLO ``data.yaml``.
+        image_root: folder that nothing is read outside of.
+        split: of a VOC or YOLO folder.
+        classes: of a VOC folder, in the order of their ids; None for those in its annotations.
+        difficult_as_crowd: of a VOC folder.
+    """
+
+    name: str
+    format: str
+    file: str
+    image_root: str
+    split: str = ""
+    classes: tuple[str, ...] | None = None
+    difficult_as_crowd: bool = False
+
+
+def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report, dict[str, Any], Source]:
+    """
+    Checks a dataset.
+
+    Args:
+        declaration: which.
+        pixels: whether to decode all images.
+
+    Returns:
+        the report, the records that can be used as COCO JSON has them, and what was read.
+    """
+    report = Report(declaration.name)
+    if declaration.format == "coco":
+        source = read_coco(declaration.file, declaration.image_root, report)
+    elif declaration.format == "voc":
+        source = read_voc(
+            declaration.file,
+            declaration.split,
+            report,
+            declaration.classes,
+            difficult_as_crowd=declaration.difficult_as_crowd,
+        )
+    else:
+        source = read_yolo(declaration.file, declaration.split, declaration.image_root, report)
+    content = check_source(source, report, pixels=pixels)
+    return report, content, source
+
+
+def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
+    """
+    Checks a dataset, or takes the report from the cache.
+
+    Args:
+        declaration: which.
+        pixels: whether all images have to be decoded.
+
+    Returns:
+        the report, and the COCO JSON to train on and to evaluate with: the declared file itself if it needs no
+        change, else one in the cache. It exists if the report has no errors.
+
+    Raises:
+        ValueError: naming ``DATASETS.CACHE_DIR``, if nothing can be written there.
+    """
+    entry = cache_dir() / "checked" / _key(declaration)
+    usable = entry.with_suffix(".json")
+    # A check that read the pixels answers both questions.
+    for known in (True,) if pixels else (True, False):
+        found = _read_cache(_report_file(entry, known), declaration)
+        if found is not None:
+            report, is_copied = found
+            if not is_copied or usable.is_file() or report.refused(strict=False):
+                return report, str(usable) if is_copied else declaration.file
+    report, content, source = check_declaration(declaration, pixels=pixels)
+    is_copied = declaration.format != "coco" or report.changes
+    noted = {"inputs": _stamps(source.inputs), "is_copied": is_copied, "report": report.as_dict()}
+    try:
+        if is_copied and not report.refused(strict=False):
+            write_aside(usable, json.dumps(content))
+        write_aside(_report_file(entry, pixels), json.dumps(noted))
+    except OSError as error:
+        raise ValueError(
+            f"DATASETS.CACHE_DIR: the check of {declaration.name} cannot be kept in {str(entry.parent)!r}: {error}"
+        ) from error
+    return report, str(usable) if is_copied else declaration.file
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also where several processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    aside.write_text(text, encoding="utf-8", errors="surrogatepass")
+    os.replace(aside, path)
+
+
+def _report_file(entry: Path, pixels: bool) -> Path:
+    return entry.with_suffix(".pixels.report" if pixels else ".labels.report")
+
+
+def _read_cache(path: Path, declaration: Declaration) -> tuple[Report, bool] | None:
+    """The report kept in a file and whether the data had to be copied; None unless all that it read is as it was."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
+        if noted["inputs"] != _stamps(noted["inputs"]):
+            return None
+        return Report.from_dict(noted["report"], declaration.name), noted["is_copied"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(declaration: Declaration) -> str:
+    """Of the declared paths and options, the content of the annotation file, and the code that checks."""
+    file, image_root = os.path.abspath(declaration.file), os.path.abspath(declaration.image_root)
+    fields = dataclasses.replace(declaration, name="", file=file, image_root=image_root)
+    digest = hashlib.blake2b(repr(fields).encode("utf-8", "surrogateescape"), digest_size=16)
+    digest.update(_code())
+    if os.path.isfile(declaration.file):
+        digest.update(Path(declaration.file).read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code() -> bytes:
+    here = Path(__file__).parent
+    names = ("check.py", "checked.py", "findings.py", "images.py", "voc.py", "yolo.py")
+    return b"".join((here / name).read_bytes() for name in names)
+
+
+def _stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
+    """Size and time of the last change of each file; None for one that does not exist."""
+    stamps: dict[str, list[int] | None] = {}
+    for path in sorted(paths):
+        try:
+            status = os.stat(path)
+            stamps[path] = [status.st_size, status.st_mtime_ns]
+        except (OSError, ValueError):
+            stamps[path] = None
+    return stamps

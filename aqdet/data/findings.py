@@ -1,0 +1,262 @@
+"""
+What a check of a dataset can find, and what is then done: the policy.
+
+Each kind has one of five severities:
+
+``error``     training does not start; the record cannot be used as it was meant, or stops a run in its middle.
+``repaired``  the meaning is plain and the record is changed to it.
+``dropped``   the record holds nothing to learn from and is left out.
+``warning``   used as it is, and probably not meant.
+``note``      a fact worth a count.
+
+All are counted in the log and in the report. ``DATASETS.STRICT`` refuses all but notes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from typing import Any
+
+from tabulate import tabulate
+
+__all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report"]
+
+SEVERITIES = ("error", "repaired", "dropped", "warning", "note")
+# Records of a note that are kept; all are counted.
+NOTES_KEPT = 20
+_SHOWN = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of finding; `changes` if the data used then differ from the file's."""
+
+    severity: str
+    meaning: str
+    changes: bool = False
+
+
+def _kinds(severity: str, changes: bool = False, **meanings: str) -> dict[str, Kind]:
+    return {code.replace("_", "-"): Kind(severity, text, changes) for code, text in meanings.items()}
+
+
+KINDS: dict[str, Kind] = {
+    **_kinds(
+        "error",
+        file_unreadable="a file of annotations that is missing or cannot be parsed",
+        file_format="a file of annotations that lacks a part of its format",
+        record_malformed="an entry that is not an object with fields",
+        category_malformed="a category needs an integer id and a name, both its own",
+        no_images="a dataset without images",
+        image_id="an image without an integer id",
+        image_id_twice="an image with the id of another one",
+        image_name="an image without a file name",
+        image_outside="an image file outside its image root: absolute, through .. or through a link",
+        image_missing="an image file that does not exist",
+        image_empty="an image file of 0 bytes",
+        image_unreadable="a file that does not decode: truncated, damaged or no image",
+        image_mode="more than 8 bits a pixel in one channel, or floats: the reader would clip them; convert to 8 bits",
+        image_size="an image whose size differs from the stated one, so that the scale of its boxes is not known",
+        image_size_exif="a stated size from before the turn that the image's EXIF asks for, which the reader applies",
+        class_unknown="an object of a class that is not among the dataset's",
+        crowd_malformed="iscrowd or ignore is neither 0 nor 1",
+        box_missing="an object with neither a box nor a polygon to take it from",
+        box_malformed="a box that is not four numbers",
+        box_not_finite="a box with NaN or infinity in it",
+        boxes_normalised="all boxes lie within 0 and 1: pixels are needed",
+        boxes_corners="boxes seem to be x1, y1, x2, y2: x, y, width, height is needed",
+        object_malformed="a VOC object without a name or four finite numbers",
+        label_line="a YOLO line that is neither class cx cy w h nor class x1 y1 x2 y2 x3 y3 ...",
+        label_not_normalised="a YOLO line with a number outside 0 to 1: pixels, or another format",
+        labels_absent="no image of a YOLO folder has a label file",
+    ),
+    **_kinds(
+        "repaired",
+        changes=True,
+        file_bom="a byte order mark before the JSON: skipped",
+        image_id_type="an id of an image, as text or as a float: made an integer",
+        image_path="a file name with backslashes, from an absolute path, or in another Unicode form: the file's used",
+        image_size_absent="an image without a usable width and height: the file's used",
+        image_size_type="a width or height as text or as a float: made an integer",
+        annotation_id="an annotation whose id is absent, no integer, or 0, which COCO's code takes for none: a new one",
+        annotation_id_twice="an annotation with the id of another one: a new one",
+        class_type="a class as text or as a float: made an integer",
+        category_name_type="a class name that is a number: made text",
+        box_text="a box with numbers as text: made numbers",
+        box_clipped="a box that reaches more than a pixel outside its image: clipped",
+        area_wrong="an area that is no positive number, or larger than its box: the box's used",
+        crowd_type="iscrowd or ignore as true, false or text: made 0 or 1",
+        segmentation_malformed="a segmentation that is neither polygons nor RLE: left out, the box kept",
+    ),
+    **_kinds(
+        "dropped",
+        changes=True,
+        annotation_nowhere="an annotation of an image that is not in the dataset",
+        box_empty="a box without width or height",
+        box_negative="a box that ends before it starts",
+        box_outside="a box outside its image",
+        line_repeated="a line of a split file that came before",
+    ),
+    **_kinds(
+        "warning",
+        no_boxes="a dataset without boxes",
+        image_listed_twice="an image file that another image of the dataset has too",
+        image_twice="an image with the pixels of another one of the dataset",
+        image_in_two_sets="an image with the pixels, or the file, of one in the other dataset",
+        box_twice="an object given twice: same image, class and box",
+        label_shared="a YOLO label file that two images share",
+        label_without_image="a YOLO label file without an image",
+        file_skipped="a VOC annotation outside the split that cannot be parsed: not searched for classes",
+        file_ignored="a file among the images whose ending is not that of an image",
+    ),
+    **_kinds(
+        "note",
+        image_without_boxes="an image without boxes: a negative, kept unless DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        image_turned="an image turned by its EXIF orientation, as the reader does",
+        image_converted="not RGB: grey in three channels, a palette's colours, alpha dropped, CMYK without profile",
+        image_sixteen="16 bits a channel in colour: the reader takes the upper 8",
+        image_frames="more than one frame: the first is used",
+        image_ending="an ending that is not the file's format: read by content",
+        class_without_boxes="a class without objects; a predictor for it is still trained",
+        crowd="a crowd region: not trained on, detections in it are not counted",
+        difficult="a difficult object, kept as an object",
+        box_thin="a box of at most one pixel in width or height, kept",
+        label_file_absent="a YOLO image without a label file: a negative",
+    ),
+    **_kinds(
+        "note",
+        changes=True,
+        area_absent="no area: the box's used",
+        crowd_absent="no iscrowd: 0",
+        ignore_region="an object marked ignore or, where asked for, difficult: made a crowd region",
+        box_edge="a box that reaches at most a pixel outside its image: clipped",
+        box_from_polygon="an object given by a polygon: its box used",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One record of a kind: in `file`, at `record`, the `value` of `field`."""
+
+    kind: str
+    file: str
+    record: str
+    field: str
+    value: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.record}" if self.record else self.file
+        what = " = ".join(part for part in (self.field, self.value) if part)
+        return f"{where}: {what}" if what else where
+
+
+class Report:
+    """
+    The findings in a dataset, with counts.
+
+    Attributes:
+        name: the dataset's.
+        findings: in the order found; of each kind of note the first ones only.
+        counts: kind -> how many, notes included.
+        facts: what else is printed, e.g. numbers of images and boxes.
+        categories: the dataset's id of a class -> its name, in the order of the contiguous ids.
+        images: file name -> digest of the pixels, or the file's real path where pixels were not read.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.findings: list[Finding] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.facts: dict[str, Any] = {}
+        self.categories: dict[int, str] = {}
+        self.images: dict[str, str] = {}
+
+    def add(self, kind: str, file: str, record: str = "", field: str = "", value: Any = "") -> None:
+        """Counts a finding; `value` is shown as JSON would, cut where long."""
+        self.counts[kind] += 1
+        if KINDS[kind].severity != "note" or self.counts[kind] <= NOTES_KEPT:
+            self.findings.append(Finding(kind, file, record, field, _shown(value)))
+
+    def number(self, *severities: str) -> int:
+        """How many findings of these severities there are."""
+        return sum(count for kind, count in self.counts.items() if KINDS[kind].severity in severities)
+
+    def refused(self, strict: bool) -> int:
+        """How many findings stop a training."""
+        return sum(count for kind, count in self.counts.items() if self.is_refused(kind, strict))
+
+    @staticmethod
+    def is_refused(kind: str, strict: bool) -> bool:
+        """Whether a finding of this kind stops a training."""
+        return KINDS[kind].severity in (SEVERITIES[:-1] if strict else SEVERITIES[:1])
+
+    @property
+    def changes(self) -> bool:
+        """Whether the data used differ from the file's."""
+        return any(KINDS[kind].changes for kind in self.counts)
+
+    def classes(self) -> str:
+        """The mapping of classes, in one line."""
+        pairs = (f"{i}: {name} (id {key})" for i, (key, name) in enumerate(self.categories.items()))
+        return ", ".join(pairs) or "none"
+
+    def text(self, examples: int = 5) -> str:
+        """The report to read: facts, classes, then the findings by kind, each with `examples` records."""
+        lines = [f"{self.name}: " + ", ".join(f"{value} {key}" for key, value in self.facts.items())]
+        lines.append(f"  classes: {self.classes()}")
+        for severity in SEVERITIES:
+            for kind in [k for k in KINDS if KINDS[k].severity == severity and self.counts[k]]:
+                lines.append(f"  {severity:<9}{kind}: {self.counts[kind]} ({KINDS[kind].meaning})")
+                found = [finding for finding in self.findings if finding.kind == kind]
+                lines += [f"             {finding}" for finding in found[:examples]]
+                if self.counts[kind] > examples:
+                    lines.append(f"             and {self.counts[kind] - examples} more")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """The counts by kind, most severe first, as a table."""
+        rows = [(KINDS[k].severity, k, self.counts[k]) for k in KINDS if self.counts[k]]
+        rows.sort(key=lambda row: SEVERITIES.index(row[0]))
+        return tabulate(rows, ["severity", "kind", "count"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; read back by :meth:`from_dict`."""
+        return {
+            "name": self.name,
+            "facts": self.facts,
+            "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
+            "counts": dict(self.counts),
+            "findings": [
+                {"severity": KINDS[finding.kind].severity, **dataclasses.asdict(finding)} for finding in self.findings
+            ],
+            "images": self.images,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], name: str) -> Report:
+        """The report that :meth:`as_dict` was made of, for the dataset called `name` now."""
+        report = cls(name)
+        report.facts = content["facts"]
+        report.categories = {item["id"]: item["name"] for item in content["categories"]}
+        report.counts.update(content["counts"])
+        report.images = content["images"]
+        for item in content["findings"]:
+            report.findings.append(Finding(**{k: v for k, v in item.items() if k != "severity"}))
+        return report
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            text = repr(value)
+    text = " ".join(text.split())
+    # Lone surrogates, as in a name that is not UTF-8, cannot be written to a file.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

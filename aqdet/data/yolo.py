@@ -1,0 +1,270 @@
+"""
+YOLO folders: a ``data.yaml`` and, for each image, a text file with a line an object.
+
+``names`` of the YAML is a list, or a mapping from class numbers, which may have gaps. A split (``train``,
+``val``, ``test``) is a folder, a text file that lists images, or a list of these, relative to ``path``, and
+``path`` to the YAML's folder. The label file of ``.../images/a.jpg`` is ``.../labels/a.txt``; without a folder
+``images`` in its path it is beside the image. A line is ``class cx cy w h``, or ``class x1 y1 x2 y2 x3 y3 ...``
+for a polygon, whose box is used; all relative to the image's size. With ``kpt_shape`` in the YAML a line is a
+box followed by keypoints, which are left out. A missing or empty label file makes an image a negative.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .check import Source
+from .findings import Report
+from .images import IMAGE_ENDINGS, ImageFolder
+
+__all__ = ["SPLITS", "read_yolo"]
+
+SPLITS = ("train", "val", "test")
+
+
+def read_yolo(yaml_file: str, split: str, image_root: str, report: Report) -> Source:
+    """
+    Reads one split.
+
+    Args:
+        yaml_file: the ``data.yaml``.
+        split: a key in it.
+        image_root: folder that has to hold the images and the label files; ``""`` for that of the YAML.
+        report: what cannot be read goes into it.
+
+    Returns:
+        the records, with boxes relative to the size of the image.
+    """
+    root = image_root or os.path.dirname(os.path.abspath(yaml_file))
+    source = Source("yolo", yaml_file, root, inputs={yaml_file}, normalised=True)
+    content = _read_yaml(yaml_file, report)
+    if content is None:
+        return source
+    source.categories = _categories(content, yaml_file, report)
+    reader = _Reader(source, content, report)
+    for name in reader.images_of(split):
+        reader.read_image(name)
+    reader.check_label_files()
+    return source
+
+
+def _read_yaml(yaml_file: str, report: Report) -> dict[str, Any] | None:
+    try:
+        with open(yaml_file, encoding="utf-8-sig") as file:
+            content = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        report.add("file-unreadable", yaml_file, value=f"not plain YAML: {error}")
+        return None
+    if not isinstance(content, dict) or "names" not in content:
+        report.add("file-format", yaml_file, field="names", value="not a YOLO data.yaml: it has no 'names'")
+        return None
+    return content
+
+
+def _categories(content: dict[str, Any], yaml_file: str, report: Report) -> dict[int, str]:
+    names = content["names"]
+    pairs = list(names.items()) if isinstance(names, dict) else list(enumerate(names if names is not None else ()))
+    if not isinstance(names, list | dict) or not pairs:
+        report.add("file-format", yaml_file, field="names", value=names)
+        return {}
+    categories: dict[int, str] = {}
+    for key, name in pairs:
+        record = f"class {key}"
+        # YAML makes False of the name `no`.
+        if isinstance(name, int | float) and not isinstance(name, bool):
+            report.add("category-name-type", yaml_file, record, "name", name)
+            name = str(name)
+        if type(key) is not int or not isinstance(name, str) or not name.strip() or name in categories.values():
+            report.add("category-malformed", yaml_file, record, "name", name)
+            continue
+        categories[key] = name
+    count = content.get("nc", len(pairs))
+    if count != len(pairs):
+        report.add("file-format", yaml_file, field="nc", value=f"{count}, but there are {len(pairs)} names")
+    return categories
+
+
+class _Reader:
+    """Collects the records of one split in `source`."""
+
+    def __init__(self, source: Source, content: dict[str, Any], report: Report) -> None:
+        self.source = source
+        self.content = content
+        self.report = report
+        self.folder = ImageFolder(source.image_root)
+        self.has_keypoints = "kpt_shape" in content
+        self.label_files: dict[str, str] = {}
+        self.num_label_files = 0
+
+    # --- Which images ---
+
+    def images_of(self, split: str) -> list[str]:
+        """Names of the split's images, relative to the image root."""
+        value: Any = self.content.get(split)
+        parts = value if isinstance(value, list) else [value]
+        if value is None or not all(isinstance(part, str) and part for part in parts):
+            there = ", ".join(key for key in SPLITS if self.content.get(key)) or "none"
+            text = f"no split {split!r}, splits there: {there}" if value is None else value
+            self.report.add("file-format", self.source.file, field=split, value=text)
+            return []
+        names: list[str] = []
+        for part in parts:
+            place = self._find(part)
+            if place is None:
+                value = f"{part}: no such file or folder in {self.source.image_root}"
+                self.report.add("file-format", self.source.file, field=split, value=value)
+            elif os.path.isdir(place):
+                names += self._in_folder(place)
+            else:
+                names += self._in_list(place)
+        return self._once(names)
+
+    def _find(self, part: str) -> str | None:
+        """A file or folder of the YAML that lies in the image root."""
+        home = os.path.dirname(os.path.abspath(self.source.file))
+        base = self.content.get("path")
+        bases = [os.path.join(home, base)] if isinstance(base, str) and base else []
+        tries = [os.path.join(folder, part) for folder in (*bases, home, self.source.image_root)]
+        # An exported folder often says ../train for the train beside the YAML.
+        tries.append(os.path.join(home, part.removeprefix("../")))
+        for path in tries:
+            if os.path.exists(path) and self.folder.contains(path):
+                return os.path.normpath(path)
+        return None
+
+    def _in_folder(self, folder: str) -> list[str]:
+        names = []
+        for path, folders, files in os.walk(folder):
+            folders.sort()
+            self.source.inputs.add(path)
+            for file in sorted(files):
+                full = os.path.join(path, file)
+                ending = os.path.splitext(file)[1].lower()
+                if ending in IMAGE_ENDINGS:
+                    names.append(self._relative(full))
+                elif ending not in (".txt", ".cache") and not file.startswith("."):
+                    self.report.add("file-ignored", full)
+        return names
+
+    def _in_list(self, path: str) -> list[str]:
+        """Images that a file lists; ``./`` is the file's folder, else names are relative to the root."""
+        self.source.inputs.add(path)
+        try:
+            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, ValueError) as error:
+            self.report.add("file-unreadable", path, value=str(error))
+            return []
+        names = []
+        for line in filter(None, lines):
+            base = self.content.get("path")
+            root = os.path.join(os.path.dirname(os.path.abspath(self.source.file)), base if base else "")
+            if line.startswith("./"):
+                root = os.path.dirname(path)
+            full = os.path.normpath(os.path.join(root, line))
+            names.append(self._relative(full))
+        return names
+
+    def _relative(self, path: str) -> str:
+        return os.path.relpath(path, os.path.abspath(self.source.image_root)).replace(os.sep, "/")
+
+    def _once(self, names: list[str]) -> list[str]:
+        once = dict.fromkeys(names)
+        if len(once) < len(names):
+            seen: set[str] = set()
+            for name in names:
+                if name in seen:
+                    self.report.add("line-repeated", self.source.file, value=name)
+                seen.add(name)
+        return list(once)
+
+    # --- Their labels ---
+
+    def read_image(self, name: str) -> None:
+        """Adds an image and the objects of its label file."""
+        image_id = len(self.source.images) + 1
+        self.source.images.append({"id": image_id, "file_name": name})
+        self.source.image_places.append((os.path.join(self.source.image_root, name), ""))
+        label = _label_name(name)
+        path = os.path.join(self.source.image_root, label)
+        if label in self.label_files:
+            self.report.add("label-shared", path, value=f"{self.label_files[label]} and {name}")
+        self.label_files[label] = name
+        self.source.inputs.add(path)
+        found, kind = self.folder.find(label)
+        if kind == "image-missing":
+            self.report.add("label-file-absent", os.path.join(self.source.image_root, name), value=label)
+            return
+        if kind == "image-outside":
+            self.report.add(kind, path, value=found)
+            return
+        self.num_label_files += 1
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            self.report.add("file-unreadable", path, value=str(error))
+            return
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                self._read_line(line.split(), image_id, (path, f"line {number}"))
+
+    def _read_line(self, fields: list[str], image_id: int, place: tuple[str, str]) -> None:
+        try:
+            numbers = [float(field) for field in fields[1:]]
+        except ValueError:
+            numbers = []
+        polygon = len(numbers) >= 6 and len(numbers) % 2 == 0 and not self.has_keypoints
+        if not polygon and len(numbers) != 4 and not (self.has_keypoints and len(numbers) > 4):
+            self.report.add("label-line", *place, value=" ".join(fields))
+            return
+        if not polygon:
+            numbers = numbers[:4]
+        # What is not within rounding of 0 to 1 is no box that reaches a little outside; not a number is neither.
+        if not all(-0.01 <= number <= 1.01 for number in numbers):
+            self.report.add("label-not-normalised", *place, value=" ".join(fields))
+            return
+        if polygon:
+            xs, ys = numbers[0::2], numbers[1::2]
+            box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+            self.report.add("box-from-polygon", *place)
+        else:
+            cx, cy, width, height = numbers
+            box = [cx - width / 2, cy - height / 2, width, height]
+        # A class is text in the file: only one such as 0.0 is worth a word.
+        category = int(fields[0]) if fields[0].isdecimal() else fields[0]
+        annotation_id = len(self.source.annotations) + 1
+        annotation = {"id": annotation_id, "image_id": image_id, "category_id": category, "bbox": box}
+        self.source.annotations.append(annotation)
+        self.source.annotation_places.append(place)
+
+    def check_label_files(self) -> None:
+        """Label files that no image has, and images that have none at all."""
+        root = self.source.image_root
+        folders = {
+            os.path.dirname(os.path.join(root, label)): os.path.dirname(os.path.join(root, image))
+            for label, image in self.label_files.items()
+            if os.path.isdir(os.path.dirname(os.path.join(root, image)))
+        }
+        if self.label_files and not self.num_label_files:
+            value = f"looked for {next(iter(self.label_files))} and the like"
+            self.report.add("labels-absent", self.source.file, value=value)
+        for folder, image_folder in sorted(folders.items()):
+            if folder == image_folder or not os.path.isdir(folder):
+                continue
+            self.source.inputs.add(folder)
+            stems = {os.path.splitext(file)[0] for file in os.listdir(image_folder)}
+            for file in sorted(os.listdir(folder)):
+                stem, ending = os.path.splitext(file)
+                # labelImg writes the names of the classes there.
+                if ending == ".txt" and stem not in stems and file != "classes.txt":
+                    self.report.add("label-without-image", os.path.join(folder, file))
+
+
+def _label_name(image: str) -> str:
+    """The label file of an image, both relative to the root."""
+    head, found, tail = f"/{image}".rpartition("/images/")
+    path = f"{head}/labels/{tail}" if found else f"/{image}"
+    return f"{os.path.splitext(path)[0][1:]}.txt"
