@@ -45,8 +45,10 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
+        "eval": ["faster-coco-eval>=1.6"],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1", "openvino>=2024.0"],
         "dev": [
+            "faster-coco-eval>=1.6",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-xdist>=3.5",

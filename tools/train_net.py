@@ -18,9 +18,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
-from aqdet.data import check_num_classes, register_declared
+from aqdet.data import check_datasets, check_num_classes, register_declared
 from aqdet.engine import Interrupted, NonFiniteLoss, Trainer, build_checkpointer, check_names, fit_to_machine
 from aqdet.engine.launch import continuing_command, is_restart, join_process_group, launch, make_deterministic
+from aqdet.evaluation import check_coco_eval
 
 USER_ERROR = 2
 NON_FINITE = 3
@@ -30,6 +31,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Reads the config, registers its datasets, and checks both against each other."""
     cfg = load_config(args.config_file, args.opts)
     check_names(cfg)
+    check_coco_eval(cfg.TEST.COCO_EVAL)
     fit_to_machine(cfg)
     join_process_group(cfg.MODEL.DEVICE)
     register_declared(cfg)
@@ -42,6 +44,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     make_deterministic(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="aqdet")
+    check_datasets(cfg, train=not args.eval_only)
     return cfg
 
 

@@ -272,7 +272,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO AP by pycocotools, or top-1 and top-5 of image folders, into ``OUTPUT_DIR/inference``.
+        """COCO AP by ``TEST.COCO_EVAL``, or top-1 and top-5 of image folders, into ``OUTPUT_DIR/inference``.
 
         Each of several sets into a folder there.
         """
@@ -281,7 +281,7 @@ class Trainer(DefaultTrainer):
             output_dir = os.path.join(output_dir, dataset_name)
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == EVALUATOR_TYPE:
             return TopKEvaluator(output_dir=output_dir)
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
+        return COCOEvaluator(dataset_name, output_dir=output_dir, coco_eval=cfg.TEST.COCO_EVAL)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Evaluation."""
 
 from .classification import TopKEvaluator
-from .coco import COCOEvaluator, fill_in
+from .coco import COCOEvaluator, check_coco_eval, fill_in
 
-__all__ = ["COCOEvaluator", "TopKEvaluator", "fill_in"]
+__all__ = ["COCOEvaluator", "TopKEvaluator", "check_coco_eval", "fill_in"]

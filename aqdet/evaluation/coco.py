@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import collections
+import importlib.util
 import json
 import logging
 import math
 import os
 from collections.abc import Collection
+from typing import Any
 
+import numpy as np
 from detectron2 import evaluation
 from detectron2.utils import comm
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Of object areas in pixels, as COCO has them.
 SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
+COCO_EVALS = ("pycocotools", "faster-coco-eval")
+
+
+def check_coco_eval(name: str) -> None:
+    """Checks that an implementation of COCO's evaluation exists and is installed.
+
+    Raises:
+        ValueError: in one line, naming ``TEST.COCO_EVAL``.
+    """
+    if name not in COCO_EVALS:
+        raise ValueError(f"TEST.COCO_EVAL must be one of {', '.join(COCO_EVALS)}, got {name!r}")
+    if name == "faster-coco-eval" and importlib.util.find_spec("faster_coco_eval") is None:
+        raise ValueError(f"TEST.COCO_EVAL: {name!r} is not installed: pip install faster-coco-eval, or use pycocotools")
 
 
 def fill_in(truth: COCO, name: str) -> None:
@@ -39,7 +58,10 @@ def fill_in(truth: COCO, name: str) -> None:
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's COCO box evaluation with pycocotools.
+    """Detectron2's COCO box evaluation, by pycocotools or faster-coco-eval.
+
+    A crowd region is COCO's: it is not to be found, and detections that lie in it are neither right nor wrong.
+    A declared dataset's ``ignore`` regions are crowd regions (:mod:`aqdet.data.findings`).
 
     AP, AP50 and AP75 are always numbers: a detector that finds nothing, or data without boxes, is 0. So is
     a size band or a class that has objects of which none is found; one without objects is NaN, null in the
@@ -48,18 +70,34 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     Args:
         dataset_name: a registered dataset.
         output_dir: folder of ``metrics.json`` and Detectron2's own files.
+        coco_eval: ``"pycocotools"`` or ``"faster-coco-eval"``, which agree to 1e-9.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: str) -> None:
+    def __init__(self, dataset_name: str, *, output_dir: str, coco_eval: str = "pycocotools") -> None:
+        check_coco_eval(coco_eval)
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
+        self._coco_eval = coco_eval
+        self._per_class: dict[str, dict[str, float]] = {}
         fill_in(self._coco_api, self._metadata.name)
+
+    def reset(self) -> None:
+        """Forgets all detections."""
+        super().reset()
+        self._per_class = {}
 
     def evaluate(self, img_ids: Collection[int] | None = None) -> dict[str, dict[str, float]]:
         """``{"bbox": {"AP": ..., ...}}`` in percent on the main process, ``{}`` on the others."""
         results = super().evaluate(img_ids)
         if not comm.is_main_process():
             return {}
-        values = self._complete(results.get("bbox") or {}, img_ids)
+        objects = [
+            a
+            for a in self._coco_api.dataset.get("annotations", ())
+            if not a.get("iscrowd") and (img_ids is None or a["image_id"] in img_ids)
+        ]
+        values = self._complete(results.get("bbox") or {}, objects)
+        counts = collections.Counter(a["category_id"] for a in objects)
+        logger.info("AP by class of %s:\n%s", self._metadata.name, self._class_table(values, counts))
         os.makedirs(self._output_dir, exist_ok=True)
         path = os.path.join(self._output_dir, "metrics.json")
         finite = {key: v if math.isfinite(v) else None for key, v in values.items()}
@@ -68,25 +106,83 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         os.replace(path + ".part", path)
         return {"bbox": values}
 
-    def _complete(self, found: dict[str, float], img_ids: Collection[int] | None) -> dict[str, float]:
-        """All metrics: Detectron2's, with 0 for what it leaves out although there are objects."""
-        objects = [
-            a
-            for a in self._coco_api.dataset.get("annotations", ())
-            if not a.get("iscrowd") and (img_ids is None or a["image_id"] in img_ids)
-        ]
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Collection[int] | None = None) -> None:
+        """Detectron2's for boxes, with the implementation asked for: results in the dataset's class ids, then AP."""
+        originals = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        original = {index: key for key, index in originals.items()}
+        found = [result for prediction in predictions for result in prediction["instances"]]
+        for result in found:
+            result["category_id"] = original.get(result["category_id"], result["category_id"])
+        with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w", encoding="utf-8") as file:
+            json.dump(found, file)
+        if not self._do_evaluation:
+            logger.info("%s has no annotations to evaluate with", self._metadata.name)
+            return
+        logger.info("Evaluating %d detections with %s", len(found), self._coco_eval)
+        evaluated = self._evaluated(found, img_ids) if found else None
+        self._results["bbox"] = self._derive_coco_results(evaluated, "bbox")
+        if evaluated is not None:
+            self._results["bbox"].update(self._class_values(evaluated))
+
+    def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None) -> Any:
+        """COCO's evaluation, summarized."""
+        if self._coco_eval == "faster-coco-eval":
+            import faster_coco_eval
+
+            ground_truth = faster_coco_eval.COCO(self._coco_api.dataset)
+            evaluated = faster_coco_eval.COCOeval_faster(
+                ground_truth, ground_truth.loadRes(found), "bbox", print_function=print
+            )
+        else:
+            evaluated = COCOeval(self._coco_api, self._coco_api.loadRes(found), "bbox")
+        evaluated.params.maxDets = list(self._max_dets_per_image)
+        if img_ids is not None:
+            evaluated.params.imgIds = list(img_ids)
+        evaluated.evaluate()
+        evaluated.accumulate()
+        evaluated.summarize()
+        return evaluated
+
+    def _class_values(self, evaluated: Any) -> dict[str, float]:
+        """``AP-name`` of each class, in percent; AP50 and AP75 are kept for the table."""
+        # (IoU thresholds 0.5, 0.55 ... 0.95, recalls, classes, size bands, limits of detections an image)
+        precision = evaluated.eval["precision"][:, :, :, 0, -1]
+        values = {}
+        for index, name in enumerate(self._metadata.get("thing_classes") or []):
+            values[f"AP-{name}"] = _percent(precision[:, :, index])
+            self._per_class[name] = {"AP50": _percent(precision[0, :, index]), "AP75": _percent(precision[5, :, index])}
+        return values
+
+    def _class_table(self, values: dict[str, float], objects: collections.Counter[int]) -> str:
+        """A row a class: name, id in the dataset, objects to find, AP, AP50, AP75."""
+        rows = []
+        for name, category in zip(self._metadata.get("thing_classes") or [], self._category_ids(), strict=True):
+            others = self._per_class.get(name, {})
+            nothing_found = 0.0 if objects[category] else math.nan
+            cells = [values[f"AP-{name}"], others.get("AP50", nothing_found), others.get("AP75", nothing_found)]
+            shown = [f"{cell:.2f}" if math.isfinite(cell) else "-" for cell in cells]
+            rows.append([name, category, objects[category], *shown])
+        return tabulate(rows, ["class", "id", "objects", "AP", "AP50", "AP75"], disable_numparse=True)
+
+    def _category_ids(self) -> list[int]:
+        return sorted(self._coco_api.getCatIds())
+
+    def _complete(self, found: dict[str, float], objects: list[dict[str, Any]]) -> dict[str, float]:
+        """All metrics: those found, with 0 for what is left out although there are objects."""
         exists = {key: True for key in METRICS}
         for key, (low, high) in SIZE_BANDS.items():
             exists[key] = any(low <= a["area"] <= high for a in objects)
-        names = self._metadata.get("thing_classes") or []
-        ids = sorted(self._coco_api.getCatIds())
         used = {a["category_id"] for a in objects}
-        for name, category in zip(names, ids, strict=True):
+        for name, category in zip(self._metadata.get("thing_classes") or [], self._category_ids(), strict=True):
             exists[f"AP-{name}"] = category in used
-        if len(names) == 1 and "AP" in found:
-            found = {**found, f"AP-{names[0]}": found["AP"]}
         values = dict(found)
         for key, any_object in exists.items():
             if not math.isfinite(values.get(key, math.nan)):
                 values[key] = 0.0 if any_object else math.nan
         return values
+
+
+def _percent(precision: np.ndarray) -> float:
+    """The mean in percent of the precisions that exist; NaN if none does."""
+    known = precision[precision > -1]
+    return float(known.mean() * 100) if known.size else math.nan

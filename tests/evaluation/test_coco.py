@@ -1,7 +1,9 @@
+import importlib.util
 import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,7 +13,7 @@ from helpers import make_cfg
 from tiny_data import CLASSES, write_dataset
 
 from aqdet.data import register_declared
-from aqdet.evaluation import COCOEvaluator
+from aqdet.evaluation import COCOEvaluator, check_coco_eval
 
 
 def evaluate(tmp_path, boxes, found):
@@ -67,17 +69,21 @@ def evaluate_tiny(tmp_path):
     """Function of detections {image id: [(class, score, box)]} and dataset options: the metrics file."""
     name = f"coco_of_{tmp_path.name}"
 
-    def run(detections, drop=(), **options):
+    def run(detections, drop=(), add=(), declare=True, coco_eval="pycocotools", **options):
         entry = write_dataset(tmp_path / "data", name, **options)
         path = tmp_path / "data" / f"{name}.json"
         content = json.loads(path.read_text())
         for annotation in content["annotations"]:
             for field in drop:
                 del annotation[field]
+        content["annotations"] += add
         path.write_text(json.dumps(content))
-        register_declared(make_cfg("DATASETS.DECLARED", str([entry]), "DATASETS.TEST", str((name,))))
+        if declare:
+            register_declared(make_cfg("DATASETS.DECLARED", str([entry]), "DATASETS.TEST", str((name,))))
+        else:
+            register_coco_instances(name, {}, entry["json"], entry["image_root"])
         DatasetCatalog.get(name)  # fills in the category ids, as the test loader does
-        evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "inference"))
+        evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "inference"), coco_eval=coco_eval)
         evaluator.reset()
         for image_id, found in detections.items():
             instances = Instances((64, 64))
@@ -133,7 +139,89 @@ def test_fields_that_training_does_without_are_filled_in(evaluate_tiny, caplog):
     # One class of two found, so that a wrong area or crowd flag would change a number.
     found = {i: [(0, 0.9, BOXES[0])] for i in (1, 2)}
     complete = evaluate_tiny(found)
-    assert "lack" not in caplog.text
     assert evaluate_tiny(found, drop=("area", "iscrowd")) == complete
+    assert "lack" not in caplog.text
+
+
+def test_fields_that_a_dataset_not_declared_lacks(evaluate_tiny, caplog):
+    found = {i: [(0, 0.9, BOXES[0])] for i in (1, 2)}
+    values = evaluate_tiny(found, drop=("area", "iscrowd"), declare=False)
+    assert values["APm"] == pytest.approx(100 * 51 / 101 / 2) and values["APs"] is None
     assert "8 annotations of coco_of_" in caplog.text
     assert "lack 'iscrowd': taken as 0" in caplog.text and "lack 'area': taken from the box" in caplog.text
+
+
+def test_table_by_class(evaluate_tiny, caplog):
+    caplog.set_level("INFO", "aqdet")
+    evaluate_tiny({i: [(0, 0.9, BOXES[0])] for i in (1, 2)})
+    rows = [line.split() for line in caplog.text.splitlines()]
+    assert ["class", "id", "objects", "AP", "AP50", "AP75"] in rows
+    assert ["disc", "1", "4", "50.50", "50.50", "50.50"] in rows
+    assert ["cross", "2", "4", "0.00", "0.00", "0.00"] in rows
+    assert ["ring", "3", "0", "-", "-", "-"] in rows
+
+
+def random_evaluation(tmp_path, coco_eval, **of_annotation):
+    """All metrics on random boxes, crowd regions among them, and detections near them; ids have gaps."""
+    rng = np.random.default_rng(3)
+    name = f"random_{tmp_path.name}_{coco_eval}"
+    images = [{"id": 7 * i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in range(12)]
+    annotations, detections = [], []
+    for image in images:
+        for _ in range(rng.integers(0, 7)):
+            x, y, w, h = rng.uniform([0, 0, 4, 4], [80, 80, 110, 110]).tolist()
+            category, crowd = int(rng.choice([2, 5, 11])), int(rng.random() < 0.2)
+            annotation = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category}
+            annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": crowd})
+            for _ in range(rng.integers(0, 4)):
+                near = np.array([x, y, x + w, y + h]) + rng.normal(0, 3, 4)
+                number = int(rng.integers(3)) if rng.random() < 0.2 else (2, 5, 11).index(category)
+                # Scores of two digits: ties are part of the comparison.
+                detections.append((image["id"], near, round(float(rng.random()), 2), number))
+    categories = [{"id": key, "name": f"class {key}"} for key in (2, 5, 11)]
+    path = tmp_path / f"{coco_eval}.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    register_coco_instances(name, {}, str(path), str(tmp_path))
+    DatasetCatalog.get(name)
+    evaluator = COCOEvaluator(name, output_dir=str(tmp_path / coco_eval), coco_eval=coco_eval)
+    evaluator.reset()
+    for image in images:
+        own = [d for d in detections if d[0] == image["id"]]
+        instances = Instances((200, 200))
+        instances.pred_boxes = Boxes(torch.tensor(np.array([d[1] for d in own]).reshape(-1, 4)))
+        instances.scores = torch.tensor([d[2] for d in own])
+        instances.pred_classes = torch.tensor([d[3] for d in own]).long()
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"], json.loads((tmp_path / coco_eval / "coco_instances_results.json").read_text())
+
+
+def test_both_implementations_agree_to_1e_9(tmp_path):
+    slow, results = random_evaluation(tmp_path, "pycocotools")
+    fast, _ = random_evaluation(tmp_path, "faster-coco-eval")
+    assert 5 < slow["AP"] < 95 and len(slow) == 9
+    assert fast == pytest.approx(slow, abs=1e-9, nan_ok=True)
+    # In the ids of the annotation file.
+    assert {result["category_id"] for result in results} == {2, 5, 11}
+
+
+@pytest.mark.parametrize("coco_eval", ["pycocotools", "faster-coco-eval"])
+def test_detections_in_a_crowd_region_are_not_counted(evaluate_tiny, coco_eval):
+    # Each object found, and with a higher score two detections within a region of the same class.
+    inside = [(0, 0.95, [2.0, 46.0, 20.0, 60.0]), (0, 0.96, [22.0, 46.0, 40.0, 60.0])]
+    found = {i: [(0, 0.9, BOXES[0]), *inside] for i in (1, 2)}
+    region = {"category_id": 1, "bbox": [0, 44, 60, 20], "area": 1200}
+    values = []
+    for flags in ({"iscrowd": 1}, {"ignore": 1}, {"iscrowd": 0}):
+        add = [{"id": 10 + i, "image_id": i, **region, **flags} for i in (1, 2)]
+        values.append(evaluate_tiny(found, num_images=2, add=add, coco_eval=coco_eval)["AP-disc"])
+    assert values[:2] == pytest.approx([100, 100])
+    assert values[2] < 60
+
+
+def test_unknown_or_missing_implementations_are_one_line(monkeypatch):
+    with pytest.raises(ValueError, match="TEST.COCO_EVAL must be one of pycocotools, faster-coco-eval, got 'fast'"):
+        check_coco_eval("fast")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="TEST.COCO_EVAL: 'faster-coco-eval' is not installed"):
+        check_coco_eval("faster-coco-eval")
+    check_coco_eval("pycocotools")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,17 +183,34 @@ def test_debug_shows_where(run, monkeypatch):
         run("--config-file", "nowhere.yaml")
 
 
-def test_a_missing_image_is_one_line_from_a_worker_too(entry, config_file, run, tmp_path):
+def test_a_missing_image_is_one_line(entry, config_file, run, tmp_path):
     content = json.loads(Path(entry["json"]).read_text())
-    for image in content["images"]:
-        image["file_name"] = "gone.png"
+    content["images"][0]["file_name"] = "gone.png"
     json_file = tmp_path / "gone.json"
     json_file.write_text(json.dumps(content))
     gone = {**entry, "name": "tiny_gone", "json": str(json_file)}
-    arguments = ("--eval-only", *train_overrides(gone, tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1")
+    status, printed = run("--config-file", config_file, "--eval-only", *train_overrides(gone, tmp_path / "out"))
+    last = printed.splitlines()[-1]
+    assert status == 2 and "tiny_gone: 1 problem; 1 image-missing: " in last and "gone.png" in last
+
+
+def test_an_image_that_goes_during_the_run_is_one_line_from_a_worker_too(
+    entry, config_file, run, tmp_path, monkeypatch
+):
+    shutil.copytree(entry["image_root"], tmp_path / "images")
+    going = {**entry, "name": "tiny_going", "image_root": str(tmp_path / "images")}
+    check = tool.check_datasets
+
+    def check_then_lose(*args, **kwargs):
+        check(*args, **kwargs)
+        for path in (tmp_path / "images").glob("*.png"):
+            path.unlink()
+
+    monkeypatch.setattr(tool, "check_datasets", check_then_lose)
+    arguments = ("--eval-only", *train_overrides(going, tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1")
     status, printed = run("--config-file", config_file, *arguments)
     last = printed.splitlines()[-1]
-    assert status == 2 and last.startswith("error: FileNotFoundError: ") and "gone.png" in last
+    assert status == 2 and last.startswith("error: FileNotFoundError: ") and ".png" in last
 
 
 def test_unsafe_config(run, tmp_path):
