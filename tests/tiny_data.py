@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import yaml
 from helpers import make_cfg
 from PIL import Image
 
@@ -43,6 +44,28 @@ def write_image_folder(folder, name, *, per_class=2, size=48, classes=CLASSES):
             pixels = rng.integers(60 * label, 60 * label + 60, (size, size + 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / class_name / f"{index}.png")
     return {"name": name, "root": str(folder)}
+
+
+def write_yolo(
+    root, labels=("0 0.5 0.5 0.25 0.5", "1 0.25 0.25 0.5 0.5\n0 0.5 0.5 1 1"), names=("disc", "cross"), **more
+):
+    """A YOLO folder with images of 64x32 in a split ``train``, one for each text of labels; None for no file."""
+    rng = np.random.default_rng(0)
+    for name in ("images/train", "labels/train"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for index, label in enumerate(labels):
+        pixels = rng.integers(0, 256, (32, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"images/train/bild ü {index}.png")
+        if label is not None:
+            (root / f"labels/train/bild ü {index}.txt").write_text(label)
+    content = {
+        "path": ".",
+        "train": "images/train",
+        "names": dict(names) if isinstance(names, dict) else names and list(names),
+        **more,
+    }
+    (root / "data.yaml").write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    return root
 
 
 def train_overrides(entry, output_dir, max_iter=4):

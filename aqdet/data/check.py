@@ -208,6 +208,8 @@ class _Checker:
         return place, key, found, self._stated_size(place, raw)
 
     def _stated_size(self, place: tuple[str, str], raw: dict[str, Any]) -> tuple[int, int] | None:
+        if self.source.normalised:
+            return None
         sides = []
         for field in ("width", "height"):
             value = raw.get(field)
@@ -391,11 +393,11 @@ class _Checker:
         self._raw_boxes.append((box, size))
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
         if right <= left or bottom <= top:
-            add("box-outside", *place, "bbox", f"{value} in {size[0]}x{size[1]}")
+            add("box-outside", *place, "bbox", f"{json.dumps(value)} in {size[0]}x{size[1]}")
             return None
         over = max(-x, -y, x + width - size[0], y + height - size[1])
         if over > EDGE:
-            add("box-clipped", *place, "bbox", f"{value} in {size[0]}x{size[1]}")
+            add("box-clipped", *place, "bbox", f"{json.dumps(value)} in {size[0]}x{size[1]}")
         elif over > ROUNDING:
             add("box-edge", *place, "bbox", value)
         if over > ROUNDING:
@@ -479,7 +481,10 @@ def _numbers(value: Any) -> list[float] | None:
 
 
 def _all_finite(values: list[Any]) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    try:
+        return {*map(type, values)} <= {int, float} and all(map(math.isfinite, values))
+    except OverflowError:
+        return False
 
 
 def _box_of_polygons(polygons: Sequence[Sequence[float]]) -> list[float]:

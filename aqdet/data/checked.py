@@ -89,20 +89,19 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
     """
     entry = cache_dir() / "checked" / _key(declaration)
     usable = entry.with_suffix(".json")
-    # A check that read the pixels answers both questions.
-    for known in (True,) if pixels else (True, False):
-        found = _read_cache(_report_file(entry, known), declaration)
-        if found is not None:
-            report, is_copied = found
-            if not is_copied or usable.is_file() or report.refused(strict=False):
-                return report, str(usable) if is_copied else declaration.file
+    report_file = entry.with_suffix(".pixels.report" if pixels else ".labels.report")
+    kept = _read_cache(report_file, declaration)
+    if kept is not None:
+        report, is_copied = kept
+        if not is_copied or usable.is_file() or report.refused(strict=False):
+            return report, str(usable) if is_copied else declaration.file
     report, content, source = check_declaration(declaration, pixels=pixels)
     is_copied = declaration.format != "coco" or report.changes
     noted = {"inputs": _stamps(source.inputs), "is_copied": is_copied, "report": report.as_dict()}
     try:
         if is_copied and not report.refused(strict=False):
             write_aside(usable, json.dumps(content))
-        write_aside(_report_file(entry, pixels), json.dumps(noted))
+        write_aside(report_file, json.dumps(noted))
     except OSError as error:
         raise ValueError(
             f"DATASETS.CACHE_DIR: the check of {declaration.name} cannot be kept in {str(entry.parent)!r}: {error}"
@@ -116,10 +115,6 @@ def write_aside(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     aside.write_text(text, encoding="utf-8", errors="surrogatepass")
     os.replace(aside, path)
-
-
-def _report_file(entry: Path, pixels: bool) -> Path:
-    return entry.with_suffix(".pixels.report" if pixels else ".labels.report")
 
 
 def _read_cache(path: Path, declaration: Declaration) -> tuple[Report, bool] | None:

@@ -178,24 +178,31 @@ def _declaration(entry: Any, where: str) -> Declaration:
     for field in set(entry) - {"classes", "difficult_as_crowd"}:
         if not isinstance(entry[field], str) or not entry[field]:
             raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
+    classes, difficult = entry.get("classes"), entry.get("difficult_as_crowd", False)
+    if classes is not None and not _are_names(classes):
+        raise ValueError(f"{where}.classes must be a list of names, none twice, got {classes!r}")
+    if not isinstance(difficult, bool):
+        raise ValueError(f"{where}.difficult_as_crowd must be True or False, got {difficult!r}")
     field = {"coco": "json", "voc": "root", "yolo": "yaml"}[form]
     file = _existing(entry[field], f"{where}.{field}", is_folder=form == "voc")
     root = entry.get("image_root", "")
     if form == "voc":
         root = os.path.join(file, "JPEGImages")
     root = _existing(root, f"{where}.image_root", is_folder=True) if root else os.path.dirname(file) or "."
-    classes, difficult = entry.get("classes"), entry.get("difficult_as_crowd", False)
-    names = classes if isinstance(classes, list | tuple) else [classes]
-    if classes is not None and not (names and all(isinstance(n, str) and n for n in names) and _unique(names)):
-        raise ValueError(f"{where}.classes must be names, none twice, got {classes!r}")
-    if not isinstance(difficult, bool):
-        raise ValueError(f"{where}.difficult_as_crowd must be True or False, got {difficult!r}")
-    kept = None if classes is None else tuple(classes)
-    return Declaration(entry["name"], form, file, root, entry.get("split", ""), kept, difficult)
+    return Declaration(
+        name=entry["name"],
+        format=form,
+        file=file,
+        image_root=root,
+        split=entry.get("split", ""),
+        classes=None if classes is None else tuple(classes),
+        difficult_as_crowd=difficult,
+    )
 
 
-def _unique(names: Sequence[Any]) -> bool:
-    return len(set(names)) == len(names)
+def _are_names(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and bool(value) and all(isinstance(n, str) and n for n in value)
+    return is_list and len(set(value)) == len(value)
 
 
 def _resolve(path: str) -> str:

@@ -26,7 +26,7 @@ __all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report"]
 SEVERITIES = ("error", "repaired", "dropped", "warning", "note")
 # Records of a note that are kept; all are counted.
 NOTES_KEPT = 20
-_SHOWN = 80
+_SHOWN = 200
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,14 +160,13 @@ def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> l
     Returns:
         what was found, in the order of `paths`.
     """
-    if not paths:
-        return []
+    if not set(depths) - {"stat"}:
+        return [_scan(path, "stat") for path in paths]
     # Decoding and hashing release the interpreter's lock.
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(_scan, paths, depths)
-        # None: no bar where the output is a file. A bar for lengths alone would be gone at once.
-        hidden = None if set(depths) - {"stat"} else True
-        return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=hidden))
+        # None: no bar where the output is a file.
+        return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=None))
 
 
 def _scan(path: str, depth: str) -> ScannedImage:

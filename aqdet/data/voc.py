@@ -203,11 +203,7 @@ def read_voc(
     for line in itertools.chain.from_iterable(notes.values()):
         report.add("line-repeated", str(split_file), value=line)
     images = _index_images(folder)
-    annotations = {}
-    for stem in stems:
-        annotation = _read_tolerantly(root, stem, report)
-        if annotation is not None:
-            annotations[stem] = annotation
+    annotations = {stem: _read_tolerantly(root, stem, report) for stem in stems}
     if classes is not None:
         names = list(classes)
     else:
@@ -227,8 +223,6 @@ def read_voc(
         entry: dict[str, Any] = {"id": image_id, "file_name": found[0]}
         source.images.append(entry)
         source.image_places.append((path, "size"))
-        if stem not in annotations:
-            continue
         declared = annotations[stem].declared
         entry["width"], entry["height"] = (int(text) if text.isdecimal() else text for text in declared)
         for item in annotations[stem].objects:
@@ -248,14 +242,14 @@ def read_voc(
     return source
 
 
-def _read_tolerantly(root: Path, stem: str, report: Report) -> _Annotation | None:
-    """The annotation of a record without the objects that cannot be read, which go into the report."""
+def _read_tolerantly(root: Path, stem: str, report: Report) -> _Annotation:
+    """The annotation of a record without what cannot be read, which goes into the report."""
     path = root / "Annotations" / f"{stem}.xml"
     try:
         tree = _parse(path)
     except (ValueError, OSError) as error:
         report.add("file-unreadable", str(path), value=str(error))
-        return None
+        return _Annotation(("none", "none"), [])
     objects = []
     for index, item in enumerate(tree.findall("object")):
         try:

@@ -188,6 +188,8 @@ class _Reader:
         image_id = len(self.source.images) + 1
         self.source.images.append({"id": image_id, "file_name": name})
         self.source.image_places.append((os.path.join(self.source.image_root, name), ""))
+        if self.folder.find(name)[1] not in ("", "image-path"):
+            return
         label = _label_name(name)
         path = os.path.join(self.source.image_root, label)
         if label in self.label_files:
@@ -234,7 +236,7 @@ class _Reader:
             cx, cy, width, height = numbers
             box = [cx - width / 2, cy - height / 2, width, height]
         # A class is text in the file: only one such as 0.0 is worth a word.
-        category = int(fields[0]) if fields[0].isdecimal() else fields[0]
+        category = int(fields[0]) if fields[0].removeprefix("-").isdecimal() else fields[0]
         annotation_id = len(self.source.annotations) + 1
         annotation = {"id": annotation_id, "image_id": image_id, "category_id": category, "bbox": box}
         self.source.annotations.append(annotation)

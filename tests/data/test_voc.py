@@ -1,5 +1,6 @@
 import json
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from aqdet.data import convert_voc
+from aqdet.data.check import find_shared_images
+from aqdet.data.checked import Declaration, check_declaration
 
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 
@@ -24,7 +27,8 @@ def add(root, stem, objects, *, size=(40, 30), declared=None, ending=".jpg", spl
     for path in (xml, image):
         path.parent.mkdir(parents=True, exist_ok=True)
     options = {} if exif is None else {"exif": exif}
-    Image.new("RGB", size).save(image, **options)
+    # Each its own colour, so that no two images are the same.
+    Image.new("RGB", size, zlib.crc32(stem.encode()) & 0xFFFFFF).save(image, **options)
     width, height = declared or size
     items = "".join(
         f"<object><name>{name}</name>{''.join(more)}<bndbox>"
@@ -250,3 +254,72 @@ def test_bccd(tmp_path):
     assert reports["test"].notes == {}
     boxes = np.array([a["bbox"] for a in json.loads((tmp_path / "val.json").read_text())["annotations"]])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= [640, 480]).all()
+
+
+def check_voc(root, split="train", **options):
+    declaration = Declaration("mine", "voc", str(root), str(root / "JPEGImages"), split, **options)
+    report, usable, _ = check_declaration(declaration, pixels=True)
+    return report, usable
+
+
+def test_a_folder_is_read_as_it_is_converted(tmp_path):
+    add(tmp_path, "sub/ü 1", [("dog", (1, 1, 40, 30)), ("cat", (5, 7, 5, 8))])
+    add(tmp_path, "b", [("dog", (31, 21, 45, 30))])
+    report, usable = check_voc(tmp_path)
+    converted, _ = convert(tmp_path)
+    assert report.counts == {"box-thin": 1, "box-clipped": 1}
+    without = [{k: v for k, v in a.items() if k != "segmentation"} for a in converted["annotations"]]
+    assert usable == {**converted, "annotations": without}
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        (lambda text: '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + text, "file-unreadable"),
+        (lambda text: text[:-5], "file-unreadable"),
+        (lambda text: text.replace(">1<", ">?<"), "object-malformed"),
+        (lambda text: text.replace("dog", " "), "object-malformed"),
+        (lambda text: text.replace(">40<", ">80<"), "image-size"),
+        (lambda text: text.replace("<width>40</width>", ""), "image-size-absent"),
+        (lambda text: text.replace(">10<", ">0<"), "box-empty"),
+        (lambda text: text.replace(">10<", ">-7<"), "box-negative"),
+    ],
+)
+def test_faults_of_a_folder(tmp_path, change, kind):
+    add(tmp_path, "b", [("dog", (2, 2, 20, 20))])
+    xml = add(tmp_path, "a", [("dog", (1, 1, 10, 5))]) / "Annotations/a.xml"
+    xml.write_text(change(xml.read_text()))
+    report, _ = check_voc(tmp_path)
+    consequences = {"image-without-boxes", "image-size-absent"} - {kind}
+    assert {k: n for k, n in report.counts.items() if k not in consequences} == {kind: 1}
+    assert report.findings[0].file == str(xml)
+
+
+def test_what_a_folder_lacks(tmp_path):
+    for stem in "abc":
+        add(tmp_path, stem, [("dog", (1, 1, 10, 5), "<difficult>1</difficult>")])
+    (tmp_path / "JPEGImages/a.jpg").unlink()
+    (tmp_path / "Annotations/b.xml").unlink()
+    report, _ = check_voc(tmp_path)
+    counts = report.counts
+    assert counts["image-missing"] == counts["file-unreadable"] == 1 and counts["difficult"] == 2
+    report, _ = check_voc(tmp_path, "val")
+    assert report.counts == {"file-unreadable": 1} and "splits there: train" in report.findings[0].value
+
+
+def test_classes_and_difficult_objects_as_declared(tmp_path):
+    add(tmp_path, "a", [("dog", (1, 1, 10, 5), "<difficult>1</difficult>"), ("cat", (1, 1, 9, 9))])
+    report, usable = check_voc(tmp_path, classes=("dog", "cat"), difficult_as_crowd=True)
+    assert [c["name"] for c in usable["categories"]] == ["dog", "cat"]
+    assert [a["iscrowd"] for a in usable["annotations"]] == [1, 0] and report.counts["ignore-region"] == 1
+    report, _ = check_voc(tmp_path, classes=("cow", "cat"))
+    assert report.counts["class-unknown"] == 1
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD is not beside the repository, at ../shared/data/BCCD")
+def test_bccd_as_it_is():
+    reports = [check_voc(BCCD, split)[0] for split in ("train", "val", "test")]
+    assert [report.facts["boxes"] for report in reports] == [2805, 1138, 945]
+    assert [dict(report.counts) for report in reports] == [{"box-thin": 1}, {"box-thin": 1}, {}]
+    find_shared_images(reports[0], reports[1])
+    assert not reports[1].counts["image-in-two-sets"]

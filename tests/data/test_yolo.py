@@ -1,0 +1,186 @@
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers import make_cfg
+from PIL import Image
+from tiny_data import write_yolo
+
+from aqdet.data import check_num_classes, register_declared
+from aqdet.data.checked import Declaration, check_declaration
+from aqdet.engine import Trainer
+
+
+def check(root, split="train", image_root="", **options):
+    declaration = Declaration("mine", "yolo", str(root / "data.yaml"), image_root or str(root), split)
+    report, usable, _ = check_declaration(declaration, pixels=True)
+    return report, usable
+
+
+def test_boxes_in_pixels_and_original_class_numbers(tmp_path):
+    report, usable = check(
+        write_yolo(tmp_path, names={2: "cat", 7: "dog"}, labels=("7 0.5 0.5 0.25 0.5", "2 0.25 0.5 0.5 1"))
+    )
+    assert not report.counts
+    assert [a["bbox"] for a in usable["annotations"]] == [[24, 8, 16, 16], [0, 0, 32, 32]]
+    assert [a["category_id"] for a in usable["annotations"]] == [7, 2]
+    assert usable["categories"] == [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
+    assert usable["images"][0] == {"id": 1, "file_name": "images/train/bild ü 0.png", "width": 64, "height": 32}
+
+
+@pytest.mark.parametrize(
+    "split, files",
+    [
+        ("images/train", {}),
+        ("./images", {}),
+        ("../images/train", {}),
+        (["images/train", "images/other"], {}),
+        ("list.txt", {"list.txt": "images/train/bild ü 0.png\n\n./images/train/bild ü 1.png\n"}),
+        ("images/list.txt", {"images/list.txt": "./train/bild ü 0.png\n./train/bild ü 1.png\n"}),
+        (["list.txt"], {"list.txt": "ROOT/images/train/bild ü 0.png\r\nROOT/images/train/bild ü 1.png"}),
+    ],
+)
+def test_splits_are_folders_lists_or_lists_of_them(tmp_path, split, files):
+    write_yolo(tmp_path, train=split)
+    (tmp_path / "images/other").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text.replace("ROOT", str(tmp_path)))
+    report, usable = check(tmp_path)
+    assert not report.counts, report.text()
+    assert len(usable["images"]) == 2 and len(usable["annotations"]) == 3
+
+
+def test_labels_beside_the_images(tmp_path):
+    write_yolo(tmp_path, train="train")
+    (tmp_path / "train").mkdir()
+    for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.txt")]:
+        path.rename(tmp_path / "train" / path.name)
+    report, usable = check(tmp_path)
+    assert not report.counts and len(usable["annotations"]) == 3
+
+
+OTHER = "1 0.5 0.5 0.5 0.5"
+# name: (labels of the first image, findings)
+LINES = {
+    "class out of range": ("2 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
+    "negative class": ("-1 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
+    "name for a class": ("cat 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
+    "class as float": ("0.0 0.5 0.5 0.5 0.5", {"class-type": 1}),
+    "pixels": ("0 32 16 20 10", {"label-not-normalised": 1}),
+    "NaN": ("0 nan 0.5 0.5 0.5", {"label-not-normalised": 1}),
+    "too few": ("0 0.5 0.5 0.5", {"label-line": 1}),
+    "a score": ("0 0.5 0.5 0.5 0.5 0.9", {"label-line": 1}),
+    "commas": ("0,0.5,0.5,0.5,0.5", {"label-line": 1}),
+    "words": ("0 a b c d", {"label-line": 1}),
+    "no width": ("0 0.5 0.5 0 0.5", {"box-empty": 1}),
+    "reaches outside": ("0 0.9 0.5 0.5 0.5", {"box-clipped": 1}),
+    "twice": ("0 0.5 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5", {"box-twice": 1}),
+    "polygon": ("0 0.1 0.2 0.5 0.2 0.3 0.8", {"box-from-polygon": 1}),
+    "nothing": ("", {"image-without-boxes": 1, "class-without-boxes": 1}),
+    "no file": (None, {"label-file-absent": 1, "image-without-boxes": 1, "class-without-boxes": 1}),
+    "Windows line ends and spaces": ("0 0.5  0.5\t0.5 0.5 \r\n\r\n", {}),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines(tmp_path, name):
+    line, expected = LINES[name]
+    report, usable = check(write_yolo(tmp_path, labels=(line, OTHER)))
+    consequences = {"image-without-boxes", "class-without-boxes"} - set(expected)
+    assert {k: n for k, n in report.counts.items() if k not in consequences} == expected
+    if name == "polygon":
+        assert usable["annotations"][0]["bbox"] == pytest.approx([6.4, 6.4, 25.6, 19.2])
+    if name == "pixels":
+        assert str(report.findings[0]) == f"{tmp_path}/labels/train/bild ü 0.txt: line 1: 0 32 16 20 10"
+
+
+def test_keypoints_are_left_out(tmp_path):
+    report, usable = check(write_yolo(tmp_path, labels=("0 0.5 0.5 0.25 0.5 0.5 0.5 2", OTHER), kpt_shape=[1, 3]))
+    assert not report.counts and usable["annotations"][0]["bbox"] == [24, 8, 16, 16]
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        ({"names": None}, "file-format"),
+        ({"names": []}, "file-format"),
+        ({"names": ["cat", "cat"]}, "category-malformed"),
+        ({"names": ["cat", False]}, "category-malformed"),
+        ({"names": {"a": "cat"}}, "category-malformed"),
+        ({"names": ["cat", 7]}, "category-name-type"),
+        ({"nc": 3}, "file-format"),
+        ({"train": None}, "file-format"),
+        ({"train": "images/none"}, "file-format"),
+        ({"train": "/etc"}, "file-format"),
+        ({"path": "/etc", "train": "ssl"}, "file-format"),
+    ],
+)
+def test_data_yaml(tmp_path, change, kind):
+    report, _ = check(write_yolo(tmp_path, **change))
+    assert report.counts[kind] == 1, report.text()
+
+
+def test_object_tags_are_refused(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: !!python/object/apply:os.getcwd []\n")
+    report, _ = check(tmp_path)
+    assert report.counts == {"file-unreadable": 1}
+
+
+def test_files_that_belong_to_nothing_and_files_that_are_shared(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "labels/train/alone.txt").write_text(OTHER)
+    (tmp_path / "labels/train/classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "images/train/raw.heic").write_bytes(b"x")
+    Image.new("RGB", (64, 32)).save(tmp_path / "images/train/bild ü 0.jpg")
+    report, _ = check(tmp_path)
+    assert report.counts == {"label-without-image": 1, "file-ignored": 1, "label-shared": 1}
+
+
+def test_a_wrong_layout_is_an_error(tmp_path):
+    report, _ = check(write_yolo(tmp_path, labels=(None, None)))
+    assert report.counts["labels-absent"] == 1 and report.refused(strict=False) == 1
+
+
+def test_a_list_cannot_lead_outside(tmp_path):
+    write_yolo(tmp_path / "mine", train="list.txt")
+    write_yolo(tmp_path / "theirs")
+    outside = "../theirs/images/train/bild ü 0.png"
+    (tmp_path / "mine/list.txt").write_text(f"{outside}\n{tmp_path}/theirs/images/train/bild ü 1.png\n")
+    report, _ = check(tmp_path / "mine")
+    assert report.counts["image-outside"] == 2
+    # A wider root is the declaration's to give, not the file's.
+    report, usable = check(tmp_path / "mine", image_root=str(tmp_path))
+    assert report.counts["image-outside"] == 0 and len(usable["images"]) == 2
+
+
+def test_label_files_cannot_lead_outside(tmp_path):
+    write_yolo(tmp_path / "mine")
+    (tmp_path / "elsewhere.txt").write_text(OTHER)
+    label = tmp_path / "mine/labels/train/bild ü 0.txt"
+    label.unlink()
+    label.symlink_to(tmp_path / "elsewhere.txt")
+    report, _ = check(tmp_path / "mine")
+    assert report.counts["image-outside"] == 1
+
+
+def test_one_step_of_training(tmp_path):
+    write_yolo(
+        tmp_path, names={3: "cat", 5: "dog"}, labels=("3 0.5 0.5 0.5 0.9", "5 0.5 0.5 0.5 0.9\n3 0.3 0.5 0.5 0.8")
+    )
+    entry = {"name": f"yolo_{tmp_path}", "format": "yolo", "yaml": str(tmp_path / "data.yaml"), "split": "train"}
+    cfg = make_cfg("DATASETS.DECLARED", str([entry]), "DATASETS.TRAIN", str((entry["name"],)))
+    cfg.merge_from_list(["DATASETS.TEST", (entry["name"],), "OUTPUT_DIR", str(tmp_path / "out"), "SOLVER.MAX_ITER", 1])
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0, "MODEL.RETINANET.NUM_CLASSES", 0])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (32,), "INPUT.MIN_SIZE_TEST", 32])
+    register_declared(cfg)
+    check_num_classes(cfg)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 2
+    assert MetadataCatalog.get(entry["name"]).thing_dataset_id_to_contiguous_id == {3: 0, 5: 1}
+    assert [a["category_id"] for r in DatasetCatalog.get(entry["name"]) for a in r["annotations"]] == [0, 1, 0]
+    (tmp_path / "out").mkdir()
+    cfg.freeze()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert {"AP-cat", "AP-dog"} <= set(json.loads((tmp_path / "out/inference/metrics.json").read_text()))
