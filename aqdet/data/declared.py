@@ -22,7 +22,14 @@ from .checked import Declaration, checked, write_aside
 from .classification import register_image_folders
 from .findings import Report
 
-__all__ = ["check_datasets", "check_num_classes", "declarations", "register_declared", "reports_as_json"]
+__all__ = [
+    "check_datasets",
+    "check_num_classes",
+    "declarations",
+    "lacks_num_classes",
+    "register_declared",
+    "reports_as_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +147,7 @@ def check_num_classes(cfg: CfgNode) -> None:
     Raises:
         ValueError: in one line, naming the config key or the datasets that disagree.
     """
-    node = NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant"))
+    node = _num_classes_node(cfg)
     first, expected = "", None
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         classes = _thing_classes(name)
@@ -163,8 +170,18 @@ def check_num_classes(cfg: CfgNode) -> None:
                 f"MODEL.{node}.NUM_CLASSES is {cfg.MODEL[node].NUM_CLASSES}, but {name} has "
                 f"{len(classes)} classes: {_listed(classes)} (0 takes the number from the data)"
             )
-    if node is not None and cfg.MODEL[node].NUM_CLASSES == 0:
+    if lacks_num_classes(cfg):
         raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in DATASETS.TRAIN or TEST names its classes")
+
+
+def lacks_num_classes(cfg: CfgNode) -> bool:
+    """Whether the number of classes is still to be taken from the data by :func:`check_num_classes`."""
+    node = _num_classes_node(cfg)
+    return node is not None and cfg.MODEL[node].NUM_CLASSES == 0
+
+
+def _num_classes_node(cfg: CfgNode) -> str | None:
+    return NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant"))
 
 
 def _declaration(entry: Any, where: str) -> Declaration:
@@ -268,9 +285,11 @@ def _first_of_the_machine() -> Iterator[None]:
     is_first = comm.get_local_rank() == 0
     if not is_first:
         comm.synchronize()
-    yield
-    if is_first:
-        comm.synchronize()
+    try:
+        yield
+    finally:
+        if is_first:
+            comm.synchronize()
 
 
 def _train_and_test(cfg: CfgNode, reports: dict[str, Report]) -> Iterator[tuple[Report, Report]]:

@@ -71,7 +71,7 @@ class ImageFolder:
                 outside = True
                 continue
             mode = self._mode(relative)
-            if mode is None or stat.S_ISDIR(mode):
+            if mode is None or not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
                 continue
             if not self._is_inside(relative, stat.S_ISLNK(mode)):
                 return name, "image-outside"

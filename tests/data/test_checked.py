@@ -170,3 +170,23 @@ def test_two_entries_of_one_name(entry, tmp_path):
     other = {**entry, "image_root": str(tmp_path)}
     with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[1\].name: .* is the name of another entry"):
         declared.declarations(make_cfg("DATASETS.DECLARED", str([entry, other])))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_of_a_machine_checks_first_and_lets_the_others_go(tmp_path, entry, monkeypatch, rank):
+    events = []
+    monkeypatch.setattr(declared.comm, "get_local_rank", lambda: rank)
+    monkeypatch.setattr(declared.comm, "synchronize", lambda: events.append("synchronize"))
+    check = declared.checked
+    cfg = cfg_for(tmp_path, entry)
+    register_declared(cfg)
+
+    def noted(*args, **kwargs):
+        events.append("check")
+        return check(*args, **kwargs)
+
+    monkeypatch.setattr(declared, "checked", noted)
+    (tmp_path / "data/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="image-empty"):
+        check_datasets(cfg)
+    assert events == (["check", "synchronize"] if rank == 0 else ["synchronize", "check"])
