@@ -86,7 +86,10 @@ def main() -> None:
     for report in reports:
         print(report.text(args.examples), end="\n\n")
     if args.json:
-        write_aside(Path(args.json), reports_as_json(reports, strict))
+        try:
+            write_aside(Path(args.json), reports_as_json(reports, strict))
+        except OSError as error:
+            sys.exit(f"error: --json {args.json}: {error.strerror}")
     refused = sum(report.refused(strict) for report in reports)
     images = "not decoded" if args.no_images else "decoded"
     counts = ", ".join(f"{sum(r.number(s) for r in reports)} {s}" for s in ("error", "repaired", "dropped", "warning"))

@@ -91,11 +91,17 @@ def read_coco(json_file: str, image_root: str, report: Report) -> Source:
         if isinstance(name, int | float) and not isinstance(name, bool):
             report.add("category-name-type", json_file, record, "name", name)
             name = str(name)
-        taken = key in source.categories or name in source.categories.values()
-        if type(key) is int and isinstance(name, str) and name.strip() and not taken:
+        if (
+            isinstance(key, int)
+            and not isinstance(key, bool)
+            and isinstance(name, str)
+            and name.strip()
+            and key not in source.categories
+            and name not in source.categories.values()
+        ):
             source.categories[key] = name
         else:
-            report.add("category-malformed", json_file, record, value={"id": key, "name": name})
+            report.add("category-malformed", json_file, record, value=category)
     if not source.categories and not report.counts["category-malformed"]:
         report.add("file-format", json_file, field="categories", value="'categories' is empty")
     return source

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import reprlib
 from typing import Any
 
 from tabulate import tabulate
@@ -251,11 +252,13 @@ class Report:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         text = value
+    elif isinstance(value, list) and not any(isinstance(item, list | dict) for item in value[:_SHOWN]):
+        text = json.dumps(value[:_SHOWN], ensure_ascii=False, default=repr)
+    elif isinstance(value, list | dict):
+        # Of limited depth and length, whatever the file has nested.
+        text = reprlib.repr(value)
     else:
-        try:
-            text = json.dumps(value, ensure_ascii=False)
-        except (TypeError, ValueError):
-            text = repr(value)
+        text = json.dumps(value, ensure_ascii=False, default=repr)
     text = " ".join(text.split())
     # Lone surrogates, as in a name that is not UTF-8, cannot be written to a file.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")

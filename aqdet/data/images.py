@@ -119,12 +119,15 @@ class ImageFolder:
         return self._inside[folder]
 
     def _with_hint(self, name: str) -> str:
-        """The name, with the file that differs from it only in case, if there is one."""
+        """The name, with the file that was probably meant: of another case, or without the first folders."""
+        parts = name.split("/")
+        shorter = ("/".join(parts[index:]) for index in range(1, len(parts)))
+        near = next((short for short in shorter if self._mode(short) is not None), None)
         folder = os.path.join(self.root, os.path.dirname(name))
         if folder not in self._listings:
             inside = os.path.isdir(folder) and self.contains(folder)
             self._listings[folder] = {entry.lower(): entry for entry in os.listdir(folder)} if inside else {}
-        near = self._listings[folder].get(os.path.basename(name).lower())
+        near = near or self._listings[folder].get(os.path.basename(name).lower())
         return f"{name} (there is {near})" if near else name
 
 
@@ -163,10 +166,15 @@ def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> l
     if not set(depths) - {"stat"}:
         return [_scan(path, "stat") for path in paths]
     # Decoding and hashing release the interpreter's lock.
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
         found = pool.map(_scan, paths, depths)
-        # None: no bar where the output is a file.
-        return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=None))
+        try:
+            # None: no bar where the output is a file.
+            return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=None))
+        except BaseException:
+            # An interrupt does not wait for the images that are left.
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _scan(path: str, depth: str) -> ScannedImage:

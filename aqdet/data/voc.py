@@ -222,7 +222,7 @@ def read_voc(
             report.add("label-shared", path, value=" and ".join(found))
         entry: dict[str, Any] = {"id": image_id, "file_name": found[0]}
         source.images.append(entry)
-        source.image_places.append((path, "size"))
+        source.image_places.append((path, ""))
         declared = annotations[stem].declared
         entry["width"], entry["height"] = (int(text) if text.isdecimal() else text for text in declared)
         for item in annotations[stem].objects:

@@ -97,6 +97,9 @@ class _Reader:
         self.report = report
         self.folder = ImageFolder(source.image_root)
         self.has_keypoints = "kpt_shape" in content
+        self.home = os.path.dirname(os.path.abspath(source.file))
+        base = content.get("path")
+        self.base = os.path.join(self.home, base) if isinstance(base, str) else self.home
         self.label_files: dict[str, str] = {}
         self.num_label_files = 0
 
@@ -125,12 +128,9 @@ class _Reader:
 
     def _find(self, part: str) -> str | None:
         """A file or folder of the YAML that lies in the image root."""
-        home = os.path.dirname(os.path.abspath(self.source.file))
-        base = self.content.get("path")
-        bases = [os.path.join(home, base)] if isinstance(base, str) and base else []
-        tries = [os.path.join(folder, part) for folder in (*bases, home, self.source.image_root)]
+        tries = [os.path.join(folder, part) for folder in (self.base, self.home, self.source.image_root)]
         # An exported folder often says ../train for the train beside the YAML.
-        tries.append(os.path.join(home, part.removeprefix("../")))
+        tries.append(os.path.join(self.home, part.removeprefix("../")))
         for path in tries:
             if os.path.exists(path) and self.folder.contains(path):
                 return os.path.normpath(path)
@@ -151,7 +151,7 @@ class _Reader:
         return names
 
     def _in_list(self, path: str) -> list[str]:
-        """Images that a file lists; ``./`` is the file's folder, else names are relative to the root."""
+        """Images that a file lists: relative to its folder where they start with ``./``, else to ``path``."""
         self.source.inputs.add(path)
         try:
             lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
@@ -160,10 +160,7 @@ class _Reader:
             return []
         names = []
         for line in filter(None, lines):
-            base = self.content.get("path")
-            root = os.path.join(os.path.dirname(os.path.abspath(self.source.file)), base if base else "")
-            if line.startswith("./"):
-                root = os.path.dirname(path)
+            root = os.path.dirname(path) if line.startswith("./") else self.base
             full = os.path.normpath(os.path.join(root, line))
             names.append(self._relative(full))
         return names

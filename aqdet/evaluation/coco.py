@@ -98,13 +98,15 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         values = self._complete(results.get("bbox") or {}, objects)
         counts = collections.Counter(a["category_id"] for a in objects)
         logger.info("AP by class of %s:\n%s", self._metadata.name, self._class_table(values, counts))
-        os.makedirs(self._output_dir, exist_ok=True)
-        path = os.path.join(self._output_dir, "metrics.json")
-        finite = {key: v if math.isfinite(v) else None for key, v in values.items()}
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(finite, file, indent=1)
-        os.replace(path + ".part", path)
+        self._write("metrics.json", {key: v if math.isfinite(v) else None for key, v in values.items()}, indent=1)
         return {"bbox": values}
+
+    def _write(self, name: str, content: Any, indent: int | None = None) -> None:
+        os.makedirs(self._output_dir, exist_ok=True)
+        path = os.path.join(self._output_dir, name)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=indent)
+        os.replace(path + ".part", path)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Collection[int] | None = None) -> None:
         """Detectron2's for boxes, with the implementation asked for: results in the dataset's class ids, then AP."""
@@ -113,8 +115,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         found = [result for prediction in predictions for result in prediction["instances"]]
         for result in found:
             result["category_id"] = original.get(result["category_id"], result["category_id"])
-        with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w", encoding="utf-8") as file:
-            json.dump(found, file)
+        self._write("coco_instances_results.json", found)
         if not self._do_evaluation:
             logger.info("%s has no annotations to evaluate with", self._metadata.name)
             return

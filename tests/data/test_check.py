@@ -158,6 +158,7 @@ VARIANTS = {
     "category of a taken id": (add("categories", name="cow"), {"category-malformed": 1}),
     "category of a taken name": (add("categories", id=9), {"category-malformed": 1}),
     "category with text as id": (add("categories", id="9", name="cow"), {"category-malformed": 1}),
+    "category with a list as id": (add("categories", id=[9], name="cow"), {"category-malformed": 1}),
     "category that is text": (lambda c, f: c["categories"].append("cow"), {"category-malformed": 1}),
     "category named by a number": (
         add("categories", id=9, name=7),
@@ -368,6 +369,23 @@ def test_without_images_only_their_files_are_looked_for(broken):
     content["images"][2]["file_name"] = "gone.png"
     report, _ = check(folder, content, pixels=False)
     assert report.counts == {"image-empty": 1, "image-missing": 1}
+
+
+@pytest.mark.parametrize("name, near", [("1.PNG", "1.png"), ("data/images/1.png", "1.png"), ("none.png", None)])
+def test_a_missing_file_comes_with_the_one_that_was_probably_meant(broken, name, near):
+    folder, content = broken
+    content["images"][0]["file_name"] = name
+    report, _ = check(folder, content)
+    assert report.findings[0].value == (f"{name} (there is {near})" if near else name)
+
+
+def test_nested_values_are_shown_in_short(broken):
+    folder, content = broken
+    nested = [[1] * 1000] * 100
+    content["annotations"][0]["bbox"] = nested
+    content["annotations"][1]["bbox"] = [1] * 1000
+    report, _ = check(folder, content)
+    assert report.counts["box-malformed"] == 2 and max(len(str(f)) for f in report.findings) < 500
 
 
 def test_the_same_image_in_two_sets(broken):

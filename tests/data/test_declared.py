@@ -97,7 +97,7 @@ def test_a_list_of_entries_is_needed(tmp_path):
         (lambda c: "[1, 2]", "1 file-format: .*/a.json: images = not COCO JSON: it has no list 'images'"),
         (lambda c: json.dumps({**c, "annotations": {}}), "it has no list 'annotations'"),
         (lambda c: json.dumps({**c, "categories": []}), "'categories' is empty"),
-        (lambda c: json.dumps({**c, "categories": [{"id": 1}]}), r'1 category-malformed: .*categories\[0\]: \{"id": 1'),
+        (lambda c: json.dumps({**c, "categories": [{"id": 1}]}), r"1 category-malformed: .*categories\[0\]: \{'id': 1"),
         (lambda c: json.dumps({**c, "categories": [{"id": 1, "name": "a"}] * 2}), r"categories\[1\]"),
     ],
 )
