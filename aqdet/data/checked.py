@@ -74,7 +74,7 @@ def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report
 
 def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
     """
-    Checks a dataset, or takes the report from the cache.
+    Checks a dataset, or takes the report from the cache, where those without errors are kept.
 
     Args:
         declaration: which.
@@ -93,20 +93,24 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
     kept = _read_cache(report_file, declaration)
     if kept is not None:
         report, is_copied = kept
-        if not is_copied or usable.is_file() or report.refused(strict=False):
+        if usable.is_file() or not is_copied:
             return report, str(usable) if is_copied else declaration.file
     report, content, source = check_declaration(declaration, pixels=pixels)
     is_copied = declaration.format != "coco" or report.changes
+    json_file = str(usable) if is_copied else declaration.file
+    if report.refused(strict=False):
+        # Not kept: what is then done about it can be a file that was not there to be read.
+        return report, json_file
     noted = {"inputs": _stamps(source.inputs), "is_copied": is_copied, "report": report.as_dict()}
     try:
-        if is_copied and not report.refused(strict=False):
+        if is_copied:
             write_aside(usable, json.dumps(content))
         write_aside(report_file, json.dumps(noted))
     except OSError as error:
         raise ValueError(
             f"DATASETS.CACHE_DIR: the check of {declaration.name} cannot be kept in {str(entry.parent)!r}: {error}"
         ) from error
-    return report, str(usable) if is_copied else declaration.file
+    return report, json_file
 
 
 def write_aside(path: Path, text: str) -> None:

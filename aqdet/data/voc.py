@@ -209,9 +209,10 @@ def read_voc(
     else:
         skipped: dict[str, list[str]] = collections.defaultdict(list)
         names = _class_names(root, annotations, skipped)
-        source.inputs.update(str(path) for path in (root / "Annotations").rglob("*"))
+        xmls = root / "Annotations"
+        source.inputs.update(map(str, (xmls, *xmls.rglob("*"))))
         for stem in itertools.chain.from_iterable(skipped.values()):
-            report.add("file-skipped", str(root / "Annotations" / f"{stem}.xml"))
+            report.add("file-skipped", str(xmls / f"{stem}.xml"))
     source.categories = dict(enumerate(names, 1))
     ids = {name: key for key, name in source.categories.items()}
     for image_id, stem in enumerate(stems, 1):

@@ -113,8 +113,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         originals = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
         original = {index: key for key, index in originals.items()}
         found = [result for prediction in predictions for result in prediction["instances"]]
-        for result in found:
-            result["category_id"] = original.get(result["category_id"], result["category_id"])
+        if original:
+            for result in found:
+                result["category_id"] = original[result["category_id"]]
         self._write("coco_instances_results.json", found)
         if not self._do_evaluation:
             logger.info("%s has no annotations to evaluate with", self._metadata.name)

@@ -62,9 +62,11 @@ def test_a_check_is_repeated_only_when_a_file_has_changed(tmp_path, entry, count
     register_declared(cfg)
     check_datasets(cfg)
     assert count == [False, True, True, False, True]
-    path.unlink()
+    path.rename(tmp_path / "aside.png")
     with pytest.raises(ValueError, match="1 problem; 1 image-missing: .*0.png"):
         check_datasets(cfg)
+    (tmp_path / "aside.png").rename(path)
+    check_datasets(cfg)
 
 
 def test_training_and_evaluation_read_the_same_repaired_file(tmp_path, entry, caplog):
