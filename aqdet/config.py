@@ -16,14 +16,17 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # Off: plain Detectron2 layers, bit for bit.
     cfg.MODEL.QUANT.ENABLED = False
     cfg.MODEL.QUANT.WEIGHT = CfgNode()
-    # "lsq", "pact" or "dorefa".
+    # "lsq", "pact", "dorefa", "lqnet" (non-uniform: trains and evaluates, is not exported), or "lsqplus", whose
+    # weights are LSQ's.
     cfg.MODEL.QUANT.WEIGHT.QUANTIZER = "lsq"
     # 2 to 8.
     cfg.MODEL.QUANT.WEIGHT.NUM_BITS = 4
     # One scale for each output channel instead of one for the tensor.
     cfg.MODEL.QUANT.WEIGHT.PER_CHANNEL = True
     cfg.MODEL.QUANT.INPUT = CfgNode()
-    # "lsq", "pact" or "dorefa"; activations always have one scale for the tensor.
+    # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative), "lqnet" (non-
+    # uniform: trains and evaluates, is not exported) or "n2uq" (learned thresholds, uniform levels).
+    # Activations always have one scale for the tensor.
     cfg.MODEL.QUANT.INPUT.QUANTIZER = "lsq"
     cfg.MODEL.QUANT.INPUT.NUM_BITS = 4
     # Weights of the stem, weights and inputs of the prediction convs. The stem reads the uint8 image.

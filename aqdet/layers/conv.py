@@ -102,7 +102,7 @@ class QuantConv2d(Conv2d):
         quantizer = self.input_quantizer
         grid = None
         if quantizer is not None and quantizer.is_active:
-            grid = quantizer.grid(x.numel())
+            grid = quantizer.fused_grid(x.numel())
         geometry = {
             "stride": self.stride,
             "padding": self.padding,
@@ -121,6 +121,8 @@ class QuantConv2d(Conv2d):
         recompute: dict[str, Any] = {}
         if self._shared_weight:
             weight = self._shared_weight[0]
+        elif self.weight_quantizer.updates_in_forward:
+            weight = self.weight_quantizer(self.weight)
         else:
             weight = self.weight
             recompute = {

@@ -153,7 +153,7 @@ def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | N
     input_bits = input_quantizer.spec.num_bits if input_quantizer else FLOAT_BITS
     if is_image:
         input_bits = IMAGE_BITS
-    scales = sum(q.num_scales for q in (weight_quantizer, input_quantizer) if q is not None)
+    constants = sum(q.num_constants for q in (weight_quantizer, input_quantizer) if q is not None)
     part = "auxiliary" if path.startswith(PREFIX) else "quantized" if quantized else "float"
     parameters = sum(p.numel() for p in layer.parameters(recurse=False))
     parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
@@ -165,7 +165,7 @@ def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | N
         _describe(input_quantizer, "image u8" if is_image else "float 32"),
         _norm_name(norm),
         parameters,
-        layer.weight.numel() * weight_bits + (rest + scales) * FLOAT_BITS,
+        layer.weight.numel() * weight_bits + (rest + constants) * FLOAT_BITS,
         macs,
         macs * weight_bits * input_bits,
     )
@@ -174,7 +174,7 @@ def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | N
 def _shared_row(path: str, kind: str, text: str, module: nn.Module) -> PlanRow:
     found = [q for q in module.modules() if isinstance(q, Quantizer)]
     part = "quantized" if found else "float"
-    bits = sum(q.num_scales for q in found) * FLOAT_BITS
+    bits = sum(q.num_constants for q in found) * FLOAT_BITS
     return PlanRow(path, kind, part, "-", text, "-", 0, bits, 0, 0)
 
 

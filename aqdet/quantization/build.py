@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from .dorefa import DoReFaInputQuantizer, DoReFaWeightQuantizer
+from .lqnet import LQNetQuantizer
 from .lsq import LSQQuantizer
+from .lsqplus import LSQPlusQuantizer
+from .n2uq import N2UQQuantizer
 from .pact import PACTQuantizer
 from .quantizer import Quantizer
 from .spec import QuantSpec
 
 QUANTIZER_REGISTRY: dict[str, dict[str, type[Quantizer]]] = {
     "dorefa": {"weight": DoReFaWeightQuantizer, "input": DoReFaInputQuantizer},
+    "lqnet": {"weight": LQNetQuantizer, "input": LQNetQuantizer},
     "lsq": {"weight": LSQQuantizer, "input": LSQQuantizer},
+    "lsqplus": {"weight": LSQQuantizer, "input": LSQPlusQuantizer},
+    "n2uq": {"input": N2UQQuantizer},
     "pact": {"weight": PACTQuantizer, "input": PACTQuantizer},
 }
 """Method name -> role -> class. Add a method by adding an entry before the model is built."""

@@ -42,9 +42,11 @@ class Quantizer(nn.Module):
     Attributes:
         enabled: set to False, the quantizer returns its input unchanged.
         path: dotted name in the model, for messages.
+        updates_in_forward: whether a training forward changes the state, so that backward must not repeat it.
     """
 
     _version = 1
+    updates_in_forward = False
     calibrated: Tensor
     num_bits: Tensor
     signed: Tensor
@@ -76,6 +78,11 @@ class Quantizer(nn.Module):
     def is_active(self) -> bool:
         """Whether a forward would quantize: enabled, calibrated and not observing."""
         return self.enabled and self._ready and not self._observing
+
+    @property
+    def num_constants(self) -> int:
+        """How many numbers the quantizer consists of when shipped."""
+        return self.num_scales
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes ``x`` (any shape); observes or passes it through in the other states.
@@ -162,8 +169,15 @@ class Quantizer(nn.Module):
         Args:
             num_shared: number of elements on this rank that share a scale, for methods that normalise the
                 gradient of the scale by it; None when no gradient is needed.
+
+        Raises:
+            ValueError: if codes cannot be had as ``round(x / scale)``, naming the quantizer.
         """
         return None
+
+    def fused_grid(self, num_shared: int | None = None) -> AffineGrid | None:
+        """The grid that a layer may quantize by itself, gradients included; None if it has to call the module."""
+        return self.grid(num_shared)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes ``x``; differentiable."""

@@ -177,7 +177,10 @@ def test_streams_and_sums_have_the_residual_bits():
             "MODEL.FPN.IN_FEATURES must have 'res5'",
         ),
         ((*QUANT, "MODEL.QUANT.RESIDUAL_NUM_BITS", "12"), "MODEL.QUANT.RESIDUAL for backbone.*2 to 8, got 12"),
-        ((*QUANT, "MODEL.QUANT.RESIDUAL_QUANTIZER", "lqs"), "MODEL.QUANT.RESIDUAL.*dorefa, lsq, pact, got 'lqs'"),
+        (
+            (*QUANT, "MODEL.QUANT.RESIDUAL_QUANTIZER", "lqs"),
+            "MODEL.QUANT.RESIDUAL.*dorefa, lqnet, lsq, lsqplus, n2uq, pact, got 'lqs'",
+        ),
     ],
 )
 def test_what_it_cannot_build_is_one_line(overrides, words):

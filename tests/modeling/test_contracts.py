@@ -94,10 +94,11 @@ def test_dropped_is_dropped(taps):
     assert model.auxiliary is path
 
 
-@pytest.mark.parametrize("method", ["lsq", "pact", "dorefa"])
+@pytest.mark.parametrize("method", ["lsq", "pact", "dorefa", "lsqplus", "lqnet", "n2uq"])
 @pytest.mark.parametrize("relu", ["True", "False"])
 def test_every_convolution_sees_b_bits_and_zero_padding(monkeypatch, method, relu):
-    extra = ("MODEL.QUANT.WEIGHT.QUANTIZER", method, "MODEL.QUANT.INPUT.QUANTIZER", method)
+    weight_method = "lsq" if method == "n2uq" else method
+    extra = ("MODEL.QUANT.WEIGHT.QUANTIZER", weight_method, "MODEL.QUANT.INPUT.QUANTIZER", method)
     model = calibrated(make_model(*QUANT, *extra, "MODEL.FPN.RELU", relu), BATCH).eval()
     convs = {id(m): n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert all(isinstance(model.get_submodule(n), QuantConv2d) for n in convs.values())

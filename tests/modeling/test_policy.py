@@ -54,7 +54,7 @@ def test_a_layer_left_in_float_is_announced(caplog):
         (("(", {"WEIGHT.NUM_BITS": 2}), r"RULES\[0\]: '\(' is no regular expression"),
         (("res5", {"BITS": 2}), "unknown key 'BITS', valid keys are ENABLED, WEIGHT.QUANTIZER"),
         (("res5", {"WEIGHT.NUM_BITS": 9}), "layer backbone.bottom_up.res5.*2 to 8, got 9"),
-        (("res5", {"INPUT.QUANTIZER": "lqs"}), "res5.*one of dorefa, lsq, pact, got 'lqs'"),
+        (("res5", {"INPUT.QUANTIZER": "lqs"}), "res5.*one of dorefa, lqnet, lsq, lsqplus, n2uq, pact, got 'lqs'"),
         (("res5",), r"must be \[regex, \{key: value\}\]"),
     ],
 )
@@ -100,8 +100,16 @@ def test_a_value_of_another_type_is_refused_rather_than_taken_as_true(overrides,
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("WEIGHT.QUANTIZER", "lqs", "QUANTIZER for weights must be one of dorefa, lsq, pact, got 'lqs'"),
-        ("INPUT.QUANTIZER", "lqs", "QUANTIZER for inputs must be one of dorefa, lsq, pact, got 'lqs'"),
+        (
+            "WEIGHT.QUANTIZER",
+            "lqs",
+            "weights must be one of dorefa, lqnet, lsq, lsqplus, pact, got 'lqs'",
+        ),
+        (
+            "INPUT.QUANTIZER",
+            "lqs",
+            "inputs must be one of dorefa, lqnet, lsq, lsqplus, n2uq, pact, got 'lqs'",
+        ),
         ("WEIGHT.NUM_BITS", "1", "integer from 2 to 8, got 1"),
         ("INPUT.NUM_BITS", "32", "integer from 2 to 8, got 32"),
         ("BOUNDARY_NUM_BITS", "9", "stem.conv1: NUM_BITS must be an integer from 2 to 8, got 9"),

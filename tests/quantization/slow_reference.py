@@ -4,6 +4,7 @@ A method is named as in the config. ``bound`` is what a uniform method learns or
 alpha; the step for LSQ and for DoReFa's activations. Python's ``round`` rounds half to even.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -79,3 +80,80 @@ def best_step(xs: list[float], low: int, high: int, count: int = 300) -> tuple[f
 
 def squared_error(xs: list[float], scale: float, low: int, high: int) -> float:
     return sum((uniform(x, scale, low, high)[1] - x) ** 2 for x in xs)
+
+
+def lsqplus(
+    xs: list[float], grads: list[float], scale: float, offset: float, bits: int
+) -> tuple[list[int], list[float], list[float], float, float]:
+    """LSQ+ (2004.09576) with the offset at the nearest multiple of the step.
+
+    Returns codes from 0, values, and the gradients of x, scale and offset, the last two times 1 / sqrt(N p).
+    """
+    largest = 2**bits - 1
+    zero_point = min(max(round(-offset / scale), 0), largest)
+    codes, values, dx, dscale, doffset = [], [], [], 0.0, 0.0
+    for x, grad in zip(xs, grads, strict=True):
+        v = x / scale + zero_point
+        code = min(max(round(x / scale) + zero_point, 0), largest)
+        codes.append(code)
+        values.append((code - zero_point) * scale)
+        inside = 0 < v < largest
+        dx.append(grad if inside else 0.0)
+        dscale += grad * ((code - v) if inside else code)
+        doffset += 0.0 if inside else grad
+    factor = math.sqrt(len(xs) * largest)
+    return codes, values, dx, dscale / factor, doffset / factor
+
+
+def basis_levels(basis: list[float], signs: bool) -> list[tuple[float, list[int]]]:
+    """LQ-Nets (1807.10029): every combination of the basis, ascending, each with its factors."""
+    choices = (-1, 1) if signs else (0, 1)
+    combinations = itertools.product(choices, repeat=len(basis))
+    return sorted((sum(b * v for b, v in zip(bits, basis, strict=True)), list(bits)) for bits in combinations)
+
+
+def nearest_level(x: float, levels: list[tuple[float, list[int]]]) -> tuple[float, list[int]]:
+    """Thresholds are half-way between levels."""
+    index = sum(x > (a[0] + b[0]) / 2 for a, b in itertools.pairwise(levels))
+    return levels[index]
+
+
+def least_squares(rows: list[list[int]], xs: list[float]) -> list[float]:
+    """``(B'B)^-1 B'x`` by Gauss-Jordan elimination; B'B must be regular."""
+    size = len(rows[0])
+    matrix = [[float(sum(r[i] * r[j] for r in rows)) for j in range(size)] for i in range(size)]
+    for i in range(size):
+        matrix[i].append(sum(r[i] * x for r, x in zip(rows, xs, strict=True)))
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda j: abs(matrix[j][i]))
+        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
+        matrix[i] = [value / matrix[i][i] for value in matrix[i]]
+        for j in range(size):
+            if j != i:
+                matrix[j] = [a - matrix[j][i] * b for a, b in zip(matrix[j], matrix[i], strict=True)]
+    return [row[size] for row in matrix]
+
+
+def n2uq(
+    xs: list[float], grads: list[float], scale: float, start: float, intervals: list[float], low: int
+) -> tuple[list[int], list[float], float, float, list[float]]:
+    """N2UQ (2111.14826): codes from ``low``, and the G-STE gradients of x, scale, start and intervals.
+
+    Between the ends of interval i the gradient is that of ``scale * (low + i + (x - end_i) / interval_i)``.
+    """
+    ends = [start]
+    for interval in intervals:
+        ends.append(ends[-1] + interval)
+    codes, dx, dscale, dstart, dintervals = [], [], 0.0, 0.0, [0.0] * len(intervals)
+    for x, grad in zip(xs, grads, strict=True):
+        codes.append(low + sum(x > (a + b) / 2 for a, b in itertools.pairwise(ends)))
+        dscale += grad * codes[-1]
+        inside = [i for i in range(len(intervals)) if ends[i] < x <= ends[i + 1]]
+        dx.append(0.0)
+        for i in inside:
+            dx[-1] = grad * scale / intervals[i]
+            dstart -= dx[-1]
+            for j in range(i):
+                dintervals[j] -= dx[-1]
+            dintervals[i] -= grad * scale * (x - ends[i]) / intervals[i] ** 2
+    return codes, dx, dscale, dstart, dintervals

@@ -18,6 +18,14 @@ SPECS = [
     QuantSpec(name, bits, role, signed=signed, per_channel=per_channel)
     for name, bits, (role, signed, per_channel) in itertools.product(METHODS, (2, 3, 4, 8), KINDS)
 ]
+# Methods with more than a range to learn: their formulas are tested in files of their own.
+LATER_SPECS = [
+    QuantSpec(name, bits, role, signed=signed, per_channel=per_channel)
+    for name, roles in (("lsqplus", ("input",)), ("lqnet", ("weight", "input")), ("n2uq", ("input",)))
+    for bits, (role, signed, per_channel) in itertools.product((2, 4, 8), KINDS)
+    if role in roles
+]
+LATER_FOUR_BITS = [spec for spec in LATER_SPECS if spec.num_bits == 4]
 FOUR_BITS = [spec for spec in SPECS if spec.num_bits == 4]
 UNIFORM = [spec for spec in SPECS if (spec.quantizer, spec.role) != ("dorefa", "weight")]
 NUM_CHANNELS = 6

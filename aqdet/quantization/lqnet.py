@@ -1,0 +1,195 @@
+"""LQ-Nets: quantization levels from a learned basis (Zhang et al., ECCV 2018, arXiv 1807.10029)."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .functional import SCALE_EPS, count_below, integer_range, replace_ste
+from .observer import Statistics
+from .quantizer import Quantizer
+from .spec import IntegerTensor, QuantSpec
+
+MOMENTUM = 0.9
+REGULARIZER = 1e-4
+_NUM_FRACTIONS = 32
+_CALIBRATION_STEPS = 10
+_NUM_SAMPLES = 2**18
+
+
+class LQNetQuantizer(Quantizer):
+    """Levels are the combinations ``B v`` of a learned basis v of b values; x goes to the nearest one.
+
+    Weights combine the basis with signs, activations with zeros and ones. The basis is no parameter: each
+    training forward moves it to the least-squares optimum for the codes at hand,
+    ``v <- 0.9 v + 0.1 (B'B)^-1 B'x``, after quantizing with the basis as it was. The gradient is
+    straight-through: everywhere for weights, between the outer levels for activations. A site that is declared
+    unsigned includes the ReLU.
+
+    ``B'B`` is singular where codes do not tell the basis values apart, as for constant weights. As in the
+    authors' code a little of the present basis is added, ``(B'B + eI)^-1 (B'x + ev)``, which leaves what
+    the data does not determine as it is.
+
+    Deviations: that term for activations too; signed activation sites start from two's complement,
+    ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a level there too; the first basis is, whatever the
+    calibration method, the best of 32 with equidistant levels, refined by ten of the paper's alternations, of
+    which the last takes all calibration values and the others a sample; activation statistics are summed over
+    ranks; a layer that runs on several pyramid levels updates on each. Weights have no level at zero.
+
+    The levels are not equidistant, so that there is no integer form.
+    """
+
+    updates_in_forward = True
+    basis: Tensor
+
+    def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
+        super().__init__(spec, num_channels)
+        self.register_buffer("basis", self._uniform(torch.ones(self.num_scales)))
+
+    @property
+    def num_constants(self) -> int:
+        """See :attr:`Quantizer.num_constants`."""
+        return self.basis.numel()
+
+    def _uniform(self, scale: Tensor) -> Tensor:
+        """``(C, b)`` basis of equidistant levels with step ``scale``, shape ``(C,)``."""
+        basis = scale[:, None] * 2.0 ** torch.arange(self.spec.num_bits, device=scale.device)
+        if self.spec.role == "weight":
+            return basis / 2
+        if self.spec.signed:
+            basis[:, -1].neg_()
+        return basis
+
+    def _bits(self) -> Tensor:
+        """``(2^b, b)`` factors of the basis: -1 and 1 for weights, 0 and 1 for activations."""
+        index = torch.arange(2**self.spec.num_bits, device=self.basis.device)[:, None]
+        bits = (index >> torch.arange(self.spec.num_bits, device=self.basis.device) & 1).double()
+        return 2 * bits - 1 if self.spec.role == "weight" else bits
+
+    def _sorted_levels(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """``(C, 2^b)`` ascending levels, float64, and ``(C, 2^b, b)`` their factors."""
+        bits = self._bits()
+        levels, order = (bits * basis.double()[:, None]).sum(dim=2).sort(dim=1)
+        return levels, bits[order]
+
+    def levels(self) -> Tensor:
+        """``(C, 2^b)`` ascending float32 levels."""
+        return self._sorted_levels(self.basis)[0].float()
+
+    def set_range(self, statistics: Statistics, method: str) -> None:
+        """Sets the basis in place, see the class; ``method`` makes no difference."""
+        values, counts = statistics.values, statistics.counts
+        if not self.spec.signed:
+            counts = counts * (values >= 0)
+            values = values.clamp(min=0)
+        few = values, counts
+        if values.numel() > _NUM_SAMPLES:
+            shuffled = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))
+            sample = shuffled[: max(_NUM_SAMPLES // len(values), 2**self.spec.num_bits)].to(values.device)
+            few = values[:, sample], counts[:, sample]
+        basis = self._best_uniform(*few, values.abs().amax(dim=1))
+        for some_values, some_counts in [few] * (_CALIBRATION_STEPS - 1) + [(values, counts)]:
+            index = _nearest(some_values, self._sorted_levels(basis)[0].float())
+            basis = basis + self._correction(basis, *_histogram(index, some_values, some_counts, self.spec.num_bits))
+        self.basis.copy_(basis)
+
+    def _best_uniform(self, values: Tensor, counts: Tensor, largest: Tensor) -> Tensor:
+        """The basis of least squared error among 32 of equidistant levels up to the largest value, by channel."""
+        quant_max = integer_range(self.spec.num_bits, self.spec.signed)[1]
+        largest = torch.where(largest > SCALE_EPS, largest, torch.ones_like(largest))
+        best = self._uniform(largest / quant_max)
+        best_error = torch.full_like(largest, math.inf)
+        for fraction in torch.logspace(math.log10(0.02), math.log10(1.1), _NUM_FRACTIONS).tolist():
+            basis = self._uniform(largest * (fraction / quant_max))
+            levels = self._sorted_levels(basis)[0].float()
+            difference = levels.gather(1, _nearest(values, levels)) - values
+            error = (difference.square() * counts).sum(dim=1)
+            best = torch.where((error < best_error)[:, None], basis, best)
+            best_error = torch.minimum(error, best_error)
+        return best
+
+    def _correction(self, basis: Tensor, counts: Tensor, sums: Tensor) -> Tensor:
+        """``(C, b)`` way from the basis to the least-squares optimum for the codes.
+
+        Args:
+            basis: ``(C, b)``.
+            counts, sums: ``(C, 2^b)`` float64, how many values each level got, and their sum.
+        """
+        levels, bits = self._sorted_levels(basis)
+        weighted = bits * counts[..., None]
+        gram = weighted.transpose(1, 2) @ bits
+        gram += REGULARIZER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        residual = ((sums - counts * levels)[..., None] * bits).sum(dim=1)
+        correction = torch.linalg.solve(gram, residual)
+        return torch.where(correction.isfinite(), correction, 0.0).to(basis.dtype)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """See :meth:`Quantizer.fake_quantize`; in a training forward with gradients also updates the basis."""
+        levels = self.levels()
+        x32 = x.float()
+        if self.spec.role == "input":
+            x32 = x32 if self.spec.signed else torch.relu(x32)
+            clipped = x32.clamp(levels[0, 0], levels[0, -1])
+        else:
+            clipped = x32
+        with torch.no_grad():
+            rows = x32.reshape(self.num_scales, x.numel() // self.num_scales)
+            index = _nearest(rows, levels)
+            values = levels.gather(1, index).view_as(x)
+        if self.training and torch.is_grad_enabled():
+            self._update(rows, index)
+        return replace_ste(clipped, values).to(x.dtype)
+
+    @torch.no_grad()
+    def _update(self, rows: Tensor, index: Tensor) -> None:
+        counts, sums = _histogram(index, rows, None, self.spec.num_bits)
+        if self.spec.role == "input" and dist.is_available() and dist.is_initialized():
+            both = torch.stack([counts, sums])
+            dist.all_reduce(both)
+            counts, sums = both
+        basis = self.basis.float()
+        self.basis.copy_(basis + (1 - MOMENTUM) * self._correction(basis, counts, sums))
+
+    def grid(self, num_shared: int | None = None) -> NoReturn:
+        """There is none.
+
+        Raises:
+            ValueError: always, naming the quantizer and what to use instead.
+        """
+        raise ValueError(
+            f"quantizer '{self.path}' (lqnet) is non-uniform, its levels are no multiples of one step: "
+            "train this layer with lsq, lsqplus, pact, dorefa or n2uq to export it"
+        )
+
+    def fused_grid(self, num_shared: int | None = None) -> None:
+        """See :meth:`Quantizer.fused_grid`."""
+
+    def to_integer(self, x: Tensor) -> IntegerTensor:
+        """See :meth:`grid`."""
+        self.grid()
+
+
+def _nearest(rows: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest of the ascending levels; half-way between two, the lower one.
+
+    Args:
+        rows: ``(C, K)`` float32. levels: ``(C, 2^b)`` float32.
+    """
+    thresholds = (levels[:, 1:] + levels[:, :-1]) / 2
+    return count_below(rows, thresholds)
+
+
+def _histogram(index: Tensor, rows: Tensor, counts: Tensor | None, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Number and sum of the values at each level, ``(C, 2^b)`` float64; ``counts`` weights the values."""
+    channels, size = len(rows), 2**num_bits
+    flat = (index + size * torch.arange(channels, device=index.device)[:, None]).flatten()
+    weights = torch.ones_like(rows) if counts is None else counts
+    number, total = (
+        torch.bincount(flat, value.flatten().double(), channels * size).view(channels, size)
+        for value in (weights, rows * weights)
+    )
+    return number, total

@@ -1,0 +1,246 @@
+import datetime
+import multiprocessing
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from quantization import slow_reference as slow
+from quantization.specs import KINDS, NUM_CHANNELS, data, groups, ident, ready
+from torch import nn
+
+from aqdet.layers import QuantConv2d, shared_weights
+from aqdet.quantization import QuantSpec, calibrate
+
+SPECS = [
+    QuantSpec("lqnet", bits, role, signed=signed, per_channel=per_channel)
+    for bits in (2, 3)
+    for role, signed, per_channel in KINDS
+]
+specs = pytest.mark.parametrize("spec", SPECS, ids=ident)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_basis(spec, basis):
+    quantizer = ready(spec)
+    quantizer.basis.copy_(torch.tensor(basis))
+    return quantizer
+
+
+@specs
+def test_forward_and_the_update_are_the_papers_formulas(spec):
+    quantizer = ready(spec).train()
+    x = data(spec, 1)
+    before = quantizer.basis.clone()
+    y = quantizer(x)
+    assert not torch.equal(quantizer.basis, before)
+    for basis, after, xs, ys in zip(before, quantizer.basis, groups(spec, x), groups(spec, y), strict=True):
+        levels = slow.basis_levels(basis.tolist(), spec.role == "weight")
+        found = [slow.nearest_level(v, levels) for v in xs.tolist()]
+        torch.testing.assert_close(ys, torch.tensor([value for value, _ in found]))
+        best = slow.least_squares([bits for _, bits in found], xs.tolist())
+        expected = [0.9 * v + 0.1 * b for v, b in zip(basis.tolist(), best, strict=True)]
+        torch.testing.assert_close(after, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@specs
+def test_gradients_are_straight_through(spec):
+    quantizer = ready(spec)
+    x = (data(spec, 2) * 2).requires_grad_()
+    levels = quantizer.levels()
+    grad = randn(*x.shape, seed=3)
+    quantizer(x).backward(grad)
+    expected = grad
+    if spec.role == "input":
+        expected = grad * ((x > levels[0, 0]) & (x <= levels[0, -1]))
+        assert (expected == 0).any()
+    assert torch.equal(x.grad, expected)
+    assert not list(quantizer.parameters())
+
+
+def test_weights_by_hand():
+    quantizer = with_basis(QuantSpec("lqnet", 2, "weight"), [[1.0, 3.0]])
+    assert quantizer.levels().tolist() == [[-4, -2, 2, 4]]
+    x = torch.tensor([-9.0, -3.0, -2.9, 0.0, 0.1, 3.0, 3.1])
+    assert quantizer(x).tolist() == [-4, -4, -2, -2, 2, 2, 4]
+    # B'B = [[7, 1], [1, 7]], B'x = (9 - 3 + ...): by the formula, least squares of the codes.
+    rows = [[-1, -1], [-1, -1], [1, -1], [1, -1], [-1, 1], [-1, 1], [1, 1]]
+    best = slow.least_squares(rows, x.tolist())
+    assert quantizer.basis[0].tolist() == pytest.approx([0.9 * 1 + 0.1 * best[0], 0.9 * 3 + 0.1 * best[1]], rel=1e-4)
+
+
+@pytest.mark.parametrize("signed", (True, False))
+def test_zero_is_a_level_of_activations_and_padding_is_zero(signed):
+    spec = QuantSpec("lqnet", 3, "input", signed=signed)
+    quantizer = with_basis(spec, [[0.31, 0.77, -1.9 if signed else 1.9]])
+    assert 0.0 in quantizer.levels()[0].tolist()
+    assert quantizer(torch.zeros(4)).tolist() == [0] * 4
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    layer = QuantConv2d.from_float(conv, QuantSpec("lsq", 8, "weight"), spec, "conv")
+    calibrate(layer, lambda: layer(torch.ones(1, 1, 1, 1)))
+    nn.init.constant_(layer.weight, 100.0)
+    layer.weight.data[..., 1, 1] = 0
+    assert layer(torch.ones(1, 1, 1, 1)).item() == 0
+
+
+def test_an_unsigned_site_includes_the_relu_even_with_a_level_below_zero():
+    quantizer = with_basis(QuantSpec("lqnet", 2, "input", signed=False), [[3.0, -1.0]]).eval()
+    x = randn(100).requires_grad_()
+    y = quantizer(x)
+    assert torch.equal(y, quantizer(x.relu())) and (y >= 0).all()
+    y.sum().backward()
+    assert not x.grad[x < 0].any()
+
+
+def test_the_basis_learns_in_training_with_gradients_only():
+    quantizer = ready(QuantSpec("lqnet", 2, "weight"))
+    before, x = quantizer.basis.clone(), randn(200) * 3
+    quantizer.eval()(x)
+    with torch.no_grad():
+        quantizer.train()(x)
+    quantizer.enabled = False
+    quantizer(x)
+    assert torch.equal(quantizer.basis, before)
+    quantizer.enabled = True
+    quantizer(x)
+    assert not torch.equal(quantizer.basis, before)
+
+
+@pytest.mark.parametrize("bits", (2, 4))
+def test_training_forwards_converge_to_less_error_than_uniform_levels(bits):
+    # Clusters at distances that equidistant levels do not have.
+    x = torch.cat([randn(200, seed=i) * 0.1 + c for i, c in enumerate((-1, -0.1, 0.1, 1))])
+    uniform = ready(QuantSpec("lsq", bits, "weight"), x)
+    quantizer = ready(QuantSpec("lqnet", bits, "weight"), x)
+
+    def error(q):
+        with torch.no_grad():
+            return (q(x) - x).square().mean().item()
+
+    before = error(quantizer)
+    for _ in range(60):
+        quantizer(x)
+    assert error(quantizer) <= 1.001 * before < error(uniform)
+
+
+@pytest.mark.parametrize("value", (0.0, 0.7, -3.0, 1e-30, 1e30))
+@specs
+def test_singular_cases_stay_finite(spec, value):
+    x = torch.full((NUM_CHANNELS, 4), value)
+    if not spec.signed:
+        x = x.abs()
+    for calibrated_on in (x, None):
+        quantizer = ready(spec, calibrated_on)
+        for _ in range(50):
+            y = quantizer(x)
+        assert quantizer.basis.isfinite().all() and y.isfinite().all()
+        if abs(value) < 10 and calibrated_on is not None or value == 0.7:
+            torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3 * abs(value) + 0.05)
+    # A dead channel that wakes up finds its levels.
+    x = data(spec)
+    for _ in range(100):
+        y = quantizer(x)
+    if abs(value) < 10:
+        assert (y - x).square().mean() < 0.5 * x.square().mean()
+
+
+def test_what_the_data_does_not_determine_stays():
+    # All values get the code (-1, 1): the difference of the basis values is determined, the sum is not.
+    quantizer = with_basis(QuantSpec("lqnet", 2, "weight"), [[1.0, 3.0]])
+    quantizer(torch.full((1000,), 2.5))
+    assert quantizer.basis[0].tolist() == pytest.approx([0.975, 3.025], rel=1e-5)
+
+
+@specs
+def test_values_that_are_not_finite_do_not_stay(spec):
+    quantizer = ready(spec)
+    x = data(spec)
+    x.view(-1)[0] = float("inf")
+    quantizer(x)
+    assert quantizer.basis.isfinite().all()
+
+
+def test_there_is_no_integer_form():
+    quantizer = ready(QuantSpec("lqnet", 2, "input"))
+    quantizer.path = "head.cls_subnet.0.input_quantizer"
+    words = r"'head\.cls_subnet\.0\.input_quantizer' \(lqnet\) is non-uniform.*train this layer with lsq, lsqplus"
+    for call in (quantizer.grid, lambda: quantizer.to_integer(torch.zeros(3))):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("input_method", ("lsq", "lqnet"))
+def test_in_a_convolution_the_basis_moves_once_a_step(input_method):
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    weight = QuantSpec("lqnet", 3, "weight", per_channel=True)
+    layer = QuantConv2d.from_float(conv, weight, QuantSpec(input_method, 3, "input"), "conv")
+    x = randn(2, 3, 6, 6).requires_grad_()
+    calibrate(layer, lambda: layer(x))
+    layer.weight.data.mul_(1.3)
+    before = layer.weight_quantizer.basis.clone()
+    layer.weight_quantizer.eval()
+    quantized = layer.weight_quantizer(layer.weight).detach()
+    with torch.no_grad():
+        expected = torch.conv2d(layer.input_quantizer(x), quantized, layer.bias, padding=1)
+    layer.train()
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    after = layer.weight_quantizer.basis.clone()
+    assert not torch.equal(after, before)
+    y.square().sum().backward()
+    assert torch.equal(layer.weight_quantizer.basis, after)
+    assert layer.weight.grad.abs().sum() > 0 and x.grad.abs().sum() > 0
+
+
+def test_a_head_over_levels_updates_its_weights_basis_once():
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    layer = QuantConv2d.from_float(conv, QuantSpec("lqnet", 2, "weight"), QuantSpec("lqnet", 2, "input"), "conv")
+    x = randn(1, 3, 4, 4)
+    calibrate(layer, lambda: layer(x))
+    calls = []
+    layer.weight_quantizer.register_forward_hook(lambda *_: calls.append(layer.weight_quantizer.basis.clone()))
+    with shared_weights(layer):
+        outputs = [layer(x), layer(x)]
+    assert len(calls) == 1
+    sum(y.sum() for y in outputs).backward()
+    assert len(calls) == 1
+
+
+def _rank(rank, folder):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=90),
+    )
+    try:
+        bases = []
+        for role in ("input", "weight"):
+            quantizer = ready(QuantSpec("lqnet", 2, role), randn(100))
+            # Weights are the same everywhere, activations are not.
+            quantizer(randn(100, seed=rank if role == "input" else 7))
+            bases.append(quantizer.basis)
+        torch.save(bases, os.path.join(folder, f"{rank}.pth"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_update_by_all_their_data(tmp_path):
+    other = multiprocessing.get_context("spawn").Process(target=_rank, args=(1, str(tmp_path)))
+    other.start()
+    try:
+        _rank(0, str(tmp_path))
+    finally:
+        other.join(30)
+        other.kill()
+    stored = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    for role, mine, theirs in zip(("input", "weight"), *stored, strict=True):
+        assert torch.equal(mine, theirs)
+        # Calibration sums over ranks, too: twice the same data.
+        quantizer = ready(QuantSpec("lqnet", 2, role), torch.cat([randn(100), randn(100)]))
+        quantizer(torch.cat([randn(100, seed=0), randn(100, seed=1)]) if role == "input" else randn(100, seed=7))
+        torch.testing.assert_close(mine, quantizer.basis, rtol=1e-4, atol=1e-6)
