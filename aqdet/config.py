@@ -48,6 +48,18 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.QUANT.SCALE_LR_FACTOR = 1.0
     # The L2 term of PACT's alpha.
     cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4
+    # Weights that flip between two levels (2203.11086); for lsq, lsqplus and pact weights of at most 4 bits.
+    cfg.MODEL.QUANT.OSCILLATION = CfgNode()
+    # Log each layer's share of oscillating weights. On with either of the remedies below.
+    cfg.MODEL.QUANT.OSCILLATION.TRACK = False
+    # Weight at the end of training, rising from 0, of a loss that pulls weights to their level; 0 for none.
+    cfg.MODEL.QUANT.OSCILLATION.DAMPENING = 0.0
+    # A weight that flips back more often than this, as a share of the iterations, is frozen; 0 for none. The
+    # paper's is 0.01 at the end of training; the threshold falls to it from FREEZE_THRESHOLD_START.
+    cfg.MODEL.QUANT.OSCILLATION.FREEZE_THRESHOLD = 0.0
+    cfg.MODEL.QUANT.OSCILLATION.FREEZE_THRESHOLD_START = 0.1
+    # Of the moving averages that decide it.
+    cfg.MODEL.QUANT.OSCILLATION.MOMENTUM = 0.01
 
     # --- The full-precision auxiliary path; training only ---
     cfg.MODEL.AUX = CfgNode()
@@ -65,6 +77,13 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # How it starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's own
     # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
     cfg.MODEL.AUX.INIT = "head"
+
+    # --- Training in general ---
+    # Decay of a moving average of weights, scales and BN statistics, which evaluation and the final checkpoint
+    # get; 0 for none. TEST.PRECISE_BN, Detectron2's key, then estimates the average's BN statistics.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Iteration from which on BN uses its running statistics and leaves them as they are; -1 for never.
+    cfg.SOLVER.FREEZE_BN_ITER = -1
 
     # --- Structure ---
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.

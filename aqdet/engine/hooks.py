@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook, PreciseBN
+from detectron2.engine.hooks import EvalHook
 from detectron2.layers import CycleBatchNormList
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -100,15 +100,6 @@ class CalibrationHook(HookBase):
                 run()
             else:
                 calibrate(model, run, method=self._method)
-
-
-class PreciseBNHook(PreciseBN):
-    """Detectron2's BN re-estimation, on the same images each time, so that nothing of it has to be resumed."""
-
-    def update_stats(self) -> None:
-        """Replaces BN's moving averages."""
-        self._data_iter = None
-        super().update_stats()
 
 
 class StrippedEvalHook(EvalHook):

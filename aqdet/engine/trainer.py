@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import weakref
@@ -28,8 +27,11 @@ from ..data.stream import TrainLoader, build_train_loader, seed_generators
 from ..evaluation import COCOEvaluator, TopKEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers
-from .hooks import CalibrationHook, PreciseBNHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
+from .averaging import WeightAverageHook
+from .batch_norm import FreezeBNHook, PreciseBNHook
+from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
 from .numbers import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss, QuantizerWatchHook, describe_scales, find_origin
+from .oscillation import build_oscillation_hook
 from .resume import InterruptHook, MetricsHook, MetricsWriter
 from .solver import build_optimizer
 from .state import ForwardState, loss_normalizers, set_loss_normalizers
@@ -104,17 +106,31 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, with ours in these places; the last thing that the constructor calls.
 
-        Calibration comes first, before anything reads the model. Evaluation and the writers come before the
-        checkpoint, which so holds the state after the whole iteration: a run that is killed anywhere repeats
-        what the checkpoint does not know of, and nothing else. The stripped file is written when the whole one
-        exists and before the last evaluation, which might fail. Signals are answered when all that is done.
+        Calibration comes first, before anything reads the model. The oscillation hook, which may set weights,
+        comes before the one that averages them, and both before BN statistics are estimated. Evaluation and the
+        writers come before the checkpoint, which so holds the state after the whole iteration: a run that is
+        killed anywhere repeats what the checkpoint does not know of, and nothing else. The stripped file is
+        written when the whole one exists and before the last evaluation, which might fail. Signals are answered
+        when all that is done.
         """
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         calibration = cfg.MODEL.QUANT.CALIBRATION
-        build_loader = functools.partial(self.build_train_loader, cfg)
+
+        def build_loader() -> TrainLoader:
+            loader = self.build_train_loader(cfg)
+            loader.seed = self.data_loader.seed  # a resumed run's, where the config has none
+            return loader
+
         hooks: list[HookBase] = [CalibrationHook(build_loader, calibration.NUM_BATCHES, calibration.METHOD)]
+        if cfg.SOLVER.FREEZE_BN_ITER != -1:
+            hooks.append(FreezeBNHook(cfg.SOLVER.FREEZE_BN_ITER))
+        if oscillation := build_oscillation_hook(cfg, self.model):
+            hooks.append(oscillation)
+        self._average = WeightAverageHook(cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        if self._average is not None:
+            hooks.append(self._average)
         self._metrics: MetricsWriter | None = None
         last: list[HookBase] = []
         for hook in super().build_hooks():
@@ -122,7 +138,7 @@ class Trainer(DefaultTrainer):
                 last.append(hook)
             elif isinstance(hook, PreciseBN):
                 num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
-                hooks.append(PreciseBNHook(cfg.TEST.EVAL_PERIOD, self.model, build_loader(), num_iter))
+                hooks.append(PreciseBNHook(cfg.TEST.EVAL_PERIOD, build_loader, num_iter, self._average))
             elif isinstance(hook, EvalHook):
                 if comm.is_main_process():
                     hooks.append(StrippedCheckpointHook(self.checkpointer))
@@ -205,7 +221,8 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        with contextlib.nullcontext() if self._average is None else self._average.applied():
+            self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:

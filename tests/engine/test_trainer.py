@@ -15,6 +15,7 @@ from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
 from aqdet.engine import Trainer, build_checkpointer, hooks
+from aqdet.engine.batch_norm import PreciseBNHook
 from aqdet.engine.launch import make_deterministic
 from aqdet.modeling import detached_auxiliary
 from aqdet.quantization import quantizers
@@ -409,8 +410,11 @@ def test_a_resume_says_what_it_does_not_follow(entry, tmp_path, caplog):
 def test_bn_is_estimated_from_the_same_images_each_time(entry, tmp_path):
     precise = ("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2")
     trainer = Trainer(train_cfg(entry, tmp_path, *precise))
-    hook = next(hook for hook in trainer._hooks if isinstance(hook, hooks.PreciseBNHook))
-    hook.update_stats()
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, PreciseBNHook))
+    trainer.iter = trainer.max_iter - 1
+    start = trainer.model.backbone.bottom_up.stem.conv1.norm.running_mean.clone()
+    hook.after_step()
     before = trainer.model.backbone.bottom_up.stem.conv1.norm.running_mean.clone()
-    hook.update_stats()
+    assert not torch.equal(start, before)
+    hook.after_step()
     assert torch.equal(trainer.model.backbone.bottom_up.stem.conv1.norm.running_mean, before)

@@ -1,0 +1,102 @@
+"""A moving average of weights, scales and BN statistics, for evaluation and for what ships."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from torch import Tensor
+
+from ..modeling.auxiliary import PREFIX
+
+logger = logging.getLogger(__name__)
+
+
+class WeightAverageHook(HookBase):
+    """Averages the detector over iterations; evaluation and the final checkpoint have the average.
+
+    Latent weights, scales and every other float of the state dict but the auxiliary path, after each step:
+    ``average <- d average + (1 - d) value`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
+    the start is soon forgotten. Averaged latent weights do not take part in the flips of single weights between
+    two levels (2311.05109).
+
+    After the last step the model and the average change places: ``model_final.pth`` and the stripped file
+    have the average as the model, and training that is resumed to go further changes them back. In earlier
+    checkpoints the model is what is trained, and the average is in the trainer's state. So this hook stands
+    before the checkpoint's.
+
+    Args:
+        decay: ``SOLVER.EMA_DECAY``, above 0 and below 1.
+
+    Raises:
+        ValueError: for another decay.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"SOLVER.EMA_DECAY must be 0 for none, or above 0 and below 1, got {decay}")
+        self._decay = decay
+        self._other: dict[str, Tensor] = {}
+        self._num_steps = 0
+        self._swapped = False
+
+    def _tensors(self) -> dict[str, Tensor]:
+        model = self.trainer.model
+        state = getattr(model, "module", model).state_dict()
+        return {k: v for k, v in state.items() if v.is_floating_point() and not k.startswith(PREFIX)}
+
+    def before_train(self) -> None:
+        """Starts from the model, calibrated by now, or from the state of the run that is resumed."""
+        tensors = self._tensors()
+        if not self._other:
+            self._other = {key: value.clone() for key, value in tensors.items()}
+        self._other = {key: self._other[key].to(value.device) for key, value in tensors.items()}
+        if self._swapped and self.trainer.start_iter < self.trainer.max_iter:
+            self._swap()
+
+    def after_step(self) -> None:
+        """Updates the average; after the last step puts it into the model for good."""
+        self._num_steps += 1
+        decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
+        for key, value in self._tensors().items():
+            self._other[key].lerp_(value, 1 - decay)
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            logger.info("The model is now the average of its weights over the iterations")
+            self._swap()
+
+    def _swap(self) -> None:
+        for key, value in self._tensors().items():
+            saved = value.clone()
+            value.copy_(self._other[key])
+            self._other[key].copy_(saved)
+        self._swapped = not self._swapped
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the model is the average, the same one on all ranks; what is done to it there stays in it."""
+        if self._swapped:
+            yield
+            return
+        self._swap()
+        try:
+            if dist.is_available() and dist.is_initialized():
+                for value in self._tensors().values():
+                    dist.broadcast(value, 0)
+            yield
+        finally:
+            self._swap()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, or after the last step what was trained."""
+        return {"other": self._other, "num_steps": self._num_steps, "swapped": self._swapped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self._other = {key: torch.as_tensor(value).clone() for key, value in state["other"].items()}
+        self._num_steps = state["num_steps"]
+        self._swapped = state["swapped"]

@@ -1,0 +1,152 @@
+"""BN statistics: estimated again before evaluation, and frozen late in training."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..modeling.auxiliary import PREFIX, detached_auxiliary
+from .averaging import WeightAverageHook
+from .hooks import leaving_no_trace
+
+logger = logging.getLogger(__name__)
+
+
+class _Moments:
+    """Sums over what a BN sees: count, values, squares; a forward pre-hook."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        assert norm.running_mean is not None
+        self._sums = norm.running_mean.new_zeros((3, norm.num_features), dtype=torch.float64)
+
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        var, mean = var.double(), mean.double()
+        self._sums += torch.stack([torch.ones_like(mean), mean, var + mean.square()]) * (x.numel() // x.shape[1])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance over all ranks."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._sums)
+        count, total, squares = self._sums
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp(min=0)
+
+
+def _norms_in_training(model: nn.Module) -> list[_BatchNorm]:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num_batches: int) -> None:
+    """Replaces the running statistics of a detector's BNs by those of the weights as they are.
+
+    Quantized weights that flip between levels leave moving averages of statistics that no set of weights ever
+    had (Nagel et al., 2203.11086). Every BN in training mode gets the population mean and variance over the
+    batches and over all ranks; one BN per pyramid level is one BN each. Nothing else changes: not the auxiliary
+    path, the loss normalizer, or the random states.
+
+    Args:
+        model: in training mode; wrapped in ``DistributedDataParallel`` or not.
+        build_loader: makes an iterable of training batches.
+        num_batches: how many of them are used.
+    """
+    with detached_auxiliary(model):
+        moments = [(norm, _Moments(norm)) for norm in _norms_in_training(model)]
+        handles = [norm.register_forward_pre_hook(moment) for norm, moment in moments]
+        try:
+            with leaving_no_trace(model), torch.no_grad(), EventStorage(0):
+                for batch in itertools.islice(build_loader(), num_batches):
+                    model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    for norm, moment in moments:
+        mean, var = moment.statistics()
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
+
+class PreciseBNHook(HookBase):
+    """Estimates BN statistics again, every ``period`` iterations and after the last one: before evaluation.
+
+    In place of Detectron2's hook, which would also run the auxiliary path, move the loss normalizer and the
+    random states of training, and keep the statistics of each rank apart. It comes before the checkpoint.
+    With averaged weights it is their statistics that are estimated.
+
+    Args:
+        period: ``TEST.EVAL_PERIOD``; 0 for the end of training alone.
+        build_loader: makes a new loader each time, so that nothing of it has to be resumed.
+        num_batches: ``TEST.PRECISE_BN.NUM_ITER``.
+        average: the hook that averages weights, if there is one.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        build_loader: Callable[[], Iterable[Any]],
+        num_batches: int,
+        average: WeightAverageHook | None = None,
+    ) -> None:
+        if num_batches < 1:
+            raise ValueError(f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {num_batches}")
+        self._period = period
+        self._build_loader = build_loader
+        self._num_batches = num_batches
+        self._average = average
+
+    def after_step(self) -> None:
+        """Runs if evaluation is due, unless BN is frozen by then."""
+        done = self.trainer.iter + 1
+        if done < self.trainer.max_iter and not (self._period > 0 and done % self._period == 0):
+            return
+        model = self.trainer.model
+        with detached_auxiliary(model):
+            if not _norms_in_training(model):
+                logger.info("BN statistics are frozen or there are none: they are not estimated again")
+                return
+        logger.info("Estimating BN statistics from %d batches", self._num_batches)
+        with contextlib.nullcontext() if self._average is None else self._average.applied():
+            estimate_bn(model, self._build_loader, self._num_batches)
+
+
+class FreezeBNHook(HookBase):
+    """From an iteration on, the detector's BNs normalize by their running statistics and leave them as they are.
+
+    Their affine parameters train on. The auxiliary path goes on as before. Set anew before each step, since
+    evaluation switches the whole model back to training mode; a resume needs no state.
+
+    Args:
+        iteration: ``SOLVER.FREEZE_BN_ITER``.
+
+    Raises:
+        ValueError: if it is negative.
+    """
+
+    def __init__(self, iteration: int) -> None:
+        if iteration < 0:
+            raise ValueError(f"SOLVER.FREEZE_BN_ITER must be -1 for never, or an iteration from 0, got {iteration}")
+        self._iteration = iteration
+
+    def before_step(self) -> None:
+        """Freezes if it is time."""
+        if self.trainer.iter < self._iteration:
+            return
+        if self.trainer.iter == self._iteration:
+            logger.info("BN statistics are frozen from iteration %d on", self._iteration)
+        model = self.trainer.model
+        for name, module in getattr(model, "module", model).named_modules():
+            if isinstance(module, _BatchNorm) and not name.startswith(PREFIX):
+                module.eval()
