@@ -228,7 +228,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     if not layers:
         raise ValueError(
             "MODEL.QUANT.OSCILLATION is on, but no layer has weights on a uniform grid of at most "
-            f"{MAX_BITS} bits: MODEL.QUANT.WEIGHT.QUANTIZER must be lsq, lsqplus or pact"
+            f"{MAX_BITS} bits: MODEL.QUANT.ENABLED must be True, and WEIGHT.QUANTIZER lsq, lsqplus or pact"
         )
     if left_out:
         logger.warning("Oscillations of %d layers are not tracked, %s among them", len(left_out), left_out[0])

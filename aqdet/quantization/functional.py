@@ -118,6 +118,15 @@ def count_below(rows: Tensor, thresholds: Tensor) -> Tensor:
     return count.long()
 
 
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """``(size,)`` float64 sums of the values with each index, also where torch is to be deterministic on a GPU.
+
+    Args:
+        values, index: ``(N,)``, the latter int64 in ``[0, size)``.
+    """
+    return torch.zeros(size, dtype=torch.float64, device=values.device).scatter_add_(0, index, values.double())
+
+
 class _GradScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

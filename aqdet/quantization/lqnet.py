@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import SCALE_EPS, count_below, integer_range, replace_ste
+from .functional import SCALE_EPS, count_below, integer_range, replace_ste, sum_by_index
 from .observer import Statistics
 from .quantizer import Quantizer
 from .spec import IntegerTensor, QuantSpec
@@ -189,7 +189,6 @@ def _histogram(index: Tensor, rows: Tensor, counts: Tensor | None, num_bits: int
     flat = (index + size * torch.arange(channels, device=index.device)[:, None]).flatten()
     weights = torch.ones_like(rows) if counts is None else counts
     number, total = (
-        torch.bincount(flat, value.flatten().double(), channels * size).view(channels, size)
-        for value in (weights, rows * weights)
+        sum_by_index(value.flatten(), flat, channels * size).view(channels, size) for value in (weights, rows * weights)
     )
     return number, total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .functional import count_below, floor_scale, grad_scale, integer_range
+from .functional import count_below, floor_scale, grad_scale, integer_range, sum_by_index
 from .observer import Statistics, initial_scale
 from .quantizer import AffineGrid, Quantizer
 from .spec import IntegerTensor, QuantSpec
@@ -44,17 +44,22 @@ class _ThresholdQuantize(torch.autograd.Function):
         # For each interval: the sum of dx, and of dx times the share of the interval that lies below x.
         below = (flat - pad(knots, (1, 0)).index_select(0, index)).mul_(dx)
         size = len(knots) + 1
-        sums = torch.bincount(index, dx.double(), size)[1:-1]
-        shares = torch.bincount(index, below.double(), size)[1:-1] / intervals
+        sums = sum_by_index(dx, index, size)[1:-1]
+        shares = sum_by_index(below, index, size)[1:-1] / intervals
         # A longer interval is less steep, and moves those after it to the right.
-        after = sums.flip(0).cumsum(0).flip(0) - sums
+        after = sums.sum() - _running_sums(sums)
         dintervals = -(shares + after).float()
         return dx.view_as(x).to(x.dtype), dscale, -sums.sum().float(), dintervals, None
 
 
+def _running_sums(values: Tensor) -> Tensor:
+    """``cumsum`` of a short vector, which torch's own is not deterministic for on a GPU."""
+    return (values * torch.ones_like(values).expand(len(values), -1).tril()).sum(dim=1)
+
+
 def _knots(start: Tensor, intervals: Tensor) -> Tensor:
     """``(n + 1,)`` ends of the intervals, ascending."""
-    return torch.cat([start.reshape(1), start + intervals.cumsum(0)])
+    return torch.cat([start.reshape(1), start + _running_sums(intervals)])
 
 
 def _thresholds(start: Tensor, intervals: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.layers import CycleBatchNormList
 from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
 from torch import nn
 
-from aqdet.engine.batch_norm import FreezeBNHook, PreciseBNHook, estimate_bn
+from aqdet.engine.batch_norm import FreezeBNHook, PreciseBNHook, _Moments, estimate_bn
 
 ALL = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
 
@@ -68,6 +69,19 @@ def test_statistics_are_those_of_all_batches_and_nothing_else_changes(model):
     assert changed == statistics
     assert model.auxiliary is path and model.training and model.loss_normalizer == 55.0
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_statistics_are_those_of_all_ranks(monkeypatch):
+    x, theirs = torch.randn(4, 3, 5, 5), torch.randn(2, 3, 7, 7) * 3 + 1
+    norm = nn.BatchNorm2d(3)
+    mine, other = _Moments(norm), _Moments(norm)
+    mine(norm, (x,)), other(norm, (theirs,))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(other._sums))
+    mean, var = mine.statistics()
+    values = torch.cat([t.transpose(0, 1).flatten(1) for t in (x, theirs)], dim=1).double()
+    torch.testing.assert_close(mean, values.mean(dim=1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var, values.var(dim=1, correction=0), rtol=1e-5, atol=1e-6)
 
 
 def test_an_error_on_the_way_changes_nothing(model):

@@ -138,6 +138,20 @@ def test_b_bits_are_b_bits_of_the_later_methods_too(spec):
         assert all(len(values.unique()) == 4 for values in groups(spec, quantizer(data(spec, 4) * 3)))
 
 
+@pytest.mark.parametrize(
+    "spec, number",
+    [
+        (QuantSpec("lsq", 4, "weight", per_channel=True), NUM_CHANNELS),
+        (QuantSpec("lsqplus", 4, "input"), 2),
+        (QuantSpec("lsqplus", 4, "input", signed=False), 1),
+        (QuantSpec("lqnet", 4, "weight", per_channel=True), 4 * NUM_CHANNELS),
+        (QuantSpec("n2uq", 4, "input"), 16),
+    ],
+)
+def test_how_many_numbers_ship(spec, number):
+    assert build_quantizer(spec, num_channels=NUM_CHANNELS).num_constants == number
+
+
 @all_specs
 def test_b_bits_are_b_bits_and_the_integers_are_exact(spec):
     quantizer = ready(spec)
