@@ -153,21 +153,19 @@ def test_a_resume_goes_on_with_average_and_history(entry, float_weights, tmp_pat
 
     assert states[0]["WeightAverageHook"]["num_steps"] == states[0]["OscillationHook"]["num_steps"] == 2
     check(*states)
-    second.train()
-    assert second.iter == 4
 
-    # The whole run, to be trained further: what was trained comes back, not the average.
-    longer = cfg.clone()
+
+def test_a_finished_run_that_goes_further_trains_what_was_trained(trained):
+    trainer, notes, _, _ = trained
+    longer = trainer.cfg.clone()
     longer.defrost()
     longer.SOLVER.MAX_ITER = 5
-    third = Trainer(longer)
-    third.resume_or_load(resume=True)
-    raw = third._average.state_dict()["other"]
+    again = Trainer(longer)
+    again.resume_or_load(resume=True)
     key = "backbone.bottom_up.res3.0.conv1.weight"
-    assert not torch.equal(third.model.state_dict()[key], raw[key])
-    expected = raw[key].clone()
-    third.before_train()
-    assert torch.equal(third.model.state_dict()[key], expected)
+    assert not torch.equal(again.model.state_dict()[key], notes.states[3][key])
+    again.before_train()
+    assert torch.equal(again.model.state_dict()[key], notes.states[3][key])
 
 
 def test_all_of_it_is_off_by_default(entry, tmp_path):
@@ -176,7 +174,7 @@ def test_all_of_it_is_off_by_default(entry, tmp_path):
 
 
 def test_frozen_bn_in_a_run(entry, float_weights, tmp_path):
-    overrides = ("MODEL.WEIGHTS", float_weights, "SOLVER.FREEZE_BN_ITER", "1", "TEST.EVAL_PERIOD", "1")
+    overrides = ("MODEL.WEIGHTS", float_weights, "SOLVER.FREEZE_BN_ITER", "1", "MODEL.AUX.ENABLED", "False")
     trainer = Trainer(train_cfg(entry, tmp_path, *OFF, *overrides, max_iter=3))
     notes = Notes()
     trainer.register_hooks([notes])

@@ -1,7 +1,3 @@
-import datetime
-import multiprocessing
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -209,38 +205,18 @@ def test_a_head_over_levels_updates_its_weights_basis_once():
     assert len(calls) == 1
 
 
-def _rank(rank, folder):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/init",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=90),
-    )
-    try:
-        bases = []
-        for role in ("input", "weight"):
-            quantizer = ready(QuantSpec("lqnet", 2, role), randn(100))
-            # Weights are the same everywhere, activations are not.
-            quantizer(randn(100, seed=rank if role == "input" else 7))
-            bases.append(quantizer.basis)
-        torch.save(bases, os.path.join(folder, f"{rank}.pth"))
-    finally:
-        dist.destroy_process_group()
-
-
-def test_ranks_update_by_all_their_data(tmp_path):
-    other = multiprocessing.get_context("spawn").Process(target=_rank, args=(1, str(tmp_path)))
-    other.start()
-    try:
-        _rank(0, str(tmp_path))
-    finally:
-        other.join(30)
-        other.kill()
-    stored = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
-    for role, mine, theirs in zip(("input", "weight"), *stored, strict=True):
-        assert torch.equal(mine, theirs)
-        # Calibration sums over ranks, too: twice the same data.
-        quantizer = ready(QuantSpec("lqnet", 2, role), torch.cat([randn(100), randn(100)]))
-        quantizer(torch.cat([randn(100, seed=0), randn(100, seed=1)]) if role == "input" else randn(100, seed=7))
-        torch.testing.assert_close(mine, quantizer.basis, rtol=1e-4, atol=1e-6)
+def test_activations_update_by_the_data_of_all_ranks(monkeypatch):
+    spec, sent = QuantSpec("lqnet", 2, "input"), []
+    mine, theirs, one = (ready(spec, randn(100)) for _ in range(3))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.clone()))
+    theirs(randn(80, seed=1))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(sent[0]))
+    mine(randn(50, seed=0))
+    # Weights are the same on all ranks.
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: pytest.fail("sent weights"))
+    ready(QuantSpec("lqnet", 2, "weight"), randn(100))(randn(100))
+    monkeypatch.undo()
+    one(torch.cat([randn(50, seed=0), randn(80, seed=1)]))
+    torch.testing.assert_close(mine.basis, one.basis)
+    assert not torch.allclose(mine.basis, theirs.basis)
