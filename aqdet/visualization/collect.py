@@ -103,7 +103,7 @@ def _usable_test_sets(run: Run) -> tuple[str, ...]:
                 DatasetCatalog.get(name)  # The embedded dataset is drawn on first use.
     except (ValueError, OSError) as error:
         run.note(
-            f"no pictures and curves of detection, the test data is not there: {error} (start the report in the "
+            f"no pictures and curves of detection, the test data cannot be used: {error} (start the report in the "
             "folder where the training was started, or say where the data is by --opts DATASETS.DECLARED ...)"
         )
         return ()

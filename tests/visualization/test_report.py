@@ -193,10 +193,10 @@ def test_damaged_files_are_noted(runs):
     Page(text)
 
 
-def test_an_image_that_is_gone_is_noted(runs, entry):
+def test_an_image_that_is_none_is_noted(runs, entry):
     path = Path(entry["image_root"]) / "2.png"
     content = path.read_bytes()
-    path.unlink()
+    path.write_bytes(b"no image")
     try:
         found, text = report_of(runs[0], num_pictures=4)
     finally:
@@ -211,21 +211,19 @@ def test_an_image_outside_of_the_root_is_not_read(runs, entry, tmp_path, name):
     shutil.copy(folder / "0.png", folder.parent / "secret.png")
     content = json.loads(Path(entry["json"]).read_text())
     content["images"][0]["file_name"] = name.format(folder.parent)
-    content["images"][1]["width"] = HOSTILE
     (tmp_path / "outside.json").write_text(json.dumps(content))
     text = (runs[0] / "config.yaml").read_text().replace(entry["json"], str(tmp_path / "outside.json"))
     (runs[0] / "config.yaml").write_text(text.replace("tiny_report", f"outside_{tmp_path.name}"))
     found, page = report_of(runs[0], num_pictures=4)
-    assert any("secret.png cannot be read: it is outside of the image root" in note for note in found[0].notes)
-    assert any("1.png cannot be read: invalid literal" in note for note in found[0].notes)
-    assert page.count("data:image/jpeg") == 2 and "script" not in Page(page).tags
+    assert any("the test data cannot be used: " in note and "image-outside" in note for note in found[0].notes)
+    assert "data:image/jpeg" not in page and "script" not in Page(page).tags
 
 
 def test_data_that_is_elsewhere(runs, entry):
     text = (runs[0] / "config.yaml").read_text().replace(entry["json"], "nowhere.json").replace("tiny_report", "moved")
     (runs[0] / "config.yaml").write_text(text)
     found, page = report_of(runs[0])
-    assert any("the test data is not there: DATASETS.DECLARED[0].json: no file" in note for note in found[0].notes)
+    assert any("the test data cannot be used: DATASETS.DECLARED[0].json: no file" in note for note in found[0].notes)
     assert "12.9" in page and '<section id="pictures">' not in page
 
 
