@@ -55,7 +55,10 @@ class CheckedTrainer(_CheckedLosses, SimpleTrainer):
             return ""
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-        return f"gradients of {len(wrong)} parameters, {wrong[-1]} among them" if wrong else "norm of the gradient"
+        if wrong:
+            return f"gradients of {len(wrong)} parameters, {wrong[-1]} among them"
+        largest = max(gradients, key=lambda name: gradients[name].abs().max().item())
+        return f"norm of the gradient, which is largest in {largest}"
 
 
 class CheckedAMPTrainer(_CheckedLosses, AMPTrainer):

@@ -103,14 +103,15 @@ def test_a_parameter_comes_before_any_output(model):
 
 
 class Break(HookBase):
-    """In one iteration, one level of the box tower is not a number; the loss masks it, its gradient does not."""
+    """In one iteration, the third level of a head's tower is not a number."""
 
-    def __init__(self, iteration):
+    def __init__(self, tower, iteration):
+        self._tower = tower
         self._iteration = iteration
 
     def before_step(self):
         if self.trainer.iter == self._iteration:
-            tower = self.trainer.model.head.bbox_subnet[0]
+            tower = self.trainer.model.get_submodule(self._tower)
 
             def hook(_, inputs, output):
                 hook.calls += 1
@@ -130,19 +131,19 @@ class Keep(HookBase):
         self.state = state_of(self.trainer)
 
 
-def test_training_stops_with_the_reason_and_the_state_from_before(entry, tmp_path):
+# No box is matched on the third level: the loss masks what is there, its gradient does not.
+@pytest.mark.parametrize("tower, wrong", [("cls_subnet", "loss_cls nan; "), ("bbox_subnet", "gradients of ")])
+def test_training_stops_with_the_reason_and_the_state_from_before(entry, tmp_path, tower, wrong):
     cfg = train_cfg(entry, tmp_path, *BOTH, max_iter=6)
     trainer, keep = Trainer(cfg), Keep()
-    trainer.register_hooks([Break(2), keep])
+    trainer.register_hooks([Break(f"head.{tower}.0", 2), keep])
     trainer.resume_or_load(resume=False)
     with pytest.raises(NonFiniteLoss) as stop:
         trainer.train()
     message = str(stop.value)
-    assert (
-        message.startswith("not finite in iteration 2: gradients of ") and "first tensor that is not finite" in message
-    )
-    assert "output of head.bbox_subnet.0, level p5; scales around it: " in message
-    assert "head.bbox_subnet.0.weight_quantizer 0." in message and "head.bbox_subnet.0.input_quantizer 0." in message
+    assert message.startswith(f"not finite in iteration 2: {wrong}")
+    assert f"first tensor that is not finite: output of head.{tower}.0, level p5; scales around it: " in message
+    assert f"head.{tower}.0.weight_quantizer 0." in message and f"head.{tower}.0.input_quantizer 0." in message
     assert (
         f"; learning rate 0.01; images {', '.join(str(x['image_id']) for x in next(iter(trainer.data_loader)))};"
         in message
@@ -155,6 +156,15 @@ def test_training_stops_with_the_reason_and_the_state_from_before(entry, tmp_pat
     (tensors, normalizer), (after, normalizer_after) = keep.state, state_of(resumed)
     assert normalizer == normalizer_after
     assert all(torch.equal(after[key], value) for key, value in tensors.items())
+
+
+def test_a_gradient_whose_norm_overflows(entry, tmp_path):
+    trainer = Trainer(train_cfg(entry, tmp_path))
+    trainer.resume_or_load(resume=False)
+    trainer.model.head.bbox_pred.weight.register_hook(lambda gradient: gradient + 1e30)
+    words = "norm of the gradient, which is largest in head.bbox_pred.weight; parameters and outputs .* are finite"
+    with pytest.raises(NonFiniteLoss, match=words):
+        trainer.train()
 
 
 def test_weights_that_are_not_finite_are_not_saved(entry, tmp_path):
