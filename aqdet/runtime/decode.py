@@ -1,0 +1,132 @@
+"""From the network's outputs to detections, as Detectron2's RetinaNet does at inference.
+
+Shapes: A anchors a location, K classes, a level of ``h x w`` locations, R detections. Boxes are
+``(x1, y1, x2, y2)`` in pixels, float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .folder import Description, Level
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """The objects found in one image, the surest first.
+
+    Attributes:
+        boxes: ``(R, 4)`` float32, in pixels of the original image.
+        scores: ``(R,)`` float32.
+        classes: ``(R,)`` int64, indices of the detector's ``classes``.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def select(self, index: np.ndarray) -> Detections:
+        """Those at indices or where a mask holds."""
+        return Detections(self.boxes[index], self.scores[index], self.classes[index])
+
+
+def decode(
+    outputs: Sequence[tuple[np.ndarray, np.ndarray]],
+    size: tuple[int, int],
+    original_size: tuple[int, int],
+    description: Description,
+) -> Detections:
+    """Detections of one image.
+
+    Deviation from Detectron2: non-maximum suppression is exactly class by class. torchvision shifts the
+    classes apart instead where there are few boxes, which rounds coordinates.
+
+    Args:
+        outputs: logits ``(A * K, h, w)`` and deltas ``(A * 4, h, w)``, float32, of each level.
+        size: ``(height, width)`` of the resized image, without padding.
+        original_size: ``(height, width)`` that boxes are scaled and clipped to.
+        description: of the detector.
+    """
+    found = [
+        _decode_level(logits, deltas, level, description)
+        for (logits, deltas), level in zip(outputs, description.levels, strict=True)
+    ]
+    candidates = Detections(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    kept = candidates.select(suppress(candidates, description.nms_threshold, description.max_detections))
+    height, width = original_size
+    boxes = kept.boxes.copy()
+    boxes[:, 0::2] *= width / size[1]
+    boxes[:, 1::2] *= height / size[0]
+    boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+    nonempty = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return Detections(boxes, kept.scores, kept.classes).select(nonempty)
+
+
+def _decode_level(
+    logits: np.ndarray, deltas: np.ndarray, level: Level, description: Description
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes, scores and classes of a level's best candidates above the score threshold."""
+    num_classes, num_anchors = len(description.classes), len(level.anchors)
+    _, height, width = logits.shape
+    threshold = description.score_threshold
+    # The sigmoid is taken only of what may pass: that of millions of logits would cost more than the rest.
+    logit = math.log(threshold / (1 - threshold)) - 1e-3 if 0 < threshold < 1 else math.copysign(math.inf, threshold - 1)
+    index = np.flatnonzero(logits > logit)
+    scores = 1 / (1 + np.exp(-logits.reshape(-1)[index]))
+    above = scores > threshold
+    index, scores = index[above], scores[above]
+    channel, y, x = np.unravel_index(index, logits.shape)
+    anchor, cls = np.divmod(channel, num_classes)
+    # Among equal scores the order of Detectron2's flattened predictions: location, anchor, class.
+    order = np.lexsort((((y * width + x) * num_anchors + anchor) * num_classes + cls, -scores))
+    order = order[: description.topk_candidates]
+    scores, anchor, cls, y, x = scores[order], anchor[order], cls[order], y[order], x[order]
+    picked = deltas.reshape(num_anchors, 4, height, width)[anchor, :, y, x]
+    return _apply_deltas(picked, _anchors(level, description.anchor_offset, anchor, y, x), description), scores, cls
+
+
+def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Boxes ``(R, 4)`` of anchors at locations."""
+    half = np.array(level.anchors) / 2
+    cell = np.concatenate([-half, half], axis=1).astype(np.float32)
+    shift = (np.stack([x, y, x, y], axis=1) * level.stride + offset * level.stride).astype(np.float32)
+    return shift + cell[anchor]
+
+
+def _apply_deltas(deltas: np.ndarray, anchors: np.ndarray, description: Description) -> np.ndarray:
+    """Boxes ``(R, 4)`` of deltas ``(R, 4)`` on anchors, as Detectron2's ``Box2BoxTransform``."""
+    size = anchors[:, 2:] - anchors[:, :2]
+    centre = anchors[:, :2] + np.float32(0.5) * size
+    deltas = deltas / np.array(description.box_weights, np.float32)
+    centre = deltas[:, :2] * size + centre
+    half = np.float32(0.5) * (np.exp(np.minimum(deltas[:, 2:], np.float32(description.scale_clamp))) * size)
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def suppress(candidates: Detections, threshold: float, limit: int) -> np.ndarray:
+    """Class-wise non-maximum suppression: indices of at most ``limit`` boxes, the best scores first.
+
+    A box goes if its intersection over union with a better one of its class is greater than ``threshold``.
+    """
+    order = np.argsort(-candidates.scores, kind="stable")
+    boxes, classes = candidates.boxes[order], candidates.classes[order]
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    kept = []
+    while len(order) and len(kept) < limit:
+        kept.append(order[0])
+        corner = np.maximum(boxes[:, :2], boxes[0, :2])
+        sides = np.maximum(np.minimum(boxes[:, 2:], boxes[0, 2:]) - corner, 0)
+        shared = sides[:, 0] * sides[:, 1]
+        with np.errstate(invalid="ignore"):  # 0 / 0 of empty boxes is no overlap
+            overlap = shared / (areas + areas[0] - shared)
+        left = (classes != classes[0]) | ~(overlap > np.float64(threshold))
+        left[0] = False
+        order, boxes, classes, areas = order[left], boxes[left], classes[left], areas[left]
+    return np.array(kept, np.int64)

@@ -1,0 +1,198 @@
+"""The exported folder: its description, ``detector.json``, and the checks that its files belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = "aqdet-detector"
+VERSION = 1
+DESCRIPTION = "detector.json"
+MODEL = "model.onnx"
+# Keys that write_description fills in.
+SEAL = ("format", "version", "files", "sha256")
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One level of the pyramid.
+
+    Attributes:
+        logits, deltas: names of the graph's outputs, ``(N, A * K, h, w)`` and ``(N, A * 4, h, w)``.
+        stride: pixels of the network's input from one location to the next.
+        anchors: ``(width, height)`` of the A anchors at a location, in the order of the channels.
+    """
+
+    logits: str
+    deltas: str
+    stride: int
+    anchors: tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What ``detector.json`` says, checked.
+
+    Attributes:
+        classes: names of the K classes.
+        category_ids: their ids in the dataset they come from, where known.
+        channels: ``"BGR"`` or ``"RGB"``, the order the network reads.
+        min_size, max_size: of the resized image's edges in pixels; ``min_size`` 0 leaves the image as it is.
+        size_divisibility: height and width of the batch are multiples of it.
+        pad_value: of each channel, in the order of ``channels``.
+        levels: see :class:`Level`.
+        anchor_offset: of the first anchor's centre, in strides.
+        box_weights, scale_clamp: of Detectron2's ``Box2BoxTransform``.
+        score_threshold, topk_candidates, nms_threshold, max_detections: as Detectron2's RetinaNet has them.
+        layers: a row for each layer, for reports.
+    """
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int | None, ...]
+    channels: str
+    min_size: int
+    max_size: int
+    size_divisibility: int
+    pad_value: tuple[int, int, int]
+    levels: tuple[Level, ...]
+    anchor_offset: float
+    box_weights: tuple[float, float, float, float]
+    scale_clamp: float
+    score_threshold: float
+    topk_candidates: int
+    nms_threshold: float
+    max_detections: int
+    layers: tuple[dict[str, Any], ...]
+
+
+def write_description(
+    folder: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    files: Sequence[str] = (MODEL, "model.safetensors"),
+) -> None:
+    """Writes ``detector.json`` with the checksums of the files beside it and of itself; the export's last step.
+
+    Args:
+        folder: where ``files`` are.
+        content: the description without the keys of ``SEAL``.
+        files: names of the files that the detector is made of.
+    """
+    folder = Path(folder)
+    sealed = {
+        "format": FORMAT,
+        "version": VERSION,
+        "files": {n: {"sha256": _sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in files},
+        **{key: value for key, value in content.items() if key not in SEAL},
+    }
+    sealed["sha256"] = _checksum(sealed)
+    aside = folder / (DESCRIPTION + ".part")
+    aside.write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+    os.replace(aside, folder / DESCRIPTION)
+
+
+def read_description(folder: str | os.PathLike[str]) -> Description:
+    """Reads ``detector.json`` and checks that every file is the one it was written with.
+
+    Raises:
+        FileNotFoundError: if the folder, its description or a file named there does not exist.
+        ValueError: in one line, if a file was changed or comes from another export, or the description is of
+            another format or version, or lacks something.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} is not the folder of a finished export")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON, damaged: export the model again, or copy the folder again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: its 'format' is not {FORMAT!r}: not a detector exported by aqdet")
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: version {content.get('version')!r}, this aqdet reads version {VERSION}: export the model again"
+        )
+    if content.get("sha256") != _checksum(content):
+        raise ValueError(f"{path}: changed since it was written: export the model again, or copy the folder again")
+    try:
+        description = _parse(content)
+        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in content["files"].items()}
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: lacks a value or has one that is not valid ({error!r}): export again") from error
+    if MODEL not in files or any(Path(name).name != name for name in files):
+        raise ValueError(f"{path}: 'files' must be names in this folder with {MODEL} among them, got {list(files)}")
+    for name, (digest, size) in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: copy the whole folder, or export the model again")
+        if file.stat().st_size != size or _sha256(file) != digest:
+            raise ValueError(
+                f"{file}: damaged, or of another model than {DESCRIPTION} (its SHA-256 differs from the one there): "
+                "copy the whole folder again, or export the model again"
+            )
+    return description
+
+
+def _parse(content: dict[str, Any]) -> Description:
+    """The description's values; whatever is missing or of a wrong kind raises."""
+    if content["architecture"] != "RetinaNet":
+        raise ValueError(f"architecture {content['architecture']!r} is not RetinaNet")
+    source, anchors, decode = content["input"], content["anchors"], content["decode"]
+    classes = tuple(str(name) for name in content["classes"])
+    category_ids = tuple(None if key is None else int(key) for key in content["category_ids"])
+    channels, pad_value = source["format"], tuple(int(v) for v in source["pad_value"])
+    box_weights = tuple(float(v) for v in decode["box_weights"])
+    if not classes or len(category_ids) != len(classes):
+        raise ValueError(f"{len(classes)} classes, {len(category_ids)} category_ids")
+    if channels not in ("BGR", "RGB") or len(pad_value) != 3 or not all(0 <= v <= 255 for v in pad_value):
+        raise ValueError(f"input {source!r}")
+    if len(box_weights) != 4:
+        raise ValueError(f"box_weights {box_weights}")
+    levels = tuple(
+        Level(str(output["logits"]), str(output["deltas"]), int(stride), _anchor_shapes(sizes, ratios))
+        for output, stride, sizes, ratios in zip(
+            content["outputs"], anchors["strides"], anchors["sizes"], anchors["aspect_ratios"], strict=True
+        )
+    )
+    if not levels or any(level.stride < 1 for level in levels):
+        raise ValueError(f"outputs {content['outputs']!r}")
+    return Description(
+        classes=classes,
+        category_ids=category_ids,
+        channels=channels,
+        min_size=int(source["min_size"]),
+        max_size=int(source["max_size"]),
+        size_divisibility=max(int(source["size_divisibility"]), 1),
+        pad_value=(pad_value[0], pad_value[1], pad_value[2]),
+        levels=levels,
+        anchor_offset=float(anchors["offset"]),
+        box_weights=(box_weights[0], box_weights[1], box_weights[2], box_weights[3]),
+        scale_clamp=float(decode["scale_clamp"]),
+        score_threshold=float(decode["score_threshold"]),
+        topk_candidates=int(decode["topk_candidates"]),
+        nms_threshold=float(decode["nms_threshold"]),
+        max_detections=int(decode["max_detections"]),
+        layers=tuple(content["layers"]),
+    )
+
+
+def _anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """``(width, height)`` of a location's anchors: area ``size ** 2``, ``height / width`` the ratio."""
+    widths = [((size**2.0) / ratio) ** 0.5 for size in sizes for ratio in ratios]
+    return tuple((w, ratio * w) for w, ratio in zip(widths, list(ratios) * len(sizes), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a description without its key ``sha256``, whatever its white space and order of keys."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
