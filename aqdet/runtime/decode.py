@@ -77,7 +77,9 @@ def _decode_level(
     _, height, width = logits.shape
     threshold = description.score_threshold
     # The sigmoid is taken only of what may pass: that of millions of logits would cost more than the rest.
-    logit = math.log(threshold / (1 - threshold)) - 1e-3 if 0 < threshold < 1 else math.copysign(math.inf, threshold - 1)
+    logit = (
+        math.log(threshold / (1 - threshold)) - 1e-3 if 0 < threshold < 1 else math.copysign(math.inf, threshold - 1)
+    )
     index = np.flatnonzero(logits > logit)
     scores = 1 / (1 + np.exp(-logits.reshape(-1)[index]))
     above = scores > threshold

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,7 @@ def _parse(content: dict[str, Any]) -> Description:
 
 def _anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> tuple[tuple[float, float], ...]:
     """``(width, height)`` of a location's anchors: area ``size ** 2``, ``height / width`` the ratio."""
-    widths = [((size**2.0) / ratio) ** 0.5 for size in sizes for ratio in ratios]
+    widths = [math.sqrt(size**2.0 / ratio) for size in sizes for ratio in ratios]
     return tuple((w, ratio * w) for w, ratio in zip(widths, list(ratios) * len(sizes), strict=True))
 
 

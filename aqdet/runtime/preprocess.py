@@ -13,6 +13,8 @@ from .folder import Description
 
 # Bits behind the point of Pillow's 8-bit resampling coefficients.
 _PRECISION_BITS = 22
+# Values that are filtered at a time, to stay in the processor's cache.
+_BLOCK = 1 << 16
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -80,14 +82,18 @@ def _resample(image: np.ndarray, length: int) -> np.ndarray:
     """Filters the first axis of an ``(L, M, C)`` image to ``length``."""
     first, coefficients = _coefficients(image.shape[0], length)
     rows = image.astype(np.int32, order="C")
-    total = np.full((length, *image.shape[1:]), 1 << (_PRECISION_BITS - 1), np.int32)
-    part = np.empty_like(total)
-    for tap in range(coefficients.shape[1]):
-        rows.take(first + tap, axis=0, out=part, mode="clip")
-        part *= coefficients[:, tap, None, None]
-        total += part
-    total >>= _PRECISION_BITS
-    return total.astype(np.uint8)
+    result = np.empty((length, *image.shape[1:]), np.uint8)
+    step = max(_BLOCK // rows[0].size, 1)
+    for start in range(0, length, step):
+        block = slice(start, start + step)
+        total = np.full(result[block].shape, 1 << (_PRECISION_BITS - 1), np.int32)
+        for tap in range(coefficients.shape[1]):
+            part = rows[np.minimum(first[block] + tap, len(rows) - 1)]
+            part *= coefficients[block, tap, None, None]
+            total += part
+        total >>= _PRECISION_BITS
+        result[block] = total
+    return result
 
 
 def _coefficients(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
