@@ -120,9 +120,9 @@ def suppress(candidates: Detections, threshold: float, limit: int) -> np.ndarray
     order = np.argsort(-candidates.scores, kind="stable")
     boxes, classes = candidates.boxes[order], candidates.classes[order]
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    kept = []
+    kept: list[int] = []
     while len(order) and len(kept) < limit:
-        kept.append(order[0])
+        kept.append(int(order[0]))
         corner = np.maximum(boxes[:, :2], boxes[0, :2])
         sides = np.maximum(np.minimum(boxes[:, 2:], boxes[0, 2:]) - corner, 0)
         shared = sides[:, 0] * sides[:, 1]

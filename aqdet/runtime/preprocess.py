@@ -40,8 +40,8 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 def output_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """Size after Detectron2's ``ResizeShortestEdge``: ``(height, width)`` with its order of roundings.
 
-    The shorter edge becomes ``min_size``, or less where the longer one would pass ``max_size``. Both 0 and a
-    ``min_size`` of 0 leave the size as it is.
+    The shorter edge becomes ``min_size``, or less where the longer one would pass ``max_size``. A ``min_size``
+    of 0 leaves the size as it is.
     """
     if min_size == 0:
         return height, width
@@ -131,7 +131,7 @@ def make_batch(images: Sequence[np.ndarray], description: Description) -> tuple[
             raise ValueError(f"an image must be a uint8 array (H, W, 3) in BGR order, got {got}")
         if 0 in image.shape:
             raise ValueError(f"an image must have pixels, got the shape {image.shape}")
-        size = output_size(*image.shape[:2], description.min_size, description.max_size)
+        size = output_size(image.shape[0], image.shape[1], description.min_size, description.max_size)
         if 0 in size:
             raise ValueError(f"an image of {image.shape[:2]} (height, width) would be resized to {size}: too narrow")
         resized.append(resize(image, *size))
