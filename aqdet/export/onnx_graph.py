@@ -1,0 +1,263 @@
+"""The integer program as an ONNX graph of QuantizeLinear / DequantizeLinear pairs.
+
+Written for ONNX Runtime on x86, which runs it on integers alone:
+
+- activations are uint8 (signed codes with zero point 128), weights int8 with a scale for each channel, biases
+  int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
+- a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. In float before it, it would
+  leave the convolution in float;
+- a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes
+  (``QLinearLeakyRelu``); a bare DequantizeLinear / QuantizeLinear pair would compute in float;
+- pooling, upsampling and padding work on the uint8 tensor itself;
+- a prediction keeps the precision of its int32 sums, by ConvInteger; only their unit is float.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
+from .extract import INT8_LIMIT
+
+OPSET, INT4_OPSET = 17, 21
+_IR_VERSION, _INT4_IR_VERSION = 8, 10
+
+
+def build_onnx(program: Program, *, int4: bool = False, extra_outputs: bool = False) -> onnx.ModelProto:
+    """The program as an ONNX model.
+
+    Args:
+        program: what to write.
+        int4: weights whose codes fit are INT4 tensors, for size: opset 21, the same values.
+        extra_outputs: makes every integer value an output, for comparing layer by layer.
+
+    Returns:
+        A checked model. Input ``image``, uint8 ``(N, 3, H, W)``; outputs float32, see :class:`Program`.
+    """
+    builder = _Builder(program, int4)
+    for operation in program.operations:
+        if isinstance(operation, PadImage):
+            builder.pad_image(operation)
+        elif isinstance(operation, Conv):
+            if operation.grid is None:
+                builder.predict(operation)
+            else:
+                builder.conv(operation)
+        elif isinstance(operation, Requantize):
+            builder.requantize(operation)
+        elif isinstance(operation, Add):
+            builder.add(operation)
+        elif isinstance(operation, MaxPool):
+            builder.max_pool(operation)
+        else:
+            builder.upsample(operation.input, operation.output)
+    return builder.model(extra_outputs)
+
+
+def split_copies(weight: NDArray[np.int32], path: str, groups: int) -> list[NDArray[np.int8]]:
+    """Integer weights as a sum of int8 ones, for a convolution that reads its input that many times.
+
+    One, unless codes reach beyond int8, as DoReFa's at 8 bits do.
+
+    Raises:
+        ValueError: if a grouped convolution would need more than one.
+    """
+    count = max(1, -(-int(np.abs(weight).max(initial=0)) // INT8_LIMIT))
+    if count > 1 and groups > 1:
+        raise ValueError(f"layer {path}: weight codes up to {np.abs(weight).max()} in a grouped convolution, not int8")
+    parts, rest = [], weight
+    for left in range(count, 0, -1):
+        part = np.trunc(rest / left).astype(np.int8)
+        parts.append(part)
+        rest = rest - part
+    return parts
+
+
+class _Builder:
+    def __init__(self, program: Program, int4: bool) -> None:
+        self.program = program
+        self.grids = program.grids()
+        self.int4 = int4
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self._by_content: dict[bytes, str] = {}
+
+    # --- parts ---
+
+    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, value: Any, dtype: Any) -> str:
+        """An initializer, shared with any other of the same content."""
+        return self._initializer(name, numpy_helper.from_array(np.array(value, dtype, order="C"), name))
+
+    def _initializer(self, name: str, tensor: TensorProto) -> str:
+        content = f"{tensor.data_type} {list(tensor.dims)} ".encode() + tensor.raw_data
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._by_content:
+            self._by_content[digest] = name
+            self.initializers[name] = tensor
+        return self._by_content[digest]
+
+    def zero_point(self, grid: Grid) -> str:
+        return self.constant(f"zero_point_{grid.zero_point}", grid.zero_point, np.uint8)
+
+    def dequantized(self, name: str, reader: str) -> str:
+        """The real values of ``name``, through a DequantizeLinear of the reader's own."""
+        grid = self.grids[name]
+        inputs = [name, self.constant(f"{name}.scale", grid.scale, np.float32), self.zero_point(grid)]
+        return self.node("DequantizeLinear", inputs, f"{reader}/{name}.dequantized")
+
+    def quantized(self, real: str, output: str) -> None:
+        """Real values onto the grid of ``output``, with a Clip where the grid has fewer than 256 codes."""
+        grid = self.grids[output]
+        low, high = grid.quant_min + grid.zero_point, grid.quant_max + grid.zero_point
+        full = (low, high) == (0, 255)
+        name = output if full else f"{output}.unclipped"
+        scale = self.constant(f"{output}.scale", grid.scale, np.float32)
+        self.node("QuantizeLinear", [real, scale, self.zero_point(grid)], name)
+        if not full:
+            bounds = [self.constant(f"code_{code}", code, np.uint8) for code in (low, high)]
+            self.node("Clip", [name, *bounds], output)
+
+    def copies(self, operation: Conv) -> tuple[str, NDArray[np.int32], int]:
+        """Input and weight of a convolution, repeated along the channels where int8 is too narrow; and the largest."""
+        parts = split_copies(operation.integer_weight, operation.path, operation.groups)
+        source = operation.input
+        if len(parts) > 1:
+            source = f"{operation.output}.copies"
+            self.node("Concat", [operation.input] * len(parts), source, axis=1)
+            self.grids[source] = self.grids[operation.input]
+        return source, np.concatenate(parts, 1).astype(np.int32), len(parts)
+
+    @staticmethod
+    def geometry(operation: Conv) -> dict[str, Any]:
+        return {
+            "kernel_shape": list(operation.weight.shape[2:]),
+            "strides": list(operation.stride),
+            "pads": [*operation.padding, *operation.padding],
+            "dilations": list(operation.dilation),
+            "group": operation.groups,
+        }
+
+    # --- operations ---
+
+    def pad_image(self, operation: PadImage) -> None:
+        vertical, horizontal = operation.amount
+        pads = self.constant("image_pads", [0, 0, vertical, horizontal] * 2, np.int64)
+        if len(set(operation.values)) == 1:
+            value = self.constant(f"code_{operation.values[0]}", operation.values[0], np.uint8)
+            self.node("Pad", [operation.input, pads, value], operation.output, mode="constant")
+            return
+        # Pad has one value for all channels.
+        names = [f"{operation.input}_channel{c}" for c in range(len(operation.values))]
+        self.nodes.append(self._split(operation.input, names))
+        padded = []
+        for name, code in zip(names, operation.values, strict=True):
+            value = self.constant(f"code_{code}", code, np.uint8)
+            padded.append(self.node("Pad", [name, pads, value], f"{name}_padded", mode="constant"))
+        self.node("Concat", padded, operation.output, axis=1)
+
+    def _split(self, source: str, names: list[str]) -> onnx.NodeProto:
+        # Equal parts by default, which opset 18 wants to be told in number.
+        count = {"num_outputs": len(names)} if self.int4 else {}
+        return helper.make_node("Split", [source], names, name="image_split", axis=1, **count)
+
+    def weight(self, operation: Conv, weight: NDArray[np.int32]) -> tuple[str, NDArray[np.float32]]:
+        """Name of an integer weight tensor and the scale of its unit; INT4 where asked for and it fits."""
+        name = f"{operation.path}.weight{f'@{operation.level}' * bool(operation.level)}"
+        if self.int4:
+            codes = operation.weight.astype(np.int32) * operation.sign.reshape(-1, 1, 1, 1)
+            if -8 <= codes.min() and codes.max() <= 7:
+                tensor = helper.make_tensor(name, TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
+                return self._initializer(name, tensor), operation.scale * operation.multiple
+        return self.constant(name, weight, np.int8), operation.scale
+
+    def conv(self, operation: Conv) -> None:
+        name = operation.output
+        source, integers, _ = self.copies(operation)
+        weight, scale = self.weight(operation, integers)
+        scale_name = self.constant(f"{name}.weight_scale", scale, np.float32)
+        real_weight = self.node("DequantizeLinear", [weight, scale_name], f"{name}.weight", axis=0)
+        unit = np.float32(self.grids[source].scale) * operation.scale
+        bias_inputs = [
+            self.constant(f"{name}.bias", operation.bias, np.int32),
+            self.constant(f"{name}.bias_scale", unit, np.float32),
+        ]
+        bias = self.node("DequantizeLinear", bias_inputs, f"{name}.real_bias", axis=0)
+        inputs = [self.dequantized(source, name), real_weight, bias]
+        self.node("Conv", inputs, f"{name}.real", **self.geometry(operation))
+        self.quantized(f"{name}.real", name)
+
+    def predict(self, operation: Conv) -> None:
+        name = operation.output
+        source, integers, _ = self.copies(operation)
+        grid = self.grids[source]
+        # ONNX Runtime has ConvInteger for uint8 weights only.
+        weight = self.constant(f"{operation.path}.weight", integers + 128, np.uint8)
+        inputs = [source, weight, self.zero_point(grid), self.constant("zero_point_128", 128, np.uint8)]
+        self.node("ConvInteger", inputs, f"{name}.products", **self.geometry(operation))
+        bias = self.constant(f"{name}.bias", operation.bias.reshape(1, -1, 1, 1), np.int32)
+        self.node("Add", [f"{name}.products", bias], f"{name}.sums")
+        self.node("Cast", [f"{name}.sums"], f"{name}.float_sums", to=TensorProto.FLOAT)
+        unit = (np.float32(grid.scale) * operation.scale).reshape(1, -1, 1, 1)
+        self.node("Mul", [f"{name}.float_sums", self.constant(f"{name}.unit", unit, np.float32)], name)
+
+    def requantize(self, operation: Requantize) -> None:
+        real = self.dequantized(operation.input, operation.output)
+        same = self.node("LeakyRelu", [real], f"{operation.output}.real", alpha=1.0)
+        self.quantized(same, operation.output)
+
+    def add(self, operation: Add) -> None:
+        inputs = [self.dequantized(name, operation.output) for name in operation.inputs]
+        self.node("Add", inputs, f"{operation.output}.real")
+        self.quantized(f"{operation.output}.real", operation.output)
+
+    def max_pool(self, operation: MaxPool) -> None:
+        window: dict[str, Any] = {"kernel_shape": [operation.kernel] * 2, "strides": [operation.stride] * 2}
+        self.node("MaxPool", [operation.input], operation.output, pads=[operation.padding] * 4, **window)
+
+    def upsample(self, source: str, output: str) -> None:
+        scales = self.constant("upsample_scales", [1, 1, 2, 2], np.float32)
+        rule = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        self.node("Resize", [source, "", scales], output, **rule)
+
+    # --- model ---
+
+    def model(self, extra_outputs: bool) -> onnx.ModelProto:
+        image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", 3, "H", "W"])
+        channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
+        outputs = []
+        for output in self.program.outputs:
+            for name in (output.logits, output.deltas):
+                shape = ["N", channels[name], f"h_{output.level}", f"w_{output.level}"]
+                outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        if extra_outputs:
+            known = {info.name for info in outputs}
+            outputs += [
+                helper.make_tensor_value_info(operation.output, TensorProto.UINT8, None)
+                for operation in self.program.operations
+                if operation.output not in known
+            ]
+        graph = helper.make_graph(self.nodes, "aqdet", [image], outputs, list(self.initializers.values()))
+        opset, ir_version = (INT4_OPSET, _INT4_IR_VERSION) if self.int4 else (OPSET, _IR_VERSION)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="aqdet"
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def pack_int4(codes: NDArray[np.integer]) -> bytes:
+    """Two 4-bit two's complement codes a byte, the first in the low half."""
+    flat = codes.astype(np.int8).reshape(-1) & 0xF
+    if flat.size % 2:
+        flat = np.append(flat, np.int8(0))
+    return (flat[::2] | (flat[1::2] << 4)).astype(np.uint8).tobytes()
