@@ -52,6 +52,12 @@ def main(args: argparse.Namespace) -> None:
     """One process's part of the job."""
     try:
         cfg = setup(args)
+        if args.exported:
+            # Needs onnxruntime, which training does without.
+            from aqdet.evaluation.exported import load_exported
+
+            Trainer.test(cfg, load_exported(cfg, args.exported))
+            return
         if args.eval_only:
             model = Trainer.build_model(cfg)
             build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -84,9 +90,23 @@ def fail(message: str) -> None:
     sys.exit(USER_ERROR)
 
 
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's, and ``--exported``."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--exported",
+        metavar="DIR",
+        default="",
+        help="with --eval-only: evaluate this exported detector, not MODEL.WEIGHTS",
+    )
+    return parser
+
+
 def invoke_main() -> None:
     """Parses the command line and runs :func:`main` in one process or more."""
-    args = default_argument_parser().parse_args()
+    args = argument_parser().parse_args()
+    if args.exported and not args.eval_only:
+        fail(f"--exported {args.exported} can only be evaluated: add --eval-only")
     try:
         launch(main, args)
     except ValueError as error:

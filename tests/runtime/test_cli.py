@@ -133,7 +133,7 @@ def test_an_interrupt_leaves_nothing_half_done(photos, tmp_path, name):
         (["empty"], "out", "no image or video in"),
         (["photos/one.png", "--threshold", "0.01"], "out.png", "must be from 0.05"),
         (["photos/one.png", "--threads", "0"], "out.png", "threads must be at least 1"),
-        (["photos/one.png"], "photos/notes.txt/out.png", "Not a directory"),
+        (["photos/one.png"], "photos/notes.txt/out.png", "File exists: 'photos/notes.txt'"),
     ],
 )
 def test_refusals(command, photos, tmp_path, monkeypatch, inputs, output, words):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import train_net as tool
-from detectron2.engine import HookBase, default_argument_parser
+from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from helpers import QUANT, ROOT, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
-from train_net import invoke_main, main
+from train_net import argument_parser, invoke_main, main
 
 from aqdet.config import load_config
 from aqdet.data import make_shapes
@@ -56,7 +56,7 @@ def test_wrong_input_is_one_line(data, arguments, words, monkeypatch, capsys):
     monkeypatch.chdir(root)
     command = ["--config-file", str(CONFIG), *names, "OUTPUT_DIR", "out_bad", *arguments]
     with pytest.raises(SystemExit) as stop:
-        main(default_argument_parser().parse_args(command))
+        main(argument_parser().parse_args(command))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and last.startswith("error: ") and words in last
 
