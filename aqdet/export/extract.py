@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,17 @@ def extract(model: nn.Module) -> Program:
     return _Extractor().detector(model)
 
 
+def with_rounded_biases(model: nn.Module) -> nn.Module:
+    """A copy of a detector whose biases are what int32 makes of them, and which is otherwise the same.
+
+    A bias is moved by at most half a unit of its convolution's sum, through the norm's running mean. Between
+    this model and the program only float32's own rounding is left, so that the two can be compared closely.
+    """
+    model = copy.deepcopy(model)
+    _Extractor(round_biases=True).detector(model)
+    return model
+
+
 def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
     """The grid of an activation.
 
@@ -121,13 +133,27 @@ def _norm_affine(norm: nn.Module | None, level: int, channels: int, path: str) -
     return multiplier, offset
 
 
+@torch.no_grad()
+def _lower_bias(
+    conv: QuantConv2d, norm: Any, level: int, amount: NDArray[np.float64], multiplier: NDArray[np.float64]
+) -> None:
+    """Lowers the output of a convolution and its norm by ``amount``, ``(O,)``."""
+    if norm is not None:
+        mean = (norm[level] if isinstance(norm, CycleBatchNormList) else norm).running_mean
+        change = np.divide(amount, multiplier, out=np.zeros_like(amount), where=amount != 0)
+        mean.copy_(torch.from_numpy(_array(mean) + change))
+    elif conv.bias is not None:
+        conv.bias.copy_(torch.from_numpy(_array(conv.bias) - amount))
+
+
 class _Extractor:
     """Walks the modules in the order in which they run."""
 
-    def __init__(self) -> None:
+    def __init__(self, round_biases: bool = False) -> None:
         self.operations: list[Operation] = []
+        self.round_biases = round_biases
 
-    def detector(self, model: QuantRetinaNet) -> Program:
+    def detector(self, model: Any) -> Program:
         image = self._image_grid(model)
         levels = self._fpn(model.backbone, self._stem_input(model, image))
         outputs = []
@@ -140,7 +166,7 @@ class _Extractor:
 
     # --- image and backbone ---
 
-    def _image_grid(self, model: QuantRetinaNet) -> Grid:
+    def _image_grid(self, model: Any) -> Grid:
         deviations = sorted(set(model.pixel_std.flatten().tolist()))
         if len(deviations) != 1:
             raise ValueError(
@@ -149,7 +175,7 @@ class _Extractor:
             )
         return Grid(float(np.float32(1 / deviations[0])), 0, 255)
 
-    def _stem_input(self, model: QuantRetinaNet, grid: Grid) -> _Value:
+    def _stem_input(self, model: Any, grid: Grid) -> _Value:
         stem = model.backbone.bottom_up.stem
         if not isinstance(stem, QuantStem):
             raise ValueError(f"layer backbone.bottom_up.stem: export knows QuantStem, not {type(stem).__name__}")
@@ -159,7 +185,7 @@ class _Extractor:
         self.operations.append(PadImage("image_padded", IMAGE, (vertical, horizontal), values, mean))
         return self._stem(stem, "backbone.bottom_up.stem", _Value("image_padded", grid), mean)
 
-    def _stem(self, stem: QuantStem, path: str, x: _Value, mean: Sequence[float]) -> _Value:
+    def _stem(self, stem: Any, path: str, x: _Value, mean: Sequence[float]) -> _Value:
         target = self._stream(stem.output_stream, f"{path}.output_stream")
         name = f"{path}.conv1.output"
         conv = self._quantized(stem.conv1, f"{path}.conv1")
@@ -174,7 +200,7 @@ class _Extractor:
         self.operations.append(MaxPool(target.name, y.name, kernel=3, stride=2, padding=1))
         return target
 
-    def _resnet(self, resnet: nn.Module, path: str, x: _Value) -> dict[str, _Value]:
+    def _resnet(self, resnet: Any, path: str, x: _Value) -> dict[str, _Value]:
         features = {}
         for name in resnet.stage_names:
             for index, block in enumerate(getattr(resnet, name)):
@@ -182,7 +208,7 @@ class _Extractor:
             features[name] = x
         return features
 
-    def _block(self, block: nn.Module, path: str, x: _Value) -> _Value:
+    def _block(self, block: Any, path: str, x: _Value) -> _Value:
         if not isinstance(block, QuantBasicBlock | QuantBottleneckBlock):
             raise ValueError(f"layer {path}: export knows no {type(block).__name__}")
         names = ["conv1", "conv2"] + ["conv3"] * isinstance(block, QuantBottleneckBlock)
@@ -209,7 +235,7 @@ class _Extractor:
 
     # --- pyramid ---
 
-    def _fpn(self, fpn: nn.Module, x: _Value) -> dict[str, _Value]:
+    def _fpn(self, fpn: Any, x: _Value) -> dict[str, _Value]:
         if not isinstance(fpn, QuantFPN):
             raise ValueError(f"layer backbone: export knows QuantFPN, not {type(fpn).__name__}")
         bottom_up = self._resnet(fpn.bottom_up, "backbone.bottom_up", x)
@@ -237,7 +263,7 @@ class _Extractor:
         return levels
 
     def _top_block(
-        self, block: nn.Module, sources: dict[str, _Value], first: int, levels: dict[str, _Value]
+        self, block: Any, sources: dict[str, _Value], first: int, levels: dict[str, _Value]
     ) -> None:
         if not isinstance(block, QuantLastLevelP6P7):
             raise ValueError(f"layer backbone.top_block: export knows no {type(block).__name__}")
@@ -256,7 +282,7 @@ class _Extractor:
     # --- head ---
 
     def _tower(
-        self, head: nn.Module, subnet: str, prediction: str, x: _Value, index: int, level: str, output: str
+        self, head: Any, subnet: str, prediction: str, x: _Value, index: int, level: str, output: str
     ) -> str:
         """One subnet and its prediction at one level; returns the output's name."""
         steps: list[tuple[str, nn.Module, nn.Module | None]] = []
@@ -298,11 +324,11 @@ class _Extractor:
         name = f"{path}.input_quantizer"
         return _Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
 
-    def _operand(self, add: nn.Module, key: str, path: str) -> _Value:
+    def _operand(self, add: Any, key: str, path: str) -> _Value:
         assert isinstance(add, QuantAdd)
         return _Value(f"{path}.{key}", grid_of(getattr(add, key), f"{path}.{key}"))
 
-    def _stream(self, stream: nn.Module, path: str) -> _Value:
+    def _stream(self, stream: Any, path: str) -> _Value:
         assert isinstance(stream, StreamQuantizer)
         grid = grid_of(stream.quantizer, f"{path}.quantizer")
         assert not (stream.relu and grid.signed), path
@@ -355,7 +381,12 @@ class _Extractor:
         bias = np.zeros(conv.out_channels) if conv.bias is None else _array(conv.bias)
         if input_offset is not None:
             bias = bias + input_offset
-        folded = _fold(codes, scale * multiplier, bias * multiplier + offset, x.grid, grid, path)
+        bias = bias * multiplier + offset
+        folded = _fold(codes, scale * multiplier, bias, x.grid, grid, path)
+        if self.round_biases:
+            rest = bias - folded["bias"] * folded["scale"].astype(np.float64) * x.grid.scale
+            rest[folded["sign"] == 0] = 0
+            _lower_bias(conv, norm, index, rest, multiplier)
         self.operations.append(
             Conv(
                 output=output,

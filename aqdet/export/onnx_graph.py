@@ -242,7 +242,7 @@ class _Builder:
         if extra_outputs:
             known = {info.name for info in outputs}
             outputs += [
-                helper.make_tensor_value_info(operation.output, TensorProto.UINT8, None)
+                helper.make_tensor_value_info(operation.output, TensorProto.UINT8, [None] * 4)
                 for operation in self.program.operations
                 if operation.output not in known
             ]

@@ -1,0 +1,305 @@
+"""Layer by layer: do the trained model, the integer reference and ONNX Runtime compute the same codes?
+
+Each execution is compared with the reference twice:
+
+- *local*: the reference runs each operation on the codes that the execution itself had there. What differs is
+  that operation's doing, and has to be explained by a value that lies next to a rounding tie;
+- *whole*: both run from the image. A code that differs early changes what comes after it.
+
+The trained model computes in float32 and does not round biases to int32: a code of its own may differ where the
+value before rounding is within half a unit of the sum, plus float32's error, of a tie. A copy of it with rounded
+biases (:func:`~aqdet.export.extract.with_rounded_biases`) shows what is left without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
+from ..modeling.backbone import QuantStem
+from ..quantization import Quantizer
+from .extract import with_rounded_biases
+from .onnx_graph import build_onnx
+from .program import IMAGE, Add, Conv, Grid, Operation, PadImage, Program, Requantize, inputs_of, largest_code
+from .reference import accumulate, conv_unit, execute, run
+
+TRAINED, ROUNDED, PLAIN, OPTIMIZED = EXECUTIONS = (
+    "trained",
+    "trained, biases rounded",
+    "ONNX Runtime, plain",
+    "ONNX Runtime, optimized",
+)
+Values = dict[str, NDArray[Any]]
+_FLOAT32_SLACK = 2.0**-21
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One value of one execution against the reference.
+
+    Attributes:
+        value: its name. execution: one of :data:`EXECUTIONS`.
+        count: number of codes. local, whole: how many differ, see the module.
+        largest: the largest local difference in codes; for a prediction, in its own units.
+        unexplained: local differences that are not next to a tie.
+    """
+
+    value: str
+    execution: str
+    count: int
+    local: int
+    whole: int
+    largest: float
+    unexplained: int
+
+
+def compare(
+    model: nn.Module,
+    program: Program,
+    images: Sequence[NDArray[np.uint8]],
+    progress: Callable[[str], object] = lambda _: None,
+) -> list[Difference]:
+    """Runs everything on some images.
+
+    Args:
+        model: the detector that ``program`` was extracted from.
+        program: see there.
+        images: each ``(3, H, W)``, sides multiples of ``program.size_divisibility``.
+        progress: called with a line of text from time to time.
+
+    Returns:
+        For each value that an execution has of its own, summed over the images, in the order of the program.
+    """
+    sessions = {
+        PLAIN: runtime_session(build_onnx(program, extra_outputs=True), optimize=False),
+        OPTIMIZED: runtime_session(build_onnx(program, extra_outputs=True), optimize=True),
+    }
+    rounded = with_rounded_biases(model)
+    found: dict[tuple[str, str], Difference] = {}
+    for number, image in enumerate(images, 1):
+        batch = np.ascontiguousarray(image)[None]
+        progress(f"agreement on image {number} of {len(images)}: integer reference")
+        reference: Values = run(program, batch)
+        progress(f"agreement on image {number} of {len(images)}: trained model, ONNX Runtime")
+        executions = {
+            TRAINED: trained_values(model, program, batch),
+            ROUNDED: trained_values(rounded, program, batch),
+        }
+        for name, session in sessions.items():
+            executions[name] = runtime_values(session, program, batch)
+        for name, values in executions.items():
+            for difference in _differences(program, values, reference, name):
+                key = (difference.value, name)
+                found[key] = _summed(found[key], difference) if key in found else difference
+    order = {operation.output: index for index, operation in enumerate(program.operations)}
+    return sorted(found.values(), key=lambda difference: order[difference.value])
+
+
+def _summed(a: Difference, b: Difference) -> Difference:
+    return Difference(
+        a.value,
+        a.execution,
+        a.count + b.count,
+        a.local + b.local,
+        a.whole + b.whole,
+        max(a.largest, b.largest),
+        a.unexplained + b.unexplained,
+    )
+
+
+def _differences(program: Program, values: Values, reference: Values, execution: str) -> Iterator[Difference]:
+    grids = program.grids()
+    filled: Values = {IMAGE: reference[IMAGE], **values}
+    for operation in program.operations:
+        inputs = [filled[name].astype(np.int64) for name in inputs_of(operation)]
+        expected = execute(operation, inputs, grids)
+        own = filled.setdefault(operation.output, expected)
+        if operation.output not in values:
+            continue
+        whole = reference[operation.output]
+        if own.dtype == np.float32:
+            largest = float(np.abs(own - expected).max(initial=0))
+            yield Difference(operation.output, execution, own.size, 0, 0, largest, 0)
+            continue
+        wrong = own != expected
+        largest = float(np.abs(own.astype(np.int64) - expected).max(initial=0))
+        unexplained = 0
+        if wrong.any():
+            unexplained = _unexplained(program, operation, inputs, own, expected, grids, execution)
+        yield Difference(
+            operation.output,
+            execution,
+            own.size,
+            int(wrong.sum()),
+            int((own != whole).sum()),
+            largest,
+            unexplained,
+        )
+
+
+def _unexplained(
+    program: Program,
+    operation: Operation,
+    inputs: list[NDArray[np.int64]],
+    own: NDArray[Any],
+    expected: NDArray[Any],
+    grids: Mapping[str, Grid],
+    execution: str,
+) -> int:
+    """Number of differing codes whose value before rounding is not close enough to the tie between the two."""
+    wrong = own != expected
+    exact, tolerance = _before_rounding(operation, inputs, grids)
+    if isinstance(operation, Conv) and execution in (TRAINED, ROUNDED):
+        assert operation.grid is not None
+        unit = conv_unit(operation, grids[operation.input].scale) / operation.grid.scale
+        slack = 0.5 * unit if execution == TRAINED else 0 * unit
+        for source in program.operations:
+            if isinstance(source, PadImage) and source.output == operation.input:
+                rounded = np.abs(np.array(source.values) - np.array(source.mean)).reshape(1, -1, 1, 1)
+                slack = slack + (np.abs(operation.integer_weight) * rounded).sum((1, 2, 3)) * unit
+        tolerance = tolerance + slack.reshape(1, -1, 1, 1)
+    tie = (own.astype(np.float64) + expected) / 2
+    close = (np.abs(own.astype(np.int64) - expected) == 1) & (np.abs(exact - tie) <= tolerance)
+    return int((wrong & ~close).sum())
+
+
+def _before_rounding(
+    operation: Operation, inputs: list[NDArray[np.int64]], grids: Mapping[str, Grid]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The real number, in output codes, that is rounded to a code; and float32's error in computing it."""
+    if isinstance(operation, Conv):
+        assert operation.grid is not None
+        source = grids[operation.input]
+        unit = (conv_unit(operation, source.scale) / operation.grid.scale).reshape(1, -1, 1, 1)
+        total = np.abs(operation.integer_weight).sum((1, 2, 3)).reshape(1, -1, 1, 1)
+        reach = (total * largest_code(source) + np.abs(operation.bias.astype(np.int64)).reshape(1, -1, 1, 1)) * unit
+        return accumulate(operation, inputs[0]) * unit, reach * _FLOAT32_SLACK
+    assert isinstance(operation, Requantize | Add), operation
+    terms = [
+        value * (grids[name].scale / operation.grid.scale)
+        for name, value in zip(inputs_of(operation), inputs, strict=True)
+    ]
+    return np.sum(terms, 0), (np.sum(np.abs(terms), 0) + 1) * _FLOAT32_SLACK
+
+
+# --- the trained model ---
+
+
+def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Values:
+    """Codes behind what the fake-quantized model computes, ``(1, 3, H, W)`` in; predictions as they are."""
+    recorded: dict[str, list[NDArray[np.int16]]] = {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _recording(model, recorded):
+            pixels = torch.from_numpy(image).to(model.device).float()
+            features = model.backbone((pixels - model.pixel_mean) / model.pixel_std)
+            logits, deltas = model.head([features[name] for name in model.head_in_features])
+    finally:
+        model.train(training)
+    values: Values = {}
+    for name, calls in recorded.items():
+        if len(calls) == 1:
+            values[name] = calls[0]
+        else:
+            for output, codes in zip(program.outputs, calls, strict=True):
+                values[f"{name}@{output.level}"] = codes
+    for output, *predictions in zip(program.outputs, logits, deltas, strict=True):
+        for name, prediction in zip((output.logits, output.deltas), predictions, strict=True):
+            values[name] = prediction.cpu().numpy()
+    return values
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -> Iterator[None]:
+    """Notes the codes at every activation quantizer, at each of its calls, under the names of the program."""
+    handles = []
+
+    def note(name: str, quantizer: Quantizer | None, x: Tensor) -> None:
+        if quantizer is not None:
+            codes = quantizer.to_integer(x).codes.cpu().numpy().astype(np.int16)
+            recorded.setdefault(name, []).append(codes)
+
+    for path, module in model.named_modules():
+        if path.startswith("auxiliary."):
+            continue
+        if isinstance(module, QuantConv2d):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, inputs, path=path: note(f"{path}.input_quantizer", m.input_quantizer, inputs[0])
+                )
+            )
+        elif isinstance(module, QuantAdd):
+
+            def note_operands(m: Any, inputs: Any, path: str = path) -> None:
+                note(f"{path}.x_quantizer", m.x_quantizer, inputs[0])
+                note(f"{path}.y_quantizer", m.y_quantizer, inputs[1])
+
+            handles.append(module.register_forward_pre_hook(note_operands))
+        elif isinstance(module, QuantStem):
+            # Its stream is quantized after the pooling; the same values before it tell the two apart.
+            stream = module.output_stream
+            handles.append(
+                module.conv1.register_forward_hook(
+                    lambda _, __, output, path=path, stream=stream: note(
+                        f"{path}.conv1.output", stream.quantizer, output
+                    )
+                )
+            )
+        elif isinstance(module, StreamQuantizer):
+            handles.append(
+                module.register_forward_hook(
+                    lambda m, _, output, path=path: note(f"{path}.quantizer", m.quantizer, output)
+                )
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- ONNX Runtime ---
+
+
+def runtime_session(
+    model: Any, *, optimize: bool, optimized_path: str | None = None
+) -> onnxruntime.InferenceSession:
+    """A session on one thread of the CPU.
+
+    Args:
+        model: an ``onnx.ModelProto``.
+        optimize: with all of ONNX Runtime's optimizations, or none.
+        optimized_path: where to write the graph that is really executed.
+    """
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    # Writing the optimized graph warns that it is for this machine.
+    options.log_severity_level = 3
+    if optimized_path is not None:
+        options.optimized_model_filepath = optimized_path
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def runtime_values(
+    session: onnxruntime.InferenceSession, program: Program, image: NDArray[np.uint8]
+) -> Values:
+    """Codes and predictions of a session whose graph has ``extra_outputs``."""
+    grids = program.grids()
+    names = [output.name for output in session.get_outputs()]
+    values = dict(zip(names, session.run(names, {IMAGE: image}), strict=True))
+    return {
+        name: value.astype(np.int16) - grids[name].zero_point if value.dtype == np.uint8 else value
+        for name, value in values.items()
+    }

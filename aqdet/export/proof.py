@@ -1,0 +1,107 @@
+"""What every operation computes in, and that no int32 sum can overflow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulator:
+    """Bounds of a convolution's int32 sums.
+
+    Both count partial sums in any order, with codes as they are stored: a signed activation as uint8 with zero
+    point 128, and the correction for that zero point.
+
+    Attributes:
+        by_bits: from bit widths, kernel and channels: the largest product times their number, plus the largest bias.
+        by_codes: from the weights' own codes: the largest sum of a channel's magnitudes, plus its bias.
+        max_input_code: largest stored code of the input. max_weight_code: largest integer weight's magnitude.
+    """
+
+    by_bits: int
+    by_codes: int
+    max_input_code: int
+    max_weight_code: int
+
+
+def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
+    """See :class:`Accumulator`.
+
+    Raises:
+        ValueError: naming the layer, if its sums may overflow.
+    """
+    weight = np.abs(conv.integer_weight.astype(np.int64)).reshape(len(conv.bias), -1)
+    bias = np.abs(conv.bias.astype(np.int64))
+    input_code = source.quant_max + source.zero_point
+    reach = input_code + source.zero_point
+    widest = max(2 ** (conv.weight_bits - 1), int(np.abs(conv.weight.astype(np.int32)).max(initial=0)))
+    limit = widest * conv.multiple.astype(np.int64)
+    shift = 0
+    if conv.grid is None:
+        # ConvInteger: weights as uint8 with zero point 128, and its correction.
+        shift = 2 * 128
+    taps = weight.shape[1]
+    by_bits = int(((limit + shift) * reach * taps + bias).max())
+    by_codes = int(((weight + shift).sum(1) * reach + bias).max())
+    if min(by_bits, by_codes) > INT32_MAX:
+        raise ValueError(f"layer {conv.path}: its sums may reach {by_codes}, more than int32 holds ({INT32_MAX})")
+    return Accumulator(by_bits, by_codes, input_code, int(weight.max(initial=0)))
+
+
+def describe(grid: Grid) -> str:
+    """E.g. ``u4 in uint8`` or ``s8 in uint8, zero point 128``."""
+    text = f"{'s' if grid.signed else 'u'}{grid.num_bits} in uint8"
+    return text + f", zero point {grid.zero_point}" * grid.signed
+
+
+def operation_rows(program: Program) -> list[dict[str, Any]]:
+    """A row for each operation: what it is, what it reads and writes, in which types; bounds for convolutions.
+
+    Raises:
+        ValueError: naming the layer, if the sums of one may overflow.
+    """
+    grids = program.grids()
+    rows: list[dict[str, Any]] = []
+    for operation in program.operations:
+        source = grids[inputs_of(operation)[0]]
+        row: dict[str, Any] = {"output": operation.output, "inputs": list(inputs_of(operation))}
+        if isinstance(operation, Conv):
+            accumulator = bound_accumulator(operation, source)
+            row |= {
+                "kind": "conv",
+                "path": operation.path,
+                "level": operation.level,
+                "kernel": list(operation.weight.shape[2:]),
+                "in_channels": operation.weight.shape[1] * operation.groups,
+                "out_channels": operation.weight.shape[0],
+                "groups": operation.groups,
+                "stride": list(operation.stride),
+                "weight_bits": operation.weight_bits,
+                "input_bits": source.num_bits,
+                "types": f"{describe(source)} * s{operation.weight_bits} in int8 + int32 -> int32 -> "
+                + ("float32" if operation.grid is None else describe(operation.grid)),
+                "max_input_code": accumulator.max_input_code,
+                "max_weight_code": accumulator.max_weight_code,
+                "accumulator_bound_by_bits": accumulator.by_bits,
+                "accumulator_bound": min(accumulator.by_bits, accumulator.by_codes),
+                "constant_channels": int((operation.sign == 0).sum()),
+                "flipped_channels": int((operation.sign < 0).sum()),
+            }
+        else:
+            names = {PadImage: "pad", Requantize: "requantize", Add: "add", MaxPool: "max pool"}
+            target = describe(grids[operation.output])
+            row |= {"kind": names.get(type(operation), "upsample"), "types": f"{describe(source)} -> {target}"}
+        rows.append(row)
+    return rows
+
+
+def tightest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The convolution whose bound comes closest to int32's."""
+    return max((row for row in rows if row["kind"] == "conv"), key=lambda row: row["accumulator_bound"])
