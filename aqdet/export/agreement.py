@@ -48,6 +48,7 @@ class Difference:
 
     Attributes:
         value: its name. execution: one of :data:`EXECUTIONS`.
+        is_prediction: whether it is a float32 output, which has no codes and is counted nowhere.
         count: number of codes. local, whole: how many differ, see the module.
         largest: the largest local difference in codes; for a prediction, in its own units.
         unexplained: local differences that are not next to a tie.
@@ -55,6 +56,7 @@ class Difference:
 
     value: str
     execution: str
+    is_prediction: bool
     count: int
     local: int
     whole: int
@@ -108,6 +110,7 @@ def _summed(a: Difference, b: Difference) -> Difference:
     return Difference(
         a.value,
         a.execution,
+        a.is_prediction,
         a.count + b.count,
         a.local + b.local,
         a.whole + b.whole,
@@ -128,7 +131,7 @@ def _differences(program: Program, values: Values, reference: Values, execution:
         whole = reference[operation.output]
         if own.dtype == np.float32:
             largest = float(np.abs(own - expected).max(initial=0))
-            yield Difference(operation.output, execution, own.size, 0, 0, largest, 0)
+            yield Difference(operation.output, execution, True, own.size, 0, 0, largest, 0)
             continue
         wrong = own != expected
         largest = float(np.abs(own.astype(np.int64) - expected).max(initial=0))
@@ -138,6 +141,7 @@ def _differences(program: Program, values: Values, reference: Values, execution:
         yield Difference(
             operation.output,
             execution,
+            False,
             own.size,
             int(wrong.sum()),
             int((own != whole).sum()),

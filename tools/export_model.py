@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Exports a trained quantized detector: a folder that aqdet.runtime runs on integers, without PyTorch."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+
+from aqdet.config import load_config
+from aqdet.engine import check_names, fit_to_machine
+from aqdet.export.folder import agreement_totals, export_detector
+
+USER_ERROR = 2
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--weights", help="checkpoint of quantized training (default: MODEL.WEIGHTS)")
+    parser.add_argument("--output", required=True, help="folder to write; an exported detector there is replaced")
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="PATH", help="images or folders to measure the agreement on"
+    )
+    parser.add_argument("--max-images", type=int, default=2, help="at most so many of them (default: 2)")
+    parser.add_argument("--int4", action="store_true", help="also write model.int4.onnx, for size")
+    parser.add_argument(
+        "--allow-float", nargs="+", default=[], metavar="NODE", help="graph nodes that may compute in float"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    return parser.parse_args()
+
+
+def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
+    """Images as the network reads them, each (3, H, W) uint8."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"--images {path} does not exist")
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"--images {path} has no {', '.join(IMAGE_SUFFIXES)} file")
+        files += found
+    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    images = []
+    for file in files[:limit]:
+        try:
+            image = read_image(str(file), cfg.INPUT.FORMAT)
+        except OSError as error:
+            raise ValueError(f"--images {file} cannot be read: {error}") from error
+        images.append(resize.get_transform(image).apply_image(image).transpose(2, 0, 1))
+    return images
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    args = parse_args()
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
+
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        check_names(cfg)
+        fit_to_machine(cfg)
+        weights = args.weights or cfg.MODEL.WEIGHTS
+        if not weights:
+            raise ValueError("--weights: name a checkpoint of quantized training")
+        report = export_detector(
+            cfg,
+            weights,
+            args.output,
+            images=read_images(cfg, args.images, args.max_images),
+            int4=args.int4,
+            allow_float=args.allow_float,
+            config_name=os.path.basename(args.config_file),
+            progress=say,
+        )
+    except (ValueError, OSError) as error:
+        if os.environ.get("AQDET_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    print("Codes that differ from the integer reference, given the same inputs:")
+    for total in agreement_totals(report["agreement"]):
+        share = total["local"] / max(total["codes"], 1)
+        print(f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {total['unexplained']} not at a rounding tie")
+    worst = report["tightest"]
+    print(f"Tightest int32 sum: {worst['path']} {worst['level']}, at most {worst['accumulator_bound']:,}")
+    sizes = report["sizes"]
+    for name, size in sizes.items():
+        if name != "packed_ratio":
+            print(f"  {size / 1e6:8.2f} MB  1/{sizes['float32_state_dict'] / size:.2f}  {name}")
+    say(f"done: {args.output} (detector.json, report.md, report.json)")
+
+
+if __name__ == "__main__":
+    main()
