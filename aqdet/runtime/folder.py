@@ -51,6 +51,7 @@ class Description:
         box_weights, scale_clamp: of Detectron2's ``Box2BoxTransform``.
         score_threshold, topk_candidates, nms_threshold, max_detections: as Detectron2's RetinaNet has them.
         layers: a row for each layer, for reports.
+        source: what the folder was exported from.
     """
 
     classes: tuple[str, ...]
@@ -69,6 +70,7 @@ class Description:
     nms_threshold: float
     max_detections: int
     layers: tuple[dict[str, Any], ...]
+    source: dict[str, Any]
 
 
 def write_description(
@@ -179,6 +181,7 @@ def _parse(content: dict[str, Any]) -> Description:
         nms_threshold=float(decode["nms_threshold"]),
         max_detections=int(decode["max_detections"]),
         layers=tuple(content["layers"]),
+        source=dict(content["source"]),
     )
 
 

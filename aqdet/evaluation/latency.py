@@ -1,0 +1,126 @@
+"""Time and memory of several forms of one detector, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+INT16_MAX = 2**15 - 1
+_VNNI_FLAGS = ("avx512_vnni", "avx_vnni")
+_WARM_UP = 3
+_PAUSE_SECONDS = 0.01
+_MEMORY_LINE = "peak kB:"
+_PRINT_PEAK = f"""
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM:"):
+        print("{_MEMORY_LINE}", line.split()[1])
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where something was measured.
+
+    Attributes:
+        processor: its model's name.
+        cores: that this machine has.
+        vnni: its instructions that add products of 8-bit integers in int32; empty if it has none.
+    """
+
+    processor: str
+    cores: int
+    vnni: tuple[str, ...]
+
+    @classmethod
+    def here(cls, cpuinfo: str = "/proc/cpuinfo") -> Machine:
+        """This machine, as ``/proc/cpuinfo`` has it."""
+        text = Path(cpuinfo).read_text(encoding="utf-8") if os.path.exists(cpuinfo) else ""
+        fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        flags = fields.get("flags", "").split()
+        name = fields.get("model name") or platform.processor() or platform.machine()
+        return cls(name, os.cpu_count() or 1, tuple(flag for flag in _VNNI_FLAGS if flag in flags))
+
+    def __str__(self) -> str:
+        vnni = f"VNNI ({', '.join(self.vnni)})" if self.vnni else "no VNNI"
+        return f"{self.processor}, {platform.machine()}, {self.cores} cores, {vnni}"
+
+
+def saturating(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Paths of the convs whose sums can saturate on x86 without VNNI.
+
+    There two products of a uint8 input and an int8 weight are added in int16 before they reach int32.
+
+    Args:
+        layers: rows of ``detector.json``; convs have ``max_input_code``, the largest value of the uint8 input,
+            and ``max_weight_code``, the largest absolute int8 weight.
+    """
+    convs = [row for row in layers if row["kind"] == "conv"]
+    wide = [row["path"] for row in convs if 2 * row["max_input_code"] * row["max_weight_code"] > INT16_MAX]
+    return list(dict.fromkeys(wide))  # a head's conv has a row for each level
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds that something took in each round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def speed_up(self, other: Times) -> tuple[float, float, float]:
+        """How many times as fast as ``other``, taken within each round: median, lowest, highest."""
+        ratios = [theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+    """Times functions in turn, so that a slow moment of the machine hits all of them.
+
+    A pause before each lets the threads of the one before it go to sleep.
+    """
+    for function in functions.values():
+        for _ in range(_WARM_UP):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in _shown(rounds):
+        for name, function in functions.items():
+            time.sleep(_PAUSE_SECONDS)
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def _shown(rounds: int) -> Iterator[int]:
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", end="\r", file=sys.stderr)
+        yield number
+    print(file=sys.stderr)
+
+
+def peak_memory(code: str, *arguments: str) -> int | None:
+    """Largest resident memory in bytes of a new interpreter that runs ``code``; None where Linux is missing.
+
+    Raises:
+        RuntimeError: if the code fails, with the last line it printed.
+    """
+    if not os.path.exists("/proc/self/status"):
+        return None
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code + _PRINT_PEAK, *arguments], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    line = next(line for line in done.stdout.splitlines() if line.startswith(_MEMORY_LINE))
+    return int(line.removeprefix(_MEMORY_LINE)) * 1024
