@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=2, help="at most so many of them (default: 2)")
     parser.add_argument("--int4", action="store_true", help="also write model.int4.onnx, for size")
     parser.add_argument(
-        "--allow-float", nargs="+", default=[], metavar="NODE", help="graph nodes that may compute in float"
+        "--allow-float", nargs="+", default=[], metavar="REGEX", help="operations that may compute in float, by name"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()

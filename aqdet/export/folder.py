@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -63,7 +64,7 @@ def export_detector(
         images: for the agreement, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT`` as the network reads them, of any
             size; random ones if there are none.
         int4: also writes ``model.int4.onnx``.
-        allow_float: names of graph nodes between the image and the predictions that may compute in float.
+        allow_float: regexes on the names of operations before the predictions that may compute in float.
         config_name: noted in the folder.
         progress: called with lines of text.
 
@@ -153,8 +154,10 @@ def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> di
     for node in nodes:
         if node.op_type == "ConvInteger" or any(name in predicted for name in node.input):
             predicted.update(node.output)
-        elif node.op_type not in INTEGER_KINDS and not any(name in allow_float for name in (node.name, *node.output)):
-            floats.append(f"{node.output[0]} ({node.op_type})")
+        elif node.op_type not in INTEGER_KINDS:
+            name = re.sub(r"_token_\d+$", "", node.output[0])  # which layout changes add
+            if not any(re.search(pattern, name) for pattern in allow_float):
+                floats.append(f"{name} ({node.op_type})")
     if floats:
         more = f" and {len(floats) - 8} more" * (len(floats) > 8)
         raise ValueError(

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .extract import INT8_LIMIT, INT32_LIMIT
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
     input_code = source.quant_max + source.zero_point
     reach = input_code + source.zero_point
     widest = max(2 ** (conv.weight_bits - 1), int(np.abs(conv.weight.astype(np.int32)).max(initial=0)))
-    limit = widest * conv.multiple.astype(np.int64)
+    limit = np.minimum(widest * conv.multiple.astype(np.int64), max(widest, INT8_LIMIT))
     shift = 0
     if conv.grid is None:
         # ConvInteger: weights as uint8 with zero point 128, and its correction.
@@ -50,8 +49,8 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
     taps = weight.shape[1]
     by_bits = int(((limit + shift) * reach * taps + bias).max())
     by_codes = int(((weight + shift).sum(1) * reach + bias).max())
-    if min(by_bits, by_codes) > INT32_MAX:
-        raise ValueError(f"layer {conv.path}: its sums may reach {by_codes}, more than int32 holds ({INT32_MAX})")
+    if min(by_bits, by_codes) > INT32_LIMIT:
+        raise ValueError(f"layer {conv.path}: its sums may reach {by_codes}, more than int32 holds ({INT32_LIMIT})")
     return Accumulator(by_bits, by_codes, input_code, int(weight.max(initial=0)))
 
 

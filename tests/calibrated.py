@@ -1,0 +1,41 @@
+"""Small calibrated detectors whose batch norms look trained: any sign, some channels switched off."""
+
+import functools
+
+import numpy as np
+import torch
+from helpers import QUANT, calibrated, make_batch, make_model
+
+from aqdet.export.extract import extract
+
+STD = ("MODEL.PIXEL_STD", "[57.0, 57.0, 57.0]")
+RELU = ("MODEL.FPN.RELU", "True")
+OVERRIDES = (*QUANT, *STD, *RELU)
+
+
+def trained_like(*overrides):
+    """A new detector with ``OVERRIDES`` and these."""
+    model = make_model(*OVERRIDES, *overrides)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+                if module.affine:
+                    module.weight.normal_(generator=generator)
+                    module.bias.normal_(0, 0.3, generator=generator)
+                    module.weight[:2] = torch.tensor([0.0, 1e-9])
+    return calibrated(model, make_batch()).eval()
+
+
+@functools.cache
+def shared(*overrides):
+    """``(detector, program)``, made once; not to be changed."""
+    model = trained_like(*overrides)
+    return model, extract(model)
+
+
+def image(height=64, width=64, count=1):
+    """``(N, 3, H, W)`` of noise."""
+    return np.random.default_rng(0).integers(0, 256, (count, 3, height, width), dtype=np.uint8)

@@ -1,0 +1,144 @@
+"""The ONNX graph in ONNX Runtime: integers alone, and the reference's codes."""
+
+
+import numpy as np
+import onnx
+import pytest
+from calibrated import image, shared
+from onnx import TensorProto, numpy_helper
+
+from aqdet.export.agreement import runtime_session
+from aqdet.export.folder import check_integer
+from aqdet.export.onnx_graph import build_onnx, pack_int4, split_copies
+from aqdet.export.reference import run
+
+SIGNED = ("MODEL.FPN.RELU", "False")
+DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
+
+
+def outputs(program):
+    return [name for output in program.outputs for name in (output.logits, output.deltas)]
+
+
+def test_onnx_runtime_executes_integers_alone():
+    _, program = shared()
+    executed = check_integer(build_onnx(program))
+    convs = list(program.convs())
+    predictions = sum(conv.grid is None for conv in convs)
+    assert executed["QLinearConv"] == len(convs) - predictions and executed["ConvInteger"] == predictions
+    # Eight residual sums and two of the pyramid; the only Adds left are the predictions' int32 biases.
+    assert executed["QLinearAdd"] == 10 and executed["Add"] == predictions
+    assert not {"Conv", "DequantizeLinear", "QuantizeLinear", "LeakyRelu", "Relu"} & set(executed)
+
+
+def test_a_float_operation_is_named():
+    _, program = shared()
+    graph = build_onnx(program)
+    for node in graph.graph.node:
+        if node.op_type == "LeakyRelu" and "lateral5" in node.output[0]:
+            node.op_type = "Softsign"  # which has no integer form
+            del node.attribute[:]
+            name = node.output[0]
+    with pytest.raises(ValueError, match=r"in float.*--allow-float") as error:
+        check_integer(graph)
+    assert f"{name} (Softsign)" in str(error.value) and "\n" not in str(error.value)
+    assert check_integer(graph, [r"fpn_lateral5\.input_quantizer"])["Softsign"] == 1
+
+
+@pytest.mark.parametrize("overrides", [(), SIGNED, DOREFA], ids=["relu", "signed", "dorefa"])
+@pytest.mark.parametrize("optimize", [False, True], ids=["plain", "optimized"])
+def test_predictions_are_the_references(overrides, optimize):
+    _, program = shared(*overrides)
+    batch = image(64, 96)
+    reference = run(program, batch)
+    session = runtime_session(build_onnx(program), optimize=optimize)
+    names = outputs(program)
+    for name, found in zip(names, session.run(names, {"image": batch}), strict=True):
+        assert found.dtype == np.float32 and found.shape == reference[name].shape
+        differ = np.abs(found - reference[name]) > 1e-5 * np.abs(reference[name]).max()
+        assert differ.mean() < 0.05, name  # one code at a tie moves up to nine positions
+
+
+def test_shapes_are_dynamic_and_images_independent():
+    _, program = shared()
+    session = runtime_session(build_onnx(program), optimize=True)
+    names = outputs(program)
+    for count, height, width in ((1, 32, 96), (3, 64, 32)):
+        batch = image(height, width, count)
+        found = session.run(names, {"image": batch})
+        assert found[0].shape == (count, 9, height // 8, width // 8)
+        alone = session.run(names, {"image": batch[-1:]})
+        for together, single in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(together[-1:], single)
+
+
+def test_int4_weights_dequantize_to_the_same_values():
+    _, program = shared()
+    plain, small = build_onnx(program), build_onnx(program, int4=True)
+    assert small.opset_import[0].version >= 21 and small.ByteSize() < 0.6 * plain.ByteSize()
+
+    def weights(model):
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        found = {}
+        for node in model.graph.node:
+            if node.op_type == "DequantizeLinear" and node.output[0].endswith(".weight"):
+                codes, scale = (numpy_helper.to_array(tensors[name]) for name in node.input)
+                found[node.output[0]] = codes.astype(np.float64) * scale.astype(np.float64).reshape(-1, 1, 1, 1)
+        return found, tensors
+
+    theirs, ours = weights(plain)[0], weights(small)[0]
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        # The same codes; scale and multiple are two float32 numbers in one and their product in the other.
+        np.testing.assert_allclose(ours[name], value, rtol=2e-7)
+    kinds = {name: tensor.data_type for name, tensor in weights(small)[1].items()}
+    inner = [kinds[name] for name in kinds if ".weight" in name and "res" in name and "scale" not in name]
+    assert inner and set(inner) == {TensorProto.INT4}
+    batch = image()
+    names = outputs(program)
+    expected = runtime_session(plain, optimize=False).run(names, {"image": batch})
+    found = runtime_session(small, optimize=False).run(names, {"image": batch})
+    for a, b in zip(expected, found, strict=True):
+        assert (np.abs(a - b) > 1e-5 * np.abs(a).max()).mean() < 0.05
+
+
+def test_pack_int4_by_hand():
+    assert pack_int4(np.array([1, -1, 7, -8, 3])) == bytes([0xF1, 0x87, 0x03])
+
+
+def test_wide_codes_are_a_sum_of_int8():
+    weight = np.arange(-255, 256, 2).reshape(1, -1, 1, 1)
+    parts = split_copies(weight, "conv", 1)
+    assert len(parts) == 3 and all(part.dtype == np.int8 for part in parts)
+    np.testing.assert_array_equal(sum(part.astype(int) for part in parts), weight)
+    assert len(split_copies(np.full((1, 1, 1, 1), -127), "conv", 1)) == 1
+    with pytest.raises(ValueError, match="layer conv: weight codes up to 255"):
+        split_copies(weight, "conv", 2)
+
+
+def test_dorefa_at_8_bits_reads_its_input_three_times():
+    _, program = shared(*DOREFA)
+    stem = next(program.convs())
+    assert np.abs(stem.weight).max() == 255 and (stem.weight % 2 == 1).all()
+    graph = build_onnx(program)
+    concat = next(node for node in graph.graph.node if node.op_type == "Concat" and "copies" in node.output[0])
+    assert list(concat.input) == [stem.input] * 3
+    check_integer(graph)
+
+
+def test_per_level_convs_share_their_weights():
+    _, program = shared()
+    graph = build_onnx(program)
+    names = [tensor.name for tensor in graph.graph.initializer]
+    tower = [conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]
+    distinct = {conv.integer_weight.tobytes() for conv in tower}
+    assert len(tower) == 5
+    assert sum(name.startswith("head.cls_subnet.0.weight") for name in names) == len(distinct)
+
+
+def test_every_value_is_named_once():
+    _, program = shared()
+    graph = onnx.load_from_string(build_onnx(program, extra_outputs=True).SerializeToString())
+    produced = [name for node in graph.graph.node for name in node.output]
+    assert len(produced) == len(set(produced))
+    assert {operation.output for operation in program.operations} <= set(produced)
