@@ -36,9 +36,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from aqdet.config import load_config
-from aqdet.engine import build_checkpointer, fit_to_machine
+from aqdet.engine import fit_to_machine
 from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, saturating
-from aqdet.modeling import strip
+from aqdet.export.folder import load_detector
 from aqdet.quantization import calibrate, quantizers, set_quantization
 from aqdet.runtime import Detector, write_description
 from aqdet.runtime.detector import LevelOutputs
@@ -154,12 +154,10 @@ class Dense(nn.Module):
 
 
 def load_float(config: str, weights: str, opts: list[str]) -> Dense:
-    """The detector of a checkpoint with quantizers off and without its auxiliary path."""
-    cfg = load_config(config, [*opts, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"])
+    """The detector of a checkpoint with its quantizers off."""
+    cfg = load_config(config, opts)
     fit_to_machine(cfg)
-    model = build_model(cfg)
-    build_checkpointer(cfg, model).load(weights)
-    model.auxiliary = None
+    model = load_detector(cfg, weights)
     set_quantization(model, False)
     return Dense(model).eval()
 
@@ -183,7 +181,7 @@ def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -
 def float_bytes(model: nn.Module) -> int:
     """Bytes of the float32 detector's state dict as a file."""
     prefixes = tuple(f"{name}." for name, _ in quantizers(model))
-    state = {key: value for key, value in strip(model.state_dict()).items() if not key.startswith(prefixes)}
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
     file = io.BytesIO()
     torch.save(state, file)
     return file.tell()

@@ -61,9 +61,12 @@ def load_exported(cfg: CfgNode, folder: str | os.PathLike[str]) -> ExportedDetec
             other classes than the folder.
     """
     detector = Detector(folder, threads=torch.get_num_threads())
+    unnamed = tuple(f"class_{index}" for index in range(len(detector.classes)))
     for name in cfg.DATASETS.TEST:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and tuple(classes) != detector.classes:
+        if classes is None or (detector.classes == unnamed and len(classes) == len(unnamed)):
+            logger.warning("Only the number of classes of %s and %s is compared: one does not name them", folder, name)
+        elif tuple(classes) != detector.classes:
             raise ValueError(
                 f"{os.fspath(folder)} detects the classes {_listed(detector.classes)}, but {name} of DATASETS.TEST has "
                 f"{_listed(classes)}: it was exported from another model"

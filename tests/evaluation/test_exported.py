@@ -90,6 +90,14 @@ def test_what_the_config_says_otherwise_is_told(overrides, tmp_path, caplog):
     assert f"MODEL.RETINANET.NMS_THRESH_TEST is 0.6, but {folder} was exported with 0.5: using that" in caplog.messages
 
 
+def test_a_folder_without_class_names_is_told(overrides, tmp_path, caplog):
+    cfg = load_config("", overrides)
+    register_declared(cfg)
+    folder = write_folder(tmp_path / "twin", make_twin(), classes=("class_0", "class_1", "class_2"))
+    load_exported(cfg, folder)
+    assert caplog.messages == [f"Only the number of classes of {folder} and {NAME} is compared: one does not name them"]
+
+
 def test_the_output_is_detectron2s(overrides, entry, tmp_path):
     cfg = load_config("", overrides)
     register_declared(cfg)

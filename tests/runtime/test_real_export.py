@@ -1,0 +1,100 @@
+"""The runtime on what the exporter writes, and the benchmark of both."""
+
+import sys
+
+import benchmark
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList
+from helpers import QUANT, calibrated, make_batch, make_cfg, make_model
+from tiny_export import make_photo
+
+from aqdet.evaluation.latency import peak_memory
+from aqdet.export.folder import export_detector, load_detector
+from aqdet.runtime import Detector
+from aqdet.runtime.preprocess import make_batch as make_runtime_batch
+
+SMALL_SIZE = ("MODEL.FPN.RELU", "True", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "100")
+MEAN = ("MODEL.PIXEL_MEAN", "[128.0, 128.0, 128.0]", "MODEL.PIXEL_STD", "[64.0, 64.0, 64.0]")
+SETTINGS = (*QUANT, *SMALL_SIZE, *MEAN, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Config file, weights and exported folder of a small quantized detector."""
+    root = tmp_path_factory.mktemp("real")
+    model = calibrated(make_model(*SETTINGS), make_batch(4))
+    torch.save({"model": model.state_dict()}, root / "weights.pth")
+    cfg = make_cfg(*SETTINGS)
+    (root / "config.yaml").write_text(cfg.dump())
+    export_detector(cfg, str(root / "weights.pth"), root / "exported", config_name="config.yaml")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    return load_detector(make_cfg(*SETTINGS), str(exported / "weights.pth"))
+
+
+def test_the_network_is_that_of_the_trained_model(exported, model):
+    detector = Detector(exported / "exported", threads=1)
+    batch, _ = make_runtime_batch([make_photo(), make_photo(seed=1)], detector.description)
+    with torch.no_grad():
+        expected = [output.numpy() for output in benchmark.Dense(model).eval()(torch.from_numpy(batch))]
+    found = [output for level in detector.run(batch) for output in level]
+    assert [output.shape for output in found] == [output.shape for output in expected]
+    # Untrained, so that what is found differs little between places: codes that differ by one at rounding ties show.
+    for kind in (0, 1):
+        one, other = (np.concatenate([v.ravel() for v in values[kind::2]]) for values in (found, expected))
+        assert np.corrcoef(one, other)[0, 1] > 0.9
+
+
+def test_decodes_as_the_model(exported, model):
+    detector = Detector(exported / "exported", threads=1)
+    images = [make_photo(), make_photo(120, 90, seed=1)]
+    batch, sizes = make_runtime_batch(images, detector.description)
+    outputs = [[torch.from_numpy(level[kind]) for level in detector.run(batch)] for kind in (0, 1)]
+    with torch.no_grad():
+        results = model.forward_inference(ImageList(torch.from_numpy(batch), sizes), outputs[0], outputs)
+    for found, result, image in zip(detector.detect(images), results, images, strict=True):
+        expected = detector_postprocess(result, *image.shape[:2])
+        assert len(found) == len(expected) > 50
+        np.testing.assert_allclose(found.scores, expected.scores.numpy(), rtol=1e-5)
+        np.testing.assert_array_equal(found.classes, expected.pred_classes.numpy())
+        np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
+
+
+def test_benchmark(exported, monkeypatch, capsys):
+    def quick(code, *arguments):
+        return peak_memory(code, *arguments) if code is benchmark.ONNX_RUNTIME_MEMORY else None
+
+    monkeypatch.setattr(benchmark, "peak_memory", quick)
+    command = ["benchmark.py", "export", "--model", exported / "exported", "--config-file", exported / "config.yaml"]
+    command += ["--weights", exported / "weights.pth", "--size", "64", "--threads", "1", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    for words in ("64x64, 1 image; ", "VNNI", "PyTorch eager", "ONNX Runtime float32", "of the float32 state dict"):
+        assert words in printed
+    row = next(line for line in printed.splitlines() if line.startswith("exported, ONNX Runtime"))
+    assert row.count("x (") == 4 and float(row.split()[-2]) > 30
+
+
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("--size", "70", "--size must be a multiple of 32, got 70"),
+        ("--weights", "none.pth", "--weights none.pth does not exist"),
+        ("--weights", __file__, "was exported from other weights than"),
+        ("--model", "nowhere", "is not the folder of a finished export"),
+        ("--image", "none.png", "none.png does not exist"),
+    ],
+)
+def test_benchmark_refuses(exported, monkeypatch, option, value, words):
+    command = ["benchmark.py", "export", "--model", exported / "exported", "--config-file", exported / "config.yaml"]
+    command += ["--weights", exported / "weights.pth", option, value]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    with pytest.raises(SystemExit, match=words):
+        benchmark.main()
