@@ -163,7 +163,10 @@ def load_float(config: str, weights: str, opts: list[str]) -> Dense:
 
 
 def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -> None:
-    """Writes the float network of one input size as a folder for the runtime, with the decoding of ``exported``."""
+    """Writes the float network of one input size as a folder for the runtime, with the decoding of ``exported``.
+
+    Each level's batch norm is folded into a copy of the head's convs, which makes the file larger than the weights.
+    """
     content = json.loads((exported / DESCRIPTION).read_text())
     names = [name for level in content["outputs"] for name in (level["logits"], level["deltas"])]
     torch.onnx.export(
