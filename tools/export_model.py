@@ -92,7 +92,9 @@ def main() -> None:
     print("Codes that differ from the integer reference, given the same inputs:")
     for total in agreement_totals(report["agreement"]):
         share = total["local"] / max(total["codes"], 1)
-        print(f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {total['unexplained']} not at a rounding tie")
+        print(
+            f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {total['unexplained']} not at a rounding tie"
+        )
     worst = report["tightest"]
     print(f"Tightest int32 sum: {worst['path']} {worst['level']}, at most {worst['accumulator_bound']:,}")
     sizes = report["sizes"]

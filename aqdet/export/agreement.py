@@ -275,9 +275,7 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
 # --- ONNX Runtime ---
 
 
-def runtime_session(
-    model: Any, *, optimize: bool, optimized_path: str | None = None
-) -> onnxruntime.InferenceSession:
+def runtime_session(model: Any, *, optimize: bool, optimized_path: str | None = None) -> onnxruntime.InferenceSession:
     """A session on one thread of the CPU.
 
     Args:
@@ -296,9 +294,7 @@ def runtime_session(
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def runtime_values(
-    session: onnxruntime.InferenceSession, program: Program, image: NDArray[np.uint8]
-) -> Values:
+def runtime_values(session: onnxruntime.InferenceSession, program: Program, image: NDArray[np.uint8]) -> Values:
     """Codes and predictions of a session whose graph has ``extra_outputs``."""
     grids = program.grids()
     names = [output.name for output in session.get_outputs()]

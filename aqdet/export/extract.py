@@ -262,9 +262,7 @@ class _Extractor:
             self._top_block(fpn.top_block, {**bottom_up, **levels}, fpn._levels[-1] + 1, levels)
         return levels
 
-    def _top_block(
-        self, block: Any, sources: dict[str, _Value], first: int, levels: dict[str, _Value]
-    ) -> None:
+    def _top_block(self, block: Any, sources: dict[str, _Value], first: int, levels: dict[str, _Value]) -> None:
         if not isinstance(block, QuantLastLevelP6P7):
             raise ValueError(f"layer backbone.top_block: export knows no {type(block).__name__}")
         x = sources[block.in_feature]
@@ -281,9 +279,7 @@ class _Extractor:
 
     # --- head ---
 
-    def _tower(
-        self, head: Any, subnet: str, prediction: str, x: _Value, index: int, level: str, output: str
-    ) -> str:
+    def _tower(self, head: Any, subnet: str, prediction: str, x: _Value, index: int, level: str, output: str) -> str:
         """One subnet and its prediction at one level; returns the output's name."""
         steps: list[tuple[str, nn.Module, nn.Module | None]] = []
         for name, module in getattr(head, subnet).named_children():
@@ -443,10 +439,11 @@ def _fold(
     integer_bias = np.zeros(channels, np.int64)
     for c in range(channels):
         most = min(INT8_LIMIT // max(largest[c], 1), PAIR_LIMIT // (2 * code * max(largest[c], 1)))
-        for multiple[c] in sorted({max(int(most), 1), 1}, reverse=True):
-            scale[c] = np.abs(weight_scale[c]) / multiple[c]
+        for candidate in (max(int(most), 1), 1):
+            multiple[c] = candidate
+            scale[c] = np.abs(weight_scale[c]) / candidate
             unit = float(scale[c]) * source.scale
-            reach = 2 * float(total[c]) * float(multiple[c]) * code
+            reach = 2 * float(total[c]) * candidate * code
             if unit > np.finfo(np.float32).tiny and abs(bias[c]) / unit + reach <= INT32_LIMIT:
                 integer_bias[c] = round(bias[c] / unit)
                 break

@@ -22,8 +22,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
 from .extract import INT8_LIMIT
+from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
 
 OPSET, INT4_OPSET = 17, 21
 _IR_VERSION, _INT4_IR_VERSION = 8, 10

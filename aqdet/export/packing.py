@@ -108,7 +108,9 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         outputs = tuple(Output(**output) for output in content["outputs"])
         return Program(Grid(**content["image"]), operations, outputs, int(content["size_divisibility"]))
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a packed detector of aqdet, or damaged: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path}: not a packed detector of aqdet, or damaged: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _operation(entry: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Operation:

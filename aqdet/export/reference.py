@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, Upsample, inputs_of
+from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
 
 Array = NDArray[np.int64]
 MULTIPLIER_BITS = 31

@@ -1,11 +1,10 @@
 """The ONNX graph in ONNX Runtime: integers alone, and the reference's codes."""
 
-
 import numpy as np
 import onnx
 import pytest
-from calibrated import image, shared
 from onnx import TensorProto, numpy_helper
+from programs import image, shared
 
 from aqdet.export.agreement import runtime_session
 from aqdet.export.folder import check_integer

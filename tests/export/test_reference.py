@@ -7,34 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import make_conv
 
-from aqdet.export.program import Add, Conv, Grid, MaxPool, PadImage, Requantize, Upsample
+from aqdet.export.program import Add, Grid, MaxPool, PadImage, Requantize, Upsample
 from aqdet.export.reference import as_multiplier, execute, shift_round
 
 U4, S8 = Grid(0.5, 0, 15), Grid(0.25, -127, 127)
 
 
-def make_conv(weight, *, bias=None, factor=None, scale=None, grid=U4, **geometry):
-    out = len(weight)
-    factor = np.ones(out) if factor is None else np.array(factor)
-    geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, **geometry}
-    return Conv(
-        output="y",
-        input="x",
-        path="conv",
-        level="",
-        weight=np.asarray(weight, np.int16),
-        weight_bits=4,
-        sign=np.sign(factor).astype(np.int8),
-        multiple=np.maximum(np.abs(factor), 1).astype(np.int16),
-        scale=np.ones(out, np.float32) if scale is None else np.asarray(scale, np.float32),
-        bias=np.zeros(out, np.int32) if bias is None else np.asarray(bias, np.int32),
-        grid=grid,
-        **geometry,
-    )
-
-
-@pytest.mark.parametrize("value, shift, expected", [(5, 1, 2), (7, 1, 4), (-5, 1, -2), (-7, 1, -4), (6, 2, 2), (10, 2, 2)])
+@pytest.mark.parametrize(
+    "value, shift, expected", [(5, 1, 2), (7, 1, 4), (-5, 1, -2), (-7, 1, -4), (6, 2, 2), (10, 2, 2)]
+)
 def test_ties_go_to_even(value, shift, expected):
     assert shift_round(np.array([value]), shift)[0] == expected
 
@@ -78,7 +61,12 @@ def naive_conv(x, conv):
 
 @pytest.mark.parametrize(
     "geometry",
-    [{}, {"padding": (1, 1), "stride": (2, 2)}, {"padding": (2, 1), "dilation": (2, 1), "stride": (1, 2)}, {"groups": 2}],
+    [
+        {},
+        {"padding": (1, 1), "stride": (2, 2)},
+        {"padding": (2, 1), "dilation": (2, 1), "stride": (1, 2)},
+        {"groups": 2},
+    ],
 )
 def test_conv_is_every_product_summed(geometry):
     generator = np.random.default_rng(0)

@@ -1,0 +1,72 @@
+"""The trained model, the reference and ONNX Runtime, layer by layer; and that a wrong program shows."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from programs import image, shared
+
+from aqdet.export.agreement import EXECUTIONS, OPTIMIZED, PLAIN, ROUNDED, TRAINED, compare
+from aqdet.export.program import Conv
+
+SIGNED = ("MODEL.FPN.RELU", "False")
+BOTTLENECK = (
+    (
+        "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.WIDTH_PER_GROUP 16 MODEL.RESNETS.NUM_GROUPS 2 MODEL.RESNETS.NORM FrozenBN "
+        "MODEL.FPN.TOP_BLOCK_IN_FEATURE p5 MODEL.FPN.NORM '' MODEL.QUANT.RESIDUAL_QUANTIZER lsq MODEL.RETINANET.NORM ''"
+    )
+    .replace("''", "")
+    .split(" ")
+)
+
+
+def totals(differences, execution):
+    chosen = [d for d in differences if d.execution == execution and not d.is_prediction]
+    return sum(d.count for d in chosen), sum(d.local for d in chosen), sum(d.unexplained for d in chosen)
+
+
+@pytest.mark.parametrize("overrides", [(), SIGNED, BOTTLENECK], ids=["relu", "signed", "bottleneck"])
+def test_every_code_that_differs_lies_at_a_tie(overrides):
+    model, program = shared(*overrides)
+    differences = compare(model, program, list(image(32, 64)))
+    assert model.training is False
+    for execution in EXECUTIONS:
+        count, local, unexplained = totals(differences, execution)
+        assert count > 50_000 and unexplained == 0, execution
+        limit = 1e-2 if execution == TRAINED else 2e-3 if execution == ROUNDED else 1e-4
+        assert local <= limit * count, execution
+    values = {execution: {d.value for d in differences if d.execution == execution} for execution in EXECUTIONS}
+    everything = {operation.output for operation in program.operations}
+    assert values[PLAIN] == values[OPTIMIZED] == everything
+    assert values[TRAINED] == values[ROUNDED] == {n for n in everything if "padded" not in n and "top_down" not in n}
+    predictions = [d for d in differences if d.is_prediction]
+    assert len(predictions) == 10 * 4 and all(d.largest < 1e-4 for d in predictions)
+
+
+@pytest.mark.parametrize("change", ["bias", "scale", "weight"])
+def test_a_wrong_conv_is_found_and_named(change):
+    model, program = shared()
+    operations = list(program.operations)
+    index = next(i for i, o in enumerate(operations) if isinstance(o, Conv) and o.path.endswith("res3.0.conv2"))
+    conv = operations[index]
+    values = {
+        "bias": conv.bias + np.round(0.6 * operations[index].grid.scale / conv.scale).astype(np.int32),
+        "scale": conv.scale * np.float32(1.02),
+        "weight": np.roll(conv.weight, 1, axis=3),
+    }
+    operations[index] = dataclasses.replace(conv, **{change: values[change]})
+    wrong = dataclasses.replace(program, operations=tuple(operations))
+    differences = compare(model, wrong, list(image(32, 32)))
+    for execution in (TRAINED, ROUNDED):
+        assert {d.value for d in differences if d.unexplained and d.execution == execution} == {conv.output}
+    for execution in (PLAIN, OPTIMIZED):
+        assert totals(differences, execution)[2] == 0
+
+
+def test_images_add_up():
+    model, program = shared()
+    one = compare(model, program, list(image(32, 32)))
+    two = compare(model, program, [*image(32, 32), *image(32, 32)])
+    assert [(d.value, 2 * d.count, 2 * d.local, d.largest) for d in one] == [
+        (d.value, d.count, d.local, d.largest) for d in two
+    ]

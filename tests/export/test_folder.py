@@ -1,0 +1,179 @@
+"""The exported folder: what is in it, whole or not at all, and what the command line says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from helpers import ROOT, make_cfg, make_model
+from PIL import Image
+from programs import OVERRIDES, RELU, STD, image, shared, trained_like
+
+from aqdet.export import folder as module
+from aqdet.export.folder import export_detector
+from aqdet.export.packing import load_program
+from aqdet.export.reference import run
+from aqdet.runtime.folder import read_description
+
+AUX = ("MODEL.AUX.ENABLED", "True")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A file of quantized training with its auxiliary path."""
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save({"model": trained_like(*AUX).state_dict(), "iteration": 3}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("export") / "detector"
+    lines = []
+    report = export_detector(
+        make_cfg(*OVERRIDES, *AUX),
+        checkpoint,
+        output,
+        images=list(image(40, 56)),
+        int4=True,
+        config_name="mine.yaml",
+        progress=lines.append,
+    )
+    return output, report, lines
+
+
+def test_the_folder(exported):
+    output, report, lines = exported
+    names = {"detector.json", "model.onnx", "model.int4.onnx", "model.safetensors", "report.json", "report.md"}
+    assert {path.name for path in output.iterdir()} == names
+    assert list(output.parent.iterdir()) == [output]
+    description = read_description(output)
+    assert description.classes == ("class_0", "class_1", "class_2") and description.pad_value == (104, 116, 124)
+    assert any("class_0 to class_2" in line for line in lines)
+    assert [level.stride for level in description.levels] == [8, 16, 32, 64, 128]
+    content = json.loads((output / "detector.json").read_text())
+    assert set(content["files"]) == {"model.onnx", "model.int4.onnx", "model.safetensors"}
+    assert content["source"]["config"] == "mine.yaml" and len(content["source"]["weights_sha256"]) == 64
+    assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert not any("auxiliary" in path.read_bytes().decode("latin1") for path in output.iterdir())
+
+
+def test_sizes(exported):
+    output, report, _ = exported
+    sizes = report["sizes"]
+    assert sizes["model.safetensors"] == (output / "model.safetensors").stat().st_size
+    model = make_model(*STD, *RELU)
+    assert sizes["float32_state_dict"] == sum(4 * value.numel() for value in model.state_dict().values())
+    assert sizes["packed_ratio"] > 7
+
+
+def test_packed_file_and_graph_are_the_same_detector(exported):
+    output, _, _ = exported
+    program = load_program(output / "model.safetensors")
+    batch = image(32, 32)
+    values = run(program, batch)
+    session = onnxruntime.InferenceSession(output / "model.onnx", providers=["CPUExecutionProvider"])
+    for info, found in zip(session.get_outputs(), session.run(None, {"image": batch}), strict=True):
+        close = np.abs(found - values[info.name]) <= 1e-5 * np.abs(values[info.name]).max()
+        assert close.mean() > 0.95
+
+
+def test_the_report_names_the_tightest_layer(exported):
+    output, report, _ = exported
+    text = (output / "report.md").read_text()
+    assert f"Tightest int32 sum: {report['tightest']['path']}" in text
+    for row in report["operations"]:
+        assert f"| {row['output']} | {row['kind']} | {row['types']} |" in text
+
+
+def test_an_export_is_replaced_and_nothing_else(exported, checkpoint, tmp_path):
+    cfg = make_cfg(*OVERRIDES)
+    output = tmp_path / "detector"
+    output.mkdir()
+    export_detector(cfg, checkpoint, output)
+    (output / "old").write_text("")
+    export_detector(cfg, checkpoint, output)
+    assert not (output / "old").exists() and list(tmp_path.iterdir()) == [output]
+    assert json.loads((output / "report.json").read_text())["agreement"]["random"] is True
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists and is no exported detector"):
+        export_detector(cfg, checkpoint, other)
+    assert (other / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("step", ["save_program", "write_description", "_publish"])
+def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, step):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, step, fail)
+    monkeypatch.setattr(module, "compare", lambda *args: [])
+    with pytest.raises(OSError, match="disk full"):
+        export_detector(make_cfg(*OVERRIDES), checkpoint, tmp_path / "detector")
+    assert list(tmp_path.iterdir()) == []
+
+
+def export_model(cwd, *arguments):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/export_model.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_line(checkpoint, tmp_path):
+    (tmp_path / "config.yaml").write_text(make_cfg(*OVERRIDES).dump())
+    Image.fromarray(image(50, 70)[0].transpose(1, 2, 0)).save(tmp_path / "one.png")
+    small = ("INPUT.MIN_SIZE_TEST", "48", "INPUT.MAX_SIZE_TEST", "64")
+    arguments = ("--config-file", "config.yaml", "--weights", checkpoint, "--output", "out", "--images", "one.png")
+    code, out, err = export_model(tmp_path, *arguments, "--max-images", "1", *small)
+    assert code == 0, err
+    assert "trained:" in out and "0 of them not at a rounding tie" in out
+    assert "Tightest int32 sum: " in out and "model.safetensors" in out
+    assert out.strip().splitlines()[-1].endswith("done: out (detector.json, report.md, report.json)")
+    assert (read_description(tmp_path / "out").min_size, read_description(tmp_path / "out").channels) == (48, "BGR")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (("MODEL.QUANT.ENABLED", "False"), "MODEL.QUANT.ENABLED is False"),
+        (("MODEL.QUANT.WEIGHT.NUM_BITS", "3"), "weight_quantizer.num_bits is 4 in the checkpoint and 3 in the model"),
+        (("MODEL.QUANT.INPUT.QUANTIZER", "pact"), "does not fit the model"),
+        (("MODEL.FPN.OUT_CHANNELS", "24"), "does not fit the model"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(checkpoint, tmp_path, overrides, words):
+    with pytest.raises(ValueError) as error:
+        export_detector(make_cfg(*OVERRIDES, *overrides), checkpoint, tmp_path / "detector")
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_input_gets_one_line(checkpoint, tmp_path):
+    (tmp_path / "config.yaml").write_text(make_cfg(*OVERRIDES).dump())
+    code, out, err = export_model(
+        tmp_path, "--config-file", "config.yaml", "--weights", "none.pth", "--output", "detector"
+    )
+    assert code == 2 and err.startswith("error: checkpoint 'none.pth' does not exist") and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_float_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "float.pth"
+    torch.save({"model": make_model(*STD, *RELU).state_dict()}, path)
+    with pytest.raises(ValueError, match="is not calibrated: MODEL.WEIGHTS must be a checkpoint of quantized"):
+        export_detector(make_cfg(*OVERRIDES), str(path), tmp_path / "detector")
+
+
+def test_other_anchors_are_refused():
+    cfg = make_cfg(*OVERRIDES)
+    model, program = shared()
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "RotatedAnchorGenerator"
+    with pytest.raises(ValueError, match="MODEL.ANCHOR_GENERATOR.NAME must be DefaultAnchorGenerator"):
+        module.describe_detector(cfg, model, program, [], print)
