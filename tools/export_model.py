@@ -26,13 +26,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", help="checkpoint of quantized training (default: MODEL.WEIGHTS)")
     parser.add_argument("--output", required=True, help="folder to write; an exported detector there is replaced")
+    # Each may be given several times: what follows the last option is KEY VALUE pairs.
     parser.add_argument(
-        "--images", nargs="+", default=[], metavar="PATH", help="images or folders to measure the agreement on"
+        "--images", action="append", default=[], metavar="PATH", help="image or folder to measure the agreement on"
     )
     parser.add_argument("--max-images", type=int, default=2, help="at most so many of them (default: 2)")
     parser.add_argument("--int4", action="store_true", help="also write model.int4.onnx, for size")
     parser.add_argument(
-        "--allow-float", nargs="+", default=[], metavar="REGEX", help="operations that may compute in float, by name"
+        "--allow-float",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="operations that may compute in float, by name",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()
@@ -96,7 +101,8 @@ def main() -> None:
             f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {total['unexplained']} not at a rounding tie"
         )
     worst = report["tightest"]
-    print(f"Tightest int32 sum: {worst['path']} {worst['level']}, at most {worst['accumulator_bound']:,}")
+    layer = f"{worst['path']} {worst['level']}".strip()
+    print(f"Tightest int32 sum: {layer}, at most {worst['accumulator_bound']:,}")
     sizes = report["sizes"]
     for name, size in sizes.items():
         if name != "packed_ratio":

@@ -124,7 +124,7 @@ def _differences(program: Program, values: Values, reference: Values, execution:
     filled: Values = {IMAGE: reference[IMAGE], **values}
     for operation in program.operations:
         inputs = [filled[name].astype(np.int64) for name in inputs_of(operation)]
-        expected = execute(operation, inputs, grids)
+        expected: NDArray[Any] = execute(operation, inputs, grids)
         own = filled.setdefault(operation.output, expected)
         if operation.output not in values:
             continue

@@ -122,10 +122,12 @@ def _norm_affine(norm: nn.Module | None, level: int, channels: int, path: str) -
     if norm is None:
         return multiplier, offset
     statistics: Any = norm[level] if isinstance(norm, CycleBatchNormList) else norm
-    if not isinstance(statistics, _BatchNorm | FrozenBatchNorm2d) or statistics.running_mean is None:
+    mean, variance = (getattr(statistics, key, None) for key in ("running_mean", "running_var"))
+    known = isinstance(statistics, _BatchNorm | FrozenBatchNorm2d)
+    if not (known and isinstance(mean, Tensor) and isinstance(variance, Tensor)):
         raise ValueError(f"layer {path}: norm {type(norm).__name__} does not fold into integers, use BN")
-    multiplier = 1 / np.sqrt(_array(statistics.running_var) + statistics.eps)
-    offset = -_array(statistics.running_mean) * multiplier
+    multiplier = 1 / np.sqrt(_array(variance) + statistics.eps)
+    offset = -_array(mean) * multiplier
     for affine in (statistics, norm) if norm is not statistics else (norm,):
         weight, bias = (getattr(affine, key, None) for key in ("weight", "bias"))
         if isinstance(weight, Tensor) and isinstance(bias, Tensor):

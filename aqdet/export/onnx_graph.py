@@ -167,7 +167,7 @@ class _Builder:
 
     def _split(self, source: str, names: list[str]) -> onnx.NodeProto:
         # Equal parts by default, which opset 18 wants to be told in number.
-        count = {"num_outputs": len(names)} if self.int4 else {}
+        count: dict[str, Any] = {"num_outputs": len(names)} if self.int4 else {}
         return helper.make_node("Split", [source], names, name="image_split", axis=1, **count)
 
     def weight(self, operation: Conv, weight: NDArray[np.int32]) -> tuple[str, NDArray[np.float32]]:
@@ -237,7 +237,7 @@ class _Builder:
         outputs = []
         for output in self.program.outputs:
             for name in (output.logits, output.deltas):
-                shape = ["N", channels[name], f"h_{output.level}", f"w_{output.level}"]
+                shape: list[str | int] = ["N", channels[name], f"h_{output.level}", f"w_{output.level}"]
                 outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         if extra_outputs:
             known = {info.name for info in outputs}

@@ -36,8 +36,8 @@ def pack(codes: NDArray[np.integer], num_bits: int) -> NDArray[np.uint8]:
     width = storage_bits(num_bits)
     per_byte = 8 // width
     flat = codes.astype(np.uint8).reshape(-1)
-    flat = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
-    return (flat << (np.arange(per_byte, dtype=np.uint8) * width)).sum(1).astype(np.uint8)
+    rows = np.pad(flat, (0, -flat.size % per_byte)).reshape(-1, per_byte)
+    return (rows << (np.arange(per_byte, dtype=np.uint8) * width)).sum(1).astype(np.uint8)
 
 
 def unpack(packed: NDArray[np.uint8], num_bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:

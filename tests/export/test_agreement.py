@@ -11,12 +11,9 @@ from aqdet.export.program import Conv
 
 SIGNED = ("MODEL.FPN.RELU", "False")
 BOTTLENECK = (
-    (
-        "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.WIDTH_PER_GROUP 16 MODEL.RESNETS.NUM_GROUPS 2 MODEL.RESNETS.NORM FrozenBN "
-        "MODEL.FPN.TOP_BLOCK_IN_FEATURE p5 MODEL.FPN.NORM '' MODEL.QUANT.RESIDUAL_QUANTIZER lsq MODEL.RETINANET.NORM ''"
-    )
-    .replace("''", "")
-    .split(" ")
+    *"MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.WIDTH_PER_GROUP 16 MODEL.RESNETS.NUM_GROUPS 2".split(),
+    *"MODEL.RESNETS.NORM FrozenBN MODEL.FPN.TOP_BLOCK_IN_FEATURE p5 MODEL.QUANT.RESIDUAL_QUANTIZER lsq".split(),
+    *("MODEL.FPN.NORM", "", "MODEL.RETINANET.NORM", ""),
 )
 
 
@@ -28,13 +25,15 @@ def totals(differences, execution):
 @pytest.mark.parametrize("overrides", [(), SIGNED, BOTTLENECK], ids=["relu", "signed", "bottleneck"])
 def test_every_code_that_differs_lies_at_a_tie(overrides):
     model, program = shared(*overrides)
-    differences = compare(model, program, list(image(32, 64)))
+    differences = compare(model, program, list(image(32, 32, 2)))
     assert model.training is False
     for execution in EXECUTIONS:
         count, local, unexplained = totals(differences, execution)
         assert count > 50_000 and unexplained == 0, execution
-        limit = 1e-2 if execution == TRAINED else 2e-3 if execution == ROUNDED else 1e-4
-        assert local <= limit * count, execution
+        assert local <= (1e-2 if execution == TRAINED else 3e-3 if execution == ROUNDED else 1e-4) * count, execution
+    # The stem's border is padded with the rounded mean pixel; anywhere else only float32 is left.
+    inner = [d for d in differences if d.execution == ROUNDED and ".stem." not in d.value]
+    assert sum(d.local for d in inner) <= 1e-4 * sum(d.count for d in inner)
     values = {execution: {d.value for d in differences if d.execution == execution} for execution in EXECUTIONS}
     everything = {operation.output for operation in program.operations}
     assert values[PLAIN] == values[OPTIMIZED] == everything
@@ -61,12 +60,3 @@ def test_a_wrong_conv_is_found_and_named(change):
         assert {d.value for d in differences if d.unexplained and d.execution == execution} == {conv.output}
     for execution in (PLAIN, OPTIMIZED):
         assert totals(differences, execution)[2] == 0
-
-
-def test_images_add_up():
-    model, program = shared()
-    one = compare(model, program, list(image(32, 32)))
-    two = compare(model, program, [*image(32, 32), *image(32, 32)])
-    assert [(d.value, 2 * d.count, 2 * d.local, d.largest) for d in one] == [
-        (d.value, d.count, d.local, d.largest) for d in two
-    ]

@@ -1,15 +1,14 @@
 """The exported folder: what is in it, whole or not at all, and what the command line says."""
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, make_cfg, make_model
+from export_model import main
+from helpers import make_cfg, make_model
 from PIL import Image
 from programs import OVERRIDES, RELU, STD, image, shared, trained_like
 
@@ -90,10 +89,10 @@ def test_the_report_names_the_tightest_layer(exported):
         assert f"| {row['output']} | {row['kind']} | {row['types']} |" in text
 
 
-def test_an_export_is_replaced_and_nothing_else(exported, checkpoint, tmp_path):
+def test_an_export_is_replaced_and_nothing_else(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "compare", lambda *args: [])
     cfg = make_cfg(*OVERRIDES)
     output = tmp_path / "detector"
-    output.mkdir()
     export_detector(cfg, checkpoint, output)
     (output / "old").write_text("")
     export_detector(cfg, checkpoint, output)
@@ -119,24 +118,44 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, step)
     assert list(tmp_path.iterdir()) == []
 
 
-def export_model(cwd, *arguments):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/export_model.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    return done.returncode, done.stdout, done.stderr
+def export_model(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["export_model.py", *arguments])
+    main()
 
 
-def test_command_line(checkpoint, tmp_path):
-    (tmp_path / "config.yaml").write_text(make_cfg(*OVERRIDES).dump())
-    Image.fromarray(image(50, 70)[0].transpose(1, 2, 0)).save(tmp_path / "one.png")
-    small = ("INPUT.MIN_SIZE_TEST", "48", "INPUT.MAX_SIZE_TEST", "64")
+def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(make_cfg(*OVERRIDES).dump())
+    Image.fromarray(image(50, 70)[0].transpose(1, 2, 0)).save("one.png")
+    small = ("INPUT.MIN_SIZE_TEST", "24", "INPUT.MAX_SIZE_TEST", "32")
     arguments = ("--config-file", "config.yaml", "--weights", checkpoint, "--output", "out", "--images", "one.png")
-    code, out, err = export_model(tmp_path, *arguments, "--max-images", "1", *small)
-    assert code == 0, err
-    assert "trained:" in out and "0 of them not at a rounding tie" in out
+    export_model(monkeypatch, *arguments, *small)
+    out = capsys.readouterr().out
+    assert "  trained: " in out and out.count(", 0 of them not at a rounding tie") == 4
     assert "Tightest int32 sum: " in out and "model.safetensors" in out
     assert out.strip().splitlines()[-1].endswith("done: out (detector.json, report.md, report.json)")
-    assert (read_description(tmp_path / "out").min_size, read_description(tmp_path / "out").channels) == (48, "BGR")
+    assert (read_description("out").min_size, read_description("out").channels) == (24, "BGR")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--weights", "none.pth"), "checkpoint 'none.pth' does not exist"),
+        ((), "--weights: name a checkpoint of quantized training"),
+        (("--weights", "none.pth", "--images", "none.png"), "--images none.png does not exist"),
+        (("--weights", "none.pth", "--images", "empty"), "--images empty has no .bmp"),
+        (("--weights", "none.pth", "--images", "config.yaml"), "--images config.yaml cannot be read"),
+    ],
+)
+def test_wrong_input_gets_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(make_cfg(*OVERRIDES).dump())
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        export_model(monkeypatch, "--config-file", "config.yaml", "--output", "detector", *arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert not Path("detector").exists() and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -153,15 +172,6 @@ def test_a_checkpoint_of_another_config_is_refused(checkpoint, tmp_path, overrid
         export_detector(make_cfg(*OVERRIDES, *overrides), checkpoint, tmp_path / "detector")
     assert words in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_wrong_input_gets_one_line(checkpoint, tmp_path):
-    (tmp_path / "config.yaml").write_text(make_cfg(*OVERRIDES).dump())
-    code, out, err = export_model(
-        tmp_path, "--config-file", "config.yaml", "--weights", "none.pth", "--output", "detector"
-    )
-    assert code == 2 and err.startswith("error: checkpoint 'none.pth' does not exist") and err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_float_checkpoint_is_refused(tmp_path):
