@@ -72,11 +72,11 @@ def test_benchmark(exported, monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "peak_memory", quick)
     command = ["benchmark.py", "export", "--model", exported / "exported", "--config-file", exported / "config.yaml"]
-    command += ["--weights", exported / "weights.pth", "--size", "64", "--threads", "1", "--rounds", "2"]
+    command += ["--weights", exported / "weights.pth", "--size", "32", "--threads", "1", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     benchmark.main()
     printed = capsys.readouterr().out
-    for words in ("64x64, 1 image; ", "VNNI", "PyTorch eager", "ONNX Runtime float32", "of the float32 state dict"):
+    for words in ("32x32, 1 image; ", "VNNI", "PyTorch eager", "ONNX Runtime float32", "of the float32 state dict"):
         assert words in printed
     row = next(line for line in printed.splitlines() if line.startswith("exported, ONNX Runtime"))
     assert row.count("x (") == 4 and float(row.split()[-2]) > 30
