@@ -46,7 +46,8 @@ setup(
     ],
     extras_require={
         "eval": ["faster-coco-eval>=1.6"],
-        "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1", "openvino>=2024.0"],
+        "export": ["onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4"],
+        "openvino": ["openvino>=2024.0"],
         "dev": [
             "faster-coco-eval>=1.6",
             "mypy>=1.10",

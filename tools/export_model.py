@@ -97,9 +97,8 @@ def main() -> None:
     print("Codes that differ from the integer reference, given the same inputs:")
     for total in agreement_totals(report["agreement"]):
         share = total["local"] / max(total["codes"], 1)
-        print(
-            f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {total['unexplained']} not at a rounding tie"
-        )
+        far = total["unexplained"]
+        print(f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {far} of them not at a rounding tie")
     worst = report["tightest"]
     layer = f"{worst['path']} {worst['level']}".strip()
     print(f"Tightest int32 sum: {layer}, at most {worst['accumulator_bound']:,}")

@@ -3,7 +3,7 @@
 # the interpreter to use:  python="$(bash tools/setup_env.sh)"
 #
 # Makes .venv with Python 3.11 or newer, installs the releases pinned in constraints.txt,
-# Detectron2 where `import detectron2` fails, and aqdet in editable mode with its `dev` extra.
+# Detectron2 where `import detectron2` fails, and aqdet in editable mode with its `dev` and `export` extras.
 # Returns at once when nothing changed since the last time; an interrupted set-up is resumed.
 #
 #   AQDET_VENV=DIR             the virtual environment's folder (relative to the checkout; default: .venv)
@@ -63,7 +63,7 @@ if [ "${AQDET_USE_CURRENT_ENV:-0}" = 1 ]; then
     "$python" -P -c 'import detectron2' 2>/dev/null ||
         die "AQDET_USE_CURRENT_ENV=1, but $python cannot import detectron2: install it there first"
     step "adding aqdet to the environment of $python" \
-        "$python" -m pip install --quiet --no-build-isolation --editable '.[dev]'
+        "$python" -m pip install --quiet --no-build-isolation --editable '.[dev,export]'
     say "done"
     echo "$python"
     exit
@@ -103,7 +103,7 @@ step "installing PyTorch (several GB the first time)" "${pip[@]}" setuptools whe
 step "installing Detectron2 where missing" \
     "$python" tools/install_detectron2.py --constraint constraints.txt
 step "installing aqdet and its other dependencies" \
-    "${pip[@]}" --no-build-isolation --editable '.[dev]'
+    "${pip[@]}" --no-build-isolation --editable '.[dev,export]'
 step "checking the imports" "$python" -W ignore -P -c 'import torchvision, detectron2, aqdet'
 echo "$fingerprint" >"$stamp.new"
 mv "$stamp.new" "$stamp"
