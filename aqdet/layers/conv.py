@@ -12,6 +12,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec, build_quantizer, conv2d_fake_quantized
+from ..quantization.integer import IntegerWeight, has_integer_conv2d, pack_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,14 @@ def forget_sites(module: nn.Module) -> None:
         vars(layer).pop("quant_site", None)
 
 
+@dataclasses.dataclass
+class _SharedWeight:
+    """A quantized weight for several calls of a layer, and the same packed for integer arithmetic once used."""
+
+    weight: Tensor
+    packed: IntegerWeight | None = None
+
+
 class QuantConv2d(Conv2d):
     """Detectron2's ``Conv2d`` with ``weight_quantizer`` and ``input_quantizer``.
 
@@ -47,7 +56,7 @@ class QuantConv2d(Conv2d):
 
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
-    _shared_weight: tuple[Tensor] | None = None  # in a tuple, since it must not register as a parameter
+    _shared: _SharedWeight | None = None
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | None, path: str = "") -> QuantConv2d:
@@ -112,15 +121,17 @@ class QuantConv2d(Conv2d):
         if grid is None:
             if quantizer is not None:
                 x = quantizer(x)
-            shared = self._shared_weight
-            weight = shared[0] if shared else self.weight_quantizer(self.weight)
+            weight = self._shared.weight if self._shared else self.weight_quantizer(self.weight)
+            if self.weight_quantizer.is_active and x.is_cpu:
+                # The layout of the integer convolutions that follow, in which norms and pooling are faster too.
+                x = x.contiguous(memory_format=torch.channels_last)
             return torch.conv2d(x, weight, self.bias, **geometry)
         dtype = None
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         recompute: dict[str, Any] = {}
-        if self._shared_weight:
-            weight = self._shared_weight[0]
+        if self._shared:
+            weight = self._shared.weight
         elif self.weight_quantizer.updates_in_forward:
             weight = self.weight_quantizer(self.weight)
         else:
@@ -138,9 +149,24 @@ class QuantConv2d(Conv2d):
             grid.quant_max,
             rule=grid.rule,
             dtype=dtype,
+            integer_weight=self._integer_weight(x) if dtype is None else None,
             **recompute,
             **geometry,
         )
+
+    def _integer_weight(self, x: Tensor) -> IntegerWeight | None:
+        """The weight for a convolution of ``x`` in integer arithmetic, where the CPU has it; in training only."""
+        if not (self.training and x.is_cpu and self.weight.dtype == torch.float32 and has_integer_conv2d()):
+            return None
+        shared = self._shared
+        if shared is not None and shared.packed is not None:
+            return shared.packed
+        integer = self.weight_quantizer.integer_weight(self.weight)
+        if integer is not None:
+            integer = pack_weight(integer, x.shape, self.stride, self.padding, self.dilation, self.groups)
+            if shared is not None:
+                shared.packed = integer
+        return integer
 
 
 @contextlib.contextmanager
@@ -149,8 +175,8 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
     layers = [layer for layer in module.modules() if isinstance(layer, QuantConv2d)]
     try:
         for layer in layers:
-            layer._shared_weight = (layer.weight_quantizer(layer.weight),)
+            layer._shared = _SharedWeight(layer.weight_quantizer(layer.weight))
         yield
     finally:
         for layer in layers:
-            layer._shared_weight = None
+            layer._shared = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .functional import SCALE_EPS, broadcast_scale, integer_range
+from .integer import IntegerWeight
 from .observer import Statistics, initial_scale
 from .quantizer import AffineGrid, Quantizer
 from .spec import IntegerTensor, QuantSpec
@@ -65,6 +66,14 @@ class DoReFaWeightQuantizer(Quantizer):
         """See :meth:`Quantizer.to_integer`; codes are odd and take ``num_bits + 1`` bits as they stand."""
         levels, scale = _levels(x, self.spec.num_bits, self.spec.per_channel)
         return IntegerTensor(levels.to(torch.int32), scale, 0)
+
+    @torch.no_grad()
+    def integer_weight(self, x: Tensor) -> IntegerWeight | None:
+        """See :meth:`Quantizer.integer_weight`; odd codes of 8 bits do not fit."""
+        if not self.is_active or self.spec.num_bits > 7:
+            return None
+        levels, scale = _levels(x, self.spec.num_bits, self.spec.per_channel)
+        return IntegerWeight(levels.to(torch.int8), scale.reshape(-1).expand(x.shape[0]).contiguous())
 
 
 class DoReFaInputQuantizer(Quantizer):

@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .integer import IntegerWeight, integer_conv2d
+
 SCALE_EPS = float(torch.finfo(torch.float32).eps)
 """Floor of every step size: a scale that training drives to zero or below acts as this one."""
+
+RULES = ("lsq", "pact")
+"""Gradient rules of a scale, see :func:`scale_gradients`."""
 
 
 def integer_range(num_bits: int, signed: bool, narrow_range: bool = False) -> tuple[int, int]:
@@ -164,26 +169,71 @@ def floor_scale(scale: Tensor) -> Tensor:
 
 def _reduce_to(value: Tensor, like: Tensor) -> Tensor:
     """Sums ``value`` over the axes in which ``like`` is broadcast."""
-    return value.sum_to_size(like.shape)
-
-
-def _scale_gradients_part(
-    grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, lsq: bool
-) -> tuple[Tensor, Tensor]:
-    hardtanh_backward = torch.ops.aten.hardtanh_backward
-    ratio = x.float() / scale
-    dx = hardtanh_backward(grad, ratio, quant_min, quant_max)
-    if lsq:
-        inside = hardtanh_backward(ratio, ratio, quant_min, quant_max)
-        factor = ratio.clamp_(quant_min, quant_max).round_().sub_(inside)
-        products = factor.mul_(grad)
-    else:
-        # Clipped gradients times the bound they were clipped at.
-        products = ratio.clamp_(quant_min, quant_max).round_().mul_(grad - dx)
-    return dx, products.sum() if scale.dim() == 0 else _reduce_to(products, scale)
+    return value.sum() if like.dim() == 0 else value.sum_to_size(like.shape)
 
 
 _PART_SIZE = 1 << 17
+
+
+def _parts(scale: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of a scale and of tensors of one shape, in parts whose intermediates stay in a CPU's cache.
+
+    The parts cover every element once, in the order of memory if ``scale`` is 0-dim and by rows of the first
+    axis if it is ``(C, 1, ...)``. Small tensors, tensors on another device and tensors that do not lie alike
+    in memory come whole. Memory takes three times as long as arithmetic in an element-wise pass over a large
+    tensor, which a chain of passes over a part in the cache does not pay.
+    """
+    whole = [(scale, *tensors)]
+    first = tensors[0]
+    if torch.compiler.is_compiling() or not first.is_cpu or first.numel() <= 2 * _PART_SIZE:
+        return whole
+    if any(t.stride() != first.stride() for t in tensors):
+        return whole
+    if scale.dim() == 0:
+        order = sorted(range(first.dim()), key=first.stride, reverse=True)
+        if not first.permute(order).is_contiguous():
+            return whole
+        flat = [t.permute(order).view(-1).split(_PART_SIZE) for t in tensors]
+        return [(scale, *parts) for parts in zip(*flat, strict=True)]
+    if scale.shape != (first.shape[0], *[1] * (first.dim() - 1)) or not first.is_contiguous():
+        return whole
+    rows = max(1, _PART_SIZE * first.shape[0] // first.numel())
+    return list(zip(*(t.split(rows) for t in (scale, *tensors)), strict=True))
+
+
+def _total(sums: list[Tensor], scale: Tensor) -> Tensor:
+    """The sum for each element of ``scale`` from those of its :func:`_parts`."""
+    if len(sums) == 1:
+        return sums[0]
+    return torch.stack(sums).sum() if scale.dim() == 0 else torch.cat(sums)
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
+    """:func:`quantize`, then :func:`dequantize`, in parts."""
+    out = torch.empty_like(x, dtype=dtype)
+    for s, x_part, out_part in _parts(scale, x, out):
+        out_part.copy_(quantize(x_part, s, quant_min, quant_max).mul_(s))
+    return out
+
+
+def quantize_to_int8(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """:func:`quantize` with codes from -128 to 127 as int8, in parts."""
+    out = torch.empty_like(x, dtype=torch.int8)
+    for s, x_part, out_part in _parts(scale, x, out):
+        out_part.copy_(quantize(x_part, s, quant_min, quant_max))
+    return out
+
+
+def quantize_to_bytes(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """``quantize(...) - quant_min`` as uint8, for a range of at most 256 codes and a 0-dim scale."""
+    out = torch.empty_like(x, dtype=torch.uint8)
+    wide = quant_max - quant_min > 127
+    shift = quant_min + (128 if wide else 0)
+    for s, x_part, out_part in _parts(scale, x, out):
+        codes = quantize(x_part, s, quant_min, quant_max)
+        # A conversion to int8 is vectorised, one to uint8 is not.
+        out_part.view(torch.int8).copy_(codes.sub_(shift) if shift else codes)
+    return out.bitwise_xor_(128) if wide else out
 
 
 def scale_gradients(
@@ -204,44 +254,32 @@ def scale_gradients(
 
     (PACT's alpha is ``scale * quant_max``, so its gradient is the PACT column over ``quant_max``.)
     Only vectorised float operations are used: a multiplication by a boolean mask is forty times slower
-    on a CPU. A large tensor on a CPU is worked through in parts whose intermediates stay in the cache.
+    on a CPU.
 
     Args:
         grad: gradient of the loss with respect to ``fake``, same shape as ``x``.
         x: the input, any shape.
-        scale: positive, 0-dim or broadcastable against ``x``; worked in parts where it is ``(C, 1, ...)``.
+        scale: positive, 0-dim or broadcastable against ``x``.
         lsq: chooses the column.
 
     Returns:
         ``(dx, dscale)``, both float32.
     """
+    hardtanh_backward = torch.ops.aten.hardtanh_backward
     grad = grad.float()
-    numel = x.numel()
-    along_first = scale.shape == (*x.shape[:1], *[1] * (x.dim() - 1))
-    contiguous = x.is_contiguous() and grad.is_contiguous()
-    if not (x.is_cpu and numel > 2 * _PART_SIZE and contiguous and (scale.dim() == 0 or along_first)):
-        return _scale_gradients_part(grad, x, scale, quant_min, quant_max, lsq)
-    per_tensor = scale.dim() == 0
-    grad_2d, x_2d = grad.view(scale.numel(), -1), x.view(scale.numel(), -1)
-    dim = 1 if per_tensor else 0
-    step = _PART_SIZE if per_tensor else max(1, _PART_SIZE // x_2d.shape[1])
-    dx = torch.empty_like(grad_2d)
+    dx = torch.empty_like(grad)
     sums = []
-    scales = scale if per_tensor else scale.view(-1, 1)
-    for start in range(0, x_2d.shape[dim], step):
-        size = min(step, x_2d.shape[dim] - start)
-        part, dscale = _scale_gradients_part(
-            grad_2d.narrow(dim, start, size),
-            x_2d.narrow(dim, start, size),
-            scales if per_tensor else scales.narrow(0, start, size),
-            quant_min,
-            quant_max,
-            lsq,
-        )
-        dx.narrow(dim, start, size).copy_(part)
-        sums.append(dscale)
-    total = torch.stack(sums).sum() if per_tensor else torch.cat(sums).view_as(scale)
-    return dx.view_as(x), total
+    for s, grad_part, x_part, dx_part in _parts(scale, grad, x, dx):
+        ratio = x_part.float() / s
+        hardtanh_backward.grad_input(grad_part, ratio, quant_min, quant_max, grad_input=dx_part)
+        if lsq:
+            inside = hardtanh_backward(ratio, ratio, quant_min, quant_max)
+            products = ratio.clamp_(quant_min, quant_max).round_().sub_(inside).mul_(grad_part)
+        else:
+            # Clipped gradients times the bound they were clipped at.
+            products = ratio.clamp_(quant_min, quant_max).round_().mul_(grad_part - dx_part)
+        sums.append(_reduce_to(products, s))
+    return dx, _total(sums, scale)
 
 
 class _FakeQuantizeSaveInput(torch.autograd.Function):
@@ -252,7 +290,7 @@ class _FakeQuantizeSaveInput(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
         ctx.range = (quant_min, quant_max)
         ctx.lsq = lsq
-        return quantize(x, scale, quant_min, quant_max).mul_(scale).to(x.dtype)
+        return _fake_quantize(x, scale, quant_min, quant_max, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -267,28 +305,34 @@ class _FakeQuantizeSaveRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        ratio = x.float() / scale
-        # 0: at or below quant_min, 1: inside, 2: at or above quant_max.
-        region = (ratio > quant_min).view(torch.uint8) + (ratio >= quant_max).view(torch.uint8)
+        region = torch.empty_like(x, dtype=torch.uint8)
+        out = torch.empty_like(x)
+        for s, x_part, region_part, out_part in _parts(scale, x, region, out):
+            ratio = x_part.float() / s
+            # 0: at or below quant_min, 1: inside, 2: at or above quant_max.
+            inside_or_above = (ratio > quant_min).view(torch.uint8)
+            torch.add(inside_or_above, (ratio >= quant_max).view(torch.uint8), out=region_part)
+            out_part.copy_(ratio.clamp_(quant_min, quant_max).round_().mul_(s))
         ctx.save_for_backward(region, scale)
         ctx.range = (quant_min, quant_max)
         ctx.x_dtype = x.dtype
-        return ratio.clamp_(quant_min, quant_max).round_().mul_(scale).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         region, scale = ctx.saved_tensors
         quant_min, quant_max = ctx.range
-        region = region.float()
         grad = grad.float()
-        dx = torch.ops.aten.hardtanh_backward(grad, region, 0, 2)
-        clipped = grad - dx
-        above = torch.ops.aten.threshold_backward(clipped, region, 1)
-        if scale.dim() == 0:
-            above_sum, clipped_sum = above.sum(), clipped.sum()
-        else:
-            above_sum, clipped_sum = _reduce_to(above, scale), _reduce_to(clipped, scale)
-        dscale = above_sum * quant_max + (clipped_sum - above_sum) * quant_min
+        dx = torch.empty_like(grad)
+        sums = []
+        for s, grad_part, region_part, dx_part in _parts(scale, grad, region, dx):
+            where = region_part.float()
+            torch.ops.aten.hardtanh_backward.grad_input(grad_part, where, 0, 2, grad_input=dx_part)
+            clipped = grad_part - dx_part
+            above = torch.ops.aten.threshold_backward(clipped, where, 1)
+            above_sum, clipped_sum = _reduce_to(above, s), _reduce_to(clipped, s)
+            sums.append(above_sum * quant_max + (clipped_sum - above_sum) * quant_min)
+        dscale = _total(sums, scale)
         return dx.to(ctx.x_dtype), dscale, None, None
 
 
@@ -322,6 +366,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
         scale: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        integer_weight: IntegerWeight | None,
         options: dict[str, Any],
         *weight_parameters: Tensor,
     ) -> Tensor:
@@ -329,9 +374,13 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
         ctx.options = options
         ctx.bias_size = None if bias is None else list(bias.shape)
         dtype = options["dtype"] or weight.dtype
+        quant_min, quant_max = options["range"]
+        if integer_weight is not None and dtype == torch.float32:
+            codes = quantize_to_bytes(x, scale, quant_min, quant_max)
+            return integer_conv2d(codes, -quant_min, scale, integer_weight, bias, *options["geometry"])
         if options["quantize_weight"] is not None:
             weight = options["quantize_weight"](weight)
-        x_q = quantize(x, scale, *options["range"]).mul_(scale).to(dtype)
+        x_q = _fake_quantize(x, scale, quant_min, quant_max, dtype)
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return torch.conv2d(x_q, weight.to(dtype), bias, *options["geometry"])
@@ -344,7 +393,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
         dtype = options["dtype"] or weight.dtype
         stride, padding, dilation, groups = options["geometry"]
         need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        need_weight = ctx.needs_input_grad[2] or any(ctx.needs_input_grad[5:])
+        need_weight = ctx.needs_input_grad[2] or any(ctx.needs_input_grad[6:])
         leaf = weight_q = weight
         if options["quantize_weight"] is not None:
             leaf = weight.detach().requires_grad_()
@@ -352,7 +401,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
                 weight_q = options["quantize_weight"](leaf)
         grad_x_q, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
-            quantize(x, scale, quant_min, quant_max).mul_(scale).to(dtype),
+            _fake_quantize(x, scale, quant_min, quant_max, dtype),
             weight_q.detach().to(dtype),
             ctx.bias_size,
             list(stride),
@@ -367,7 +416,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
         if not need_weight:
             grad_weight = None  # may come along with the bias's
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.to(weight.dtype).contiguous()
             if options["quantize_weight"] is not None:
                 wanted = [leaf, *(p for p in weight_parameters if p.requires_grad)]
                 grads = iter(torch.autograd.grad(weight_q, wanted, grad_weight, allow_unused=True))
@@ -379,7 +428,7 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
             dx = dx.to(x.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(weight.dtype)
-        return dx, dscale, grad_weight, grad_bias, None, *parameter_grads
+        return dx, dscale, grad_weight, grad_bias, None, None, *parameter_grads
 
 
 def conv2d_fake_quantized(
@@ -398,6 +447,7 @@ def conv2d_fake_quantized(
     dtype: torch.dtype | None = None,
     quantize_weight: Callable[[Tensor], Tensor] | None = None,
     weight_parameters: Sequence[Tensor] = (),
+    integer_weight: IntegerWeight | None = None,
 ) -> Tensor:
     """``conv2d(fake_quantize(x, scale, ...), weight, bias)`` with the memory of a float convolution.
 
@@ -412,6 +462,8 @@ def conv2d_fake_quantized(
         quantize_weight: differentiable function that quantizes ``weight``, called once more in backward
             and therefore without side effects; None if ``weight`` is quantized already.
         weight_parameters: the tensors, besides the weight, with respect to which it is differentiable.
+        integer_weight: the quantized weight from :func:`~aqdet.quantization.integer.pack_weight`, for a float32
+            convolution in integer arithmetic; equal to the float one but for its rounding.
 
     Returns:
         ``(N, O, H', W')``.
@@ -423,4 +475,4 @@ def conv2d_fake_quantized(
         "dtype": dtype,
         "quantize_weight": quantize_weight,
     }
-    return _FakeQuantizedConv2d.apply(x, scale, weight, bias, options, *weight_parameters)
+    return _FakeQuantizedConv2d.apply(x, scale, weight, bias, integer_weight, options, *weight_parameters)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .functional import broadcast_scale, fake_quantize, quantize
+from .functional import RULES, broadcast_scale, fake_quantize, quantize, quantize_to_int8
+from .integer import IntegerWeight
 from .observer import HistogramObserver, Statistics, tensor_statistics
 from .spec import IntegerTensor, QuantSpec
 
@@ -205,6 +206,15 @@ class Quantizer(nn.Module):
         scale = broadcast_scale(grid.scale, x)
         codes = quantize(x, scale, grid.quant_min, grid.quant_max)
         return IntegerTensor(codes.to(torch.int32), scale.clone(), 0)
+
+    @torch.no_grad()
+    def integer_weight(self, x: Tensor) -> IntegerWeight | None:
+        """The fake-quantized weight ``x`` as int8 codes for integer kernels; None if it has no such form."""
+        grid = self.fused_grid() if self.is_active else None
+        if grid is None or grid.rule not in RULES or not -128 <= grid.quant_min <= grid.quant_max <= 127:
+            return None
+        codes = quantize_to_int8(x, broadcast_scale(grid.scale, x), grid.quant_min, grid.quant_max)
+        return IntegerWeight(codes, grid.scale.expand(x.shape[0]).contiguous())
 
     # --- state ---
 

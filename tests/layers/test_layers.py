@@ -35,7 +35,10 @@ def test_layer_is_quantize_conv_norm_activation():
     y = layer(x)
     w, a = layer.weight_quantizer(layer.weight), layer.input_quantizer(x)
     expected = torch.relu(layer.norm(torch.conv2d(a, w, conv.bias, 1, 1)))
-    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    layer.eval()
+    expected = torch.relu(layer.norm(torch.conv2d(a, w, conv.bias, 1, 1)))
+    assert torch.equal(layer(x), expected)
 
 
 def test_autocast_runs_the_convolution_in_bfloat16():
@@ -65,7 +68,7 @@ def test_weights_shared_over_levels_have_the_same_gradients():
         torch.testing.assert_close(grad, each[1][name], rtol=1e-4, atol=1e-5)
     with shared_weights(model.head):
         pass
-    assert model.head.cls_score._shared_weight is None
+    assert model.head.cls_score._shared is None
 
 
 @pytest.mark.parametrize("name", ["pact", "lsq"])
@@ -94,7 +97,7 @@ def test_weights_are_not_kept_when_quantizing_one_of_them_fails():
     with pytest.raises(RuntimeError, match="'1.weight_quantizer' is not calibrated"):
         with shared_weights(head):
             pass
-    assert [layer._shared_weight for layer in layers] == [None, None]
+    assert [layer._shared for layer in layers] == [None, None]
 
 
 def test_padding_by_name_is_refused_before_it_fails_in_backward():

@@ -1,0 +1,99 @@
+"""Convolution of integer codes on a CPU: what the forward of quantized training comes down to.
+
+The product of two fake-quantized tensors is a product of small integers times two scales. A CPU with
+instructions for it multiplies bytes about four times as fast as floats, and sums them exactly in int32, so
+that the result differs from the float convolution of the same values by the latter's rounding only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class IntegerWeight(NamedTuple):
+    """A weight as codes: ``codes * scale`` is the fake-quantized weight.
+
+    Attributes:
+        codes: int8, ``(O, C / groups, kH, kW)``; laid out for the kernel after :func:`pack_weight`.
+        scale: float32, ``(O,)``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+@functools.cache
+def has_integer_conv2d() -> bool:
+    """Whether :func:`integer_conv2d` can run here and is faster than a float convolution."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not (capabilities.get("avx512_vnni") or capabilities.get("avx_vnni")):
+        return False
+    # Bytes whose products would saturate where the instructions are not what they are taken for.
+    x, weight = torch.full((1, 4, 3, 3), 255, dtype=torch.uint8), torch.full((8, 4, 3, 3), 127, dtype=torch.int8)
+    try:
+        packed = pack_weight(IntegerWeight(weight, torch.ones(8)), x.shape, (1, 1), (0, 0), (1, 1), 1)
+        y = integer_conv2d(x, 0, torch.tensor(1.0), packed, None, (1, 1), (0, 0), (1, 1), 1)
+    except (AttributeError, RuntimeError):  # a build of torch without the operator
+        return False
+    return bool((y == 255 * 127 * 36).all())
+
+
+def pack_weight(
+    weight: IntegerWeight,
+    x_shape: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> IntegerWeight:
+    """Lays the codes out as :func:`integer_conv2d` reads them, for an input of about this shape."""
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    one = torch.ones(1)  # the layout is the same for any scale
+    return weight._replace(codes=torch.ops.onednn.qconv_prepack(weight.codes, one, 1.0, 0, *geometry, list(x_shape)))
+
+
+def integer_conv2d(
+    codes: Tensor,
+    zero_point: int,
+    scale: Tensor,
+    weight: IntegerWeight,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``conv2d((codes - zero_point) * scale, weight.codes * weight.scale, bias)``, without gradient rules.
+
+    Args:
+        codes: uint8 ``(N, C, H, W)``; a padded value is ``zero_point``.
+        scale: 0-dim.
+        weight: from :func:`pack_weight`.
+        bias: float32 ``(O,)`` or None.
+
+    Returns:
+        float32 ``(N, O, H', W')``, channels last in memory.
+    """
+    return torch.ops.onednn.qconv2d_pointwise(
+        codes,
+        1.0,
+        zero_point,
+        weight.codes,
+        weight.scale * scale,
+        torch.zeros_like(weight.scale, dtype=torch.int8),
+        bias,
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )

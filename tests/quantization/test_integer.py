@@ -1,0 +1,141 @@
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from quantization.specs import NUM_CHANNELS, SPECS, data, ident, ready
+from quantization.test_conv import GEOMETRIES, operands
+
+from aqdet.layers import QuantConv2d, conv
+from aqdet.quantization import QuantSpec, calibrate, conv2d_fake_quantized, fake_quantize
+from aqdet.quantization.functional import quantize_to_bytes
+from aqdet.quantization.integer import IntegerWeight, has_integer_conv2d, integer_conv2d, pack_weight
+
+needs_integer = pytest.mark.skipif(not has_integer_conv2d(), reason="no integer convolution on this CPU")
+
+
+@needs_integer
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("zero_point", (0, 8, 128))
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_integers_convolve_exactly(geometry, zero_point, layout):
+    geometry = GEOMETRIES[geometry]
+    codes = torch.randint(0, 256, (2, 4, 9, 8)).contiguous(memory_format=layout)
+    weight = torch.randint(-128, 128, (8, 4 // geometry["groups"], 3, 3))
+    scale, bias = 2.0 ** torch.arange(-4, 4), torch.arange(8.0)
+    packed = pack_weight(IntegerWeight(weight.to(torch.int8), scale), codes.shape, **geometry)
+    y = integer_conv2d(codes.to(torch.uint8), zero_point, torch.tensor(0.5), packed, bias, **geometry)
+    x, w = (codes - zero_point).double() * 0.5, weight.double() * scale.view(-1, 1, 1, 1)
+    assert torch.equal(y, F.conv2d(x, w, bias.double(), **geometry).float())
+    empty = integer_conv2d(codes[:0].to(torch.uint8), zero_point, torch.tensor(0.5), packed, bias, **geometry)
+    assert empty.shape == (0, *y.shape[1:])
+
+
+@pytest.mark.parametrize("low, high", [(0, 3), (0, 127), (0, 255), (-8, 7), (-7, 7), (-128, 127)])
+@pytest.mark.parametrize("size", (60, 600_000))
+def test_codes_as_bytes(low, high, size):
+    x, scale = torch.randn(2, size // 2) * 0.4 * high, torch.tensor(0.5)
+    x[0, :2] = torch.tensor([-1e9, 1e9])
+    expected = (x / scale).round().clamp(low, high) - low
+    assert torch.equal(quantize_to_bytes(x, scale, low, high).float(), expected)
+    assert torch.equal(quantize_to_bytes(x.t(), scale, low, high).float(), expected.t())
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.role == "weight"], ids=ident)
+def test_the_integer_weight_is_the_fake_quantized_one(spec):
+    quantizer = ready(spec)
+    w = data(spec, 3)
+    integer = quantizer.integer_weight(w)
+    if spec.quantizer == "dorefa" and spec.num_bits == 8:  # odd codes up to 255
+        assert integer is None
+        return
+    assert integer.codes.dtype == torch.int8 and integer.scale.shape == (NUM_CHANNELS,)
+    assert torch.equal(integer.codes * integer.scale.view(-1, 1, 1, 1), quantizer(w))
+    quantizer.enabled = False
+    assert quantizer.integer_weight(w) is None
+
+
+@needs_integer
+@pytest.mark.parametrize("rule", ("lsq", "pact"))
+@pytest.mark.parametrize("low, high", [(0, 15), (-8, 7), (0, 255)])
+def test_gradients_are_those_of_the_float_convolution(rule, low, high):
+    """To the bit: backward is the same, and the output differs by rounding only."""
+    quantizer = ready(QuantSpec("lsq", 4, "weight", per_channel=False), operands()["weight"])
+    grad = torch.randn(2, 8, 9, 8, generator=torch.Generator().manual_seed(1))
+    results = []
+    for integer in (False, True):
+        values = operands()
+        quantizer.zero_grad()
+        options = {"quantize_weight": quantizer, "weight_parameters": (quantizer.scale,), **GEOMETRIES["3x3"]}
+        if integer:
+            weight = quantizer.integer_weight(values["weight"])
+            options["integer_weight"] = pack_weight(weight, values["x"].shape, **GEOMETRIES["3x3"])
+            alive = weakref.ref(options["integer_weight"].codes)
+        y = conv2d_fake_quantized(*values.values(), low, high, rule=rule, **options)
+        if integer:
+            weight = None
+            del options["integer_weight"]
+            gc.collect()
+            assert alive() is None  # not kept for backward
+        y.backward(grad)
+        results.append([y, quantizer.scale.grad.clone(), *(v.grad for v in values.values())])
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
+
+
+def layer(weight="lsq"):
+    specs = QuantSpec(weight, 4, "weight", per_channel=True), QuantSpec("lsq", 4, "input", signed=False)
+    layer = QuantConv2d.from_float(Conv2d(3, 4, 3, padding=1), *specs, "x")
+    x = torch.rand(2, 3, 6, 6)
+    calibrate(layer, lambda: layer(x))
+    return layer, x
+
+
+@needs_integer
+@pytest.mark.parametrize("method", ("lsq", "pact", "dorefa"))
+def test_a_layer_uses_integers_in_float32_training_alone(method, monkeypatch):
+    convolution, x = layer(method)
+    calls = []
+    monkeypatch.setattr(conv, "pack_weight", lambda *args: calls.append(args) or pack_weight(*args))
+    y = convolution(x)
+    assert len(calls) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        convolution(x)
+    evaluated = convolution.eval()(x)
+    monkeypatch.setattr(conv, "has_integer_conv2d", lambda: False)
+    assert torch.equal(convolution.train()(x), evaluated)
+    convolution.double()(x.double())
+    assert len(calls) == 1
+    torch.testing.assert_close(y, evaluated, rtol=1e-6, atol=1e-6)
+    assert torch.equal(evaluated, F.conv2d(*(q(t) for q, t in quantized(convolution, x)), convolution.bias, padding=1))
+
+
+def quantized(convolution, x):
+    convolution.float()
+    return (convolution.input_quantizer, x), (convolution.weight_quantizer, convolution.weight)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 150, 170), (700, 14, 6, 7)], ids=str)
+@pytest.mark.parametrize("rule", ("lsq", "pact"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels last", "with gaps", "mixed"))
+def test_large_tensors_in_parts_follow_the_formula(shape, rule, layout):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    if layout != "contiguous":
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "with gaps":
+        x, grad = x[..., 1:], grad[..., 1:]
+    for scale in (torch.tensor(0.25), 2.0 ** torch.randint(-4, 1, (shape[0], 1, 1, 1), generator=generator)):
+        leaf, bound = x.detach().requires_grad_(), scale.clone().requires_grad_()
+        y = fake_quantize(leaf, bound, -8, 7, rule=rule)
+        y.backward(grad)
+        ratio = x / scale
+        codes = ratio.round().clamp(-8, 7)
+        inside = (ratio > -8) & (ratio < 7)
+        assert torch.equal(y, codes * scale) and torch.equal(leaf.grad, grad * inside)
+        slope = torch.where(inside, codes - ratio if rule == "lsq" else 0.0, codes)
+        torch.testing.assert_close(bound.grad, (grad * slope).sum_to_size(scale.shape), rtol=1e-4, atol=2e-2)
