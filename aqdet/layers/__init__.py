@@ -1,8 +1,10 @@
 """Layers of the low-precision detector."""
 
-from .add import QuantAdd, StreamQuantizer
+from .add import QuantAdd, StreamQuantizer, relu_before
 from .conv import QuantConv2d, Site, declare_site, forget_sites, shared_weights
 from .linear import QuantLinear
+from .norm import normalize
+from .pool import max_pool2d
 
 __all__ = [
     "QuantAdd",
@@ -12,5 +14,8 @@ __all__ = [
     "StreamQuantizer",
     "declare_site",
     "forget_sites",
+    "max_pool2d",
+    "normalize",
+    "relu_before",
     "shared_weights",
 ]

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from ..quantization import Quantizer, QuantSpec, build_quantizer
 
 
+def relu_before(quantizer: Quantizer | None, x: Tensor, inplace: bool = False) -> Tensor:
+    """ReLU of a tensor that only ``quantizer`` reads; one that clips at zero is the ReLU itself."""
+    if quantizer is not None and quantizer.is_relu:
+        return x
+    return torch.relu_(x) if inplace else torch.relu(x)
+
+
 class StreamQuantizer(nn.Module):
     """ReLU (optional) and quantization of a tensor that more than one layer reads.
 
@@ -35,13 +42,13 @@ class StreamQuantizer(nn.Module):
         spec = QuantSpec(name, num_bits, "input", signed=self.signed)
         self.quantizer = build_quantizer(spec)
         self.quantizer.path = f"{path}.quantizer"
+        self.quantizer.note_codes = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same. The quantizer of a ReLU's output clips at zero, which is the ReLU."""
-        quantizer = self.quantizer
-        if self.relu and (quantizer is None or not quantizer.is_active):
-            x = torch.relu(x)
-        return x if quantizer is None else quantizer(x)
+        if self.relu:
+            x = relu_before(self.quantizer, x)
+        return x if self.quantizer is None else self.quantizer(x)
 
 
 class QuantAdd(nn.Module):

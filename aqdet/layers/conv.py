@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec, build_quantizer, conv2d_fake_quantized
 from ..quantization.integer import IntegerWeight, has_integer_conv2d, pack_weight
+from .norm import normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class QuantConv2d(Conv2d):
         """``(N, C, H, W)`` to ``(N, O, H', W')``, with norm and activation where the layer has them."""
         x = self._convolve(x)
         if self.norm is not None:
-            x = self.norm(x)
+            x = normalize(self.norm, x) if self.weight_quantizer.is_active else self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return x

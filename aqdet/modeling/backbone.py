@@ -23,7 +23,7 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
 
-from ..layers import QuantAdd, StreamQuantizer, declare_site
+from ..layers import QuantAdd, StreamQuantizer, declare_site, max_pool2d, relu_before
 from .policy import QuantPolicy
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -43,8 +43,12 @@ class QuantStem(BasicStem):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to ``(N, C, H / 4, W / 4)``."""
-        x = F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+        x = max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
         return self.output_stream(x)
+
+
+def _relu_between(x: Tensor, conv: nn.Module) -> Tensor:
+    return relu_before(getattr(conv, "input_quantizer", None), x, inplace=True)
 
 
 class _ResidualMixin(nn.Module):
@@ -78,7 +82,7 @@ class QuantBasicBlock(BasicBlock, _ResidualMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
-        out = F.relu_(self.conv1(x))
+        out = _relu_between(self.conv1(x), self.conv2)
         return self._finish(self.conv2(out), x)
 
 
@@ -97,8 +101,8 @@ class QuantBottleneckBlock(BottleneckBlock, _ResidualMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
-        out = F.relu_(self.conv1(x))
-        out = F.relu_(self.conv2(out))
+        out = _relu_between(self.conv1(x), self.conv2)
+        out = _relu_between(self.conv2(out), self.conv3)
         return self._finish(self.conv3(out), x)
 
 
@@ -151,12 +155,11 @@ class QuantFPN(FPN):
         del self.lateral_convs, self.output_convs
         strides = [self.bottom_up.output_shape()[f].stride for f in self.in_features]
         self._levels = [int(math.log2(stride)) for stride in strides]
+        self._relu = relu
         for level in self._levels:
             lateral = getattr(self, f"fpn_lateral{level}")
             declare_site(lateral, signed=False)
             declare_site(getattr(self, f"fpn_output{level}"), signed=not relu)
-            if relu:
-                lateral.activation = F.relu_
             if level != self._levels[-1]:
                 self.add_module(f"fpn_add{level}", QuantAdd(signed=(not relu, None)))
             self.add_module(f"fpn_sum{level}", StreamQuantizer(relu=False, signed=not relu))
@@ -169,10 +172,16 @@ class QuantFPN(FPN):
         previous: Tensor | None = None
         for level, feature in zip(reversed(self._levels), reversed(self.in_features), strict=True):
             merged = getattr(self, f"fpn_lateral{level}")(bottom_up[feature])
-            if previous is not None:
-                top_down = F.interpolate(previous, scale_factor=2.0, mode="nearest")
-                merged = getattr(self, f"fpn_add{level}")(merged, top_down)
-            previous = getattr(self, f"fpn_sum{level}")(merged)
+            stream = getattr(self, f"fpn_sum{level}")
+            if previous is None:
+                if self._relu:
+                    merged = relu_before(stream.quantizer, merged, inplace=True)
+            else:
+                add = getattr(self, f"fpn_add{level}")
+                if self._relu:
+                    merged = relu_before(add.x_quantizer, merged, inplace=True)
+                merged = add(merged, F.interpolate(previous, scale_factor=2.0, mode="nearest"))
+            previous = stream(merged)
             output = getattr(self, f"fpn_output{level}")(previous)
             results[f"p{level}"] = getattr(self, f"p{level}_stream")(output)
         if self.top_block is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -10,7 +11,21 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..layers import declare_site, shared_weights
+from ..layers import QuantConv2d, declare_site, normalize, relu_before, shared_weights
+
+
+def run_tower(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Convolutions, norms and ReLUs in sequence, keeping nothing that a quantized convolution can do without."""
+    previous: nn.Module | None = None
+    for layer, following in zip(layers, (*layers[1:], None), strict=True):
+        if isinstance(layer, nn.ReLU):
+            x = relu_before(getattr(following, "input_quantizer", None), x)
+        elif isinstance(previous, QuantConv2d) and previous.weight_quantizer.is_active:
+            x = normalize(layer, x)
+        else:
+            x = layer(x)
+        previous = layer
+    return x
 
 
 def _declare_sites(head: RetinaNetHead, signed_input: bool, *predictions: nn.Conv2d) -> None:
@@ -41,8 +56,12 @@ class QuantRetinaNetHead(RetinaNetHead):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See Detectron2's; the weights, shared over the levels, are quantized once."""
+        logits, deltas = [], []
         with shared_weights(self):
-            return super().forward(features)
+            for feature in features:
+                logits.append(run_tower([*self.cls_subnet, self.cls_score], feature))
+                deltas.append(run_tower([*self.bbox_subnet, self.bbox_pred], feature))
+        return logits, deltas
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:

@@ -10,37 +10,38 @@ from torch import Tensor
 from .functional import SCALE_EPS, broadcast_scale, integer_range
 from .integer import IntegerWeight
 from .observer import Statistics, initial_scale
+from .origin import split_parts
 from .quantizer import AffineGrid, Quantizer
 from .spec import IntegerTensor, QuantSpec
 
 
-def _levels(w: Tensor, num_bits: int, per_channel: bool) -> tuple[Tensor, Tensor]:
-    """Odd integer levels as float32, and their scale."""
-    levels = torch.tanh(w.float())
-    largest = levels.abs().reshape(w.shape[0] if per_channel else 1, -1).amax(dim=1)
-    magnitude = broadcast_scale(largest.clamp_(min=SCALE_EPS), w)
+def _levels(w: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes the odd integer levels to ``out``; returns ``tanh(w)`` as float32 and the scale of the levels."""
+    squashed = torch.tanh(w.float())
+    low, high = squashed.reshape(w.shape[0] if per_channel else 1, -1).aminmax(dim=1)
+    magnitude = broadcast_scale(torch.maximum(-low, high).clamp_(min=SCALE_EPS), w)
     steps = 2**num_bits - 1
-    levels.div_(2 * magnitude).add_(0.5).mul_(steps).round_().mul_(2).sub_(steps)
-    return levels, magnitude / steps
+    for m, squashed_part, out_part in split_parts(magnitude, squashed, out):
+        levels = squashed_part / (2 * m)
+        out_part.copy_(levels.add_(0.5).mul_(steps).round_().mul_(2).sub_(steps))
+    return squashed, magnitude / steps
 
 
 class _DoReFaWeight(torch.autograd.Function):
-    """Keeps the weight alone for backward."""
+    """Keeps ``tanh(w)`` for backward: computing it again would take longer than all else."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
-        ctx.save_for_backward(w)
-        levels, scale = _levels(w, num_bits, per_channel)
+        levels = torch.empty_like(w, dtype=torch.float32)
+        squashed, scale = _levels(w, num_bits, per_channel, levels)
+        ctx.save_for_backward(squashed)
+        ctx.w_dtype = w.dtype
         return levels.mul_(scale).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (w,) = ctx.saved_tensors
-        return (
-            torch.ops.aten.tanh_backward(grad.float(), torch.tanh(w.float())).to(w.dtype),
-            None,
-            None,
-        )
+        (squashed,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grad.float(), squashed).to(ctx.w_dtype), None, None
 
 
 class DoReFaWeightQuantizer(Quantizer):
@@ -64,16 +65,18 @@ class DoReFaWeightQuantizer(Quantizer):
     @torch.no_grad()
     def to_integer(self, x: Tensor) -> IntegerTensor:
         """See :meth:`Quantizer.to_integer`; codes are odd and take ``num_bits + 1`` bits as they stand."""
-        levels, scale = _levels(x, self.spec.num_bits, self.spec.per_channel)
-        return IntegerTensor(levels.to(torch.int32), scale, 0)
+        levels = torch.empty_like(x, dtype=torch.int32)
+        _, scale = _levels(x, self.spec.num_bits, self.spec.per_channel, levels)
+        return IntegerTensor(levels, scale, 0)
 
     @torch.no_grad()
     def integer_weight(self, x: Tensor) -> IntegerWeight | None:
         """See :meth:`Quantizer.integer_weight`; odd codes of 8 bits do not fit."""
         if not self.is_active or self.spec.num_bits > 7:
             return None
-        levels, scale = _levels(x, self.spec.num_bits, self.spec.per_channel)
-        return IntegerWeight(levels.to(torch.int8), scale.reshape(-1).expand(x.shape[0]).contiguous())
+        levels = torch.empty_like(x, dtype=torch.int8)
+        _, scale = _levels(x, self.spec.num_bits, self.spec.per_channel, levels)
+        return IntegerWeight(levels, scale.reshape(-1).expand(x.shape[0]).contiguous())
 
 
 class DoReFaInputQuantizer(Quantizer):

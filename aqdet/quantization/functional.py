@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .integer import IntegerWeight, integer_conv2d
+from .origin import Origin, note_origin, origin_of, split_parts
 
 SCALE_EPS = float(torch.finfo(torch.float32).eps)
 """Floor of every step size: a scale that training drives to zero or below acts as this one."""
@@ -172,37 +173,8 @@ def _reduce_to(value: Tensor, like: Tensor) -> Tensor:
     return value.sum() if like.dim() == 0 else value.sum_to_size(like.shape)
 
 
-_PART_SIZE = 1 << 17
-
-
-def _parts(scale: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of a scale and of tensors of one shape, in parts whose intermediates stay in a CPU's cache.
-
-    The parts cover every element once, in the order of memory if ``scale`` is 0-dim and by rows of the first
-    axis if it is ``(C, 1, ...)``. Small tensors, tensors on another device and tensors that do not lie alike
-    in memory come whole. Memory takes three times as long as arithmetic in an element-wise pass over a large
-    tensor, which a chain of passes over a part in the cache does not pay.
-    """
-    whole = [(scale, *tensors)]
-    first = tensors[0]
-    if torch.compiler.is_compiling() or not first.is_cpu or first.numel() <= 2 * _PART_SIZE:
-        return whole
-    if any(t.stride() != first.stride() for t in tensors):
-        return whole
-    if scale.dim() == 0:
-        order = sorted(range(first.dim()), key=first.stride, reverse=True)
-        if not first.permute(order).is_contiguous():
-            return whole
-        flat = [t.permute(order).view(-1).split(_PART_SIZE) for t in tensors]
-        return [(scale, *parts) for parts in zip(*flat, strict=True)]
-    if scale.shape != (first.shape[0], *[1] * (first.dim() - 1)) or not first.is_contiguous():
-        return whole
-    rows = max(1, _PART_SIZE * first.shape[0] // first.numel())
-    return list(zip(*(t.split(rows) for t in (scale, *tensors)), strict=True))
-
-
 def _total(sums: list[Tensor], scale: Tensor) -> Tensor:
-    """The sum for each element of ``scale`` from those of its :func:`_parts`."""
+    """The sum for each element of ``scale`` from those of its :func:`~aqdet.quantization.origin.split_parts`."""
     if len(sums) == 1:
         return sums[0]
     return torch.stack(sums).sum() if scale.dim() == 0 else torch.cat(sums)
@@ -211,29 +183,38 @@ def _total(sums: list[Tensor], scale: Tensor) -> Tensor:
 def _fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
     """:func:`quantize`, then :func:`dequantize`, in parts."""
     out = torch.empty_like(x, dtype=dtype)
-    for s, x_part, out_part in _parts(scale, x, out):
-        out_part.copy_(quantize(x_part, s, quant_min, quant_max).mul_(s))
+    for s, x_part, out_part in split_parts(scale, x, out):
+        torch.mul(quantize(x_part, s, quant_min, quant_max), s, out=out_part)
     return out
 
 
 def quantize_to_int8(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """:func:`quantize` with codes from -128 to 127 as int8, in parts."""
     out = torch.empty_like(x, dtype=torch.int8)
-    for s, x_part, out_part in _parts(scale, x, out):
+    for s, x_part, out_part in split_parts(scale, x, out):
         out_part.copy_(quantize(x_part, s, quant_min, quant_max))
     return out
+
+
+def to_bytes(codes: Tensor, out: Tensor, quant_max: int) -> None:
+    """Writes float codes that fit into ``out``, int8 or uint8; changes ``codes``.
+
+    A conversion to int8 is vectorised, one to uint8 is not.
+    """
+    if out.dtype == torch.uint8 and quant_max > 127:
+        out.view(torch.int8).copy_(codes.sub_(128))
+        out.bitwise_xor_(128)
+    else:
+        out.view(torch.int8).copy_(codes)
 
 
 def quantize_to_bytes(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """``quantize(...) - quant_min`` as uint8, for a range of at most 256 codes and a 0-dim scale."""
     out = torch.empty_like(x, dtype=torch.uint8)
-    wide = quant_max - quant_min > 127
-    shift = quant_min + (128 if wide else 0)
-    for s, x_part, out_part in _parts(scale, x, out):
+    for s, x_part, out_part in split_parts(scale, x, out):
         codes = quantize(x_part, s, quant_min, quant_max)
-        # A conversion to int8 is vectorised, one to uint8 is not.
-        out_part.view(torch.int8).copy_(codes.sub_(shift) if shift else codes)
-    return out.bitwise_xor_(128) if wide else out
+        to_bytes(codes.sub_(quant_min) if quant_min else codes, out_part, quant_max - quant_min)
+    return out
 
 
 def scale_gradients(
@@ -265,67 +246,113 @@ def scale_gradients(
     Returns:
         ``(dx, dscale)``, both float32.
     """
-    hardtanh_backward = torch.ops.aten.hardtanh_backward
     grad = grad.float()
     dx = torch.empty_like(grad)
-    sums = []
-    for s, grad_part, x_part, dx_part in _parts(scale, grad, x, dx):
-        ratio = x_part.float() / s
-        hardtanh_backward.grad_input(grad_part, ratio, quant_min, quant_max, grad_input=dx_part)
-        if lsq:
-            inside = hardtanh_backward(ratio, ratio, quant_min, quant_max)
-            products = ratio.clamp_(quant_min, quant_max).round_().sub_(inside).mul_(grad_part)
-        else:
-            # Clipped gradients times the bound they were clipped at.
-            products = ratio.clamp_(quant_min, quant_max).round_().mul_(grad_part - dx_part)
-        sums.append(_reduce_to(products, s))
+    sums = [
+        _scale_gradients(grad_part, x_part.float(), s, quant_min, quant_max, lsq, dx_part)
+        for s, grad_part, x_part, dx_part in split_parts(scale, grad, x, dx)
+    ]
+    return dx, _total(sums, scale)
+
+
+def _scale_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, lsq: bool, dx: Tensor
+) -> Tensor:
+    """:func:`scale_gradients` of one part; writes ``dx`` and returns ``dscale``."""
+    hardtanh_backward = torch.ops.aten.hardtanh_backward
+    ratio = x / scale
+    hardtanh_backward.grad_input(grad, ratio, quant_min, quant_max, grad_input=dx)
+    if lsq:
+        inside = hardtanh_backward(ratio, ratio, quant_min, quant_max)
+        products = ratio.clamp_(quant_min, quant_max).round_().sub_(inside).mul_(grad)
+    else:
+        # Clipped gradients times the bound they were clipped at.
+        products = ratio.clamp_(quant_min, quant_max).round_().mul_(grad - dx)
+    return _reduce_to(products, scale)
+
+
+def _input_gradients(
+    grad: Tensor, origin: Origin, scale: Tensor, quant_min: int, quant_max: int, lsq: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`scale_gradients` for an activation that is computed again, with a 0-dim scale."""
+    grad = grad.float()
+    dx = torch.empty_like(grad)
+    sums = [
+        _scale_gradients(grad_part, part.derive(), scale, quant_min, quant_max, lsq, dx_part)
+        for part, (grad_part, dx_part) in origin.parts(grad, dx)
+    ]
     return dx, _total(sums, scale)
 
 
 class _FakeQuantizeSaveInput(torch.autograd.Function):
-    """Fake quantization that keeps its input for backward and derives everything else from it."""
+    """Fake quantization that keeps its input, or its origin, for backward and derives everything from it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, lsq: bool) -> Tensor:
-        ctx.save_for_backward(x, scale)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        quant_min: int,
+        quant_max: int,
+        lsq: bool,
+        *origin: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(scale, *(origin or (x, None, None)))
         ctx.range = (quant_min, quant_max)
         ctx.lsq = lsq
+        ctx.x_dtype = x.dtype
         return _fake_quantize(x, scale, quant_min, quant_max, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
+        scale, *origin = ctx.saved_tensors
         quant_min, quant_max = ctx.range
-        dx, dscale = scale_gradients(grad, x, scale, quant_min, quant_max, ctx.lsq)
-        return dx.to(x.dtype), dscale, None, None, None
+        if scale.dim() == 0:
+            dx, dscale = _input_gradients(grad, Origin(*origin), scale, quant_min, quant_max, ctx.lsq)
+        else:
+            dx, dscale = scale_gradients(grad, origin[0], scale, quant_min, quant_max, ctx.lsq)
+        return dx.to(ctx.x_dtype), dscale, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 class _FakeQuantizeSaveRegion(torch.autograd.Function):
-    """Fake quantization with PACT's gradient, which needs one byte an element for backward."""
+    """Fake quantization with PACT's gradient, which needs one byte an element for backward.
+
+    A second result is the codes as bytes, if they are asked for.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, with_codes: bool
+    ) -> tuple[Tensor, Tensor | None]:
         region = torch.empty_like(x, dtype=torch.uint8)
         out = torch.empty_like(x)
-        for s, x_part, region_part, out_part in _parts(scale, x, region, out):
+        codes = torch.empty_like(x, dtype=torch.int8 if quant_min < 0 else torch.uint8) if with_codes else None
+        for s, x_part, region_part, out_part, *codes_part in split_parts(
+            scale, x, region, out, *(() if codes is None else (codes,))
+        ):
             ratio = x_part.float() / s
             # 0: at or below quant_min, 1: inside, 2: at or above quant_max.
             inside_or_above = (ratio > quant_min).view(torch.uint8)
             torch.add(inside_or_above, (ratio >= quant_max).view(torch.uint8), out=region_part)
-            out_part.copy_(ratio.clamp_(quant_min, quant_max).round_().mul_(s))
+            ratio.clamp_(quant_min, quant_max).round_()
+            torch.mul(ratio, s, out=out_part)
+            if codes_part:
+                to_bytes(ratio, codes_part[0], quant_max)
         ctx.save_for_backward(region, scale)
         ctx.range = (quant_min, quant_max)
         ctx.x_dtype = x.dtype
-        return out
+        if codes is not None:
+            ctx.mark_non_differentiable(codes)
+        return out, codes
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         region, scale = ctx.saved_tensors
         quant_min, quant_max = ctx.range
         grad = grad.float()
         dx = torch.empty_like(grad)
         sums = []
-        for s, grad_part, region_part, dx_part in _parts(scale, grad, region, dx):
+        for s, grad_part, region_part, dx_part in split_parts(scale, grad, region, dx):
             where = region_part.float()
             torch.ops.aten.hardtanh_backward.grad_input(grad_part, where, 0, 2, grad_input=dx_part)
             clipped = grad_part - dx_part
@@ -333,10 +360,12 @@ class _FakeQuantizeSaveRegion(torch.autograd.Function):
             above_sum, clipped_sum = _reduce_to(above, s), _reduce_to(clipped, s)
             sums.append(above_sum * quant_max + (clipped_sum - above_sum) * quant_min)
         dscale = _total(sums, scale)
-        return dx.to(ctx.x_dtype), dscale, None, None
+        return dx.to(ctx.x_dtype), dscale, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, rule: str = "lsq") -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, rule: str = "lsq", note_codes: bool = False
+) -> Tensor:
     """Quantizes and dequantizes, with the gradient rule of LSQ or PACT for the scale.
 
     Args:
@@ -344,16 +373,22 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, r
         scale: float32, positive, 0-dim or broadcastable against ``x``.
         quant_min, quant_max: integer range.
         rule: ``"lsq"`` or ``"pact"``, the column of the table in :func:`scale_gradients`.
+        note_codes: whether to note the codes as the origin of the result, for layers that read it. A 0-dim
+            scale and ``rule="pact"`` only.
 
     Returns:
-        A tensor like ``x``. For backward LSQ keeps ``x`` itself (which the layer before keeps anyway),
-        PACT one byte an element.
+        A tensor like ``x``. For backward it keeps the origin of ``x`` if that was noted; otherwise LSQ keeps
+        ``x`` itself (which the layer before keeps anyway), PACT one byte an element.
     """
-    if rule == "lsq":
-        return _FakeQuantizeSaveInput.apply(x, scale, quant_min, quant_max, True)
-    if rule == "pact":
-        return _FakeQuantizeSaveRegion.apply(x, scale, quant_min, quant_max)
-    raise ValueError(f"rule must be 'lsq' or 'pact', got {rule!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be 'lsq' or 'pact', got {rule!r}")
+    origin = origin_of(x) if scale.dim() == 0 else Origin(x)
+    if rule == "pact" and origin.base is x:
+        note_codes &= torch.is_grad_enabled() and x.requires_grad
+        y, codes = _FakeQuantizeSaveRegion.apply(x, scale, quant_min, quant_max, note_codes)
+        return y if codes is None else note_origin(y, Origin(codes, scale.detach()))
+    kept = () if origin.base is x else origin
+    return _FakeQuantizeSaveInput.apply(x, scale, quant_min, quant_max, rule == "lsq", *kept)
 
 
 class _FakeQuantizedConv2d(torch.autograd.Function):
@@ -367,10 +402,12 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         integer_weight: IntegerWeight | None,
+        origin: Origin,
         options: dict[str, Any],
         *weight_parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, weight, *weight_parameters)
+        ctx.save_for_backward(*origin, scale, weight, *weight_parameters)
+        ctx.x_dtype = x.dtype
         ctx.options = options
         ctx.bias_size = None if bias is None else list(bias.shape)
         dtype = options["dtype"] or weight.dtype
@@ -387,21 +424,28 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, weight, *weight_parameters = ctx.saved_tensors
+        base, factor, shift, scale, weight, *weight_parameters = ctx.saved_tensors
+        origin = Origin(base, factor, shift)
         options = ctx.options
         quant_min, quant_max = options["range"]
         dtype = options["dtype"] or weight.dtype
         stride, padding, dilation, groups = options["geometry"]
         need_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        need_weight = ctx.needs_input_grad[2] or any(ctx.needs_input_grad[6:])
+        need_weight = ctx.needs_input_grad[2] or any(ctx.needs_input_grad[7:])
         leaf = weight_q = weight
         if options["quantize_weight"] is not None:
             leaf = weight.detach().requires_grad_()
             with torch.set_grad_enabled(need_weight):
                 weight_q = options["quantize_weight"](leaf)
+        x_q = torch.empty_like(origin.base, dtype=dtype)
+        for part, (out_part,) in origin.parts(x_q):
+            torch.mul(quantize(part.derive(), scale, quant_min, quant_max), scale, out=out_part)
+        if weight.numel() > x_q.numel():
+            # Channels last would have the weight and its gradient converted.
+            grad, x_q = grad.contiguous(), x_q.contiguous()
         grad_x_q, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
-            _fake_quantize(x, scale, quant_min, quant_max, dtype),
+            x_q,
             weight_q.detach().to(dtype),
             ctx.bias_size,
             list(stride),
@@ -424,11 +468,11 @@ class _FakeQuantizedConv2d(torch.autograd.Function):
                 parameter_grads = [next(grads) if p.requires_grad else None for p in weight_parameters]
         dx = dscale = None
         if need_input:
-            dx, dscale = scale_gradients(grad_x_q, x, scale, quant_min, quant_max, options["lsq"])
-            dx = dx.to(x.dtype)
+            dx, dscale = _input_gradients(grad_x_q, origin, scale, quant_min, quant_max, options["lsq"])
+            dx = dx.to(ctx.x_dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(weight.dtype)
-        return dx, dscale, grad_weight, grad_bias, None, None, *parameter_grads
+        return dx, dscale, grad_weight, grad_bias, None, None, None, *parameter_grads
 
 
 def conv2d_fake_quantized(
@@ -475,4 +519,4 @@ def conv2d_fake_quantized(
         "dtype": dtype,
         "quantize_weight": quantize_weight,
     }
-    return _FakeQuantizedConv2d.apply(x, scale, weight, bias, integer_weight, options, *weight_parameters)
+    return _FakeQuantizedConv2d.apply(x, scale, weight, bias, integer_weight, origin_of(x), options, *weight_parameters)

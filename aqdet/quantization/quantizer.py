@@ -43,6 +43,7 @@ class Quantizer(nn.Module):
     Attributes:
         enabled: set to False, the quantizer returns its input unchanged.
         path: dotted name in the model, for messages.
+        note_codes: set to True where several layers read the result, see :func:`fake_quantize`.
         updates_in_forward: whether a training forward changes the state, so that backward must not repeat it.
     """
 
@@ -59,6 +60,7 @@ class Quantizer(nn.Module):
         self.num_scales = num_channels if spec.per_channel else 1
         self.enabled = True
         self.path = ""
+        self.note_codes = False
         self._ready = False
         self._observer: HistogramObserver | None = None
         self._statistics: Statistics | None = None
@@ -84,6 +86,15 @@ class Quantizer(nn.Module):
     def num_constants(self) -> int:
         """How many numbers the quantizer consists of when shipped."""
         return self.num_scales
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether ``forward(x)`` is ``forward(relu(x))``, gradients included, as the state is now."""
+        if not self.is_active:
+            return False
+        with torch.no_grad():
+            grid = self.fused_grid()
+        return grid is not None and grid.rule in RULES and grid.quant_min == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes ``x`` (any shape); observes or passes it through in the other states.
@@ -185,7 +196,7 @@ class Quantizer(nn.Module):
         grid = self.grid(x.numel() // self.num_scales)
         assert grid is not None
         scale = broadcast_scale(grid.scale, x)
-        return fake_quantize(x, scale, grid.quant_min, grid.quant_max, rule=grid.rule)
+        return fake_quantize(x, scale, grid.quant_min, grid.quant_max, rule=grid.rule, note_codes=self.note_codes)
 
     def count_over_ranks(self, number: int) -> int:
         """Elements of the whole batch that share a scale, from those of this rank: a weight is on every rank whole."""

@@ -1,0 +1,74 @@
+"""Batch norm whose output need not be kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.layers import CycleBatchNormList
+from torch import Tensor, nn
+
+from ..quantization.origin import Origin, note_origin
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Normalization with the batch's statistics; results are the output and what it is computed with."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inverse = (var + eps).rsqrt()
+        scale = weight * inverse
+        shift = bias - mean * scale
+        out = torch.empty_like(x)
+        for part, (out_part,) in Origin(x, scale, shift).parts(out):
+            part.derive(out_part)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(scale, shift)
+        return out, scale, shift
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, needed
+        )
+        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None)
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, which in training is not kept where a quantizer reads it.
+
+    A batch norm in training notes from what its output can be computed again. Any other norm is called.
+    The shared affine of a :class:`CycleBatchNormList` is applied with the normalization of the level.
+
+    Args:
+        norm: any module.
+        x: ``(N, C, H, W)``.
+    """
+    cycle = norm if isinstance(norm, CycleBatchNormList) else None
+    own: nn.Module = norm if cycle is None else cycle[cycle._pos]
+    weight, bias = (getattr(norm, key, None) for key in ("weight", "bias"))
+    if not (
+        type(own) is nn.BatchNorm2d
+        and own.training
+        and own.track_running_stats
+        and own.momentum is not None
+        and weight is not None
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > x.shape[1]
+    ):
+        return norm(x)
+    if cycle is not None:
+        cycle._pos = (cycle._pos + 1) % len(cycle)
+    assert own.num_batches_tracked is not None
+    own.num_batches_tracked.add_(1)
+    with torch.no_grad():
+        mean, var = torch.batch_norm_update_stats(x, own.running_mean, own.running_var, own.momentum)
+    y, scale, shift = _BatchNorm.apply(x, weight, bias, mean, var, own.eps)
+    return note_origin(y, Origin(x.detach(), scale, shift))
