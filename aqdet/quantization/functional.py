@@ -383,7 +383,7 @@ def fake_quantize(
     if rule not in RULES:
         raise ValueError(f"rule must be 'lsq' or 'pact', got {rule!r}")
     origin = origin_of(x) if scale.dim() == 0 else Origin(x)
-    if rule == "pact" and origin.base is x:
+    if rule == "pact" and (note_codes or origin.base is x):
         note_codes &= torch.is_grad_enabled() and x.requires_grad
         y, codes = _FakeQuantizeSaveRegion.apply(x, scale, quant_min, quant_max, note_codes)
         return y if codes is None else note_origin(y, Origin(codes, scale.detach()))

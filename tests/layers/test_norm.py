@@ -1,0 +1,236 @@
+"""Norms, pooling and the notes of origin: the same values and gradients as plain layers, less memory."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, CycleBatchNormList
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from aqdet.layers import QuantConv2d, StreamQuantizer, conv, max_pool2d, normalize, relu_before
+from aqdet.quantization import QuantSpec, calibrate, fake_quantize
+from aqdet.quantization.origin import Origin, note_origin, origin_of
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+SHAPES = {"small": (2, 6, 5, 7), "in parts": (3, 16, 90, 80)}
+all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+all_shapes = pytest.mark.parametrize("shape", SHAPES)
+METHODS = ("lsq", "pact", "dorefa")
+
+
+def batch_norm(channels, cycle=False, **kwargs):
+    if cycle:
+        norm = CycleBatchNormList(3, num_features=channels)
+    else:
+        norm = nn.BatchNorm2d(channels, **kwargs)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, channels))
+        norm.bias.copy_(torch.linspace(-1, 1, channels))
+    return norm
+
+
+def activation(shape, layout, seed=0):
+    x = torch.randn(SHAPES[shape], generator=torch.Generator().manual_seed(seed)) * 2 + 1
+    return x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@all_layouts
+@all_shapes
+@pytest.mark.parametrize("cycle", (False, True), ids=("norm", "norm per level"))
+def test_normalize_is_the_norm(layout, shape, cycle):
+    norm = batch_norm(SHAPES[shape][1], cycle)
+    other = copy.deepcopy(norm)
+    for seed in range(2):
+        x, y = activation(shape, layout, seed), activation(shape, layout, seed)
+        ours, theirs = normalize(norm, x), other(y)
+        grad = torch.randn_like(theirs)
+        ours.backward(grad), theirs.backward(grad)
+        close(ours, theirs)
+        close(x.grad, y.grad)
+        # The note gives the output back to the bit.
+        base, scale, shift = origin_of(ours)
+        assert base.data_ptr() == x.data_ptr()
+        assert torch.equal(base * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), ours)
+    for a, b in zip(norm.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-2)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in norm.state_dict().items())
+    if cycle:
+        assert norm._pos == other._pos == 2
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        batch_norm(6).eval(),
+        batch_norm(6, momentum=None),
+        batch_norm(6, track_running_stats=False),
+        nn.GroupNorm(2, 6),
+        nn.BatchNorm2d(6, affine=False),
+    ],
+    ids=("eval", "cumulative", "no running statistics", "group norm", "no affine"),
+)
+def test_any_other_norm_is_called(norm):
+    x = activation("small", "contiguous")
+    y = normalize(norm, x)
+    assert origin_of(y).base is y and torch.equal(y, copy.deepcopy(norm)(x))
+    with torch.no_grad():
+        y = normalize(batch_norm(6), x)
+    assert origin_of(y).base is y
+
+
+def test_one_value_a_channel_is_refused_as_ever():
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        normalize(batch_norm(6), torch.randn(1, 6, 1, 1, requires_grad=True))
+
+
+def test_a_change_in_place_ends_an_origin():
+    x = torch.randn(4, requires_grad=True)
+    y = note_origin(x * 2, Origin(x.detach(), torch.tensor(2.0)))
+    assert origin_of(y).base is not y
+    y.relu_()
+    assert origin_of(y).base is y
+    assert origin_of(copy.copy(x)).base is not x and origin_of(x).base is x
+
+
+@all_layouts
+@all_shapes
+@pytest.mark.parametrize("rule", ("lsq", "pact"))
+@pytest.mark.parametrize("low, high", [(0, 15), (-8, 7)])
+def test_gradients_from_an_origin_are_those_from_the_tensor(layout, shape, rule, low, high):
+    """To the bit: what is computed again is what was there. By channel, and from bytes."""
+    generator = torch.Generator().manual_seed(0)
+    channels = SHAPES[shape][1]
+    scale, shift = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
+    z = activation(shape, layout).detach()
+    codes = (z * 20).round().clamp(-128, 127).to(torch.int8)
+    for origin in (Origin(z, scale, shift), Origin(codes, torch.tensor(0.07))):
+        view = (lambda t: t) if origin.shift is None else (lambda t: t.view(1, -1, 1, 1))
+        x = origin.base * view(origin.scale)
+        x = x if origin.shift is None else x + view(origin.shift)
+        grad = torch.randn(x.shape, generator=generator).contiguous(memory_format=LAYOUTS[layout])
+        results = []
+        for noted in (False, True):
+            leaf, step = x.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+            node = leaf.view_as(leaf)
+            if noted:
+                note_origin(node, origin)
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, to=kept: to.append(t.data_ptr()) or t, lambda t: t):
+                y = fake_quantize(node, step, low, high, rule=rule)
+            assert (node.data_ptr() in kept) == (rule == "lsq" and not noted)
+            y.backward(grad)
+            results.append((y, leaf.grad, step.grad))
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
+        torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-4, atol=1e-2)
+
+
+@all_layouts
+def test_pooling_keeps_the_origin_instead_of_its_input(layout):
+    z = activation("small", layout)
+    norm = batch_norm(6)
+    x = normalize(norm, z)
+    plain = x.detach().clone().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept} and kept[-1].dtype == torch.int32
+    expected = F.max_pool2d(plain, 3, 2, 1)
+    grad = torch.randn_like(expected)
+    x.retain_grad()
+    y.backward(grad), expected.backward(grad)
+    assert torch.equal(y, expected) and torch.equal(x.grad, plain.grad)
+    assert torch.equal(max_pool2d(plain, kernel_size=3, stride=2, padding=1), expected)
+
+
+class Block(nn.Module):
+    """conv, norm, ReLU, quantized conv, norm, quantized stream, which two convolutions read."""
+
+    def __init__(self, method):
+        super().__init__()
+        torch.manual_seed(0)
+
+        def layer(signed):
+            specs = QuantSpec(method, 4, "weight", per_channel=True), QuantSpec(method, 4, "input", signed=signed)
+            return QuantConv2d.from_float(Conv2d(4, 4, 3, padding=1, bias=False, norm=batch_norm(4)), *specs, "x")
+
+        self.first, self.second, self.third, self.fourth = (layer(signed) for signed in (True, False, False, False))
+        self.stream = StreamQuantizer(relu=True)
+        self.stream.quantize("pact", 8, "stream")
+
+    def forward(self, x):
+        x = relu_before(self.second.input_quantizer, self.first(x), inplace=True)
+        x = self.stream(self.second(x))
+        return self.third(x) + self.fourth(x)
+
+
+def plain_forward(block, x):
+    """The same from parts that keep all they need themselves."""
+
+    def layer(conv, x):
+        return conv.norm(F.conv2d(conv.input_quantizer(x), conv.weight_quantizer(conv.weight), padding=1))
+
+    x = block.stream.quantizer(layer(block.second, layer(block.first, x).relu()).relu())
+    return layer(block.third, x) + layer(block.fourth, x)
+
+
+def step(block, run, x, autocast=False):
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = run(x)
+    (y.float().square() * torch.linspace(0, 1, y.numel()).view(y.shape)).sum().backward()
+    return {"y": y, "x": x.grad, **{n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("integer", (False, True), ids=("float", "integer"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("through", ("plain", "checkpoint", "deepcopy", "pickle"))
+def test_a_block_has_the_gradients_of_its_parts(method, through, integer, monkeypatch):
+    if not integer:
+        monkeypatch.setattr(conv, "has_integer_conv2d", lambda: False)
+    block, x = Block(method), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
+    calibrate(block, lambda: block(x))
+    expected = step(block, lambda x: plain_forward(block, x), x)
+    if through == "deepcopy":
+        block = copy.deepcopy(block)
+    elif through == "pickle":
+        block = pickle.loads(pickle.dumps(block))
+    run = (lambda x: checkpoint(block, x, use_reentrant=False)) if through == "checkpoint" else block
+    actual = step(block, run, x)
+    assert set(actual) == set(expected)
+    for name, want in expected.items():
+        torch.testing.assert_close(actual[name], want, rtol=1e-5, atol=1e-5 * want.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_under_autocast(method):
+    block, x = Block(method), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
+    calibrate(block, lambda: block(x))
+    exact, cast = step(block, block, x), step(block, block, x, autocast=True)
+    assert all(torch.isfinite(value).all() for value in cast.values())
+    assert F.cosine_similarity(cast["y"].float().flatten(), exact["y"].flatten(), dim=0) > 0.95
+
+
+def test_what_a_block_keeps():
+    """The input and, of each convolution in it, the output; beside these a byte or two of the stream's."""
+    block, x = Block("lsq"), torch.randn(2, 4, 9, 8, requires_grad=True)
+    calibrate(block, lambda: block(x.detach()))
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block(x)
+    parameters = {p.data_ptr() for p in block.parameters()}
+    large = [t for pointer, t in kept.items() if t.numel() == x.numel() and pointer not in parameters]
+    sizes = sorted(t.element_size() for t in large)
+    assert sizes == [1, 1, 4, 4, 4, 4, 4]
