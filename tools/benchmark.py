@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Measures quantized detectors beside the float model, in one run.
 
-    python tools/benchmark.py train [--size 256] [--batch 4] [--fpn-channels 64] [--rounds 7]
+    python tools/benchmark.py train [--size 128 256] [--batch 1 4] [--fpn-channels 64 256] [--rounds 7] [--threads 2]
     python tools/benchmark.py export --model DIR --config-file X --weights W [--size 320] [--threads 2] [--rounds 30]
 
 Every speed is a ratio against the float detector of the same structure; rounds visit all variants in turn, so that a
-slow moment of the machine hits all of them, and a ratio is taken within its round.
+slow moment of the machine hits all of them, and a ratio is taken within its round. Where others share the machine,
+`--threads 1` and, in training, the column of processor time are the ones to read.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import platform
@@ -39,7 +41,9 @@ from aqdet.config import load_config
 from aqdet.engine import fit_to_machine
 from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, saturating
 from aqdet.export.folder import load_detector
+from aqdet.modeling.plan import make_plan
 from aqdet.quantization import calibrate, quantizers, set_quantization
+from aqdet.quantization.integer import has_integer_conv2d
 from aqdet.runtime import Detector, write_description
 from aqdet.runtime.detector import LevelOutputs
 from aqdet.runtime.folder import DESCRIPTION, MODEL, Description
@@ -49,6 +53,7 @@ from aqdet.runtime.preprocess import read_image
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "BCCD"
 VARIANTS = {
     "float": "fp_bn",
+    "float, channels last": "fp_bn",
     "LSQ w4a4": "lsq_w4a4",
     "LSQ w4a4 + auxiliary": "lsq_w4a4_aux",
     "DoReFa w4a4": "dorefa_w4a4",
@@ -72,67 +77,134 @@ def make_batch(num_images: int, size: int) -> list[dict[str, Any]]:
     return batch
 
 
-def build(config: str, args: argparse.Namespace, batch: list[dict[str, Any]]) -> Callable[[], torch.Tensor]:
-    """A function that runs a detector's forward and returns the loss."""
-    torch.manual_seed(0)
-    overrides = ["MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(args.fpn_channels)]
-    model = build_model(load_config(CONFIGS / f"retinanet_r18_{config}.yaml", overrides))
+@dataclasses.dataclass
+class Variant:
+    """A detector, and what its steps took."""
 
-    def forward() -> torch.Tensor:
+    model: nn.Module
+    batch: list[dict[str, Any]]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    processor: list[float] = dataclasses.field(default_factory=list)
+
+    def loss(self) -> torch.Tensor:
+        """Forward alone."""
         with EventStorage(0):
-            return sum(model(batch).values())
+            return sum(self.model(self.batch).values())
+
+    def step(self) -> None:
+        """Forward and backward, from gradients that are not there, as in training."""
+        self.model.zero_grad(set_to_none=True)
+        start = time.perf_counter(), time.process_time()
+        self.loss().backward()
+        self.seconds.append(time.perf_counter() - start[0])
+        self.processor.append(time.process_time() - start[1])
+
+
+def build(name: str, fpn_channels: int, batch: list[dict[str, Any]]) -> Variant:
+    """A calibrated detector and its batch."""
+    torch.manual_seed(0)
+    overrides = ["MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(fpn_channels)]
+    model = build_model(load_config(CONFIGS / f"retinanet_r18_{VARIANTS[name]}.yaml", overrides))
+    if name.endswith("channels last"):
+        model.to(memory_format=torch.channels_last)
+        model.backbone.register_forward_pre_hook(
+            lambda _, images: images[0].contiguous(memory_format=torch.channels_last)
+        )
+    variant = Variant(model, batch)
 
     def run() -> None:
         with torch.no_grad():
-            forward()
+            variant.loss()
 
     calibrate(model, run, method="minmax")
-    return forward
+    return variant
 
 
-def saved_bytes(forward: Callable[[], torch.Tensor]) -> int:
+def saved_bytes(variant: Variant) -> int:
     """Bytes that are alive after a forward and were not before: what backward needs, and the loss."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        loss = forward()
+        loss = variant.loss()
     net = sum(event.self_cpu_memory_usage for event in record.key_averages())
     loss.backward()
     return net
 
 
-def train(args: argparse.Namespace) -> None:
-    """Time of a training step and bytes kept for backward."""
-    batch = make_batch(args.batch, args.size)
-    forwards = {name: build(config, args, batch) for name, config in VARIANTS.items()}
-    for forward in forwards.values():
-        for _ in range(3):
-            forward().backward()
-    seconds: dict[str, list[float]] = {name: [] for name in forwards}
-    for number in range(args.rounds):
+def peak_bytes(variant: Variant) -> int:
+    """Most bytes of tensors that are alive at a moment of a step, beside those that were before it."""
+    variant.model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        variant.loss().backward()
+    alive = peak = 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def spread(values: list[float]) -> str:
+    """Median and range of ratios."""
+    return f"{statistics.median(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
+
+
+def auxiliary_share(variant: Variant, size: int) -> float:
+    """Multiply-accumulates of the auxiliary path over those of the rest."""
+    rows = make_plan(variant.model, (size, size))
+    own = sum(row.macs for row in rows if row.path.startswith("auxiliary."))
+    return own / (sum(row.macs for row in rows) - own)
+
+
+def train_one(size: int, num_images: int, fpn_channels: int, args: argparse.Namespace) -> None:
+    """Prints the table of one input size, batch and width."""
+    batch = make_batch(num_images, size)
+    variants = {name: build(name, fpn_channels, batch) for name in VARIANTS}
+    for number in range(-2, args.rounds):
         print(f"round {number + 1} of {args.rounds}", end="\r", file=sys.stderr)
-        for name, forward in forwards.items():
-            start = time.perf_counter()
-            forward().backward()
-            seconds[name].append(time.perf_counter() - start)
-    kept = {name: saved_bytes(forward) for name, forward in forwards.items()}
+        for variant in variants.values():
+            variant.step()
+            if number < 0:  # the first steps are not like the others
+                variant.seconds.clear(), variant.processor.clear()
+    kept = {name: saved_bytes(variant) for name, variant in variants.items()}
+    peak = {name: peak_bytes(variant) for name, variant in variants.items()}
+    base = variants["float"]
     rows = []
-    for name, times in seconds.items():
-        ratios = [t / f for t, f in zip(times, seconds["float"], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    for name, variant in variants.items():
         rows.append(
             [
                 name,
-                statistics.median(times) / args.batch,
-                f"{statistics.median(ratios):.2f}x ({spread})",
-                kept[name] / args.batch / 1e6,
+                statistics.median(variant.seconds) / num_images,
+                spread([t / f for t, f in zip(variant.seconds, base.seconds, strict=True)]),
+                spread([t / f for t, f in zip(variant.processor, base.processor, strict=True)]),
+                kept[name] / num_images / 1e6,
                 f"{kept[name] / kept['float']:.2f}x",
+                f"{peak[name] / peak['float']:.2f}x",
             ]
         )
+    print(f"\nFPN {fpn_channels}, {size}x{size}, batch {num_images}")
+    header = ["training step", "s / image", "time", "processor time", "MB / image kept", "kept", "peak"]
+    print(tabulate(rows, header, floatfmt=".3f"))
+    for method in ("LSQ w4a4", "DoReFa w4a4"):
+        plain, auxiliary = variants[method], variants[f"{method} + auxiliary"]
+        extra = [a / p - 1 for a, p in zip(auxiliary.processor, plain.processor, strict=True)]
+        print(
+            f"{method}: the auxiliary path has {auxiliary_share(auxiliary, size):.1%} of the detector's MACs and adds "
+            f"{statistics.median(extra):.1%} ({min(extra):.1%} to {max(extra):.1%}) of its processor time"
+        )
+
+
+def train(args: argparse.Namespace) -> None:
+    """Time of a training step, and bytes kept for backward and at the peak."""
+    torch.set_num_threads(args.threads)
+    integer = "in int8" if has_integer_conv2d() else "in float32 (this CPU has no VNNI)"
     print(
-        f"RetinaNet, ResNet-18, FPN {args.fpn_channels}, BN, {args.size}x{args.size}, batch {args.batch}; "
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"median of {args.rounds} rounds (range)"
+        f"RetinaNet, ResNet-18, BN; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; forward of quantized convs {integer}, median of {args.rounds} rounds (range)"
     )
-    print(tabulate(rows, ["training step", "s / image", "time", "MB / image kept", "kept"], floatfmt=".3f"))
+    for fpn_channels, size, num_images in itertools.product(args.fpn_channels, args.size, args.batch):
+        if num_images * (size // 128) ** 2 > 1:
+            train_one(size, num_images, fpn_channels, args)
+        else:
+            print(f"\n{size}x{size}, batch {num_images}: left out, one value a channel at P7 is too few for its BN")
 
 
 class Dense(nn.Module):
@@ -359,10 +431,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("train", help=train.__doc__)
-    sub.add_argument("--size", type=int, default=256, help="height and width of the images")
-    sub.add_argument("--batch", type=int, default=4)
-    sub.add_argument("--fpn-channels", type=int, default=64)
+    sub.add_argument("--size", type=int, nargs="+", default=[256], help="height and width of the images")
+    sub.add_argument("--batch", type=int, nargs="+", default=[4])
+    sub.add_argument("--fpn-channels", type=int, nargs="+", default=[64])
     sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--threads", type=int, default=torch.get_num_threads())
     sub.set_defaults(run=train)
     sub = commands.add_parser("export", help=export.__doc__)
     sub.add_argument("--model", required=True, metavar="DIR", help="exported detector")
