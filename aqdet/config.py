@@ -78,23 +78,11 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
     cfg.MODEL.AUX.INIT = "head"
 
-    # --- Training in general ---
-    # Decay of a moving average of weights, scales and BN statistics, which evaluation and the final checkpoint
-    # get; 0 for none. TEST.PRECISE_BN, Detectron2's key, then estimates the average's BN statistics.
-    cfg.SOLVER.EMA_DECAY = 0.0
-    # Iteration from which on BN uses its running statistics and leaves them as they are; -1 for never.
-    cfg.SOLVER.FREEZE_BN_ITER = -1
-
     # --- Structure ---
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
     cfg.MODEL.FPN.RELU = False
     # What P6 is computed from: "res5" or "p5".
     cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "res5"
-
-    # --- Solver ---
-    # "SGD" as Detectron2, or "AdamW", which needs fewer iterations from random weights; LR and WEIGHT_DECAY of one
-    # do not suit the other.
-    cfg.SOLVER.OPTIMIZER = "SGD"
 
     # --- FCOS (1904.01355), which Detectron2 has no keys for; the values are its defaults ---
     cfg.MODEL.FCOS = CfgNode()
@@ -123,6 +111,19 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.CROP_SIZE = 224
     # Smallest area of a random crop as a share of the image's.
     cfg.INPUT.CLASSIFIER.MIN_AREA = 0.08
+
+    # --- Solver ---
+    # "SGD" as Detectron2, or "AdamW", which needs fewer iterations from random weights; LR and WEIGHT_DECAY of one
+    # do not suit the other.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Decay of a moving average of weights, scales and BN statistics, which evaluation and the final checkpoint
+    # get; 0 for none. TEST.PRECISE_BN, Detectron2's key, then estimates the average's BN statistics.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Iteration from which on BN uses its running statistics and leaves them as they are; -1 for never.
+    cfg.SOLVER.FREEZE_BN_ITER = -1
+    # The same losses in every run with the same SEED, config and device. Slower on GPUs, where an operation that has
+    # no deterministic form stops with an error that names it. CPUs need no such thing.
+    cfg.SOLVER.DETERMINISTIC = False
 
     # --- Data ---
     # Datasets for DATASETS.TRAIN / TEST, a list of entries of these forms:
@@ -153,11 +154,6 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # How many model_<iteration>.pth stay in OUTPUT_DIR, the newest; 0 for all. A resume needs one, and the one before
     # it if it is damaged.
     cfg.CHECKPOINT.KEEP = 3
-
-    # --- Training ---
-    # The same losses in every run with the same SEED, config and device. Slower on GPUs, where an operation that has
-    # no deterministic form stops with an error that names it. CPUs need no such thing.
-    cfg.SOLVER.DETERMINISTIC = False
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CfgNode:
