@@ -18,8 +18,10 @@ from .spec import IntegerTensor, QuantSpec
 def _levels(w: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> tuple[Tensor, Tensor]:
     """Writes the odd integer levels to ``out``; returns ``tanh(w)`` as float32 and the scale of the levels."""
     squashed = torch.tanh(w.float())
-    low, high = squashed.reshape(w.shape[0] if per_channel else 1, -1).aminmax(dim=1)
-    magnitude = broadcast_scale(torch.maximum(-low, high).clamp_(min=SCALE_EPS), w)
+    rows = squashed.reshape(w.shape[0] if per_channel else 1, -1)
+    # Two passes: aminmax along an axis is not vectorised.
+    largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
+    magnitude = broadcast_scale(largest.clamp_(min=SCALE_EPS), w)
     steps = 2**num_bits - 1
     for m, squashed_part, out_part in split_parts(magnitude, squashed, out):
         levels = squashed_part / (2 * m)
