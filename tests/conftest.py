@@ -1,11 +1,14 @@
 """Settings shared by all tests: one torch thread a process, a cache of their own, and the ``gpu`` marker."""
 
+import logging
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    logging.raiseExceptions = False  # handlers of earlier tests write to streams that are closed
 
 
 @pytest.fixture(scope="session", autouse=True)

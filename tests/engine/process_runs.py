@@ -174,8 +174,10 @@ def main(folder):
     two = [torch.load(folder / "two" / f"rank{rank}.pth") for rank in range(2)]
     report["statuses"] = statuses
     report["parameters"] = len(one["gradients"])
+    # The gradient of a scale is a sum that cancels, typically 1e-6 here: where next to nothing is left of it, its
+    # rounding is that of the summands.
     report["gradient_error"] = max(
-        ((g - r["gradients"][name]).abs().max() / g.abs().max().clamp(min=1e-12)).item()
+        ((g - r["gradients"][name]).abs().max() / g.abs().max().clamp(min=1e-7)).item()
         for r in two
         for name, g in one["gradients"].items()
     )
