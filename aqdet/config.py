@@ -25,7 +25,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.QUANT.WEIGHT.PER_CHANNEL = True
     cfg.MODEL.QUANT.INPUT = CfgNode()
     # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative), "lqnet" (non-
-    # uniform: trains and evaluates, is not exported) or "n2uq" (learned thresholds, uniform levels).
+    # uniform) or "n2uq" (learned thresholds, uniform levels); the last two train and evaluate, and are not exported.
     # Activations always have one scale for the tensor.
     cfg.MODEL.QUANT.INPUT.QUANTIZER = "lsq"
     cfg.MODEL.QUANT.INPUT.NUM_BITS = 4

@@ -12,6 +12,11 @@ from aqdet.export.program import Conv, Grid
 STD = ("MODEL.PIXEL_STD", "[57.0, 57.0, 57.0]")
 RELU = ("MODEL.FPN.RELU", "True")
 OVERRIDES = (*QUANT, *STD, *RELU)
+SEVEN_BITS = ("MODEL.QUANT.RESIDUAL_NUM_BITS", "7", "MODEL.QUANT.BOUNDARY_NUM_BITS", "7")
+LSQPLUS = (
+    *("MODEL.FPN.RELU", "False", "MODEL.QUANT.INPUT.QUANTIZER", "lsqplus"),
+    *("MODEL.QUANT.RESIDUAL_QUANTIZER", "lsqplus"),
+)
 U4 = Grid(0.5, 0, 15)
 
 

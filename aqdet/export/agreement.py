@@ -230,7 +230,8 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
 
     def note(name: str, quantizer: Quantizer | None, x: Tensor) -> None:
         if quantizer is not None:
-            codes = quantizer.to_integer(x).codes.cpu().numpy().astype(np.int16)
+            integers = quantizer.to_integer(x)
+            codes = (integers.codes - integers.zero_point).cpu().numpy().astype(np.int16)
             recorded.setdefault(name, []).append(codes)
 
     for path, module in model.named_modules():
@@ -299,7 +300,8 @@ def runtime_values(session: onnxruntime.InferenceSession, program: Program, imag
     grids = program.grids()
     names = [output.name for output in session.get_outputs()]
     values = dict(zip(names, session.run(names, {IMAGE: image}), strict=True))
-    return {
-        name: value.astype(np.int16) - grids[name].zero_point if value.dtype == np.uint8 else value
-        for name, value in values.items()
-    }
+    for name, value in values.items():
+        if value.dtype != np.float32:
+            stored_zero = grids[name].zero_point if value.dtype == np.uint8 else 0
+            values[name] = value.astype(np.int16) - stored_zero
+    return values

@@ -34,8 +34,12 @@ from .program import (
     largest_code,
 )
 
-UNIFORM = ("dorefa", "lsq", "pact")
+UNIFORM = ("dorefa", "lsq", "lsqplus", "pact")
 """Methods whose integers an affine conversion reproduces."""
+_NOT_UNIFORM = {
+    "lqnet": "has levels that are no multiples of one step",
+    "n2uq": "compares with learned thresholds, so that its codes are not round(x / scale)",
+}
 INT8_LIMIT = 127
 # Of the sum of two products in the 16 bits of x86 without VNNI.
 PAIR_LIMIT = 2**15 - 1
@@ -101,8 +105,9 @@ def _check_quantizer(quantizer: Quantizer, path: str) -> None:
     method = quantizer.spec.quantizer
     if method not in UNIFORM:
         raise ValueError(
-            f"layer {path}: quantizer {method!r} is not known to be uniform and has no integer form here; "
-            f"export takes {', '.join(UNIFORM)}"
+            f"layer {path}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
+            f"{', '.join(UNIFORM[:-1])} or {UNIFORM[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
+        reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
         )
     if not quantizer.enabled:
         raise ValueError(f"layer {path}: its quantizer is switched off (aqdet.quantization.set_quantization)")

@@ -2,8 +2,8 @@
 
 Written for ONNX Runtime on x86, which runs it on integers alone:
 
-- activations are uint8 (signed codes with zero point 128), weights int8 with a scale for each channel, biases
-  int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
+- activations are uint8 (signed codes with a zero point, as a rule 128), weights int8 with a scale for each
+  channel, biases int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
 - a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. In float before it, it would
   leave the convolution in float;
 - a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes

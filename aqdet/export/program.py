@@ -27,8 +27,14 @@ class Grid:
 
     @property
     def zero_point(self) -> int:
-        """What stands for zero where codes are stored as uint8: 128 for signed codes, else 0."""
-        return 128 if self.quant_min < 0 else 0
+        """What stands for zero where codes are stored as uint8.
+
+        0 for unsigned codes, 128 for signed ones; as many as there are negative codes where 128 leaves no room, as
+        with LSQ+'s offset at 8 bits.
+        """
+        if self.quant_min >= 0:
+            return 0
+        return 128 if -128 <= self.quant_min and self.quant_max < 128 else -self.quant_min
 
     @property
     def signed(self) -> bool:

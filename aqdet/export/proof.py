@@ -15,8 +15,8 @@ from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, in
 class Accumulator:
     """Bounds of a convolution's int32 sums.
 
-    Both count partial sums in any order, with codes as they are stored: a signed activation as uint8 with zero
-    point 128, and the correction for that zero point.
+    Both count partial sums in any order, with codes as they are stored: a signed activation as uint8 with a zero
+    point, and the correction for that zero point.
 
     Attributes:
         by_bits: from bit widths, kernel and channels: the largest product times their number, plus the largest bias.

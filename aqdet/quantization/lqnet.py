@@ -162,7 +162,7 @@ class LQNetQuantizer(Quantizer):
         """
         raise ValueError(
             f"quantizer '{self.path}' (lqnet) is non-uniform, its levels are no multiples of one step: "
-            "train this layer with lsq, lsqplus, pact, dorefa or n2uq to export it"
+            "train this layer with lsq, lsqplus, pact or dorefa to export it"
         )
 
     def fused_grid(self, num_shared: int | None = None) -> None:

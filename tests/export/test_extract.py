@@ -217,3 +217,17 @@ def test_extraction_leaves_the_model_alone():
     extract(model)
     with_rounded_biases(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+@pytest.mark.parametrize(
+    "key, name, method, reason",
+    [
+        ("INPUT", "input_quantizer", "lqnet", "has levels that are no multiples of one step"),
+        ("WEIGHT", "weight_quantizer", "lqnet", "has levels that are no multiples of one step"),
+        ("INPUT", "input_quantizer", "n2uq", "compares with learned thresholds"),
+    ],
+)
+def test_lqnet_and_n2uq_are_refused(key, name, method, reason):
+    message = refusal(trained_like("MODEL.QUANT.RULES", f"[['res3.1.conv1', {{'{key}.QUANTIZER': '{method}'}}]]"))
+    assert message.startswith(f"layer backbone.bottom_up.res3.1.conv1.{name}: quantizer '{method}' {reason}")
+    assert "train the layer with dorefa, lsq, lsqplus or pact to export it" in message
+
+

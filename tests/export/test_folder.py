@@ -10,7 +10,7 @@ import torch
 from export_model import main
 from helpers import make_cfg, make_model
 from PIL import Image
-from programs import OVERRIDES, RELU, STD, image, shared, trained_like
+from programs import OVERRIDES, RELU, SEVEN_BITS, STD, image, shared, trained_like
 
 from aqdet.export import folder as module
 from aqdet.export.folder import export_detector

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from programs import image, shared
+from programs import LSQPLUS, image, shared
 
 from aqdet.export.agreement import runtime_session
 from aqdet.export.folder import check_integer
@@ -56,6 +56,17 @@ def test_predictions_are_the_references(overrides, optimize):
         assert found.dtype == np.float32 and found.shape == reference[name].shape
         differ = np.abs(found - reference[name]) > 1e-5 * np.abs(reference[name]).max()
         assert differ.mean() < 0.05, name  # one code at a tie moves up to nine positions
+
+
+def test_an_integer_zero_point_stays_fast():
+    _, program = shared(*LSQPLUS)
+    zero_points = {grid.zero_point for grid in program.grids().values()}
+    assert len(zero_points - {0, 128}) > 3  # of the 8-bit operands, whose range 128 would not fit
+    assert all(
+        0 <= grid.quant_min + grid.zero_point and grid.quant_max + grid.zero_point < 256
+        for grid in program.grids().values()
+    )
+    assert "LeakyRelu" not in check_integer(build_onnx(program))
 
 
 def test_shapes_are_dynamic_and_images_independent():
