@@ -33,6 +33,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=2, help="at most so many of them (default: 2)")
     parser.add_argument("--int4", action="store_true", help="also write model.int4.onnx, for size")
     parser.add_argument(
+        "--tensorrt",
+        action="store_true",
+        help="also write model.tensorrt.onnx: signed 8 bits, zero points 0; checked in ONNX Runtime",
+    )
+    parser.add_argument(
         "--allow-float",
         action="append",
         default=[],
@@ -85,6 +90,7 @@ def main() -> None:
             args.output,
             images=read_images(cfg, args.images, args.max_images),
             int4=args.int4,
+            tensorrt=args.tensorrt,
             allow_float=args.allow_float,
             config_name=os.path.basename(args.config_file),
             progress=say,

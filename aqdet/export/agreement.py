@@ -31,12 +31,14 @@ from .extract import with_rounded_biases
 from .onnx_graph import build_onnx
 from .program import IMAGE, Add, Conv, Grid, Operation, PadImage, Program, Requantize, inputs_of, largest_code
 from .reference import accumulate, conv_unit, execute, run
+from .tensorrt_graph import build_tensorrt
 
-TRAINED, ROUNDED, PLAIN, OPTIMIZED = EXECUTIONS = (
+TRAINED, ROUNDED, PLAIN, OPTIMIZED, TENSORRT = EXECUTIONS = (
     "trained",
     "trained, biases rounded",
     "ONNX Runtime, plain",
     "ONNX Runtime, optimized",
+    "TensorRT's graph in ONNX Runtime, plain",
 )
 Values = dict[str, NDArray[Any]]
 _FLOAT32_SLACK = 2.0**-21
@@ -69,6 +71,8 @@ def compare(
     program: Program,
     images: Sequence[NDArray[np.uint8]],
     progress: Callable[[str], object] = lambda _: None,
+    *,
+    tensorrt: bool = False,
 ) -> list[Difference]:
     """Runs everything on some images.
 
@@ -77,6 +81,7 @@ def compare(
         program: see there.
         images: each ``(3, H, W)``, sides multiples of ``program.size_divisibility``.
         progress: called with a line of text from time to time.
+        tensorrt: also runs TensorRT's graph, see :mod:`~aqdet.export.tensorrt_graph`.
 
     Returns:
         For each value that an execution has of its own, summed over the images, in the order of the program.
@@ -85,6 +90,8 @@ def compare(
         PLAIN: runtime_session(build_onnx(program, extra_outputs=True), optimize=False),
         OPTIMIZED: runtime_session(build_onnx(program, extra_outputs=True), optimize=True),
     }
+    if tensorrt:
+        sessions[TENSORRT] = runtime_session(build_tensorrt(program, extra_outputs=True), optimize=False)
     rounded = with_rounded_biases(model)
     found: dict[tuple[str, str], Difference] = {}
     for number, image in enumerate(images, 1):

@@ -36,7 +36,9 @@ from .packing import save_program
 from .program import PadImage, Program
 from .proof import operation_rows, tightest
 
-MODEL, INT4_MODEL, PACKED = "model.onnx", "model.int4.onnx", "model.safetensors"
+from .tensorrt_graph import build_tensorrt
+MODEL, INT4_MODEL, TENSORRT_MODEL = "model.onnx", "model.int4.onnx", "model.tensorrt.onnx"
+PACKED = "model.safetensors"
 INTEGER_KINDS = frozenset(
     "Clip Concat MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Resize Split Transpose".split()
 )
@@ -52,6 +54,7 @@ def export_detector(
     images: Sequence[NDArray[np.uint8]] = (),
     int4: bool = False,
     allow_float: Sequence[str] = (),
+    tensorrt: bool = False,
     config_name: str = "",
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def export_detector(
             size; random ones if there are none.
         int4: also writes ``model.int4.onnx``.
         allow_float: regexes on the names of operations before the predictions that may compute in float.
+        tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
         config_name: noted in the folder.
         progress: called with lines of text.
 
@@ -80,13 +84,19 @@ def export_detector(
     model = load_detector(cfg, weights)
     program = extract(model)
     rows = operation_rows(program)
+    flavours = {}
+    if tensorrt:
+        flavours[TENSORRT_MODEL] = build_tensorrt(program)
+    if int4:
+        flavours[INT4_MODEL] = build_onnx(program, int4=True)
     graph = build_onnx(program)
     executed = check_integer(graph, allow_float)
     progress(f"{len(rows)} operations, all on integers up to the predictions")
     random = not images
     if random:
         images = [np.random.default_rng(0).integers(0, 256, (3, 128, 160), dtype=np.uint8)]
-    agreement = compare(model, program, [pad_image(program, image) for image in images], progress)
+    padded = [pad_image(program, image) for image in images]
+    agreement = compare(model, program, padded, progress, tensorrt=tensorrt)
     report = {
         "onnxruntime": onnxruntime.__version__,
         "executed": executed,
@@ -100,10 +110,9 @@ def export_detector(
         progress("writing")
         (aside / MODEL).write_bytes(graph.SerializeToString())
         save_program(program, aside / PACKED)
-        files = [MODEL, PACKED]
-        if int4:
-            (aside / INT4_MODEL).write_bytes(build_onnx(program, int4=True).SerializeToString())
-            files.append(INT4_MODEL)
+        files = [MODEL, PACKED, *flavours]
+        for name, flavour in flavours.items():
+            (aside / name).write_bytes(flavour.SerializeToString())
         report["sizes"] = _sizes(model, aside, files)
         content = describe_detector(cfg, model, program, rows, progress)
         content["source"] = {
@@ -298,7 +307,7 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 def agreement_totals(agreement: dict[str, Any]) -> list[dict[str, Any]]:
     """Sums over the codes of each execution."""
     totals = []
-    for execution in EXECUTIONS:
+    for execution in _executions(agreement):
         found = [Difference(**entry) for entry in agreement["values"] if entry["execution"] == execution]
         codes = [d for d in found if not d.is_prediction]
         totals.append(
@@ -328,6 +337,12 @@ def markdown(report: dict[str, Any]) -> str:
         "## Operations",
         "",
         f"ONNX Runtime {report['onnxruntime']} executes {executed}. Float only after a prediction's int32 sums.",
+def _executions(agreement: dict[str, Any]) -> list[str]:
+    """Those that were compared, in order."""
+    names = {entry["execution"] for entry in agreement["values"]}
+    return [execution for execution in EXECUTIONS if execution in names]
+
+
         "",
         f"Tightest int32 sum: {worst['path']} {worst['level']} with at most {worst['accumulator_bound']:,}, "
         f"{(2**31 - 1) / worst['accumulator_bound']:.1f} times less than int32 holds.",
@@ -357,13 +372,15 @@ def markdown(report: dict[str, Any]) -> str:
             f"| {total['unexplained']} | {total['largest']:g} | {_share(total['whole'], total['codes'])} "
             f"| {total['largest_prediction']:.1e} |"
         )
-    lines += ["", "Local differences by value:", "", f"| value | {' | '.join(EXECUTIONS)} |", "|---|---|---|---|---|"]
+    executions = _executions(agreement)
+    lines += ["", "Local differences by value:", "", f"| value | {' | '.join(executions)} |"]
+    lines.append("|---" * (1 + len(executions)) + "|")
     by_value: dict[str, dict[str, Difference]] = {}
     for entry in agreement["values"]:
         difference = Difference(**entry)
         by_value.setdefault(difference.value, {})[difference.execution] = difference
     for value, found in by_value.items():
-        cells = [_cell(found.get(execution)) for execution in EXECUTIONS]
+        cells = [_cell(found.get(execution)) for execution in executions]
         lines.append(f"| {value} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -40,24 +40,7 @@ def build_onnx(program: Program, *, int4: bool = False, extra_outputs: bool = Fa
     Returns:
         A checked model. Input ``image``, uint8 ``(N, 3, H, W)``; outputs float32, see :class:`Program`.
     """
-    builder = _Builder(program, int4)
-    for operation in program.operations:
-        if isinstance(operation, PadImage):
-            builder.pad_image(operation)
-        elif isinstance(operation, Conv):
-            if operation.grid is None:
-                builder.predict(operation)
-            else:
-                builder.conv(operation)
-        elif isinstance(operation, Requantize):
-            builder.requantize(operation)
-        elif isinstance(operation, Add):
-            builder.add(operation)
-        elif isinstance(operation, MaxPool):
-            builder.max_pool(operation)
-        else:
-            builder.upsample(operation.input, operation.output)
-    return builder.model(extra_outputs)
+    return GraphBuilder(program, int4).build(extra_outputs)
 
 
 def split_copies(weight: NDArray[np.int32], path: str, groups: int) -> list[NDArray[np.int8]]:
@@ -79,14 +62,43 @@ def split_copies(weight: NDArray[np.int32], path: str, groups: int) -> list[NDAr
     return parts
 
 
-class _Builder:
-    def __init__(self, program: Program, int4: bool) -> None:
+class GraphBuilder:
+    """Writes a program node by node.
+
+    Args:
+        program, int4: see :func:`build_onnx`.
+    """
+
+    value_type = TensorProto.UINT8
+    """Of the integer values."""
+
+    def __init__(self, program: Program, int4: bool = False) -> None:
         self.program = program
         self.grids = program.grids()
         self.int4 = int4
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self._by_content: dict[bytes, str] = {}
+
+    def build(self, extra_outputs: bool) -> onnx.ModelProto:
+        """See :func:`build_onnx`."""
+        for operation in self.program.operations:
+            if isinstance(operation, PadImage):
+                self.pad_image(operation)
+            elif isinstance(operation, Conv):
+                if operation.grid is None:
+                    self.predict(operation)
+                else:
+                    self.conv(operation)
+            elif isinstance(operation, Requantize):
+                self.requantize(operation)
+            elif isinstance(operation, Add):
+                self.add(operation)
+            elif isinstance(operation, MaxPool):
+                self.max_pool(operation)
+            else:
+                self.upsample(operation.input, operation.output)
+        return self.model(extra_outputs)
 
     # --- parts ---
 
@@ -172,7 +184,7 @@ class _Builder:
 
     def weight(self, operation: Conv, weight: NDArray[np.int32]) -> tuple[str, NDArray[np.float32]]:
         """Name of an integer weight tensor and the scale of its unit; INT4 where asked for and it fits."""
-        name = f"{operation.path}.weight{f'@{operation.level}' * bool(operation.level)}"
+        name = f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
         if self.int4:
             codes = operation.weight.astype(np.int32) * operation.sign.reshape(-1, 1, 1, 1)
             if -8 <= codes.min() and codes.max() <= 7:
@@ -221,13 +233,19 @@ class _Builder:
         self.quantized(f"{operation.output}.real", operation.output)
 
     def max_pool(self, operation: MaxPool) -> None:
+        self.pool_node(operation, operation.input, operation.output)
+
+    def pool_node(self, operation: MaxPool, source: str, output: str) -> str:
         window: dict[str, Any] = {"kernel_shape": [operation.kernel] * 2, "strides": [operation.stride] * 2}
-        self.node("MaxPool", [operation.input], operation.output, pads=[operation.padding] * 4, **window)
+        return self.node("MaxPool", [source], output, pads=[operation.padding] * 4, **window)
 
     def upsample(self, source: str, output: str) -> None:
+        self.resize_node(source, output)
+
+    def resize_node(self, source: str, output: str) -> str:
         scales = self.constant("upsample_scales", [1, 1, 2, 2], np.float32)
         rule = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        self.node("Resize", [source, "", scales], output, **rule)
+        return self.node("Resize", [source, "", scales], output, **rule)
 
     # --- model ---
 
@@ -241,10 +259,11 @@ class _Builder:
                 outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         if extra_outputs:
             known = {info.name for info in outputs}
+            written = {name for node in self.nodes for name in node.output}
             outputs += [
-                helper.make_tensor_value_info(operation.output, TensorProto.UINT8, [None] * 4)
+                helper.make_tensor_value_info(operation.output, self.value_type, [None] * 4)
                 for operation in self.program.operations
-                if operation.output not in known
+                if operation.output in written - known
             ]
         graph = helper.make_graph(self.nodes, "aqdet", [image], outputs, list(self.initializers.values()))
         opset, ir_version = (INT4_OPSET, _INT4_IR_VERSION) if self.int4 else (OPSET, _IR_VERSION)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from programs import image, shared
 
-from aqdet.export.agreement import EXECUTIONS, OPTIMIZED, PLAIN, ROUNDED, TRAINED, compare
+from aqdet.export.agreement import EXECUTIONS, OPTIMIZED, PLAIN, ROUNDED, TENSORRT, TRAINED, compare
 from aqdet.export.program import Conv
 
 SIGNED = ("MODEL.FPN.RELU", "False")
@@ -27,7 +27,7 @@ def test_every_code_that_differs_lies_at_a_tie(overrides):
     model, program = shared(*overrides)
     differences = compare(model, program, list(image(32, 32, 2)))
     assert model.training is False
-    for execution in EXECUTIONS:
+    for execution in (TRAINED, ROUNDED, PLAIN, OPTIMIZED):
         count, local, unexplained = totals(differences, execution)
         assert count > 50_000 and unexplained == 0, execution
         assert local <= (1e-2 if execution == TRAINED else 3e-3 if execution == ROUNDED else 1e-4) * count, execution
@@ -38,6 +38,7 @@ def test_every_code_that_differs_lies_at_a_tie(overrides):
     everything = {operation.output for operation in program.operations}
     assert values[PLAIN] == values[OPTIMIZED] == everything
     assert values[TRAINED] == values[ROUNDED] == {n for n in everything if "padded" not in n and "top_down" not in n}
+    assert not values[TENSORRT]  # which was not asked for
     predictions = [d for d in differences if d.is_prediction]
     assert len(predictions) == 10 * 4 and all(d.largest < 1e-4 for d in predictions)
 

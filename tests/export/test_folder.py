@@ -13,6 +13,7 @@ from PIL import Image
 from programs import OVERRIDES, RELU, SEVEN_BITS, STD, image, shared, trained_like
 
 from aqdet.export import folder as module
+from aqdet.export.agreement import TENSORRT
 from aqdet.export.folder import export_detector
 from aqdet.export.packing import load_program
 from aqdet.export.reference import run
@@ -90,7 +91,7 @@ def test_the_report_names_the_tightest_layer(exported):
 
 
 def test_an_export_is_replaced_and_nothing_else(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "compare", lambda *args: [])
+    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
     cfg = make_cfg(*OVERRIDES)
     output = tmp_path / "detector"
     export_detector(cfg, checkpoint, output)
@@ -112,9 +113,28 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, step)
         raise OSError("disk full")
 
     monkeypatch.setattr(module, step, fail)
-    monkeypatch.setattr(module, "compare", lambda *args: [])
+    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
     with pytest.raises(OSError, match="disk full"):
         export_detector(make_cfg(*OVERRIDES), checkpoint, tmp_path / "detector")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrts_flavour(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": trained_like(*SEVEN_BITS).state_dict()}, path)
+    cfg = make_cfg(*OVERRIDES, *SEVEN_BITS)
+    report = export_detector(cfg, str(path), tmp_path / "detector", images=list(image(32, 32)), tensorrt=True)
+    content = json.loads((tmp_path / "detector" / "detector.json").read_text())
+    assert set(content["files"]) == {"model.onnx", "model.tensorrt.onnx", "model.safetensors"}
+    totals = {total["execution"]: total for total in module.agreement_totals(report["agreement"])}
+    assert len(totals) == 5 and totals[TENSORRT]["codes"] > 50_000 and totals[TENSORRT]["unexplained"] == 0
+    text = (tmp_path / "detector" / "report.md").read_text()
+    assert f"| {TENSORRT} |" in text and "| model.tensorrt.onnx |" in text
+
+
+def test_a_detector_that_does_not_fit_tensorrt_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"layer backbone.bottom_up.stem.conv1.output .*zero point 0"):
+        export_detector(make_cfg(*OVERRIDES, *AUX), checkpoint, tmp_path / "detector", tensorrt=True)
     assert list(tmp_path.iterdir()) == []
 
 
