@@ -44,7 +44,7 @@ from aqdet.export.folder import load_detector
 from aqdet.modeling.plan import make_plan
 from aqdet.quantization import calibrate, quantizers, set_quantization
 from aqdet.quantization.integer import has_integer_conv2d
-from aqdet.runtime import Detector, write_description
+from aqdet.runtime import Detector, read_description, write_description
 from aqdet.runtime.detector import LevelOutputs
 from aqdet.runtime.folder import DESCRIPTION, MODEL, Description
 from aqdet.runtime.preprocess import make_batch as make_runtime_batch
@@ -219,10 +219,10 @@ class Dense(nn.Module):
         self.model = model
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """uint8 ``(N, 3, H, W)`` to logits and deltas of each level in turn."""
+        """uint8 ``(N, 3, H, W)`` to logits, deltas and, for FCOS, centerness of each level in turn."""
         features = self.model.backbone((image - self.model.pixel_mean) / self.model.pixel_std)
-        logits, deltas = self.model.head([features[name] for name in self.model.head_in_features])
-        return tuple(output for level in zip(logits, deltas, strict=True) for output in level)
+        outputs = self.model.head([features[name] for name in self.model.head_in_features])
+        return tuple(output for level in zip(*outputs, strict=True) for output in level)
 
 
 def load_float(config: str, weights: str, opts: list[str]) -> Dense:
@@ -240,7 +240,7 @@ def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -
     Each level's batch norm is folded into a copy of the head's convs, which makes the file larger than the weights.
     """
     content = json.loads((exported / DESCRIPTION).read_text())
-    names = [name for level in content["outputs"] for name in (level["logits"], level["deltas"])]
+    names = [name for level in read_description(exported).levels for name in level.outputs]
     torch.onnx.export(
         dense,
         (torch.from_numpy(batch),),
@@ -283,7 +283,7 @@ class OpenVinoDetector(Detector):
     def run(self, batch: np.ndarray) -> LevelOutputs:
         """See :meth:`aqdet.runtime.Detector.run`."""
         values = self._compiled(batch)
-        return [(values[level.logits], values[level.deltas]) for level in self.description.levels]
+        return [tuple(values[name] for name in level.outputs) for level in self.description.levels]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,14 +71,16 @@ def load_exported(cfg: CfgNode, folder: str | os.PathLike[str]) -> ExportedDetec
                 f"{os.fspath(folder)} detects the classes {_listed(detector.classes)}, but {name} of DATASETS.TEST has "
                 f"{_listed(classes)}: it was exported from another model"
             )
-    ships, retina = detector.description, cfg.MODEL.RETINANET
+    ships = detector.description
+    section = ships.architecture.upper()
+    node = cfg.MODEL[section]
     for key, asked, has in (
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, ships.channels),
         ("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, ships.min_size),
         ("INPUT.MAX_SIZE_TEST", cfg.INPUT.MAX_SIZE_TEST, ships.max_size),
-        ("MODEL.RETINANET.SCORE_THRESH_TEST", retina.SCORE_THRESH_TEST, ships.score_threshold),
-        ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", retina.TOPK_CANDIDATES_TEST, ships.topk_candidates),
-        ("MODEL.RETINANET.NMS_THRESH_TEST", retina.NMS_THRESH_TEST, ships.nms_threshold),
+        (f"MODEL.{section}.SCORE_THRESH_TEST", node.SCORE_THRESH_TEST, ships.score_threshold),
+        (f"MODEL.{section}.TOPK_CANDIDATES_TEST", node.TOPK_CANDIDATES_TEST, ships.topk_candidates),
+        (f"MODEL.{section}.NMS_THRESH_TEST", node.NMS_THRESH_TEST, ships.nms_threshold),
         ("TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE, ships.max_detections),
     ):
         if asked != has:

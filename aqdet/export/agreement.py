@@ -214,7 +214,7 @@ def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Va
         with torch.no_grad(), _recording(model, recorded):
             pixels = torch.from_numpy(image).to(model.device).float()
             features = model.backbone((pixels - model.pixel_mean) / model.pixel_std)
-            logits, deltas = model.head([features[name] for name in model.head_in_features])
+            predictions = model.head([features[name] for name in model.head_in_features])
     finally:
         model.train(training)
     values: Values = {}
@@ -224,8 +224,8 @@ def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Va
         else:
             for output, codes in zip(program.outputs, calls, strict=True):
                 values[f"{name}@{output.level}"] = codes
-    for output, *predictions in zip(program.outputs, logits, deltas, strict=True):
-        for name, prediction in zip((output.logits, output.deltas), predictions, strict=True):
+    for output, *of_level in zip(program.outputs, *predictions, strict=True):
+        for name, prediction in zip(output.names, of_level, strict=True):
             values[name] = prediction.cpu().numpy()
     return values
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
-from ..modeling import QuantFPN, QuantRetinaNet
+from ..modeling import QuantFCOS, QuantFPN, QuantRetinaNet
 from ..modeling.backbone import QuantBasicBlock, QuantBottleneckBlock, QuantLastLevelP6P7, QuantStem
 from ..quantization import Quantizer
 from .program import (
@@ -61,14 +61,17 @@ def extract(model: nn.Module) -> Program:
     """The integer program of a detector.
 
     Args:
-        model: a calibrated :class:`~aqdet.modeling.QuantRetinaNet`; its auxiliary path, if any, is not looked at.
+        model: a calibrated :class:`~aqdet.modeling.QuantRetinaNet` or :class:`~aqdet.modeling.QuantFCOS`; its
+            auxiliary path, if any, is not looked at.
 
     Raises:
         ValueError: in one line that names the layer, if it cannot run on integers: one left in float, not
             calibrated, switched off, of a method that is not uniform, with a norm that does not fold.
     """
-    if not isinstance(model, QuantRetinaNet):
-        raise ValueError(f"MODEL.META_ARCHITECTURE must be QuantRetinaNet for export, got {type(model).__name__}")
+    if not isinstance(model, QuantRetinaNet | QuantFCOS):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE must be QuantRetinaNet or QuantFCOS for export, got {type(model).__name__}"
+        )
     return _Extractor().detector(model)
 
 
@@ -104,10 +107,10 @@ def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
 def _check_quantizer(quantizer: Quantizer, path: str) -> None:
     method = quantizer.spec.quantizer
     if method not in UNIFORM:
+        reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
         raise ValueError(
             f"layer {path}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
             f"{', '.join(UNIFORM[:-1])} or {UNIFORM[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
-        reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
         )
     if not quantizer.enabled:
         raise ValueError(f"layer {path}: its quantizer is switched off (aqdet.quantization.set_quantization)")
@@ -163,12 +166,17 @@ class _Extractor:
     def detector(self, model: Any) -> Program:
         image = self._image_grid(model)
         levels = self._fpn(model.backbone, self._stem_input(model, image))
+        towers = {"cls_subnet": {"cls_score": "logits"}, "bbox_subnet": {"bbox_pred": "deltas"}}
+        if isinstance(model, QuantFCOS):
+            towers["bbox_subnet"]["ctrness"] = "centerness"
         outputs = []
         for index, name in enumerate(model.head_in_features):
-            features = levels[name]
-            logits = self._tower(model.head, "cls_subnet", "cls_score", features, index, name, f"logits_{name}")
-            deltas = self._tower(model.head, "bbox_subnet", "bbox_pred", features, index, name, f"deltas_{name}")
-            outputs.append(Output(name, logits, deltas, int(model.backbone.output_shape()[name].stride)))
+            kinds: dict[str, str] = {}
+            for subnet, predictions in towers.items():
+                named = {module: f"{kind}_{name}" for module, kind in predictions.items()}
+                self._tower(model.head, subnet, named, levels[name], index, name)
+                kinds |= dict(zip(predictions.values(), named.values(), strict=True))
+            outputs.append(Output(level=name, stride=int(model.backbone.output_shape()[name].stride), **kinds))
         return Program(image, tuple(self.operations), tuple(outputs), int(model.backbone.size_divisibility))
 
     # --- image and backbone ---
@@ -286,8 +294,11 @@ class _Extractor:
 
     # --- head ---
 
-    def _tower(self, head: Any, subnet: str, prediction: str, x: _Value, index: int, level: str, output: str) -> str:
-        """One subnet and its prediction at one level; returns the output's name."""
+    def _tower(self, head: Any, subnet: str, predictions: dict[str, str], x: _Value, index: int, level: str) -> None:
+        """One subnet and the convolutions that predict from it, name to output, at one level.
+
+        A convolution runs once for each that reads it, whose grids differ: before FCOS's box and centerness twice.
+        """
         steps: list[tuple[str, nn.Module, nn.Module | None]] = []
         for name, module in getattr(head, subnet).named_children():
             path = f"head.{subnet}.{name}"
@@ -299,17 +310,21 @@ class _Extractor:
                 steps[-1] = (*steps[-1][:2], module)
             else:
                 raise ValueError(f"layer {path}: export knows no {type(module).__name__} there")
-        steps.append((f"head.{prediction}", getattr(head, prediction), None))
-        for number, (path, module, norm) in enumerate(steps):
-            conv = self._quantized(module, path)
-            if number == 0:
-                x = self._requantize(x, conv.input_quantizer, path, level)
-            name, grid = output, None
-            if number + 1 < len(steps):
-                following = self._site(steps[number + 1][1], steps[number + 1][0], level)
-                name, grid = following.name, following.grid
-            x = self._conv(conv, path, x, name, grid, norm, relu=grid is not None, level=level, index=index)
-        return output
+        last = [(f"head.{name}", getattr(head, name)) for name in predictions]
+        readers = [*([(path, module)] for path, module, _ in steps), last]
+        values = [
+            self._requantize(x, self._quantized(module, path).input_quantizer, path, level)
+            for path, module in readers[0]
+        ]
+        for (path, module, norm), following in zip(steps, readers[1:], strict=True):
+            conv, source = self._quantized(module, path), values[0]
+            sites = [self._site(reader, reader_path, level) for reader_path, reader in following]
+            values = [
+                self._conv(conv, path, source, site.name, site.grid, norm, relu=True, level=level, index=index)
+                for site in sites
+            ]
+        for (path, module), source, output in zip(last, values, predictions.values(), strict=True):
+            self._conv(self._quantized(module, path), path, source, output, None, None, level=level, index=index)
 
     # --- parts ---
 

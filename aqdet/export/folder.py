@@ -26,17 +26,18 @@ from torch import nn
 from .. import __version__
 from ..checkpoint import AqdetCheckpointer
 from ..data import register_declared
+from ..modeling import QuantFCOS
 from ..modeling.auxiliary import PREFIX
 from ..quantization import quantizers
-from ..runtime.folder import DESCRIPTION, write_description
+from ..runtime.folder import DESCRIPTION, FCOS, RETINANET, write_description
 from .agreement import EXECUTIONS, Difference, compare, runtime_session
 from .extract import extract
 from .onnx_graph import build_onnx
 from .packing import save_program
 from .program import PadImage, Program
 from .proof import operation_rows, tightest
-
 from .tensorrt_graph import build_tensorrt
+
 MODEL, INT4_MODEL, TENSORRT_MODEL = "model.onnx", "model.int4.onnx", "model.tensorrt.onnx"
 PACKED = "model.safetensors"
 INTEGER_KINDS = frozenset(
@@ -53,8 +54,8 @@ def export_detector(
     *,
     images: Sequence[NDArray[np.uint8]] = (),
     int4: bool = False,
-    allow_float: Sequence[str] = (),
     tensorrt: bool = False,
+    allow_float: Sequence[str] = (),
     config_name: str = "",
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
@@ -67,8 +68,8 @@ def export_detector(
         images: for the agreement, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT`` as the network reads them, of any
             size; random ones if there are none.
         int4: also writes ``model.int4.onnx``.
-        allow_float: regexes on the names of operations before the predictions that may compute in float.
         tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
+        allow_float: regexes on the names of operations before the predictions that may compute in float.
         config_name: noted in the folder.
         progress: called with lines of text.
 
@@ -83,12 +84,12 @@ def export_detector(
     progress(f"loading {weights}")
     model = load_detector(cfg, weights)
     program = extract(model)
-    rows = operation_rows(program)
     flavours = {}
     if tensorrt:
         flavours[TENSORRT_MODEL] = build_tensorrt(program)
     if int4:
         flavours[INT4_MODEL] = build_onnx(program, int4=True)
+    rows = operation_rows(program)
     graph = build_onnx(program)
     executed = check_integer(graph, allow_float)
     progress(f"{len(rows)} operations, all on integers up to the predictions")
@@ -199,13 +200,39 @@ def describe_detector(
     Raises:
         ValueError: naming the config key, for anchors that the runtime does not know.
     """
-    anchors = cfg.MODEL.ANCHOR_GENERATOR
-    if anchors.NAME != "DefaultAnchorGenerator":
-        raise ValueError(f"MODEL.ANCHOR_GENERATOR.NAME must be DefaultAnchorGenerator for export, got {anchors.NAME!r}")
-    levels = len(program.outputs)
+    strides = [output.stride for output in program.outputs]
+    decode: dict[str, Any] = {
+        "score_threshold": float(model.test_score_thresh),
+        "topk_candidates": int(model.test_topk_candidates),
+        "nms_threshold": float(model.test_nms_thresh),
+        "max_detections": int(model.max_detections_per_image),
+    }
+    if isinstance(model, QuantFCOS):
+        # A point a location, which Detectron2 describes by a square as large as the stride.
+        sizes, ratios, offset = (
+            [[float(stride)] for stride in strides],
+            [[1.0]] * len(strides),
+            model.anchor_generator.offset,
+        )
+    else:
+        anchors = cfg.MODEL.ANCHOR_GENERATOR
+        if anchors.NAME != "DefaultAnchorGenerator":
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.NAME must be DefaultAnchorGenerator for export, got {anchors.NAME!r}"
+            )
+        sizes, ratios = (_broadcast(values, len(strides)) for values in (anchors.SIZES, anchors.ASPECT_RATIOS))
+        offset = anchors.OFFSET
+        decode["box_weights"] = [float(weight) for weight in model.box2box_transform.weights]
+        decode["scale_clamp"] = float(model.box2box_transform.scale_clamp)
+    outputs = []
+    for output in program.outputs:
+        entry: dict[str, Any] = {"logits": output.logits, "deltas": output.deltas, "stride": output.stride}
+        if output.centerness:
+            entry["centerness"] = output.centerness
+        outputs.append(entry)
     classes, ids = _classes(cfg, model.num_classes, progress)
     return {
-        "architecture": "RetinaNet",
+        "architecture": FCOS if isinstance(model, QuantFCOS) else RETINANET,
         "classes": classes,
         "category_ids": ids,
         "input": {
@@ -215,23 +242,9 @@ def describe_detector(
             "size_divisibility": program.size_divisibility,
             "pad_value": list(pad_values(program)),
         },
-        "anchors": {
-            "sizes": _broadcast(anchors.SIZES, levels),
-            "aspect_ratios": _broadcast(anchors.ASPECT_RATIOS, levels),
-            "strides": [output.stride for output in program.outputs],
-            "offset": float(anchors.OFFSET),
-        },
-        "decode": {
-            "box_weights": [float(weight) for weight in model.box2box_transform.weights],
-            "scale_clamp": float(model.box2box_transform.scale_clamp),
-            "score_threshold": float(model.test_score_thresh),
-            "topk_candidates": int(model.test_topk_candidates),
-            "nms_threshold": float(model.test_nms_thresh),
-            "max_detections": int(model.max_detections_per_image),
-        },
-        "outputs": [
-            {"logits": output.logits, "deltas": output.deltas, "stride": output.stride} for output in program.outputs
-        ],
+        "anchors": {"sizes": sizes, "aspect_ratios": ratios, "strides": strides, "offset": float(offset)},
+        "decode": decode,
+        "outputs": outputs,
         "layers": rows,
     }
 
@@ -324,6 +337,12 @@ def agreement_totals(agreement: dict[str, Any]) -> list[dict[str, Any]]:
     return totals
 
 
+def _executions(agreement: dict[str, Any]) -> list[str]:
+    """Those that were compared, in order."""
+    names = {entry["execution"] for entry in agreement["values"]}
+    return [execution for execution in EXECUTIONS if execution in names]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """``report.md``: sizes, types, bounds and agreement."""
     sizes, worst, agreement = report["sizes"], report["tightest"], report["agreement"]
@@ -337,12 +356,6 @@ def markdown(report: dict[str, Any]) -> str:
         "## Operations",
         "",
         f"ONNX Runtime {report['onnxruntime']} executes {executed}. Float only after a prediction's int32 sums.",
-def _executions(agreement: dict[str, Any]) -> list[str]:
-    """Those that were compared, in order."""
-    names = {entry["execution"] for entry in agreement["values"]}
-    return [execution for execution in EXECUTIONS if execution in names]
-
-
         "",
         f"Tightest int32 sum: {worst['path']} {worst['level']} with at most {worst['accumulator_bound']:,}, "
         f"{(2**31 - 1) / worst['accumulator_bound']:.1f} times less than int32 holds.",

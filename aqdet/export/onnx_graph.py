@@ -254,7 +254,7 @@ class GraphBuilder:
         channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
         outputs = []
         for output in self.program.outputs:
-            for name in (output.logits, output.deltas):
+            for name in output.names:
                 shape: list[str | int] = ["N", channels[name], f"h_{output.level}", f"w_{output.level}"]
                 outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         if extra_outputs:

@@ -145,12 +145,22 @@ Operation = PadImage | Conv | Requantize | Add | MaxPool | Upsample
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Predictions of a pyramid level: names of two values, and the level's stride in pixels."""
+    """Predictions of a pyramid level: names of values, and the level's stride in pixels.
+
+    Attributes:
+        centerness: of FCOS; "" for RetinaNet, which has none.
+    """
 
     level: str
     logits: str
     deltas: str
     stride: int
+    centerness: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The values in the order of the head's outputs."""
+        return (self.logits, self.deltas, *[self.centerness] * bool(self.centerness))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From the network's outputs to detections, as Detectron2's RetinaNet does at inference.
+"""From the network's outputs to detections, as Detectron2's RetinaNet and FCOS do at inference.
 
 Shapes: A anchors a location, K classes, a level of ``h x w`` locations, R detections. Boxes are
 ``(x1, y1, x2, y2)`` in pixels, float32.
@@ -38,7 +38,7 @@ class Detections:
 
 
 def decode(
-    outputs: Sequence[tuple[np.ndarray, np.ndarray]],
+    outputs: Sequence[Sequence[np.ndarray]],
     size: tuple[int, int],
     original_size: tuple[int, int],
     description: Description,
@@ -49,14 +49,14 @@ def decode(
     classes apart instead where there are few boxes, which rounds coordinates.
 
     Args:
-        outputs: logits ``(A * K, h, w)`` and deltas ``(A * 4, h, w)``, float32, of each level.
+        outputs: of each level, float32: logits ``(A * K, h, w)``, deltas ``(A * 4, h, w)`` and, for FCOS, centerness
+            ``(1, h, w)``.
         size: ``(height, width)`` of the resized image, without padding.
         original_size: ``(height, width)`` that boxes are scaled and clipped to.
         description: of the detector.
     """
     found = [
-        _decode_level(logits, deltas, level, description)
-        for (logits, deltas), level in zip(outputs, description.levels, strict=True)
+        _decode_level(of_level, level, description) for of_level, level in zip(outputs, description.levels, strict=True)
     ]
     candidates = Detections(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
     kept = candidates.select(suppress(candidates, description.nms_threshold, description.max_detections))
@@ -70,18 +70,23 @@ def decode(
 
 
 def _decode_level(
-    logits: np.ndarray, deltas: np.ndarray, level: Level, description: Description
+    outputs: Sequence[np.ndarray], level: Level, description: Description
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes, scores and classes of a level's best candidates above the score threshold."""
+    """Boxes, scores and classes of a level's best candidates above the score threshold.
+
+    A score is the sigmoid of a logit; with centerness the root of the product of both sigmoids (2006.09214, eq. 4).
+    """
+    logits, deltas, *centerness = outputs
     num_classes, num_anchors = len(description.classes), len(level.anchors)
     _, height, width = logits.shape
     threshold = description.score_threshold
     # The sigmoid is taken only of what may pass: that of millions of logits would cost more than the rest.
-    logit = (
-        math.log(threshold / (1 - threshold)) - 1e-3 if 0 < threshold < 1 else math.copysign(math.inf, threshold - 1)
-    )
+    lowest = threshold * abs(threshold) if centerness else threshold
+    logit = math.log(lowest / (1 - lowest)) - 1e-3 if 0 < lowest < 1 else math.copysign(math.inf, lowest - 1)
     index = np.flatnonzero(logits > logit)
-    scores = 1 / (1 + np.exp(-logits.reshape(-1)[index]))
+    scores = _sigmoid(logits.reshape(-1)[index])
+    if centerness:
+        scores = np.sqrt(scores * _sigmoid(centerness[0].reshape(-1)[index % (height * width)]))
     above = scores > threshold
     index, scores = index[above], scores[above]
     channel, y, x = np.unravel_index(index, logits.shape)
@@ -91,7 +96,14 @@ def _decode_level(
     order = order[: description.topk_candidates]
     scores, anchor, cls, y, x = scores[order], anchor[order], cls[order], y[order], x[order]
     picked = deltas.reshape(num_anchors, 4, height, width)[anchor, :, y, x]
-    return _apply_deltas(picked, _anchors(level, description.anchor_offset, anchor, y, x), description), scores, cls
+    anchors = _anchors(level, description.anchor_offset, anchor, y, x)
+    boxes = _apply_distances(picked, anchors) if centerness else _apply_deltas(picked, anchors, description)
+    return boxes, scores, cls
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is the limit
+        return 1 / (1 + np.exp(-x))
 
 
 def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -110,6 +122,13 @@ def _apply_deltas(deltas: np.ndarray, anchors: np.ndarray, description: Descript
     centre = deltas[:, :2] * size + centre
     half = np.float32(0.5) * (np.exp(np.minimum(deltas[:, 2:], np.float32(description.scale_clamp))) * size)
     return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def _apply_distances(distances: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+    """Boxes ``(R, 4)`` of distances left, up, right and down, in anchors' sizes; ``Box2BoxTransformLinear``."""
+    distances = np.maximum(distances, 0) * (anchors[:, 2:3] - anchors[:, :1])
+    centre = np.float32(0.5) * (anchors[:, :2] + anchors[:, 2:])
+    return np.concatenate([centre - distances[:, :2], centre + distances[:, 2:]], axis=1)
 
 
 def suppress(candidates: Detections, threshold: float, limit: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from .folder import DESCRIPTION, MODEL, Description, read_description
 from .preprocess import make_batch, read_image
 
 Image = np.ndarray | str | os.PathLike[str]
-LevelOutputs = list[tuple[np.ndarray, np.ndarray]]
+LevelOutputs = list[tuple[np.ndarray, ...]]
 
 
 class Detector:
@@ -58,7 +58,7 @@ class Detector:
         """That the graph has the input and the outputs of the description."""
         channels = {output.name: output.shape[1] for output in self._session.get_outputs()}
         for level in self.description.levels:
-            for name, per_anchor in ((level.logits, len(self.description.classes)), (level.deltas, 4)):
+            for name, per_anchor in zip(level.outputs, (len(self.description.classes), 4, 1), strict=False):
                 if channels.get(name) != len(level.anchors) * per_anchor:
                     raise ValueError(
                         f"{path}: output {name!r} should have {len(level.anchors) * per_anchor} channels by "
@@ -87,7 +87,7 @@ class Detector:
         batch, sizes = make_batch(pixels, self.description)
         outputs = self.run(batch)
         return [
-            decode([(a[i], b[i]) for a, b in outputs], size, image.shape[:2], self.description)
+            decode([[output[i] for output in level] for level in outputs], size, image.shape[:2], self.description)
             for i, (size, image) in enumerate(zip(sizes, pixels, strict=True))
         ]
 
@@ -98,8 +98,10 @@ class Detector:
             batch: ``(N, 3, H, W)`` uint8, channels in the order of ``description.channels``.
 
         Returns:
-            logits ``(N, A * K, h, w)`` and deltas ``(N, A * 4, h, w)``, float32, of each level.
+            For each level, float32: logits ``(N, A * K, h, w)``, deltas ``(N, A * 4, h, w)`` and, for FCOS, centerness
+            ``(N, 1, h, w)``.
         """
-        names = [name for level in self.description.levels for name in (level.logits, level.deltas)]
-        values = self._session.run(names, {self._session.get_inputs()[0].name: batch})
-        return list(zip(values[0::2], values[1::2], strict=True))
+        levels = [level.outputs for level in self.description.levels]
+        names = [name for level in levels for name in level]
+        values = iter(self._session.run(names, {self._session.get_inputs()[0].name: batch}))
+        return [tuple(next(values) for _ in level) for level in levels]

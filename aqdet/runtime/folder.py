@@ -15,6 +15,7 @@ FORMAT = "aqdet-detector"
 VERSION = 1
 DESCRIPTION = "detector.json"
 MODEL = "model.onnx"
+RETINANET, FCOS = ARCHITECTURES = ("RetinaNet", "FCOS")
 # Keys that write_description fills in.
 SEAL = ("format", "version", "files", "sha256")
 
@@ -25,14 +26,22 @@ class Level:
 
     Attributes:
         logits, deltas: names of the graph's outputs, ``(N, A * K, h, w)`` and ``(N, A * 4, h, w)``.
+        centerness: of FCOS, ``(N, 1, h, w)``; "" for RetinaNet.
         stride: pixels of the network's input from one location to the next.
-        anchors: ``(width, height)`` of the A anchors at a location, in the order of the channels.
+        anchors: ``(width, height)`` of the A anchors at a location, in the order of the channels. FCOS has a point
+            there, and a square as large as the stride to measure from it.
     """
 
     logits: str
     deltas: str
+    centerness: str
     stride: int
     anchors: tuple[tuple[float, float], ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the level's outputs, in the order in which decoding takes them."""
+        return (self.logits, self.deltas, *[self.centerness] * bool(self.centerness))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Description:
     """What ``detector.json`` says, checked.
 
     Attributes:
+        architecture: of :data:`ARCHITECTURES`; they differ in how predictions are decoded.
         classes: names of the K classes.
         category_ids: their ids in the dataset they come from, where known.
         channels: ``"BGR"`` or ``"RGB"``, the order the network reads.
@@ -48,12 +58,13 @@ class Description:
         pad_value: of each channel, in the order of ``channels``.
         levels: see :class:`Level`.
         anchor_offset: of the first anchor's centre, in strides.
-        box_weights, scale_clamp: of Detectron2's ``Box2BoxTransform``.
-        score_threshold, topk_candidates, nms_threshold, max_detections: as Detectron2's RetinaNet has them.
+        box_weights, scale_clamp: of Detectron2's ``Box2BoxTransform``; ones and infinity for FCOS, which has none.
+        score_threshold, topk_candidates, nms_threshold, max_detections: as Detectron2's dense detectors have them.
         layers: a row for each layer, for reports.
         source: what the folder was exported from.
     """
 
+    architecture: str
     classes: tuple[str, ...]
     category_ids: tuple[int | None, ...]
     channels: str
@@ -143,13 +154,17 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
 
 def _parse(content: dict[str, Any]) -> Description:
     """The description's values; whatever is missing or of a wrong kind raises."""
-    if content["architecture"] != "RetinaNet":
-        raise ValueError(f"architecture {content['architecture']!r} is not RetinaNet")
+    architecture = content["architecture"]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     source, anchors, decode = content["input"], content["anchors"], content["decode"]
     classes = tuple(str(name) for name in content["classes"])
     category_ids = tuple(None if key is None else int(key) for key in content["category_ids"])
     channels, pad_value = source["format"], tuple(int(v) for v in source["pad_value"])
-    box_weights = tuple(float(v) for v in decode["box_weights"])
+    box_weights: tuple[float, ...] = (1.0,) * 4
+    scale_clamp = math.inf
+    if architecture == RETINANET:
+        box_weights, scale_clamp = tuple(float(v) for v in decode["box_weights"]), float(decode["scale_clamp"])
     if not classes or len(category_ids) != len(classes):
         raise ValueError(f"{len(classes)} classes, {len(category_ids)} category_ids")
     if channels not in ("BGR", "RGB") or len(pad_value) != 3 or not all(0 <= v <= 255 for v in pad_value):
@@ -157,14 +172,23 @@ def _parse(content: dict[str, Any]) -> Description:
     if len(box_weights) != 4:
         raise ValueError(f"box_weights {box_weights}")
     levels = tuple(
-        Level(str(output["logits"]), str(output["deltas"]), int(stride), _anchor_shapes(sizes, ratios))
+        Level(
+            str(output["logits"]),
+            str(output["deltas"]),
+            str(output["centerness"]) if architecture == FCOS else "",
+            int(stride),
+            _anchor_shapes(sizes, ratios),
+        )
         for output, stride, sizes, ratios in zip(
             content["outputs"], anchors["strides"], anchors["sizes"], anchors["aspect_ratios"], strict=True
         )
     )
     if not levels or any(level.stride < 1 for level in levels):
         raise ValueError(f"outputs {content['outputs']!r}")
+    if architecture == FCOS and any(len(level.anchors) != 1 for level in levels):
+        raise ValueError(f"anchors {anchors!r} of FCOS")
     return Description(
+        architecture=architecture,
         classes=classes,
         category_ids=category_ids,
         channels=channels,
@@ -175,7 +199,7 @@ def _parse(content: dict[str, Any]) -> Description:
         levels=levels,
         anchor_offset=float(anchors["offset"]),
         box_weights=(box_weights[0], box_weights[1], box_weights[2], box_weights[3]),
-        scale_clamp=float(decode["scale_clamp"]),
+        scale_clamp=scale_clamp,
         score_threshold=float(decode["score_threshold"]),
         topk_candidates=int(decode["topk_candidates"]),
         nms_threshold=float(decode["nms_threshold"]),

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from programs import image, shared
+from helpers import FCOS
+from programs import LSQPLUS, image, shared
 
 from aqdet.export.agreement import EXECUTIONS, OPTIMIZED, PLAIN, ROUNDED, TENSORRT, TRAINED, compare
 from aqdet.export.program import Conv
@@ -22,7 +23,9 @@ def totals(differences, execution):
     return sum(d.count for d in chosen), sum(d.local for d in chosen), sum(d.unexplained for d in chosen)
 
 
-@pytest.mark.parametrize("overrides", [(), SIGNED, BOTTLENECK], ids=["relu", "signed", "bottleneck"])
+@pytest.mark.parametrize(
+    "overrides", [(), SIGNED, BOTTLENECK, LSQPLUS, FCOS], ids=["relu", "signed", "bottleneck", "lsq+", "fcos"]
+)
 def test_every_code_that_differs_lies_at_a_tie(overrides):
     model, program = shared(*overrides)
     differences = compare(model, program, list(image(32, 32, 2)))
@@ -35,12 +38,14 @@ def test_every_code_that_differs_lies_at_a_tie(overrides):
     inner = [d for d in differences if d.execution == ROUNDED and ".stem." not in d.value]
     assert sum(d.local for d in inner) <= 1e-4 * sum(d.count for d in inner)
     values = {execution: {d.value for d in differences if d.execution == execution} for execution in EXECUTIONS}
+    assert not values[TENSORRT]  # which was not asked for
     everything = {operation.output for operation in program.operations}
     assert values[PLAIN] == values[OPTIMIZED] == everything
     assert values[TRAINED] == values[ROUNDED] == {n for n in everything if "padded" not in n and "top_down" not in n}
-    assert not values[TENSORRT]  # which was not asked for
     predictions = [d for d in differences if d.is_prediction]
-    assert len(predictions) == 10 * 4 and all(d.largest < 1e-4 for d in predictions)
+    assert len(predictions) == sum(len(o.names) for o in program.outputs) * 4 and all(
+        d.largest < 1e-4 for d in predictions
+    )
 
 
 @pytest.mark.parametrize("change", ["bias", "scale", "weight"])

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import QUANT, calibrated, make_batch, make_model
-from programs import OVERRIDES, RELU, STD, image, shared, trained_like
+from helpers import FCOS, QUANT, calibrated, make_batch, make_model
+from programs import LSQPLUS, OVERRIDES, RELU, STD, image, shared, trained_like
 from torch import nn
 
 from aqdet.export.agreement import trained_values
@@ -121,6 +121,39 @@ def test_requantization_clips_like_the_quantizer():
             np.testing.assert_array_equal(values[operation.output], quantizer.to_integer(real).codes.numpy())
 
 
+def test_an_offset_is_a_zero_point_of_zero():
+    # LSQ+ shifts the range by whole codes: the code of zero stays 0, and padding is exact.
+    model, program = shared(*LSQPLUS)
+    quantizer = model.backbone.fpn_output3.input_quantizer
+    grid = program.grids()["backbone.fpn_output3.input_quantizer"]
+    assert quantizer.spec.signed and grid.quant_max - grid.quant_min == 15 and grid.quant_min < 0
+    real = torch.linspace(-3, 3, 50)
+    integers = quantizer.to_integer(real)
+    assert grid.quant_min == -integers.zero_point
+    codes = np.clip(np.round(real.numpy() / np.float32(grid.scale)), grid.quant_min, grid.quant_max)
+    np.testing.assert_array_equal(codes, integers.codes.numpy() - integers.zero_point)
+    assert [Grid(1.0, *bounds).zero_point for bounds in ((0, 255), (-3, 12), (-128, 127), (-100, 155), (-255, 0))] == [
+        0,
+        128,
+        128,
+        100,
+        255,
+    ]
+
+
+def test_fcos_predicts_three_outputs_from_two_towers():
+    model, program = shared(*FCOS)
+    assert [output.names for output in program.outputs][0] == ("logits_p3", "deltas_p3", "centerness_p3")
+    # The box tower's last conv once for each grid that reads it.
+    last = [conv for conv in program.convs() if conv.path == "head.bbox_subnet.0"]
+    assert len(last) == 2 * 5
+    assert {conv.output.split("@")[0] for conv in last} == {
+        "head.bbox_pred.input_quantizer",
+        "head.ctrness.input_quantizer",
+    }
+    assert len([conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]) == 5
+
+
 def test_rounded_biases_are_the_programs():
     model, program = shared()
     rounded = with_rounded_biases(model)
@@ -189,6 +222,20 @@ class Levels(Quantizer):
         return torch.sign(x) * x.abs().sqrt().round().square()
 
 
+@pytest.mark.parametrize(
+    "key, name, method, reason",
+    [
+        ("INPUT", "input_quantizer", "lqnet", "has levels that are no multiples of one step"),
+        ("WEIGHT", "weight_quantizer", "lqnet", "has levels that are no multiples of one step"),
+        ("INPUT", "input_quantizer", "n2uq", "compares with learned thresholds"),
+    ],
+)
+def test_lqnet_and_n2uq_are_refused(key, name, method, reason):
+    message = refusal(trained_like("MODEL.QUANT.RULES", f"[['res3.1.conv1', {{'{key}.QUANTIZER': '{method}'}}]]"))
+    assert message.startswith(f"layer backbone.bottom_up.res3.1.conv1.{name}: quantizer '{method}' {reason}")
+    assert "train the layer with dorefa, lsq, lsqplus or pact to export it" in message
+
+
 @pytest.mark.parametrize("key, name", [("WEIGHT", "weight_quantizer"), ("INPUT", "input_quantizer")])
 def test_a_method_that_is_not_uniform_is_refused(monkeypatch, key, name):
     monkeypatch.setitem(QUANTIZER_REGISTRY, "squares", {"weight": Levels, "input": Levels})
@@ -217,17 +264,3 @@ def test_extraction_leaves_the_model_alone():
     extract(model)
     with_rounded_biases(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-@pytest.mark.parametrize(
-    "key, name, method, reason",
-    [
-        ("INPUT", "input_quantizer", "lqnet", "has levels that are no multiples of one step"),
-        ("WEIGHT", "weight_quantizer", "lqnet", "has levels that are no multiples of one step"),
-        ("INPUT", "input_quantizer", "n2uq", "compares with learned thresholds"),
-    ],
-)
-def test_lqnet_and_n2uq_are_refused(key, name, method, reason):
-    message = refusal(trained_like("MODEL.QUANT.RULES", f"[['res3.1.conv1', {{'{key}.QUANTIZER': '{method}'}}]]"))
-    assert message.startswith(f"layer backbone.bottom_up.res3.1.conv1.{name}: quantizer '{method}' {reason}")
-    assert "train the layer with dorefa, lsq, lsqplus or pact to export it" in message
-
-

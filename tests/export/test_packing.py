@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from programs import image, shared
+from helpers import FCOS
+from programs import LSQPLUS, image, shared
 
 from aqdet.export.packing import load_program, pack, save_program, storage_bits, unpack
 from aqdet.export.program import Conv
@@ -29,7 +30,7 @@ def test_unpack_inverts_pack(bits):
     np.testing.assert_array_equal(unpack(packed, bits, codes.shape), codes)
 
 
-@pytest.mark.parametrize("overrides", [(), DOREFA, TWO], ids=["lsq", "dorefa", "2 bits"])
+@pytest.mark.parametrize("overrides", [(), DOREFA, TWO, LSQPLUS, FCOS], ids=["lsq", "dorefa", "2 bits", "lsq+", "fcos"])
 def test_the_program_comes_back(tmp_path, overrides):
     _, program = shared(*overrides)
     path = tmp_path / "model.safetensors"

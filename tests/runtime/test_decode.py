@@ -1,15 +1,16 @@
-"""Decoding against Detectron2's RetinaNet on the same predictions."""
+"""Decoding against Detectron2's RetinaNet and FCOS on the same predictions."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
-from tiny_export import CLASSES, RATIOS, SIZES, STRIDES, make_twin, write_folder
+from tiny_export import CLASSES, RATIOS, SIZES, STRIDES, Patches, make_content, make_twin, write_folder
 
-from aqdet.runtime import Detections, read_description
+from aqdet.runtime import Detections, read_description, write_description
 from aqdet.runtime.decode import decode, suppress
 
 ANCHORS = len(SIZES[0]) * len(RATIOS[0])
@@ -39,9 +40,9 @@ def theirs(model, predictions, padded, sizes, original_sizes):
 
 def ours(folder, predictions, sizes, original_sizes):
     description = read_description(folder)
-    logits, deltas = ([x.numpy() for x in kind] for kind in predictions)
+    levels = [[x.numpy() for x in level] for level in zip(*predictions, strict=True)]
     return [
-        decode([(a[i], b[i]) for a, b in zip(logits, deltas, strict=True)], size, original, description)
+        decode([[x[i] for x in level] for level in levels], size, original, description)
         for i, (size, original) in enumerate(zip(sizes, original_sizes, strict=True))
     ]
 
@@ -75,6 +76,80 @@ def test_equals_detectron2(tmp_path, decode_arguments):
     assert (sum(len(e) for e in expected) == 0) == (decode_arguments.get("test_score_thresh") == 1.0)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
+
+
+def make_fcos(folder, **decode):
+    """Detectron2's FCOS without a network, and the folder of one with the same decoding."""
+    model = FCOS(
+        backbone=Patches(),
+        head=torch.nn.Identity(),
+        head_in_features=[f"p{s}" for s in STRIDES],
+        num_classes=len(CLASSES),
+        pixel_mean=[128.0] * 3,
+        pixel_std=[64.0] * 3,
+        **decode,
+    ).eval()
+    content = make_content(model)
+    for key in ("box_weights", "scale_clamp"):
+        del content["decode"][key]
+    (folder / "model.onnx").write_bytes(b"")
+    anchors = {"sizes": [[s] for s in STRIDES], "aspect_ratios": [[1.0]] * 2, "strides": list(STRIDES), "offset": 0.5}
+    outputs = [{**output, "centerness": f"centerness_p{output['stride']}"} for output in content["outputs"]]
+    write_description(
+        folder, {**content, "architecture": "FCOS", "anchors": anchors, "outputs": outputs}, files=("model.onnx",)
+    )
+    return model, folder
+
+
+def make_fcos_predictions(height, width, num_images):
+    generator = torch.Generator().manual_seed(3)
+    kinds = []
+    for channels, spread, mean in ((len(CLASSES), 2.0, -1.0), (4, 3.0, 2.0), (1, 1.5, 0.0)):
+        shapes = [(num_images, channels, height // stride, width // stride) for stride in STRIDES]
+        kinds.append([torch.randn(*shape, generator=generator) * spread + mean for shape in shapes])
+    return kinds
+
+
+@pytest.mark.parametrize(
+    "decode_arguments",
+    [
+        {},
+        {"test_topk_candidates": 50, "max_detections_per_image": 7, "test_nms_thresh": 0.3},
+        {"test_score_thresh": 0.0, "test_nms_thresh": 1.0, "max_detections_per_image": 1000},
+        {"test_score_thresh": 0.7},
+        {"test_score_thresh": 1.0},
+    ],
+)
+def test_fcos_equals_detectron2(tmp_path, decode_arguments):
+    model, folder = make_fcos(tmp_path, **decode_arguments)
+    sizes, original_sizes = [(96, 128), (90, 117)], [(300, 401), (45, 58)]
+    predictions = make_fcos_predictions(96, 128, 2)
+    assert all((deltas < 0).any() for deltas in predictions[1])  # which are no distances
+    images = ImageList(torch.zeros(2, 3, 96, 128), sizes)
+    features = [torch.zeros(2, 3, 96 // stride, 128 // stride) for stride in STRIDES]
+    with torch.no_grad():
+        copies = [[x.clone() for x in kind] for kind in predictions]
+        results = model.forward_inference(images, features, copies)
+    expected = [detector_postprocess(r, *size) for r, size in zip(results, original_sizes, strict=True)]
+    found = ours(folder, predictions, sizes, original_sizes)
+    assert (sum(len(e) for e in expected) == 0) == (decode_arguments.get("test_score_thresh") == 1.0)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+def test_an_fcos_box_by_hand(tmp_path):
+    # Stride 8, location (1, 2): the point (12, 20), and 0.5, 1, 2 and 0.25 strides from it; -1 is none.
+    _, folder = make_fcos(tmp_path, test_score_thresh=0.3)
+    description = read_description(folder)
+    logits = np.full((3, 4, 4), -20, np.float32)
+    logits[1, 2, 1] = np.log(4)  # probability 0.8
+    deltas, centerness = np.full((4, 4, 4), -1, np.float32), np.zeros((1, 4, 4), np.float32)
+    deltas[:3, 2, 1] = [0.5, 1, 2]
+    alone = dataclasses.replace(description, levels=description.levels[:1])
+    found = decode([(logits, deltas, centerness)], (32, 32), (32, 32), alone)
+    np.testing.assert_allclose(found.boxes, [[8, 12, 28, 20]])
+    np.testing.assert_allclose(found.scores, [np.sqrt(0.8 * 0.5)], rtol=1e-6)
+    assert found.classes.tolist() == [1]
 
 
 def test_equal_scores_come_in_the_order_of_the_flattened_predictions(tmp_path):

@@ -128,7 +128,8 @@ def set_in(*path, value):
         (set_in("decode", "score_threshold", value="high"), "'high'"),
         (set_in("decode", "box_weights", value=[1, 1]), "box_weights"),
         (set_in("anchors", "strides", value=[8]), "zip()"),
-        (set_in("architecture", value="FCOS"), "'FCOS' is not RetinaNet"),
+        (set_in("architecture", value="SSD"), "'SSD' is not one of RetinaNet, FCOS"),
+        (set_in("architecture", value="FCOS"), "KeyError('centerness')"),
     ],
 )
 def test_a_description_that_lacks_something_is_refused(folder, change, words):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
-from helpers import QUANT, calibrated, make_batch, make_cfg, make_model
+from helpers import FCOS, QUANT, calibrated, make_batch, make_cfg, make_model
 from tiny_export import make_photo
 
+from aqdet.evaluation.exported import load_exported
 from aqdet.evaluation.latency import peak_memory
 from aqdet.export.folder import export_detector, load_detector
 from aqdet.runtime import Detector
@@ -64,6 +65,35 @@ def test_decodes_as_the_model(exported, model):
         np.testing.assert_allclose(found.scores, expected.scores.numpy(), rtol=1e-5)
         np.testing.assert_array_equal(found.classes, expected.pred_classes.numpy())
         np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
+
+
+def test_fcos_as_the_model(tmp_path, caplog):
+    settings = (*SETTINGS, *FCOS)
+    model = calibrated(make_model(*settings), make_batch(4))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    cfg = make_cfg(*settings)
+    images = [make_photo(64, 64).transpose(2, 0, 1)]
+    export_detector(cfg, str(tmp_path / "weights.pth"), tmp_path / "exported", images=images)
+    detector = Detector(tmp_path / "exported", threads=1)
+    photo = make_photo()
+    batch, sizes = make_runtime_batch([photo], detector.description)
+    levels = detector.run(batch)
+    with torch.no_grad():
+        dense = benchmark.Dense(model.eval())(torch.from_numpy(batch))
+    assert [output.shape for level in levels for output in level] == [output.shape for output in dense]
+    outputs = [[torch.from_numpy(level[kind].copy()) for level in levels] for kind in range(3)]
+    with torch.no_grad():
+        results = model.forward_inference(ImageList(torch.from_numpy(batch), sizes), outputs[0], outputs)
+    expected = detector_postprocess(results[0], *photo.shape[:2])
+    found = detector(photo)
+    assert len(found) == len(expected) > 50
+    np.testing.assert_allclose(found.scores, expected.scores.numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(found.classes, expected.pred_classes.numpy())
+    np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
+    cfg.DATASETS.TEST, cfg.MODEL.FCOS.NMS_THRESH_TEST = (), 0.5
+    caplog.clear()
+    load_exported(cfg, tmp_path / "exported")
+    assert len(caplog.messages) == 1 and "MODEL.FCOS.NMS_THRESH_TEST is 0.5, but" in caplog.messages[0]
 
 
 def test_benchmark(exported, monkeypatch, capsys):
