@@ -2,6 +2,7 @@
 """Measures quantized detectors beside the float model, in one run.
 
     python tools/benchmark.py train [--size 128 256] [--batch 1 4] [--fpn-channels 64 256] [--rounds 7] [--threads 2]
+        [--peers]
     python tools/benchmark.py export --model DIR --config-file X --weights W [--size 320] [--threads 2] [--rounds 30]
 
 Every speed is a ratio against the float detector of the same structure; rounds visit all variants in turn, so that a
@@ -30,9 +31,11 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from peers import MakeConv, convert, peers, start_learning
 from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -59,6 +62,7 @@ VARIANTS = {
     "DoReFa w4a4": "dorefa_w4a4",
     "DoReFa w4a4 + auxiliary": "dorefa_w4a4_aux",
 }
+PEERS_FROM, PEERS_LIKE = "fp_bn", "lsq_w4a4"
 EAGER, ORT_FLOAT = "PyTorch eager", "ONNX Runtime float32"
 
 
@@ -100,11 +104,18 @@ class Variant:
         self.processor.append(time.process_time() - start[1])
 
 
-def build(name: str, fpn_channels: int, batch: list[dict[str, Any]]) -> Variant:
-    """A calibrated detector and its batch."""
-    torch.manual_seed(0)
+def load(config: str, fpn_channels: int) -> CfgNode:
+    """The config of a variant."""
     overrides = ["MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(fpn_channels)]
-    model = build_model(load_config(CONFIGS / f"retinanet_r18_{VARIANTS[name]}.yaml", overrides))
+    return load_config(CONFIGS / f"retinanet_r18_{config}.yaml", overrides)
+
+
+def build(name: str, fpn_channels: int, batch: list[dict[str, Any]], make_conv: MakeConv | None = None) -> Variant:
+    """A calibrated detector and its batch; that of a peer if there is a ``make_conv``."""
+    torch.manual_seed(0)
+    model = build_model(load(PEERS_FROM if make_conv else VARIANTS[name], fpn_channels))
+    if make_conv:
+        convert(model, load(PEERS_LIKE, fpn_channels), make_conv)
     if name.endswith("channels last"):
         model.to(memory_format=torch.channels_last)
         model.backbone.register_forward_pre_hook(
@@ -116,7 +127,11 @@ def build(name: str, fpn_channels: int, batch: list[dict[str, Any]]) -> Variant:
         with torch.no_grad():
             variant.loss()
 
-    calibrate(model, run, method="minmax")
+    if make_conv:
+        run()
+        start_learning(model)
+    else:
+        calibrate(model, run, method="minmax")
     return variant
 
 
@@ -154,12 +169,13 @@ def auxiliary_share(variant: Variant, size: int) -> float:
     return own / (sum(row.macs for row in rows) - own)
 
 
-def train_one(size: int, num_images: int, fpn_channels: int, args: argparse.Namespace) -> None:
-    """Prints the table of one input size, batch and width."""
+def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others: dict[str, MakeConv]) -> None:
+    """Prints the table of one input size, batch and width, with peers where there are any."""
     batch = make_batch(num_images, size)
     variants = {name: build(name, fpn_channels, batch) for name in VARIANTS}
-    for number in range(-2, args.rounds):
-        print(f"round {number + 1} of {args.rounds}", end="\r", file=sys.stderr)
+    variants |= {name: build(name, fpn_channels, batch, make_conv) for name, make_conv in others.items()}
+    for number in range(-2, rounds):
+        print(f"round {number + 1} of {rounds}", end="\r", file=sys.stderr)
         for variant in variants.values():
             variant.step()
             if number < 0:  # the first steps are not like the others
@@ -200,9 +216,10 @@ def train(args: argparse.Namespace) -> None:
         f"RetinaNet, ResNet-18, BN; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}; forward of quantized convs {integer}, median of {args.rounds} rounds (range)"
     )
+    others = peers() if args.peers else {}
     for fpn_channels, size, num_images in itertools.product(args.fpn_channels, args.size, args.batch):
         if num_images * (size // 128) ** 2 > 1:
-            train_one(size, num_images, fpn_channels, args)
+            train_one(size, num_images, fpn_channels, args.rounds, others)
         else:
             print(f"\n{size}x{size}, batch {num_images}: left out, one value a channel at P7 is too few for its BN")
 
@@ -436,6 +453,7 @@ def main() -> None:
     sub.add_argument("--fpn-channels", type=int, nargs="+", default=[64])
     sub.add_argument("--rounds", type=int, default=7)
     sub.add_argument("--threads", type=int, default=torch.get_num_threads())
+    sub.add_argument("--peers", action="store_true", help="compare with the implementations of tools/peers.py too")
     sub.set_defaults(run=train)
     sub = commands.add_parser("export", help=export.__doc__)
     sub.add_argument("--model", required=True, metavar="DIR", help="exported detector")
