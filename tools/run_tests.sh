@@ -25,7 +25,7 @@ check "ruff format" "$python" -m ruff format --check .
 check "mypy" "$python" -m mypy aqdet
 # One process a core, one thread each: torch's own threads would only compete with the workers.
 OMP_NUM_THREADS=1 check "pytest" \
-    "$python" -m pytest -q --durations=10 -n 2 --dist worksteal "$@"
+    "$python" -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
 
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'run_tests: FAILED in %d s:' "$SECONDS"

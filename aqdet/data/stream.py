@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
+import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -161,15 +165,28 @@ class TrainLoader:
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # of seeds that nothing uses; the default one would advance the main state
         )
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the training process's to answer; it ends its workers itself."""
+def _start_worker(worker: int) -> None:
+    """A signal to the whole process group is the training process's to answer; it ends its workers itself.
+
+    Where it could not, because it was killed, a worker ends by itself. PyTorch's own watch does not see to that: a
+    worker whose batches nobody takes waits for ever to hand over the last ones, and keeps memory and open files.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> TrainLoader:

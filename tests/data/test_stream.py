@@ -2,6 +2,9 @@
 
 import itertools
 import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,3 +123,28 @@ def test_processes_share_the_batch_evenly_or_not_at_all(entry, tmp_path, monkeyp
     assert stream.comm is comm
     with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH must be a positive multiple of 3 processes, got 2"):
         loader_of(entry, tmp_path)
+
+
+ORPHANS = """
+import os, signal, torch
+from aqdet.data.stream import _start_worker
+
+class Blocks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+    def __getitem__(self, index):
+        return bytes(1 << 20)  # more than a pipe holds, so that a worker waits until it is taken
+
+loader = torch.utils.data.DataLoader(Blocks(), batch_size=None, num_workers=2, worker_init_fn=_start_worker)
+batches = iter(loader)
+next(batches)
+print(*(worker.pid for worker in batches._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_the_training_process_is_killed():
+    # The workers have the same stdout: this returns when they are gone.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(done.stdout.split()) == 2
