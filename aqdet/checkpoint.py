@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from .modeling.auxiliary import PREFIX, detached_auxiliary, strip
+from .modeling.auxiliary import PREFIX, TRAINING_ONLY, detached_auxiliary, strip
 from .modeling.convert import SCOPE
 from .quantization import quantizers
 
@@ -119,10 +119,10 @@ class AqdetCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe and strict.
 
     After loading, these may be missing: quantizer keys if the file has none (a float checkpoint), the
-    auxiliary path, BN's ``num_batches_tracked``, what ``allow_keys`` matches, and whatever lies outside the
-    scope that the file declares (a converted backbone has ``{"aqdet": {"scope": ["backbone.bottom_up."]}}``).
-    The auxiliary path may also be unexpected. Anything else stops with a list. Of a classifier's file a detector
-    takes the backbone with its quantizers.
+    auxiliary path, the extra head, BN's ``num_batches_tracked``, what ``allow_keys`` matches, and whatever lies
+    outside the scope that the file declares (a converted backbone has ``{"aqdet": {"scope":
+    ["backbone.bottom_up."]}}``). The auxiliary path and the extra head may also be unexpected. Anything else stops
+    with a list. Of a classifier's file a detector takes the backbone with its quantizers.
 
     Args:
         allow_keys: regexes, ``CHECKPOINT.ALLOW_KEYS``.
@@ -318,8 +318,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
 
         def sort(kind: str, key: str, detail: str = "") -> None:
             group = ""
-            if key.startswith(PREFIX) and kind != "of another shape":
-                group = "of the auxiliary path"
+            if key.startswith(TRAINING_ONLY) and kind != "of another shape":
+                group = "of the auxiliary path" if key.startswith(PREFIX) else "of the extra head"
             elif kind == "missing" and key in quantizer_keys and not stored_quantizers:
                 group = "of quantizers, to be calibrated"
             elif kind == "missing" and key.endswith("num_batches_tracked"):

@@ -78,6 +78,23 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
     cfg.MODEL.AUX.INIT = "head"
 
+    # --- What the auxiliary path is compared with; training only, each alone or beside it ---
+    # Deep supervision: a second head on the levels that the head reads, quantized as the head is, without adaptors,
+    # from random weights; as a copy it would get the head's own gradients and be no more than a doubled loss.
+    cfg.MODEL.EXTRA_LOSS = CfgNode()
+    cfg.MODEL.EXTRA_LOSS.ENABLED = False
+    # Factor of its losses, which are the head's.
+    cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT = 1.0
+    # Distillation from the same detector in full precision.
+    cfg.MODEL.DISTILL = CfgNode()
+    cfg.MODEL.DISTILL.ENABLED = False
+    # Checkpoint of that detector. Read when training starts or resumes, not for evaluation.
+    cfg.MODEL.DISTILL.WEIGHTS = ""
+    # Factor of the squared distance of the levels that the head reads, relative to the teacher's size; 0 for none.
+    cfg.MODEL.DISTILL.FEATURE_WEIGHT = 1.0
+    # Factor of the divergence of the class (and centerness) probabilities; 0 for none.
+    cfg.MODEL.DISTILL.LOGIT_WEIGHT = 1.0
+
     # --- Structure ---
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
     cfg.MODEL.FPN.RELU = False

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.auxiliary import PREFIX, detached_auxiliary
+from ..modeling.auxiliary import TRAINING_ONLY, detached_auxiliary
 from .averaging import WeightAverageHook
 from .hooks import leaving_no_trace
 
@@ -148,5 +148,5 @@ class FreezeBNHook(HookBase):
             logger.info("BN statistics are frozen from iteration %d on", self._iteration)
         model = self.trainer.model
         for name, module in getattr(model, "module", model).named_modules():
-            if isinstance(module, _BatchNorm) and not name.startswith(PREFIX):
+            if isinstance(module, _BatchNorm) and not name.startswith(TRAINING_ONLY):
                 module.eval()

@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from ..modeling.meta_arch.dense import LowPrecisionDense
+
 logger = logging.getLogger(__name__)
 
 # What Detectron2 0.6 and main both know.
@@ -48,11 +50,19 @@ def check_names(cfg: CfgNode) -> None:
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if not any(base.__module__.startswith("aqdet.") for base in getattr(architecture, "__mro__", ())):
         ours = ", ".join(sorted(name for name, _ in META_ARCH_REGISTRY if name.startswith("Quant")))
-        for key in ("QUANT", "AUX"):
+        for key in ("QUANT", "AUX", "EXTRA_LOSS", "DISTILL"):
             if cfg.MODEL[key].ENABLED:
                 raise ValueError(
                     f"MODEL.{key}.ENABLED is True, but MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is "
                     f"Detectron2's and would leave its head in float: use one of {ours}"
+                )
+    if not issubclass(architecture, LowPrecisionDense):
+        dense = ", ".join(sorted(name for name, known in META_ARCH_REGISTRY if issubclass(known, LowPrecisionDense)))
+        for key in ("EXTRA_LOSS", "DISTILL"):
+            if cfg.MODEL[key].ENABLED:
+                raise ValueError(
+                    f"MODEL.{key}.ENABLED is True, which MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} does "
+                    f"not have: use one of {dense}"
                 )
     for name, node in _nodes_with_norm(cfg):
         try:

@@ -13,6 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..modeling.auxiliary import TRAINING_ONLY
 from ..quantization import Quantizer, quantize
 from ..quantization.functional import broadcast_scale
 
@@ -216,10 +217,12 @@ def dampening_loss(weight: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Layers whose weight is on a uniform grid of few bits, by path."""
+    """Layers of the detector whose weight is on a uniform grid of few bits, by path."""
     layers, left_out = {}, []
     for path, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
+        if path.startswith(TRAINING_ONLY):
+            continue
         if isinstance(quantizer, Quantizer) and quantizer.spec.num_bits <= MAX_BITS:
             if quantizer.fused_grid() is None:
                 left_out.append(f"{path} ({quantizer.spec.quantizer})")

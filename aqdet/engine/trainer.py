@@ -35,6 +35,7 @@ from .oscillation import build_oscillation_hook
 from .resume import InterruptHook, MetricsHook, MetricsWriter
 from .solver import build_optimizer
 from .state import ForwardState, loss_normalizers, set_loss_normalizers
+from .teacher import build_distillation
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class Trainer(DefaultTrainer):
             setup_logger()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if cfg.MODEL.DISTILL.ENABLED:
+            model.distillation = build_distillation(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         trainer_class = CheckedAMPTrainer if cfg.SOLVER.AMP.ENABLED else CheckedTrainer
@@ -307,11 +310,11 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: if quantizers were never calibrated, as after loading a float checkpoint.
         """
-        pending = [name for name, q in quantizers(model) if q.enabled and not q.is_calibrated]
-        if pending:
-            raise ValueError(
-                f"{len(pending)} quantizers are not calibrated, {pending[0]} among them: MODEL.WEIGHTS must "
-                "be a checkpoint of quantized training, or MODEL.QUANT.ENABLED False"
-            )
         with detached_auxiliary(model):
+            pending = [name for name, q in quantizers(model) if q.enabled and not q.is_calibrated]
+            if pending:
+                raise ValueError(
+                    f"{len(pending)} quantizers are not calibrated, {pending[0]} among them: MODEL.WEIGHTS must "
+                    "be a checkpoint of quantized training, or MODEL.QUANT.ENABLED False"
+                )
             return super().test(cfg, model, evaluators)

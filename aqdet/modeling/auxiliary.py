@@ -30,6 +30,8 @@ TAPS = ("fpn", "backbone", "both")
 SCHEDULES = ("constant", "linear", "cosine")
 INITS = ("head", "random")
 PREFIX = "auxiliary."
+TRAINING_ONLY = (PREFIX, "extra_head.")
+"""Prefixes of the keys that a shipped detector does not have."""
 EARLY_SHARE = 0.5
 """Size at which a stage's blocks before its last one start in the aggregation, relative to the trunk's.
 
@@ -347,23 +349,24 @@ def _owner(model: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def detached_auxiliary(model: nn.Module) -> Iterator[nn.Module]:
-    """Takes the auxiliary path out of a model for the duration, and puts the same one back.
+    """Takes what only training has out of a model for the duration, and puts the same back.
 
-    Inside, the model is the shipped detector: it has no auxiliary parameter. The optimizer keeps its
-    references, so that training goes on afterwards as if nothing had happened.
+    That is the auxiliary path, the extra head and the teacher. Inside, the model is the shipped detector: it has no
+    auxiliary parameter. The optimizer keeps its references, so that training goes on afterwards as if nothing had
+    happened.
     """
     owner = _owner(model)
-    path = getattr(owner, "auxiliary", None)
-    if path is None:
-        yield model
-        return
-    owner.auxiliary = None
+    names = ("auxiliary", "extra_head", "distillation")
+    parts = {name: part for name in names if (part := getattr(owner, name, None)) is not None}
+    for name in parts:
+        setattr(owner, name, None)
     try:
         yield model
     finally:
-        owner.auxiliary = path
+        for name, part in parts.items():
+            setattr(owner, name, part)
 
 
 def strip(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the auxiliary path."""
-    return {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+    """A state dict without what only training has."""
+    return {key: value for key, value in state_dict.items() if not key.startswith(TRAINING_ONLY)}

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers import QuantAdd, QuantConv2d, QuantLinear, StreamQuantizer
 from ..quantization import Quantizer
-from .auxiliary import PREFIX
+from .auxiliary import TRAINING_ONLY
 from .backbone import tapped_sums
 
 FLOAT_BITS = 32
@@ -27,7 +27,7 @@ class PlanRow:
 
     Attributes:
         path: dotted name. kind: ``"conv"``, ``"linear"``, ``"sum"`` or ``"stream"``. part: ``"float"``,
-            ``"quantized"`` or ``"auxiliary"``.
+            ``"quantized"`` or ``"auxiliary"``, which is what only training has.
         weight, input: quantizer, bits, signedness and granularity, as text.
         norm: class of the norm after it, with the number of levels where there are several; or ``"-"``.
         parameters: number of parameters, the norm's included. weight_bits: what the layer's weights, bias, norm
@@ -120,6 +120,8 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
             model.head(levels)
             if model.auxiliary is not None:
                 model.auxiliary(levels, sums)
+            if getattr(model, "extra_head", None) is not None:
+                model.extra_head(levels)
     finally:
         for quantizer, state in zip(active, enabled, strict=True):
             quantizer.enabled = state
@@ -128,7 +130,7 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     for path, module in model.named_modules():
         if isinstance(module, LAYERS):
             rows.append(_layer_row(path, module, following.get(module), macs.get(path, 0)))
-        elif path.startswith(PREFIX):
+        elif path.startswith(TRAINING_ONLY):
             continue  # sums in float
         elif isinstance(module, QuantAdd):
             text = [
@@ -154,7 +156,7 @@ def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | N
     if is_image:
         input_bits = IMAGE_BITS
     constants = sum(q.num_constants for q in (weight_quantizer, input_quantizer) if q is not None)
-    part = "auxiliary" if path.startswith(PREFIX) else "quantized" if quantized else "float"
+    part = "auxiliary" if path.startswith(TRAINING_ONLY) else "quantized" if quantized else "float"
     parameters = sum(p.numel() for p in layer.parameters(recurse=False))
     parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
     return PlanRow(

@@ -40,7 +40,7 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("key", ["QUANT", "AUX"])
+@pytest.mark.parametrize("key", ["QUANT", "AUX", "EXTRA_LOSS", "DISTILL"])
 @pytest.mark.parametrize("architecture", ["RetinaNet", "GeneralizedRCNN"])
 def test_an_architecture_that_would_ignore_our_keys_is_refused(key, architecture):
     cfg = make_cfg("MODEL.META_ARCHITECTURE", architecture, f"MODEL.{key}.ENABLED", "True")

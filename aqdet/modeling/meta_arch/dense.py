@@ -16,8 +16,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ...layers import forget_sites
+from ...quantization import quantizers
 from ..auxiliary import AuxiliaryPath, build_auxiliary
 from ..backbone import tapped_sums
+from ..distillation import Distillation
 from ..policy import QuantPolicy
 
 
@@ -25,12 +28,18 @@ class LowPrecisionDense(DenseDetector):
     """Mixin before a dense detector of Detectron2's.
 
     In training the auxiliary path, if there is one, reads the trunk; its predictions get the losses of the main
-    head, on the same matched targets and with the same normalizer, which moves once an iteration. In
-    evaluation, and when it is detached, nothing of it runs.
+    head, on the same matched targets and with the same normalizer, which moves once an iteration. So do those of
+    an extra head, and a teacher adds losses of its own. In evaluation, and when they are detached, nothing of them
+    runs.
 
     Args:
         auxiliary: the path, or None.
+        extra_head: the extra head, or None.
+        extra_loss_weight: factor of its losses.
         kwargs: of the detector.
+
+    Attributes:
+        distillation: the teacher, which who trains attaches; None until then.
     """
 
     head_class: type[nn.Module]
@@ -39,16 +48,28 @@ class LowPrecisionDense(DenseDetector):
     """Name of the detector's node under ``MODEL``, which has ``NORM`` and ``IN_FEATURES``."""
 
     auxiliary: AuxiliaryPath | None
+    extra_head: nn.Module | None
+    distillation: Distillation | None
 
-    def __init__(self, *, auxiliary: AuxiliaryPath | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        auxiliary: AuxiliaryPath | None = None,
+        extra_head: nn.Module | None = None,
+        extra_loss_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.auxiliary = auxiliary
+        self.extra_head = extra_head
+        self.extra_loss_weight = extra_loss_weight
+        self.distillation = None
         self._normalizer_held = False
         self._sums: list[Tensor] = []  # of a forward in progress, which hands forward_training the features only
 
     @classmethod
     def build_heads(cls, cfg: CfgNode, backbone: Backbone) -> dict[str, Any]:
-        """The arguments ``head``, quantized if ``MODEL.QUANT`` is enabled, and ``auxiliary``.
+        """The arguments ``head`` and ``extra_head``, quantized if ``MODEL.QUANT`` is enabled, and ``auxiliary``.
 
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.
@@ -67,7 +88,15 @@ class LowPrecisionDense(DenseDetector):
             head_cfg.MODEL[cls.node].NORM = cfg.MODEL.AUX.NORM
             auxiliary_head = cls.head_class(head_cfg, levels)
             auxiliary = build_auxiliary(cfg, head=auxiliary_head, backbone=backbone, shapes=shapes)
-        return {"head": head, "auxiliary": auxiliary}
+        extra_head = None
+        if cfg.MODEL.EXTRA_LOSS.ENABLED:
+            extra_head = _build_extra_head(cfg, cls.head_class(cfg, levels))
+        return {
+            "head": head,
+            "auxiliary": auxiliary,
+            "extra_head": extra_head,
+            "extra_loss_weight": cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT,
+        }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """See Detectron2's."""
@@ -87,7 +116,7 @@ class LowPrecisionDense(DenseDetector):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Losses of the main head and, prefixed ``aux_``, of the auxiliary head.
+        """Losses of the main head and, prefixed ``aux_``, ``extra_`` and ``distill_``, of what training has beside it.
 
         Args:
             images: the batch.
@@ -109,6 +138,13 @@ class LowPrecisionDense(DenseDetector):
             with self._hold_normalizer():
                 auxiliary_losses = losses_of(self.auxiliary(features, self._sums))
             losses.update({f"aux_{key}": weight * v for key, v in auxiliary_losses.items()})
+        if self.extra_head is not None:
+            with self._hold_normalizer():
+                extra_losses = losses_of(self.extra_head(features))
+            losses.update({f"extra_{key}": self.extra_loss_weight * v for key, v in extra_losses.items()})
+        if self.distillation is not None:
+            normalizer = self.loss_normalizer / comm.get_world_size()
+            losses.update(self.distillation.losses(images.tensor, features, predictions, normalizer))
         return losses
 
     @contextlib.contextmanager
@@ -135,3 +171,22 @@ class LowPrecisionDense(DenseDetector):
                 value = total.item()
             super()._ema_update(name, value, *args, **kwargs)
         return getattr(self, name) / world_size
+
+
+def _build_extra_head(cfg: CfgNode, head: nn.Module) -> nn.Module:
+    """Makes a fresh head the extra one of ``MODEL.EXTRA_LOSS``, with the quantizers of the detector's own.
+
+    All of it is quantized as the detector's head is: an extra loss with a full-precision head would be an auxiliary
+    path without adaptors, and leave open whether the loss helps or the precision. It keeps its random weights.
+
+    Raises:
+        ValueError: for a negative ``LOSS_WEIGHT``.
+    """
+    if not cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT >= 0:
+        raise ValueError(f"MODEL.EXTRA_LOSS.LOSS_WEIGHT must not be negative, got {cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT}")
+    if cfg.MODEL.QUANT.ENABLED:
+        QuantPolicy.from_config(cfg).apply(head, "head.")  # its rules are those of the detector's head
+        for name, quantizer in quantizers(head):
+            quantizer.path = f"extra_head.{name}"
+    forget_sites(head)
+    return head

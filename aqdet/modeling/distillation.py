@@ -1,0 +1,103 @@
+"""Distillation from the full-precision detector: one of the rivals that the auxiliary path is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TERMS = ("FEATURE_WEIGHT", "LOGIT_WEIGHT")
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """``|s - t|^2 / |t|^2``, averaged over the levels: 0-dim; 0 where they agree, 1 for a student of zeros.
+
+    The hint of FitNets (1412.6550). Deviations: relative to the size of the teacher's feature, so that no level
+    and no detector needs a factor of its own, and without a regressor, since both have the same channels.
+
+    Args:
+        student, teacher: one ``(N, C, H, W)`` for each level.
+    """
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        size = t.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        losses.append((s.float() - t.float()).square().sum() / size)
+    return torch.stack(losses).mean()
+
+
+def logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
+    """Divergence of the teacher's probabilities from the student's, summed over all predictions: 0-dim.
+
+    Knowledge distillation (1503.02531) at temperature 1 for detectors, whose classes are independent: each logit
+    is a probability of its own, and ``KL(p_t || p_s)`` is summed. Its gradient is ``p_s - p_t``.
+
+    Args:
+        student, teacher: logits, one ``(N, A K, H, W)`` for each level.
+        weights: factors that broadcast to them, or None.
+    """
+    total = torch.zeros((), device=student[0].device)
+    for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        s, t = s.float(), t.float()
+        target = t.sigmoid()
+        divergence = F.binary_cross_entropy_with_logits(s, target, reduction="none")
+        divergence = divergence - F.binary_cross_entropy_with_logits(t, target, reduction="none")
+        total = total + (divergence if weights is None else divergence * weights[index]).sum()
+    return total
+
+
+class Distillation:
+    """A teacher and the losses that draw a dense detector to it.
+
+    Not a module: the teacher is in no state dict, optimizer or list of modules of the detector that holds this.
+
+    Args:
+        teacher: detector of the student's structure, all in full precision; put in evaluation mode without
+            gradients.
+        feature_weight, logit_weight: factors of the losses, 0 for none.
+
+    Raises:
+        ValueError: for a negative weight, or if both are 0.
+    """
+
+    def __init__(self, teacher: nn.Module, *, feature_weight: float, logit_weight: float) -> None:
+        for key, weight in zip(TERMS, (feature_weight, logit_weight), strict=True):
+            if not weight >= 0:
+                raise ValueError(f"MODEL.DISTILL.{key} must not be negative, got {weight}")
+        if not (feature_weight or logit_weight):
+            raise ValueError("MODEL.DISTILL.ENABLED is True, but FEATURE_WEIGHT and LOGIT_WEIGHT are both 0")
+        self.teacher: Any = teacher.eval().requires_grad_(False)
+        self.feature_weight = feature_weight
+        self.logit_weight = logit_weight
+
+    def losses(
+        self, images: Tensor, features: Sequence[Tensor], predictions: Sequence[Sequence[Tensor]], normalizer: float
+    ) -> dict[str, Tensor]:
+        """Losses of a training step, for the terms that have a weight.
+
+        Args:
+            images: normalized batch, ``(N, 3, H, W)``.
+            features: the student's, one ``(N, C, H, W)`` for each level.
+            predictions: of the student's head: class logits, box deltas and, for FCOS, centerness logits.
+            normalizer: of the student's own losses, for the logits' sum.
+
+        Returns:
+            ``"distill_loss_features"`` and ``"distill_loss_logits"``. Boxes are not distilled. Centerness counts as
+            much as the teacher is sure of an object there: it means nothing elsewhere.
+        """
+        with torch.no_grad():
+            levels = self.teacher.backbone(images)
+            levels = [levels[name] for name in self.teacher.head_in_features]
+            targets = self.teacher.head(levels) if self.logit_weight else ()
+        losses = {}
+        if self.feature_weight:
+            losses["distill_loss_features"] = self.feature_weight * feature_loss(features, levels)
+        if self.logit_weight:
+            total = logit_loss(predictions[0], targets[0])
+            if len(predictions) > 2:
+                sure = [level.sigmoid().amax(dim=1, keepdim=True) for level in targets[0]]
+                total = total + logit_loss(predictions[2], targets[2], sure)
+            losses["distill_loss_logits"] = self.logit_weight * total / normalizer
+        return losses
