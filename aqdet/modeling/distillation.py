@@ -90,7 +90,7 @@ class Distillation:
         with torch.no_grad():
             levels = self.teacher.backbone(images)
             levels = [levels[name] for name in self.teacher.head_in_features]
-            targets = self.teacher.head(levels) if self.logit_weight else ()
+            targets: Sequence[Sequence[Tensor]] = self.teacher.head(levels) if self.logit_weight else ()
         losses = {}
         if self.feature_weight:
             losses["distill_loss_features"] = self.feature_weight * feature_loss(features, levels)

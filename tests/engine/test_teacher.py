@@ -45,8 +45,7 @@ def test_a_run_keeps_the_teacher_out_of_every_file_and_resumes(tmp_path, weights
     assert set(whole["model"]) == bare | extra
     stripped = torch.load(tmp_path / "whole" / "model_final_stripped.pth", weights_only=True)
     assert set(stripped["model"]) == bare
-    size = sum(v.numel() for v in whole["trainer"]["_trainer"]["optimizer"]["state"][0].values())
-    assert size < sum(v.numel() for v in start.values())  # one parameter's momentum
+    assert len(whole["trainer"]["_trainer"]["optimizer"]["state"]) == len(held)
 
     # Stopped after the first of two iterations and resumed, with the teacher from its file again.
     run("parts", 2)
