@@ -7,7 +7,6 @@ LSQ and DoReFa at 4 bits, each without and with the auxiliary path. Stop it at a
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from aqdet.data.voc import convert_voc
-from aqdet.engine.experiment import Job, markdown_table, mean_and_spread, run_jobs, write_section
+from aqdet.engine.experiment import Job, describe_machine, markdown_table, mean_and_spread, run_jobs, write_section
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "BCCD"
@@ -75,16 +74,6 @@ def make_jobs(args: argparse.Namespace, num_train: int) -> dict[tuple[int, str],
     return jobs
 
 
-def machine() -> str:
-    """Processor and cores, from the system."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
 def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) -> None:
     """The BCCD section of RESULTS.md, from the metrics files of finished jobs."""
     done = {key: job for key, job in jobs.items() if job.finished() is not None}
@@ -131,7 +120,7 @@ Paired differences in AP, from the same start:
 
 Command: `python tools/bccd.py --bccd-root BCCD --seeds {seeds} {flags}`, which runs
 `configs/BCCD/retinanet_r18_{{{",".join(VARIANTS)}}}.yaml`. {" to ".join(sorted({*dates[:1], *dates[-1:]}))},
-table written at commit {commit}, {machine()}, torch {torch.__version__}.
+table written at commit {commit}, {describe_machine()}, torch {torch.__version__}.
 """
     if args.remark:
         text += f"\n{args.remark}\n"

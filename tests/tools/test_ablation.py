@@ -1,0 +1,128 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.modeling import META_ARCH_REGISTRY
+from helpers import ROOT
+
+from aqdet.config import load_config
+from aqdet.engine import check_names
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "tools" / "ablation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablation"] = module  # its dataclass looks there for annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["ablation"]
+
+
+@pytest.fixture
+def parse(tool, monkeypatch, tmp_path):
+    def parsed(*argv):
+        monkeypatch.setattr(sys, "argv", ["ablation", "--output", str(tmp_path), *argv])
+        return tool.parse_args()
+
+    return parsed
+
+
+def finish(job, ap):
+    folder = Path(job.output_dir)
+    (folder / "inference").mkdir(parents=True)
+    (folder / "inference" / "metrics.json").write_text(json.dumps({"AP": ap, "AP50": 2 * ap}))
+    noted = {"fingerprint": job.fingerprint(), "seconds": 120.0, "date": "2026-01-02"}
+    (folder / "done.json").write_text(json.dumps(noted))
+
+
+def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(tool, parse):
+    seen = set()
+    for dataset, count in (("shapes", 26), ("bccd", 9)):
+        args = parse("--dataset", dataset, "--seeds", "3", "--taps", "fpn")
+        cells = tool.planned(dataset, "fpn", ())
+        jobs = tool.make_jobs(args, cells)
+        detectors = {cell.detector for cell in cells}
+        assert len(set(cells)) == len(cells) == count and len(jobs) == count + len(detectors)
+        for (seed, cell), job in jobs.items():
+            cfg = load_config(job.config, job.overrides)
+            check_names(cfg)
+            assert cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY and cfg.SEED == seed == 3
+            start = cell.quantizer == tool.START
+            assert cfg.SOLVER.MAX_ITER == job.iterations == (600 if start else 200)
+            weights = jobs[3, tool.Cell(cell.detector, tool.START, 32, tool.BASELINE)].output_dir + "/model_final.pth"
+            assert cfg.MODEL.WEIGHTS == ("" if start else weights)
+            assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (tool.START, tool.FLOAT))
+            parts = cell.method.split("+")
+            assert cfg.MODEL.EXTRA_LOSS.ENABLED == ("extra" in parts)
+            assert cfg.MODEL.DISTILL.WEIGHTS == (weights if "distill" in parts else "")
+            taps = [part.removeprefix("aux_") for part in parts if part.startswith("aux_")]
+            assert [cfg.MODEL.AUX.TAPS] * cfg.MODEL.AUX.ENABLED == taps
+            if cfg.MODEL.QUANT.ENABLED:
+                for node in (cfg.MODEL.QUANT.WEIGHT, cfg.MODEL.QUANT.INPUT):
+                    assert (node.QUANTIZER, node.NUM_BITS) == (cell.quantizer, cell.bits)
+            seen.add(job.output_dir)
+        order = [cell for _, cell in jobs]
+        assert all(order.index(tool.Cell(d, tool.START, 32, tool.BASELINE)) == 0 or d == "fcos" for d in detectors)
+    assert len(seen) == 26 + 2 + 9 + 1
+
+
+def test_options_leave_out_but_never_full_precision(tool, parse):
+    args = parse("--bits", "2", "--methods", "baseline", "aux_fpn+extra", "--detectors", "retinanet")
+    cells = tool.planned("shapes", "both", args.methods)
+    run = [str(cell) for cell in cells if tool.chosen(args, cell)]
+    assert run == [
+        "retinanet_float",
+        "retinanet_lsq_w2a2_baseline",
+        "retinanet_lsq_w2a2_aux_fpn+extra",
+        "retinanet_dorefa_w2a2_baseline",
+        "retinanet_pact_w2a2_baseline",
+        "retinanet_lqnet_w2a2_baseline",
+    ]
+    args = parse("--quantizers", "lsq", "--", "MODEL.DEVICE", "cpu")
+    jobs = tool.make_jobs(args, [cell for cell in cells if tool.chosen(args, cell)])
+    assert not any("dorefa" in job.name for job in jobs.values()) and any("fcos" in job.name for job in jobs.values())
+    assert all(job.overrides[-2:] == ("MODEL.DEVICE", "cpu") for job in jobs.values())
+    with pytest.raises(SystemExit):
+        parse("--methods", "baseline", "auxiliary")
+
+
+def test_estimate_by_the_pace_of_finished_runs(tool, parse):
+    args = parse("--seeds", "0", "--bits", "2", "--quantizers", "lsq", "--methods", "baseline")
+    cells = [c for c in tool.planned("shapes", "fpn", ()) if tool.chosen(args, c) and c.detector == "retinanet"]
+    jobs = list(tool.make_jobs(args, cells).values())
+    assert "3 runs, 0 of them finished: 1000 iterations left, about 0.2 hours at 0.60 s" in tool.estimate(args, jobs)
+    finish(jobs[0], 50)
+    assert "1 of them finished: 400 iterations left, about 0.0 hours at 0.20 s" in tool.estimate(args, jobs)
+
+
+def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
+    args = parse("--seeds", "0", "1", "2", "--bits", "2", "--methods", "baseline", "distill")
+    cells = tool.planned("shapes", "fpn", ())
+    jobs = tool.make_jobs(args, cells)
+    base, other = (tool.Cell("retinanet", "lsq", 2, method) for method in ("baseline", "distill"))
+    reference = tool.Cell("retinanet", "float", 32, "baseline")
+    aps = {reference: (52, 50, 51), base: (40, 44, 42), other: (43, 45)}
+    for cell, values in aps.items():
+        for seed, ap in enumerate(values):
+            finish(jobs[seed, cell], ap)
+    finish(jobs[0, tool.Cell("retinanet", "start", 32, "baseline")], 30)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    tool.write_results(args, cells, jobs)
+    text = (tmp_path / "RESULTS.md").read_text()
+    rows = {tuple(line.split(" | ")[1:3]): line for line in text.splitlines() if line.startswith("| retinanet")}
+    assert rows["float", "-"].endswith("| 51.0 ± 1.0 | 102.0 ± 2.0 | - | - | 52.0, 50.0, 51.0 | 2.0 |")
+    assert rows["lsq w2a2", "baseline"].endswith(
+        "| 42.0 ± 2.0 | 84.0 ± 4.0 | - | -9.0 ± 3.0 | 40.0, 44.0, 42.0 | 2.0 |"
+    )
+    # From seeds 0 and 1 alone: +3 and +1 over the baseline, -9 and -5 to full precision.
+    assert rows["lsq w2a2", "distill"].endswith(
+        "| 44.0 ± 1.4 | 88.0 ± 2.8 | 2.0 ± 1.4 | -7.0 ± 2.8 | 43.0, 45.0 | 2.0 |"
+    )
+    assert "| not run |" in rows["lsq w2a2", "aux_fpn"]
+    assert "retinanet_lsq_w2a2_distill (2); retinanet_lsq_w2a2_aux_fpn (0, 1, 2)" in text
+    assert "AP of the starts: retinanet 30.0" in text and "2026-01-02" in text
+    assert (tmp_path / "shapes" / "ablation.png").stat().st_size > 5000
+    assert "Left out" in capsys.readouterr().out

@@ -1,0 +1,321 @@
+#!/usr/bin/env python
+"""What helps a low-precision detector: runs a grid of trainings and writes its table into RESULTS.md.
+
+For each seed one full-precision start, and from it runs of equal length: full precision, the quantizer alone, an
+extra loss, distillation, the auxiliary path by its taps, and combinations ("aux_both+distill"). Stop it at any time
+and run it again: it goes on where it stopped. KEY VALUE pairs after -- are for every run, as for train_net.py.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from aqdet.config import load_config
+from aqdet.engine.experiment import Job, describe_machine, markdown_table, mean_and_spread, run_jobs, write_section
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
+TITLES = {
+    "shapes": "the embedded dataset, 192x192",
+    "bccd": "BCCD (205 images to train, 87 to evaluate), 320x240",
+}
+SECONDS = {"shapes": 0.6, "bccd": 0.9}
+"""Of an iteration on two quiet cores, until runs in the output folder say better."""
+BITS = (2, 4)
+OTHERS = ("dorefa", "pact", "lqnet")
+TAPS = ("fpn", "backbone", "both")
+PARTS = {
+    "extra": ("MODEL.EXTRA_LOSS.ENABLED", "True"),
+    "distill": ("MODEL.DISTILL.ENABLED", "True"),
+    **{f"aux_{taps}": ("MODEL.AUX.ENABLED", "True", "MODEL.AUX.TAPS", taps) for taps in TAPS},
+}
+START, FLOAT, BASELINE = "start", "float", "baseline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A row of the table: what is trained, apart from the seed."""
+
+    detector: str
+    quantizer: str
+    bits: int
+    method: str
+
+    def __str__(self) -> str:
+        kind = self.quantizer if self.quantizer in (START, FLOAT) else f"{self.quantizer}_w{self.bits}a{self.bits}"
+        return f"{self.detector}_{kind}" + f"_{self.method}" * (kind not in (START, FLOAT))
+
+    def overrides(self, start: str) -> list[str]:
+        """``KEY VALUE ...`` of a run from the checkpoint ``start``."""
+        if self.quantizer == START:
+            return []
+        found = ["MODEL.WEIGHTS", start]
+        if self.quantizer != FLOAT:
+            found += ["MODEL.QUANT.ENABLED", "True"]
+            for tensor in ("WEIGHT", "INPUT"):
+                found += [f"MODEL.QUANT.{tensor}.QUANTIZER", self.quantizer]
+                found += [f"MODEL.QUANT.{tensor}.NUM_BITS", str(self.bits)]
+        for part in self.method.split("+"):
+            if part != BASELINE:
+                found += PARTS[part]
+            if part == "distill":
+                found += ["MODEL.DISTILL.WEIGHTS", start]
+        return found
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=DATASETS, default="shapes")
+    parser.add_argument("--bccd-root", default="BCCD", help="VOC folder of BCCD")
+    parser.add_argument("--output", default="output/ablation")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    listed = "run these alone; the table lists the others as not run"
+    parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=listed)
+    parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS), help=listed)
+    parser.add_argument("--methods", nargs="+", help=f"{listed}; {BASELINE}, {', '.join(PARTS)}, or some joined by +")
+    parser.add_argument(
+        "--taps", choices=TAPS, default="both", help="of the auxiliary form that runs beside everything else"
+    )
+    parser.add_argument("--start-iterations", type=int, default=600)
+    parser.add_argument("--iterations", type=int, default=200, help="of each run from a start")
+    parser.add_argument("--results-only", action="store_true", help="rewrite table and plot and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the estimate and the commands and stop")
+    parser.add_argument("--remark", default="", help="a sentence to print below the table")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY VALUE pairs for every run")
+    args = parser.parse_args()
+    if args.opts[:1] == ["--"]:
+        del args.opts[0]
+    for method in args.methods or []:
+        for part in method.split("+"):
+            if part != BASELINE and part not in PARTS:
+                parser.error(f"--methods: {part!r} of {method!r} must be one of {', '.join((BASELINE, *PARTS))}")
+    return args
+
+
+def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
+    """The whole grid of a dataset, 2 bits first; ``methods`` that it does not have are added to LSQ's rows."""
+    best = f"aux_{taps}"
+    rows = [BASELINE, "extra", "distill", *(f"aux_{name}" for name in TAPS), f"{best}+extra", f"{best}+distill"]
+    if dataset == "bccd":
+        rows = [BASELINE, "distill", best, f"{best}+distill"]
+    rows += [method for method in methods if method not in rows]
+    cells = [Cell("retinanet", FLOAT, 32, BASELINE)]
+    cells += [Cell("retinanet", "lsq", bits, method) for bits in BITS for method in rows]
+    if dataset == "shapes":
+        cells += [Cell("retinanet", name, 2, method) for name in OTHERS for method in (BASELINE, best)]
+        cells += [Cell("fcos", FLOAT, 32, BASELINE), *(Cell("fcos", "lsq", 2, method) for method in (BASELINE, best))]
+    return cells
+
+
+def chosen(args: argparse.Namespace, cell: Cell) -> bool:
+    """Whether the options leave a cell in; full precision always is, for a detector that is."""
+    if args.detectors and cell.detector not in args.detectors:
+        return False
+    if cell.quantizer == FLOAT:
+        return True
+    wanted = ((args.quantizers, cell.quantizer), (args.methods, cell.method), (args.bits, cell.bits))
+    return all(not values or value in values for values, value in wanted)
+
+
+def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
+    """The runs in their order: seed by seed, each detector's start before what starts from it."""
+    data: list[str] = []
+    if args.dataset == "bccd":
+        splits = [{"name": f"bccd_{s}", "format": "voc", "root": args.bccd_root, "split": s} for s in ("train", "val")]
+        data = ["DATASETS.DECLARED", str(splits)]
+    jobs = {}
+    for seed in args.seeds:
+        folder = os.path.join(args.output, args.dataset, f"seed{seed}")
+        for cell in cells:
+            start = Cell(cell.detector, START, 32, BASELINE)
+            for each in (start, cell):
+                if (seed, each) in jobs:
+                    continue
+                stem = ROOT / "configs" / DATASETS[args.dataset] / f"{each.detector}_r18"
+                solver = load_config(f"{stem}_fp_bn.yaml" if each is start else f"{stem}_lsq_w4a4.yaml").SOLVER
+                iterations = args.start_iterations if each is start else args.iterations
+                weights = os.path.join(folder, str(start), "model_final.pth")
+                overrides = [*data, "SEED", str(seed), "SOLVER.BASE_LR", str(solver.BASE_LR)]
+                overrides += ["SOLVER.MAX_ITER", str(iterations), *each.overrides(weights), *args.opts]
+                jobs[seed, each] = Job(
+                    name=f"seed {seed} {each}",
+                    config=os.path.relpath(f"{stem}_fp_bn.yaml"),
+                    overrides=tuple(overrides),
+                    output_dir=os.path.join(folder, str(each)),
+                    iterations=iterations,
+                )
+    return jobs
+
+
+def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
+    """What is left to run, and how long that takes."""
+    done = [(job, noted) for job in jobs if (noted := job.finished()) is not None]
+    left = sum(job.iterations for job in jobs) - sum(job.iterations for job, _ in done)
+    pace, source = SECONDS[args.dataset], "as on two quiet cores"
+    if done:
+        pace = sum(noted["seconds"] for _, noted in done) / sum(job.iterations for job, _ in done)
+        source = f"as the {len(done)} finished runs"
+    return (
+        f"{len(jobs)} runs, {len(done)} of them finished: {left} iterations left, about {left * pace / 3600:.1f} hours "
+        f"at {pace:.2f} s each ({source})"
+    )
+
+
+def make_rows(
+    seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
+) -> list[list[str]]:
+    """Rows of the table from the metrics, with the run's ``minutes`` among them, of finished runs."""
+
+    def values(cell: Cell, key: str = "AP") -> dict[int, float]:
+        return {s: done[s, cell][key] for s in seeds if (s, cell) in done and done[s, cell][key] is not None}
+
+    def paired(cell: Cell, other: Cell) -> str:
+        a, b = values(cell), values(other)
+        if cell == other or not set(a) & set(b):
+            return "-"
+        return mean_and_spread([a[s] - b[s] for s in seeds if s in a and s in b])
+
+    rows = []
+    for cell in cells:
+        found = values(cell)
+        minutes = values(cell, "minutes").values()
+        baseline = dataclasses.replace(cell, method=BASELINE)
+        rows.append(
+            [
+                cell.detector,
+                cell.quantizer if cell.quantizer == FLOAT else f"{cell.quantizer} w{cell.bits}a{cell.bits}",
+                "-" if cell.quantizer == FLOAT else cell.method.replace("+", " + "),
+                mean_and_spread(list(found.values())) if found else "not run",
+                mean_and_spread(list(values(cell, "AP50").values())),
+                paired(cell, baseline),
+                paired(cell, Cell(cell.detector, FLOAT, 32, BASELINE)),
+                ", ".join(f"{ap:.1f}" for ap in found.values()) or "-",
+                f"{statistics.mean(minutes):.1f}" if minutes else "-",
+            ]
+        )
+    return rows
+
+
+def make_plot(
+    path: str, seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
+) -> None:
+    """A panel for each detector and quantizer: AP by method, a dot a seed, a bar for the mean."""
+    panels: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in cells:
+        if cell.quantizer != FLOAT and any((s, cell) in done for s in seeds):
+            panels.setdefault((cell.detector, cell.quantizer, cell.bits), []).append(cell)
+    if not panels:
+        return
+    heights = [len(found) + 1 for found in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels),
+        figsize=(8, 0.35 * sum(heights) + 0.5 * len(panels)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    for ax, ((detector, quantizer, bits), found) in zip(axes[:, 0], panels.items(), strict=True):
+        reference = Cell(detector, FLOAT, 32, BASELINE)
+        for row, cell in enumerate([reference, *found]):
+            points = [done[s, cell]["AP"] for s in seeds if (s, cell) in done and done[s, cell]["AP"] is not None]
+            colour = "grey" if cell == reference else "tab:blue"
+            ax.plot(points, [row] * len(points), "o", color=colour, alpha=0.6)
+            if points:
+                ax.plot([statistics.mean(points)], [row], "|", color=colour, markersize=16, markeredgewidth=2)
+        ax.set_yticks(range(len(found) + 1), ["full precision", *(cell.method for cell in found)])
+        ax.set_ylim(len(found) + 0.5, -0.5)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_title(f"{detector}, {quantizer} w{bits}a{bits}", fontsize="medium")
+    axes[-1, 0].set_xlabel("AP of the detector alone, in percent: a dot a seed, a bar their mean")
+    aside = path.replace(".png", ".part.png")
+    figure.savefig(aside, dpi=120)
+    plt.close(figure)
+    os.replace(aside, path)
+
+
+def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
+    """The section of RESULTS.md and the plot, from what has finished."""
+    done, dates = {}, set()
+    for key, job in jobs.items():
+        noted = job.finished()
+        if noted is not None:
+            done[key] = {**job.metrics(), "minutes": noted["seconds"] / 60}
+            dates.add(noted["date"])
+    if not done:
+        print("Nothing has finished: no table")
+        return
+    header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed", "min"]
+    plot = os.path.join(args.output, args.dataset, "ablation.png")
+    make_plot(plot, args.seeds, cells, done)
+    missing = []
+    for cell in cells:
+        absent = [str(seed) for seed in args.seeds if (seed, cell) not in done]
+        if absent:
+            missing.append(f"{cell} ({', '.join(absent)})")
+    starts = {cell.detector: cell for _, cell in done if cell.quantizer == START}
+    lines = [
+        f"{name} {mean_and_spread([done[s, cell]['AP'] for s in args.seeds if (s, cell) in done])}"
+        for name, cell in starts.items()
+    ]
+    seeds = " ".join(map(str, args.seeds))
+    command = f"python tools/ablation.py --dataset {args.dataset} --seeds {seeds}"
+    command += f" --taps {args.taps} --start-iterations {args.start_iterations} --iterations {args.iterations}"
+    command += " ".join([" --", *args.opts]) if args.opts else ""
+    text = f"""## What helps: ResNet-18 detectors on {TITLES[args.dataset]}
+
+For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
+{args.iterations}, full precision included. COCO AP of the detector alone, in percent; mean ± sample standard
+deviation over the seeds that have run (of {seeds}); differences are paired, from the same start.
+
+{markdown_table(header, make_rows(args.seeds, cells, done))}
+
+AP of the starts: {", ".join(lines)}. Plot: `{plot}`.
+
+Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {describe_machine()}, torch {torch.__version__}.
+"""
+    if args.remark:
+        text += f"\n{args.remark}\n"
+    if missing:
+        text += f"\nLeft out (seeds): {'; '.join(missing)}.\n"
+    write_section(ROOT / "RESULTS.md", f"ablation {args.dataset}", text)
+    print(text)
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        cells = planned(args.dataset, args.taps, args.methods or ())
+        jobs = make_jobs(args, cells)
+        run = make_jobs(args, [cell for cell in cells if chosen(args, cell)])
+        train_net = os.path.relpath(ROOT / "tools" / "train_net.py")
+        print(estimate(args, list(run.values())), flush=True)
+        if args.dry_run:
+            for job in run.values():
+                print(" ".join(job.command(train_net)))
+            return
+        try:
+            if not args.results_only:
+                run_jobs(list(run.values()), train_net)
+        finally:
+            write_results(args, cells, jobs)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to continue")
+
+
+if __name__ == "__main__":
+    main()
