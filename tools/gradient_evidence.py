@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""Does an added loss bring the quantized trunk's gradient nearer to what full precision would get?
+
+For each layer of a trunk in training, the cosine between the gradient of the quantized model and that of the same
+model with its quantizers off, on the same batches, with and without the losses of the auxiliary path (or the extra
+head). Takes the config.yaml and a checkpoint from the middle of a run with such losses, for example
+output/ablation/shapes/seed0/retinanet_lsq_w2a2_aux_both/{config.yaml,model_0000099.pth}.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from aqdet.config import load_config
+from aqdet.data import check_num_classes, register_declared
+from aqdet.engine import Trainer, build_checkpointer, check_names, fit_to_machine
+from aqdet.engine.experiment import describe_machine, markdown_table, write_section
+from aqdet.engine.gradients import Alignment, gradient_alignment
+
+COLUMNS = {
+    "own": "own losses",
+    "all": "with added losses",
+    "all_to_own": "with added losses, to the float gradient of the own",
+    "beside_to_own": "added losses alone, to the float gradient of the own",
+}
+PART = re.compile(r"(stem|res\d|fpn_[a-z]+\d|p\d)")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--weights", required=True, help="checkpoint of quantized training, model_<iteration>.pth")
+    parser.add_argument("--batches", type=int, default=16, help="number of training batches")
+    parser.add_argument("--output", default="output/gradients", help="folder of the table and the plot")
+    parser.add_argument("--section", help="also write the summary into RESULTS.md, under this name")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    return parser.parse_args()
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of those that are not nan; nan if all are."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.mean(known) if known else math.nan
+
+
+def number(value: float) -> str:
+    """Two decimals, or a dash for nan."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def by_part(found: Sequence[Alignment]) -> dict[str, list[Alignment]]:
+    """Layers by stage of the backbone, then those of the pyramid."""
+    parts: dict[str, list[Alignment]] = {}
+    for alignment in found:
+        match = PART.search(alignment.layer)
+        name = match.group(1) if match else "others"
+        parts.setdefault(name if name.startswith(("stem", "res")) else "pyramid", []).append(alignment)
+    order = ("stem", "res2", "res3", "res4", "res5", "pyramid", "others")
+    return {name: parts[name] for name in order if name in parts}
+
+
+def make_table(found: Sequence[Alignment], summary: bool) -> str:
+    """Mean cosines over batches: a row a layer, or for the summary a row a stage and one for all."""
+    groups = {alignment.layer.removeprefix("backbone."): [alignment] for alignment in found}
+    if summary:
+        groups = {**by_part(found), "all": list(found)}
+    rows = [
+        [f"{name} ({len(members)} layers)" if summary else name]
+        + [number(mean([mean(getattr(a, column)) for a in members])) for column in COLUMNS]
+        + [f"{sum(mean(a.all_to_own) > mean(a.own) for a in members)} of {len(members)}"] * summary
+        for name, members in groups.items()
+    ]
+    return markdown_table(["layers", *COLUMNS.values(), *["nearer with"] * summary], rows)
+
+
+def make_plot(found: Sequence[Alignment], path: str) -> None:
+    """A line a column over the layers in the order of the trunk, with the standard error over batches."""
+    layers = [alignment for members in by_part(found).values() for alignment in members]
+    names = [alignment.layer.removeprefix("backbone.").removeprefix("bottom_up.") for alignment in layers]
+    figure, ax = plt.subplots(figsize=(max(8, 0.3 * len(names)), 5), layout="constrained")
+    for (column, title), style in zip(COLUMNS.items(), ("o-", "s-", "^--", "x:"), strict=True):
+        values = [getattr(alignment, column) for alignment in layers]
+        error = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values]
+        ax.errorbar(
+            range(len(names)), [mean(v) for v in values], error, fmt=style, label=title, capsize=2, markersize=4
+        )
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+    ax.set_ylabel("cosine to the gradient without quantizers")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    aside = path.replace(".png", ".part.png")
+    figure.savefig(aside, dpi=120)
+    plt.close(figure)
+    os.replace(aside, path)
+
+
+def measure(args: argparse.Namespace) -> list[Alignment]:
+    """Loads the run's model and compares gradients on batches of its training data."""
+    if args.batches < 1:
+        raise ValueError(f"--batches must be at least 1, got {args.batches}")
+    cfg = load_config(args.config_file, args.opts)
+    check_names(cfg)
+    fit_to_machine(cfg)
+    register_declared(cfg)
+    check_num_classes(cfg)
+    model = Trainer.build_model(cfg)
+    build_checkpointer(cfg, model).load(args.weights, checkpointables=[])
+    batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
+    return gradient_alignment(model, batches)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    args = parse_args()
+    try:
+        found = measure(args)
+        os.makedirs(args.output, exist_ok=True)
+        table, plot = (os.path.join(args.output, f"gradients.{suffix}") for suffix in ("md", "png"))
+        with open(f"{table}.part", "w", encoding="utf-8") as file:
+            file.write(make_table(found, summary=False) + "\n")
+        os.replace(f"{table}.part", table)
+        make_plot(found, plot)
+        text = f"""## Gradients of the trunk with and without quantizers
+
+Cosine between the gradient of a layer's latent weights in the quantized model and in the same model with its quantizers
+off: same weights and batches, batch norms by the batch's statistics. Mean over {args.batches} batches, then over
+layers. "Nearer with": layers whose gradient of all losses is nearer to the float gradient of the detector's own losses
+than that of the own losses is.
+
+{make_table(found, summary=True)}
+
+By layer: `{table}`. Plot: `{plot}`. Command: `python tools/gradient_evidence.py --config-file {args.config_file}
+--weights {args.weights} --batches {args.batches}{"".join(f" {value}" for value in args.opts)}`.
+{time.strftime("%Y-%m-%d")}, {describe_machine()}, torch {torch.__version__}.
+"""
+        print(text)
+        if args.section:
+            write_section("RESULTS.md", args.section, text)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
