@@ -56,6 +56,12 @@ def mean(values: Sequence[float]) -> float:
     return statistics.mean(known) if known else math.nan
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of those that are not nan; 0 for fewer than two."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+
+
 def number(value: float) -> str:
     """Two decimals, or a dash for nan."""
     return "-" if math.isnan(value) else f"{value:.2f}"
@@ -93,10 +99,8 @@ def make_plot(found: Sequence[Alignment], path: str) -> None:
     figure, ax = plt.subplots(figsize=(max(8, 0.3 * len(names)), 5), layout="constrained")
     for (column, title), style in zip(COLUMNS.items(), ("o-", "s-", "^--", "x:"), strict=True):
         values = [getattr(alignment, column) for alignment in layers]
-        error = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values]
-        ax.errorbar(
-            range(len(names)), [mean(v) for v in values], error, fmt=style, label=title, capsize=2, markersize=4
-        )
+        means, errors = ([of(v) for v in values] for of in (mean, standard_error))
+        ax.errorbar(range(len(names)), means, errors, fmt=style, label=title, capsize=2, markersize=4)
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
     ax.set_ylabel("cosine to the gradient without quantizers")
     ax.grid(alpha=0.3)
