@@ -148,7 +148,8 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
                 iterations = args.start_iterations if each is start else args.iterations
                 weights = os.path.join(folder, str(start), "model_final.pth")
                 overrides = [*data, "SEED", str(seed), "SOLVER.BASE_LR", str(solver.BASE_LR)]
-                overrides += ["SOLVER.MAX_ITER", str(iterations), *each.overrides(weights), *args.opts]
+                overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
+                overrides += [*each.overrides(weights), *args.opts]
                 jobs[seed, each] = Job(
                     name=f"seed {seed} {each}",
                     config=os.path.relpath(f"{stem}_fp_bn.yaml"),
@@ -157,6 +158,23 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
                     iterations=iterations,
                 )
     return jobs
+
+
+def prune(job: Job, first_seed: int) -> None:
+    """Deletes what nothing reads later: a grid of whole checkpoints takes 50 GB.
+
+    Kept are the stripped detector, a start's ``model_final.pth``, and of the first seed's runs the checkpoint of half
+    way, for tools/gradient_evidence.py.
+    """
+    folder = Path(job.output_dir)
+    keep = {"model_final_stripped.pth"}
+    if folder.name.endswith(f"_{START}"):
+        keep.add("model_final.pth")
+    elif folder.parent.name == f"seed{first_seed}":
+        keep.update(path.name for path in sorted(folder.glob("model_0*.pth"))[:1])
+    for path in folder.glob("*.pth"):
+        if path.name not in keep:
+            path.unlink()
 
 
 def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
@@ -308,7 +326,7 @@ def main() -> None:
             return
         try:
             if not args.results_only:
-                run_jobs(list(run.values()), train_net)
+                run_jobs(list(run.values()), train_net, lambda job: prune(job, args.seeds[0]))
         finally:
             write_results(args, cells, jobs)
     except (ValueError, OSError, RuntimeError) as error:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Job:
         return json.loads((Path(self.output_dir) / "inference" / "metrics.json").read_text())
 
 
-def run_jobs(jobs: Sequence[Job], train_net: str) -> None:
+def run_jobs(jobs: Sequence[Job], train_net: str, after: Callable[[Job], object] | None = None) -> None:
     """Runs the jobs in order; finished ones are passed over, an interrupted one is resumed.
 
     Prints a line a job and, on a terminal, the running job's progress. The ETA counts iterations at the
@@ -81,6 +81,7 @@ def run_jobs(jobs: Sequence[Job], train_net: str) -> None:
     Args:
         jobs: the grid.
         train_net: path of ``tools/train_net.py``.
+        after: called with each job that it ran, when the job is done.
 
     Raises:
         RuntimeError: if a job fails, with the end of its log.
@@ -98,6 +99,8 @@ def run_jobs(jobs: Sequence[Job], train_net: str) -> None:
         start = time.monotonic()
         _run(job, train_net, head)
         seconds = time.monotonic() - start
+        if after is not None:
+            after(job)
         spent += seconds
         done_iterations += job.iterations
         left -= job.iterations

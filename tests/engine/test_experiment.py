@@ -37,8 +37,10 @@ def make(tmp_path, monkeypatch):
 
 def test_done_is_not_done_again_until_its_config_changes(make, capsys):
     job, runs, script, base = make
-    run_jobs([job("a"), job("b")], script)
-    run_jobs([job("a"), job("b")], script)
+    ran = []
+    run_jobs([job("a"), job("b")], script, ran.append)
+    run_jobs([job("a"), job("b")], script, ran.append)
+    assert ran == [job("a"), job("b")] and job("b").finished() is not None
     assert runs("a") == runs("b") == "f"
     assert "[2/2] b: AP 12.0" in capsys.readouterr().out
     base.write_text("SEED: 2")

@@ -98,6 +98,24 @@ def test_estimate_by_the_pace_of_finished_runs(tool, parse):
     assert "1 of them finished: 400 iterations left, about 0.0 hours at 0.20 s" in tool.estimate(args, jobs)
 
 
+def test_a_finished_run_keeps_what_is_read_later(tool, parse):
+    args = parse("--seeds", "5", "6")
+    cell = tool.Cell("retinanet", "lsq", 2, "aux_fpn")
+    jobs = tool.make_jobs(args, [cell])
+    files = {"model_final.pth", "model_final_stripped.pth", "model_0000099.pth", "model_0000199.pth", "log.txt"}
+    kept = {}
+    for (seed, each), job in jobs.items():
+        folder = Path(job.output_dir)
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).touch()
+        tool.prune(job, 5)
+        kept[seed, each.quantizer] = {path.name for path in folder.iterdir()}
+    always = {"model_final_stripped.pth", "log.txt"}
+    assert kept[5, "start"] == kept[6, "start"] == always | {"model_final.pth"}
+    assert kept[5, "lsq"] == always | {"model_0000099.pth"} and kept[6, "lsq"] == always
+
+
 def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     args = parse("--seeds", "0", "1", "2", "--bits", "2", "--methods", "baseline", "distill")
     cells = tool.planned("shapes", "fpn", ())
