@@ -162,11 +162,12 @@ def test_a_float_student_of_the_teachers_weights_in_evaluation_statistics_has_no
 
 
 def test_a_weight_of_zero_leaves_the_term_out(monkeypatch):
-    model = distilled(weights=(1.0, 0.0))
-    monkeypatch.setattr(model.distillation.teacher.head, "forward", lambda *_: pytest.fail("ran"))
-    assert "distill_loss_logits" not in losses_of(model, BATCH)
-    model = distilled(weights=(0.0, 1.0))
+    model, teacher = make_model(), make_model()
+    model.distillation = Distillation(teacher, feature_weight=0.0, logit_weight=1.0)
     assert "distill_loss_features" not in losses_of(model, BATCH)
+    model.distillation = Distillation(teacher, feature_weight=1.0, logit_weight=0.0)
+    monkeypatch.setattr(teacher.head, "forward", lambda *_: pytest.fail("ran"))
+    assert "distill_loss_logits" not in losses_of(model, BATCH)
 
 
 def test_the_main_losses_and_the_normalizer_do_not_know_of_the_rivals():
@@ -186,8 +187,7 @@ def test_the_main_losses_and_the_normalizer_do_not_know_of_the_rivals():
 # --- dropped is dropped ---
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize("beside", [(), (*AUX, "MODEL.AUX.TAPS", "both")], ids=["alone", "with path"])
+@pytest.mark.parametrize("arch, beside", [(tuple(FCOS), ()), ((), (*AUX, "MODEL.AUX.TAPS", "both"))])
 def test_dropped_is_dropped(arch, beside, monkeypatch):
     model = distilled(*arch, *EXTRA, *beside)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
