@@ -92,7 +92,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILL.WEIGHTS = ""
     # Factor of the squared distance of the levels that the head reads, relative to the teacher's size; 0 for none.
     cfg.MODEL.DISTILL.FEATURE_WEIGHT = 1.0
-    # Factor of the divergence of the class (and centerness) probabilities; 0 for none.
+    # Factor of the divergence of the class (and centerness) probabilities, where the teacher sees objects; 0 for none.
     cfg.MODEL.DISTILL.LOGIT_WEIGHT = 1.0
 
     # --- Structure ---

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TERMS = ("FEATURE_WEIGHT", "LOGIT_WEIGHT")
+BOXES = 1
+"""Index of the box deltas among a head's predictions, which are no logits."""
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -28,23 +30,23 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     return torch.stack(losses).mean()
 
 
-def logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Tensor:
+def logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Divergence of the teacher's probabilities from the student's, summed over all predictions: 0-dim.
 
     Knowledge distillation (1503.02531) at temperature 1 for detectors, whose classes are independent: each logit
-    is a probability of its own, and ``KL(p_t || p_s)`` is summed. Its gradient is ``p_s - p_t``.
+    is a probability of its own, and ``w KL(p_t || p_s)`` is summed. Its gradient is ``w (p_s - p_t)``.
 
     Args:
-        student, teacher: logits, one ``(N, A K, H, W)`` for each level.
-        weights: factors that broadcast to them, or None.
+        student, teacher: logits, one ``(N, R, K)`` for each level of R anchors.
+        weights: factors w, one ``(N, R, 1)`` for each level.
     """
     total = torch.zeros((), device=student[0].device)
-    for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
+    for s, t, weight in zip(student, teacher, weights, strict=True):
         s, t = s.float(), t.float()
         target = t.sigmoid()
         divergence = F.binary_cross_entropy_with_logits(s, target, reduction="none")
         divergence = divergence - F.binary_cross_entropy_with_logits(t, target, reduction="none")
-        total = total + (divergence if weights is None else divergence * weights[index]).sum()
+        total = total + (weight * divergence).sum()
     return total
 
 
@@ -55,7 +57,7 @@ class Distillation:
 
     Args:
         teacher: detector of the student's structure, all in full precision; put in evaluation mode without
-            gradients.
+            gradients. A :class:`~aqdet.modeling.meta_arch.dense.LowPrecisionDense`.
         feature_weight, logit_weight: factors of the losses, 0 for none.
 
     Raises:
@@ -80,24 +82,25 @@ class Distillation:
         Args:
             images: normalized batch, ``(N, 3, H, W)``.
             features: the student's, one ``(N, C, H, W)`` for each level.
-            predictions: of the student's head: class logits, box deltas and, for FCOS, centerness logits.
+            predictions: of the student's head by anchor, ``(N, R, K)`` for each level: class logits, box deltas
+                and, for FCOS, centerness logits.
             normalizer: of the student's own losses, for the logits' sum.
 
         Returns:
-            ``"distill_loss_features"`` and ``"distill_loss_logits"``. Boxes are not distilled. Centerness counts as
-            much as the teacher is sure of an object there: it means nothing elsewhere.
+            ``"distill_loss_features"`` and ``"distill_loss_logits"``. An anchor counts as much as the teacher is sure
+            of an object there, by its largest class probability: background would have most of the gradient
+            otherwise, as in any dense detector, and a centerness means nothing there. Boxes are not distilled.
         """
         with torch.no_grad():
             levels = self.teacher.backbone(images)
             levels = [levels[name] for name in self.teacher.head_in_features]
-            targets: Sequence[Sequence[Tensor]] = self.teacher.head(levels) if self.logit_weight else ()
+            targets = self.teacher.by_anchor(self.teacher.head(levels)) if self.logit_weight else []
         losses = {}
         if self.feature_weight:
             losses["distill_loss_features"] = self.feature_weight * feature_loss(features, levels)
         if self.logit_weight:
-            total = logit_loss(predictions[0], targets[0])
-            if len(predictions) > 2:
-                sure = [level.sigmoid().amax(dim=1, keepdim=True) for level in targets[0]]
-                total = total + logit_loss(predictions[2], targets[2], sure)
+            sure = [level.sigmoid().amax(dim=2, keepdim=True) for level in targets[0]]
+            logits = [index for index in range(len(targets)) if index != BOXES]
+            total = torch.stack([logit_loss(predictions[index], targets[index], sure) for index in logits]).sum()
             losses["distill_loss_logits"] = self.logit_weight * total / normalizer
         return losses

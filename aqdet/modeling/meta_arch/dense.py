@@ -128,8 +128,7 @@ class LowPrecisionDense(DenseDetector):
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
 
         def losses_of(outputs: list[list[Tensor]]) -> dict[str, Tensor]:
-            sizes = [self.num_classes, 4, 1][: len(outputs)]
-            logits, deltas, *rest = self._transpose_dense_predictions(outputs, sizes)
+            logits, deltas, *rest = self.by_anchor(outputs)
             return self.losses(anchors, logits, gt_labels, deltas, gt_boxes, *rest)
 
         losses = losses_of(predictions)
@@ -144,8 +143,14 @@ class LowPrecisionDense(DenseDetector):
             losses.update({f"extra_{key}": self.extra_loss_weight * v for key, v in extra_losses.items()})
         if self.distillation is not None:
             normalizer = self.loss_normalizer / comm.get_world_size()
-            losses.update(self.distillation.losses(images.tensor, features, predictions, normalizer))
+            by_anchor = self.by_anchor(predictions)
+            losses.update(self.distillation.losses(images.tensor, features, by_anchor, normalizer))
         return losses
+
+    def by_anchor(self, predictions: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Predictions of a head, ``(N, A K, H, W)`` for each level, as ``(N, H W A, K)``."""
+        sizes = [self.num_classes, 4, 1][: len(predictions)]
+        return self._transpose_dense_predictions(predictions, sizes)
 
     @contextlib.contextmanager
     def _hold_normalizer(self) -> Iterator[None]:
