@@ -173,6 +173,15 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.CHECKPOINT.KEEP = 3
 
 
+def detector_only(cfg: CfgNode) -> CfgNode:
+    """A copy that can be changed, without what only training has: the auxiliary path and what it is compared with."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for name in ("AUX", "EXTRA_LOSS", "DISTILL"):
+        cfg.MODEL[name].ENABLED = False
+    return cfg
+
+
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CfgNode:
     """Reads a config file with its ``_BASE_`` files, then applies ``KEY VALUE`` overrides.
 

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from aqdet.config import load_config
+from aqdet.config import detector_only, load_config
 from aqdet.data import register_declared
 from aqdet.engine import build_checkpointer
 from aqdet.engine.experiment import Job, markdown_table, run_jobs
@@ -67,8 +67,7 @@ def describe(key: str, job: Job) -> dict[str, Any]:
 
 def predictor(job: Job) -> DefaultPredictor:
     """The stripped detector of a job."""
-    cfg = load_config(job.config, job.overrides)
-    cfg.MODEL.AUX.ENABLED = False
+    cfg = detector_only(load_config(job.config, job.overrides))
     weights = os.path.join(job.output_dir, "model_final_stripped.pth")
     cfg.MODEL.WEIGHTS = ""
     made = DefaultPredictor(cfg)

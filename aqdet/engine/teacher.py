@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from ..checkpoint import AqdetCheckpointer
+from ..config import detector_only
 from ..modeling.distillation import Distillation
 
 _ROLE = "the checkpoint of this detector in full precision"
@@ -21,10 +22,8 @@ def build_distillation(cfg: CfgNode) -> Distillation:
     node = cfg.MODEL.DISTILL
     if not node.WEIGHTS:
         raise ValueError(f"MODEL.DISTILL.WEIGHTS is empty, and MODEL.DISTILL.ENABLED is True: name {_ROLE}")
-    teacher_cfg = cfg.clone()
-    teacher_cfg.defrost()
-    for name in ("QUANT", "AUX", "EXTRA_LOSS", "DISTILL"):
-        teacher_cfg.MODEL[name].ENABLED = False
+    teacher_cfg = detector_only(cfg)
+    teacher_cfg.MODEL.QUANT.ENABLED = False
     teacher = build_model(teacher_cfg)
     state = {key: value for key, value in teacher.state_dict().items() if value.is_floating_point()}
     for value in state.values():

@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
+from ..config import detector_only
 from ..data import register_declared
 from ..modeling.plan import PlanRow, make_plan
 from ..quantization import quantizers
@@ -178,9 +179,7 @@ def look_inside(run: Run, num_images: int) -> Inside:
     if run.cfg is None:
         return inside
     logger.info("%s: looking at the layers", run.name)
-    cfg = run.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.AUX.ENABLED = False
+    cfg = detector_only(run.cfg)
     try:
         model = build_model(cfg)
     except (ValueError, KeyError) as error:

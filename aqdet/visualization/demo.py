@@ -25,6 +25,7 @@ from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
 from ..checkpoint import AqdetCheckpointer
+from ..config import detector_only
 from ..quantization import quantizers
 from .collect import UNREADABLE, register_test_sets
 
@@ -134,12 +135,10 @@ class Demo:
     """
 
     def __init__(self, cfg: CfgNode, min_score: float) -> None:
-        cfg = cfg.clone()
-        cfg.defrost()
+        cfg = detector_only(cfg)
         weights = cfg.MODEL.WEIGHTS
         if not weights:
             raise ValueError("MODEL.WEIGHTS is empty: name the checkpoint to run, --opts MODEL.WEIGHTS model_final.pth")
-        cfg.MODEL.AUX.ENABLED = False
         cfg.MODEL.WEIGHTS = ""
         self._metadata = _metadata(cfg)
         self._predictor = DefaultPredictor(cfg)

@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
+from aqdet.config import detector_only
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import detached_auxiliary, quantizable_layers, strip
 from aqdet.modeling.distillation import Distillation, feature_loss, logit_loss
@@ -237,6 +238,15 @@ def test_the_plan_counts_the_extra_head_as_training_only():
     head = [(row.path, row.macs, row.weight) for row in bare if row.path.startswith("head.")]
     own = [(row.path.removeprefix("extra_"), row.macs, row.weight) for row in rows if row.part == "auxiliary"]
     assert own == head
+
+
+def test_a_config_of_the_detector_alone_and_the_one_it_comes_from():
+    cfg = make_cfg(*QUANT, *AUX, *EXTRA, "MODEL.DISTILL.ENABLED", "True")
+    cfg.freeze()
+    alone = detector_only(cfg)
+    assert not (alone.MODEL.AUX.ENABLED or alone.MODEL.EXTRA_LOSS.ENABLED or alone.MODEL.DISTILL.ENABLED)
+    assert alone.MODEL.QUANT.ENABLED and not alone.is_frozen() and cfg.MODEL.AUX.ENABLED
+    assert set(build_model(alone).state_dict()) == set(make_model(*QUANT).state_dict())
 
 
 def test_wrong_values_are_one_line():
