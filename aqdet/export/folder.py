@@ -27,7 +27,7 @@ from .. import __version__
 from ..checkpoint import AqdetCheckpointer
 from ..data import register_declared
 from ..modeling import QuantFCOS
-from ..modeling.auxiliary import PREFIX
+from ..modeling.auxiliary import TRAINING_ONLY
 from ..quantization import quantizers
 from ..runtime.folder import DESCRIPTION, FCOS, RETINANET, write_description
 from .agreement import EXECUTIONS, Difference, compare, runtime_session
@@ -302,7 +302,7 @@ def _sizes(model: nn.Module, folder: Path, files: Sequence[str]) -> dict[str, An
     state = {
         key: value
         for key, value in model.state_dict().items()
-        if not key.startswith(PREFIX) and key.rpartition(".")[0] not in names
+        if not key.startswith(TRAINING_ONLY) and key.rpartition(".")[0] not in names
     }
     float32 = sum(4 * value.numel() for value in state.values())
     sizes = {name: (folder / name).stat().st_size for name in files}
