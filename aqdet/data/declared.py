@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -118,7 +119,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         if name in reports:
             _log(reports[name], cfg)
         else:
-            logger.info("Dataset %s is registered by code: not checked", name)
+            logger.info("Dataset %s is not of DATASETS.DECLARED: not checked", name)
     if reports and comm.is_main_process():
         folder = Path(cfg.OUTPUT_DIR)
         write_aside(folder / "dataset_check.txt", "\n\n".join(r.text() for r in reports.values()) + "\n")
@@ -282,7 +283,9 @@ def _refuse(report: Report, what: str, strict: bool) -> None:
 @contextlib.contextmanager
 def _first_of_the_machine() -> Iterator[None]:
     """Lets one process of each machine go first, and the others when it is done."""
-    is_first = comm.get_local_rank() == 0
+    # Detectron2 knows the rank on the machine only of processes that it has started itself.
+    local_rank = os.environ["LOCAL_RANK"] if dist.is_torchelastic_launched() else comm.get_local_rank()
+    is_first = int(local_rank) == 0
     if not is_first:
         comm.synchronize()
     try:

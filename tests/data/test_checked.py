@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import make_cfg
 from PIL import Image
@@ -139,7 +140,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, entry):
 def test_datasets_registered_by_code_are_not_checked(tmp_path, caplog):
     caplog.set_level("INFO", "aqdet")
     check_datasets(make_cfg("DATASETS.TRAIN", "('aqdet_shapes_train',)", "OUTPUT_DIR", str(tmp_path)))
-    assert "Dataset aqdet_shapes_train is registered by code: not checked" in caplog.text
+    assert "Dataset aqdet_shapes_train is not of DATASETS.DECLARED: not checked" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
@@ -192,3 +193,15 @@ def test_one_process_of_a_machine_checks_first_and_lets_the_others_go(tmp_path, 
     with pytest.raises(ValueError, match="image-empty"):
         check_datasets(cfg)
     assert events == (["check", "synchronize"] if rank == 0 else ["synchronize", "check"])
+
+
+def test_torchrun_tells_the_rank_on_the_machine(tmp_path, entry, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    cfg = cfg_for(tmp_path, entry)
+    register_declared(cfg)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        check_datasets(cfg)
+    finally:
+        dist.destroy_process_group()

@@ -34,8 +34,10 @@ def data(tmp_path_factory):
     return root, names
 
 
-def train_net(root, *arguments, config=CONFIG):
-    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(config), *arguments]
+def train_net(root, *arguments, config=CONFIG, processes=0):
+    """Runs the tool, with ``processes`` under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *torchrun, str(ROOT / "tools/train_net.py"), "--config-file", str(config), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 
@@ -83,7 +85,8 @@ def test_eval_only_of_a_detector_that_finds_nothing(data):
     model = build_model(load_config(CONFIG))
     torch.nn.init.constant_(model.head.cls_score.bias, -50.0)
     torch.save({"model": model.state_dict()}, root / "blind.pth")
-    code, stdout, stderr = train_net(root, "--eval-only", *names, "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "blind.pth")
+    arguments = ("--eval-only", *names, "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "blind.pth")
+    code, stdout, stderr = train_net(root, *arguments, processes=2)
     assert code == 0, stderr
     assert json.loads((root / "out/inference/metrics.json").read_text())["AP"] == 0
 
