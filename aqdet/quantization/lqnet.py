@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from torch import Tensor
 from .functional import SCALE_EPS, count_below, integer_range, replace_ste, sum_by_index
 from .observer import Statistics
 from .quantizer import Quantizer
-from .spec import IntegerTensor, QuantSpec
+from .spec import QuantSpec
 
 MOMENTUM = 0.9
 REGULARIZER = 1e-4
@@ -153,24 +152,6 @@ class LQNetQuantizer(Quantizer):
             counts, sums = both
         basis = self.basis.float()
         self.basis.copy_(basis + (1 - MOMENTUM) * self._correction(basis, counts, sums))
-
-    def grid(self, num_shared: int | None = None) -> NoReturn:
-        """There is none.
-
-        Raises:
-            ValueError: always, naming the quantizer and what to use instead.
-        """
-        raise ValueError(
-            f"quantizer '{self.path}' (lqnet) is non-uniform, its levels are no multiples of one step: "
-            "train this layer with lsq, lsqplus, pact or dorefa to export it"
-        )
-
-    def fused_grid(self, num_shared: int | None = None) -> None:
-        """See :meth:`Quantizer.fused_grid`."""
-
-    def to_integer(self, x: Tensor) -> IntegerTensor:
-        """See :meth:`grid`."""
-        self.grid()
 
 
 def _nearest(rows: Tensor, levels: Tensor) -> Tensor:

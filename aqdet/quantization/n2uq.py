@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from .functional import count_below, floor_scale, grad_scale, integer_range, sum_by_index
 from .observer import Statistics, initial_scale
-from .quantizer import AffineGrid, Quantizer
+from .quantizer import Quantizer
 from .spec import IntegerTensor, QuantSpec
 
 MIN_INTERVAL = 1e-3
@@ -123,20 +123,6 @@ class N2UQQuantizer(Quantizer):
         """``(2^b - 1,)`` ascending; the code is ``quant_min`` plus the number of those below x."""
         _, start, intervals = self._effective()
         return _thresholds(start, intervals)
-
-    def grid(self, num_shared: int | None = None) -> AffineGrid:
-        """There is none.
-
-        Raises:
-            ValueError: always, naming the quantizer.
-        """
-        raise ValueError(
-            f"quantizer '{self.path}' (n2uq) has learned thresholds, so that codes are not round(x / scale): "
-            "use to_integer() and thresholds()"
-        )
-
-    def fused_grid(self, num_shared: int | None = None) -> None:
-        """See :meth:`Quantizer.fused_grid`."""
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See :meth:`Quantizer.fake_quantize`."""

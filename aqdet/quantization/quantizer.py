@@ -176,14 +176,11 @@ class Quantizer(nn.Module):
     # --- quantization ---
 
     def grid(self, num_shared: int | None = None) -> AffineGrid | None:
-        """The uniform grid as it stands, or None for a method without one.
+        """The uniform grid as it stands; None for a method whose codes are not ``round(x / scale)``.
 
         Args:
             num_shared: number of elements on this rank that share a scale, for methods that normalise the
                 gradient of the scale by it; None when no gradient is needed.
-
-        Raises:
-            ValueError: if codes cannot be had as ``round(x / scale)``, naming the quantizer.
         """
         return None
 
@@ -213,7 +210,10 @@ class Quantizer(nn.Module):
         """
         grid = self.grid()
         if grid is None:
-            raise ValueError(f"quantizer '{self.path}' ({self.spec.quantizer}) has no uniform integer form")
+            raise ValueError(
+                f"quantizer '{self.path}' ({self.spec.quantizer}) has no uniform integer form: train this layer with "
+                "lsq, pact or dorefa for one"
+            )
         scale = broadcast_scale(grid.scale, x)
         codes = quantize(x, scale, grid.quant_min, grid.quant_max)
         return IntegerTensor(codes.to(torch.int32), scale.clone(), 0)

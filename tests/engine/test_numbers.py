@@ -179,6 +179,24 @@ def test_weights_that_are_not_finite_are_not_saved(entry, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
+@pytest.mark.parametrize("weight, input", [("lqnet", "lqnet"), ("lsq", "n2uq"), ("dorefa", "lsqplus")])
+def test_methods_without_a_grid_train_to_the_end(entry, tmp_path, weight, input):
+    method = ("MODEL.QUANT.WEIGHT.QUANTIZER", weight, "MODEL.QUANT.INPUT.QUANTIZER", input)
+    trainer = Trainer(train_cfg(entry, tmp_path, *QUANT, *method, max_iter=2))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert (tmp_path / "model_final_stripped.pth").is_file()
+
+
+def test_what_is_not_finite_is_explained_for_methods_without_a_grid(entry, tmp_path):
+    method = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lqnet", "MODEL.QUANT.INPUT.QUANTIZER", "n2uq")
+    trainer = Trainer(train_cfg(entry, tmp_path, *QUANT, *method))
+    trainer.register_hooks([Break("head.cls_subnet.0", 1)])
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(NonFiniteLoss, match="first tensor that is not finite: output of head.cls_subnet.0, level p5"):
+        trainer.train()
+
+
 class StandIn:
     def __init__(self, model):
         self.model, self.iter, self.max_iter = model, 99, 1000

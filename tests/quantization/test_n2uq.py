@@ -145,9 +145,7 @@ def test_a_runtime_must_evaluate_the_thresholds():
     integers = quantizer.to_integer(x)
     assert torch.equal(integers.codes.long(), counted)
     assert not torch.equal(integers.codes, (x / integers.scale).round().clamp(-4, 3).int())
-    quantizer.path = "conv.input_quantizer"
-    with pytest.raises(ValueError, match=r"'conv.input_quantizer' \(n2uq\) has learned thresholds.*thresholds\(\)"):
-        quantizer.grid()
+    assert quantizer.grid() is None
 
 
 def test_an_unsigned_site_includes_the_relu():

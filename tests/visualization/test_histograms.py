@@ -90,6 +90,18 @@ def test_a_method_without_a_grid_is_shown_on_its_own_levels(per_channel):
     assert histogram.used == len(distinct) <= 8 and histogram.counts.sum() == model[0].weight.numel()
 
 
+@pytest.mark.parametrize("method", ["lqnet", "n2uq"])
+def test_learned_levels_and_thresholds(method):
+    torch.manual_seed(0)
+    stream = StreamQuantizer(relu=False, signed=True)
+    stream.quantize(method, 2, "s")
+    model, x = nn.Sequential(stream), torch.randn(50)
+    calibrate(model, lambda: model(x))
+    histogram = activation_histograms(model.eval(), lambda: model(x))["0.quantizer"]
+    assert histogram.levels == pytest.approx(model(x).detach().unique().numpy(), abs=1e-4)
+    assert histogram.used == 4 and histogram.unit == "values" and histogram.counts.sum() == 50
+
+
 def test_sums_and_streams_are_read_before_their_quantizer():
     class Model(nn.Module):
         def __init__(self):
