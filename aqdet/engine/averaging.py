@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
 from torch import Tensor
 
 from ..modeling.auxiliary import TRAINING_ONLY
+from .state import broadcast_from_main
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,7 @@ class WeightAverageHook(HookBase):
             return
         self._swap()
         try:
-            if dist.is_available() and dist.is_initialized():
-                for value in self._tensors().values():
-                    dist.broadcast(value, 0)
+            broadcast_from_main(self._tensors().values())
             yield
         finally:
             self._swap()

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..modeling.auxiliary import TRAINING_ONLY, detached_auxiliary
 from .averaging import WeightAverageHook
 from .hooks import leaving_no_trace
+from .state import broadcast_from_main
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class FreezeBNHook(HookBase):
     """From an iteration on, the detector's BNs normalize by their running statistics and leave them as they are.
 
     Their affine parameters train on. The auxiliary path goes on as before. Set anew before each step, since
-    evaluation switches the whole model back to training mode; a resume needs no state.
+    evaluation switches the whole model back to training mode; a resume needs no state. All processes freeze the
+    main one's statistics, which are those in the checkpoint.
 
     Args:
         iteration: ``SOLVER.FREEZE_BN_ITER``.
@@ -144,9 +146,11 @@ class FreezeBNHook(HookBase):
         """Freezes if it is time."""
         if self.trainer.iter < self._iteration:
             return
+        model = self.trainer.model
+        named = getattr(model, "module", model).named_modules()
+        norms = [m for name, m in named if isinstance(m, _BatchNorm) and not name.startswith(TRAINING_ONLY)]
         if self.trainer.iter == self._iteration:
             logger.info("BN statistics are frozen from iteration %d on", self._iteration)
-        model = self.trainer.model
-        for name, module in getattr(model, "module", model).named_modules():
-            if isinstance(module, _BatchNorm) and not name.startswith(TRAINING_ONLY):
-                module.eval()
+            broadcast_from_main(buffer for norm in norms for buffer in norm.buffers())
+        for norm in norms:
+            norm.eval()

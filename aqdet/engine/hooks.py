@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.layers import CycleBatchNormList
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -23,6 +21,7 @@ from ..checkpoint import AqdetCheckpointer
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import calibrate, quantizers
 from ..quantization.observer import check_method
+from .state import broadcast_from_main
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +121,7 @@ class StrippedEvalHook(EvalHook):
 
     def _do_eval(self) -> None:
         trainer = self.trainer
-        if comm.get_world_size() > 1:
-            for buffer in trainer.model.buffers():
-                if buffer.is_floating_point():
-                    dist.broadcast(buffer, 0)
+        broadcast_from_main(trainer.model.buffers())
         try:
             with detached_auxiliary(trainer.model):
                 super()._do_eval()

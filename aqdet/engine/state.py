@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch.distributed as dist
+from detectron2.utils import comm
 from torch import Tensor, nn
+
+
+def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the values of the main one's floating point tensors, in place."""
+    if comm.get_world_size() > 1:
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.broadcast(tensor, 0)
 
 
 def loss_normalizers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:

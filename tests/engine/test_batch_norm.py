@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.layers import CycleBatchNormList
+from detectron2.utils import comm
 from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
 from torch import nn
 
@@ -135,6 +136,19 @@ def test_frozen_statistics_stay_and_the_rest_trains(model):
         hook.trainer.iter += 1
     assert all(m.weight.grad.abs().sum() > 0 for m in norms_of(model).values() if m.affine)
     assert step() == {True, False}
+
+
+def test_all_processes_freeze_the_statistics_of_the_main_one(monkeypatch):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    hook = FreezeBNHook(5)
+    hook.trainer = StandIn(model, 4)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(7))
+    hook.before_step()
+    assert not model[0].running_mean.any()
+    for hook.trainer.iter in (5, 6):
+        hook.before_step()
+    assert (model[0].running_mean == 7).all() and (model[0].running_var == 7).all() and (model[0].weight == 1).all()
 
 
 def test_wrong_values_name_their_key():
