@@ -19,11 +19,14 @@ NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSync
 
 
 def fit_to_machine(cfg: CfgNode) -> None:
-    """Changes what this machine cannot do, each change logged: device, and SyncBN on a CPU."""
+    """Changes what this machine cannot do, each change logged: device, and on a CPU SyncBN and mixed precision."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
+        if cfg.SOLVER.AMP.ENABLED:
+            logger.warning("SOLVER.AMP.ENABLED: mixed precision is for CUDA devices: training in float32")
+            cfg.SOLVER.AMP.ENABLED = False
         for name, node in _nodes_with_norm(cfg):
             if node.NORM == "SyncBN":
                 logger.warning("MODEL.%s.NORM: SyncBN does not run on a CPU: using BN", name)

@@ -11,15 +11,17 @@ from aqdet.engine.checks import NORMS
 def test_what_the_machine_lacks_is_replaced_and_said(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     keys = [f"MODEL.{name}.NORM" for name in ("RESNETS", "FPN", "RETINANET", "AUX", "ROI_BOX_HEAD")]
-    cfg = make_cfg("MODEL.DEVICE", "cuda", *(part for key in keys for part in (key, "SyncBN")))
+    amp = ("SOLVER.AMP.ENABLED", "True")
+    cfg = make_cfg("MODEL.DEVICE", "cuda", *amp, *(part for key in keys for part in (key, "SyncBN")))
     fit_to_machine(cfg)
     assert cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE is cuda" in caplog.text
+    assert not cfg.SOLVER.AMP.ENABLED and "SOLVER.AMP.ENABLED: mixed precision is for CUDA" in caplog.text
     for key in keys:
         assert cfg.MODEL[key.split(".")[1]].NORM == "BN" and f"{key}: SyncBN" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cfg = make_cfg("MODEL.DEVICE", "cuda", "MODEL.FPN.NORM", "SyncBN")
+    cfg = make_cfg("MODEL.DEVICE", "cuda", "MODEL.FPN.NORM", "SyncBN", *amp)
     fit_to_machine(cfg)
-    assert (cfg.MODEL.DEVICE, cfg.MODEL.FPN.NORM) == ("cuda", "SyncBN")
+    assert (cfg.MODEL.DEVICE, cfg.MODEL.FPN.NORM, cfg.SOLVER.AMP.ENABLED) == ("cuda", "SyncBN", True)
 
 
 @pytest.mark.parametrize(
