@@ -12,6 +12,7 @@ import sys
 import warnings
 
 from aqdet.config import load_config
+from aqdet.data import complete_num_classes
 from aqdet.engine import check_names, fit_to_machine
 from aqdet.visualization.demo import Demo, Summary, find_sources, has_display, output_paths, run_on_files, run_on_webcam
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> Summary:
     cfg = load_config(args.config_file, args.opts)
     check_names(cfg)
     fit_to_machine(cfg)
+    complete_num_classes(cfg)
     if args.webcam:
         return run_on_webcam(Demo(cfg, args.confidence_threshold))
     sources = find_sources([args.video_input] if args.video_input else args.input)

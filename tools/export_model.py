@@ -14,6 +14,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 
 from aqdet.config import load_config
+from aqdet.data import complete_num_classes
 from aqdet.engine import check_names, fit_to_machine
 from aqdet.export.folder import agreement_totals, export_detector
 
@@ -81,6 +82,7 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
         check_names(cfg)
         fit_to_machine(cfg)
+        complete_num_classes(cfg)
         weights = args.weights or cfg.MODEL.WEIGHTS
         if not weights:
             raise ValueError("--weights: name a checkpoint of quantized training")

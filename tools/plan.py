@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from aqdet.config import load_config
-from aqdet.data import check_num_classes, lacks_num_classes, register_declared
+from aqdet.data import complete_num_classes
 from aqdet.engine import check_names, fit_to_machine
 from aqdet.modeling.plan import make_plan, total
 
@@ -33,9 +33,7 @@ def main() -> None:
         cfg = load_config(args.config_file, args.opts)
         check_names(cfg)
         fit_to_machine(cfg)
-        if lacks_num_classes(cfg):
-            register_declared(cfg)
-            check_num_classes(cfg)
+        complete_num_classes(cfg)
         if any(side % 32 or side <= 0 for side in args.size):
             raise ValueError(f"--size must be positive multiples of 32, got {args.size}")
         rows = make_plan(build_model(cfg), tuple(args.size))

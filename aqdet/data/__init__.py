@@ -2,7 +2,7 @@
 
 from . import builtin
 from .classification import build_mapper
-from .declared import check_datasets, check_num_classes, lacks_num_classes, register_declared
+from .declared import check_datasets, check_num_classes, complete_num_classes, register_declared
 from .shapes import SHAPE_CLASSES, make_shapes
 from .voc import convert_voc
 
@@ -12,8 +12,8 @@ __all__ = [
     "builtin",
     "check_datasets",
     "check_num_classes",
+    "complete_num_classes",
     "convert_voc",
-    "lacks_num_classes",
     "make_shapes",
     "register_declared",
 ]

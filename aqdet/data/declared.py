@@ -26,8 +26,8 @@ from .findings import Report
 __all__ = [
     "check_datasets",
     "check_num_classes",
+    "complete_num_classes",
     "declarations",
-    "lacks_num_classes",
     "register_declared",
     "reports_as_json",
 ]
@@ -171,12 +171,23 @@ def check_num_classes(cfg: CfgNode) -> None:
                 f"MODEL.{node}.NUM_CLASSES is {cfg.MODEL[node].NUM_CLASSES}, but {name} has "
                 f"{len(classes)} classes: {_listed(classes)} (0 takes the number from the data)"
             )
-    if lacks_num_classes(cfg):
+    if _lacks_num_classes(cfg):
         raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in DATASETS.TRAIN or TEST names its classes")
 
 
-def lacks_num_classes(cfg: CfgNode) -> bool:
-    """Whether the number of classes is still to be taken from the data by :func:`check_num_classes`."""
+def complete_num_classes(cfg: CfgNode) -> None:
+    """
+    Takes a number of classes of 0 from the data, as training does; with any other number no data are needed.
+
+    Raises:
+        ValueError: as :func:`register_declared` and :func:`check_num_classes`.
+    """
+    if _lacks_num_classes(cfg):
+        register_declared(cfg)
+        check_num_classes(cfg)
+
+
+def _lacks_num_classes(cfg: CfgNode) -> bool:
     node = _num_classes_node(cfg)
     return node is not None and cfg.MODEL[node].NUM_CLASSES == 0
 

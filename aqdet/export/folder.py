@@ -25,6 +25,7 @@ from torch import nn
 
 from .. import __version__
 from ..checkpoint import AqdetCheckpointer
+from ..config import detector_only
 from ..data import register_declared
 from ..modeling import QuantFCOS
 from ..modeling.auxiliary import TRAINING_ONLY
@@ -138,10 +139,8 @@ def load_detector(cfg: CfgNode, weights: str) -> Any:
         FileNotFoundError, ValueError: in one line, if the checkpoint does not exist, is damaged, or belongs to
             another config.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = detector_only(cfg)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.AUX.ENABLED = False
     if not cfg.MODEL.QUANT.ENABLED:
         raise ValueError("MODEL.QUANT.ENABLED is False: a float detector has no integers to export")
     model = build_model(cfg)

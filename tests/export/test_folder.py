@@ -11,6 +11,7 @@ from export_model import main
 from helpers import make_cfg, make_model
 from PIL import Image
 from programs import OVERRIDES, RELU, SEVEN_BITS, STD, image, shared, trained_like
+from tiny_data import CLASSES, write_dataset
 
 from aqdet.export import folder as module
 from aqdet.export.agreement import TENSORRT
@@ -149,12 +150,16 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     Image.fromarray(image(50, 70)[0].transpose(1, 2, 0)).save("one.png")
     small = ("INPUT.MIN_SIZE_TEST", "24", "INPUT.MAX_SIZE_TEST", "32")
     arguments = ("--config-file", "config.yaml", "--weights", checkpoint, "--output", "out", "--images", "one.png")
-    export_model(monkeypatch, *arguments, *small)
+    entry = write_dataset(tmp_path / "data", "tiny_exported")
+    data = ("DATASETS.DECLARED", str([entry]), "DATASETS.TRAIN", "('tiny_exported',)")
+    data += ("MODEL.RETINANET.NUM_CLASSES", "0")
+    export_model(monkeypatch, *arguments, *small, *data)
     out = capsys.readouterr().out
     assert "  trained: " in out and out.count(", 0 of them not at a rounding tie") == 4
     assert "Tightest int32 sum: " in out and "model.safetensors" in out
     assert out.strip().splitlines()[-1].endswith("done: out (detector.json, report.md, report.json)")
-    assert (read_description("out").min_size, read_description("out").channels) == (24, "BGR")
+    description = read_description("out")
+    assert (description.min_size, description.channels, description.classes) == (24, "BGR", CLASSES)
 
 
 @pytest.mark.parametrize(

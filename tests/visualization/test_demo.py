@@ -128,6 +128,13 @@ def test_a_real_detector_on_one_image(inputs, command, detector, weights):
     assert len(found) == expected and (found.scores >= 0.0001).all()
 
 
+def test_the_number_of_classes_is_taken_from_the_test_set(inputs, command, detector):
+    text = (detector / "x.yaml").read_text()
+    (detector / "x.yaml").write_text(text.replace("NUM_CLASSES: 3", "NUM_CLASSES: 0"))
+    code, printed = command("--input", inputs / "a.jpg", "--output", "one.png")
+    assert code == 0 and " in 1 images" in printed
+
+
 def test_video_input(inputs, command, detector):
     code, printed = command("--video-input", inputs / "v.avi.mp4", "--output", "v2.mp4")
     assert code == 0 and "1 videos (5 frames) to v2.mp4" in printed and frames_of(detector / "v2.mp4") == 5
