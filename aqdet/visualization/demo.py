@@ -139,6 +139,8 @@ class Demo:
         weights = cfg.MODEL.WEIGHTS
         if not weights:
             raise ValueError("MODEL.WEIGHTS is empty: name the checkpoint to run, --opts MODEL.WEIGHTS model_final.pth")
+        if cfg.MODEL.META_ARCHITECTURE == "QuantClassifier":
+            raise ValueError("MODEL.META_ARCHITECTURE is QuantClassifier: the demo draws boxes, which it has none of")
         cfg.MODEL.WEIGHTS = ""
         self._metadata = _metadata(cfg)
         self._predictor = DefaultPredictor(cfg)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from helpers import QUANT, calibrated, make_batch, make_cfg, make_model
+from helpers import CLASSIFIER, QUANT, calibrated, make_batch, make_cfg, make_model
 from PIL import Image
 from tiny_data import write_dataset
 
@@ -133,6 +133,12 @@ def test_the_number_of_classes_is_taken_from_the_test_set(inputs, command, detec
     (detector / "x.yaml").write_text(text.replace("NUM_CLASSES: 3", "NUM_CLASSES: 0"))
     code, printed = command("--input", inputs / "a.jpg", "--output", "one.png")
     assert code == 0 and " in 1 images" in printed
+
+
+def test_a_classifier_has_no_boxes_to_draw(inputs, command, detector):
+    (detector / "x.yaml").write_text(make_cfg(*CLASSIFIER).dump())
+    code, printed = command("--input", inputs / "a.jpg", "--output", "one.png")
+    assert code.startswith("error: MODEL.META_ARCHITECTURE is QuantClassifier: the demo draws boxes") and not printed
 
 
 def test_video_input(inputs, command, detector):
