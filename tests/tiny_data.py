@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import make_cfg
 from PIL import Image
 
@@ -83,6 +84,9 @@ def train_overrides(entry, output_dir, max_iter=4):
 def train_cfg(entry, output_dir, *overrides, max_iter=4):
     """A frozen config, its datasets registered and its output folder made."""
     cfg = make_cfg(*train_overrides(entry, output_dir, max_iter), *overrides)
+    # xdist may come back to a module, whose fixtures are then made again, elsewhere.
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(entry["name"], None)
     register_declared(cfg)
     output_dir.mkdir(parents=True, exist_ok=True)
     cfg.freeze()
