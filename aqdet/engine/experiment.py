@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 
 from ..config import load_config
 
@@ -55,9 +56,15 @@ class Job:
         ]
 
     def fingerprint(self) -> str:
-        """Changes when the config does, be it in the file, in a ``_BASE_`` of it or in the overrides."""
-        merged = load_config(self.config, self.overrides).dump()
-        return hashlib.sha256(merged.encode()).hexdigest()[:16]
+        """Changes when a value of the config does, be it in the file, in a ``_BASE_`` of it or in the overrides.
+
+        Values at their default do not count, so that a key that is new changes nothing.
+        """
+        defaults = dict(_leaves(load_config("")))
+        values = [
+            pair for pair in _leaves(load_config(self.config, self.overrides)) if defaults.get(pair[0]) != pair[1]
+        ]
+        return hashlib.sha256(repr(sorted(values)).encode()).hexdigest()[:16]
 
     def finished(self) -> dict[str, Any] | None:
         """What was noted when the job ended, or None if it is still to be done."""
@@ -208,3 +215,11 @@ def write_section(path: str | os.PathLike[str], name: str, text: str) -> None:
     aside = target.with_name(target.name + ".part")
     aside.write_text(content)
     os.replace(aside, target)
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", repr(value)
