@@ -150,8 +150,8 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     Image.fromarray(image(50, 70)[0].transpose(1, 2, 0)).save("one.png")
     small = ("INPUT.MIN_SIZE_TEST", "24", "INPUT.MAX_SIZE_TEST", "32")
     arguments = ("--config-file", "config.yaml", "--weights", checkpoint, "--output", "out", "--images", "one.png")
-    entry = write_dataset(tmp_path / "data", "tiny_exported")
-    data = ("DATASETS.DECLARED", str([entry]), "DATASETS.TRAIN", "('tiny_exported',)")
+    entry = write_dataset(tmp_path / "data", "tiny_export_folder")
+    data = ("DATASETS.DECLARED", str([entry]), "DATASETS.TRAIN", "('tiny_export_folder',)")
     data += ("MODEL.RETINANET.NUM_CLASSES", "0")
     export_model(monkeypatch, *arguments, *small, *data)
     out = capsys.readouterr().out
