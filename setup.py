@@ -52,6 +52,7 @@ setup(
             "faster-coco-eval>=1.6",
             "mypy>=1.10",
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "types-PyYAML",

@@ -165,13 +165,13 @@ class TrainLoader:
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # of seeds that nothing uses; the default one would advance the main state
         )
 
 
-def _start_worker(worker: int) -> None:
-    """A signal to the whole process group is the training process's to answer; it ends its workers itself.
+def start_worker(worker: int) -> None:
+    """``worker_init_fn`` of loaders: signals to the process group are the training process's; it ends its workers.
 
     Where it could not, because it was killed, a worker ends by itself. PyTorch's own watch does not see to that: a
     worker whose batches nobody takes waits for ever to hand over the last ones, and keeps memory and open files.

@@ -23,7 +23,7 @@ from torch import nn
 from ..checkpoint import AqdetCheckpointer
 from ..data import build_mapper
 from ..data.classification import EVALUATOR_TYPE
-from ..data.stream import TrainLoader, build_train_loader, seed_generators
+from ..data.stream import TrainLoader, build_train_loader, seed_generators, start_worker
 from ..evaluation import COCOEvaluator, TopKEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers
@@ -47,6 +47,7 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         cfg.OUTPUT_DIR,
         allow_keys=cfg.CHECKPOINT.ALLOW_KEYS,
         aux_init=cfg.MODEL.AUX.INIT,
+        allow_pickle=cfg.CHECKPOINT.ALLOW_PICKLE,
         keep=cfg.CHECKPOINT.KEEP,
         **checkpointables,
     )
@@ -282,13 +283,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's.
+        """Detectron2's, whose workers end with this process, also where it is killed.
 
         Raises:
             ValueError: naming ``DATASETS.TEST``, if the dataset has no images.
         """
         with _usable("DATASETS.TEST", (dataset_name,)):
-            return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
+        loader.worker_init_fn = start_worker
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

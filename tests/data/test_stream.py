@@ -127,7 +127,7 @@ def test_processes_share_the_batch_evenly_or_not_at_all(entry, tmp_path, monkeyp
 
 ORPHANS = """
 import os, signal, torch
-from aqdet.data.stream import _start_worker
+from aqdet.data.stream import start_worker
 
 class Blocks(torch.utils.data.Dataset):
     def __len__(self):
@@ -135,7 +135,7 @@ class Blocks(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return bytes(1 << 20)  # more than a pipe holds, so that a worker waits until it is taken
 
-loader = torch.utils.data.DataLoader(Blocks(), batch_size=None, num_workers=2, worker_init_fn=_start_worker)
+loader = torch.utils.data.DataLoader(Blocks(), batch_size=None, num_workers=2, worker_init_fn=start_worker)
 batches = iter(loader)
 next(batches)
 print(*(worker.pid for worker in batches._workers), flush=True)

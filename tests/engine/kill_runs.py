@@ -4,6 +4,7 @@ Importing takes longer than training here, so this process imports everything an
 It never trains itself, because torch's backward does not survive a fork. Prints a JSON report as its last line.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -92,6 +93,8 @@ def kill_somewhere(cfg, rng, seconds):
         time.sleep(rng.uniform(0, seconds if beats else 6 * seconds))
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
+    with contextlib.suppress(ProcessLookupError):  # a worker killed with it may not have got as far as to watch it
+        os.killpg(child, signal.SIGKILL)
     os.close(reader)
     return os.WIFSIGNALED(status)
 
