@@ -127,6 +127,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
     Args:
         allow_keys: regexes, ``CHECKPOINT.ALLOW_KEYS``.
         aux_init: ``"head"`` starts an auxiliary path that the file lacks from the detector's own head.
+        allow_pickle: reads a model zoo's ``.pkl``, by :func:`load_pickled_arrays`; ``CHECKPOINT.ALLOW_PICKLE``.
         keep: how many files ``model_<iteration>.pth`` stay in ``save_dir``, ``CHECKPOINT.KEEP``; 0 for all.
 
     Raises:
@@ -140,6 +141,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         *,
         allow_keys: Sequence[str] = (),
         aux_init: str = "random",
+        allow_pickle: bool = False,
         keep: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -151,6 +153,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         if keep < 0:
             raise ValueError(f"CHECKPOINT.KEEP must be 0, for all, or more, got {keep}")
         self._aux_init = aux_init
+        self._allow_pickle = allow_pickle
         self._keep = keep
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -256,6 +259,11 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return data
 
     def _load_zoo(self, filename: str) -> dict[str, Any]:
+        if not self._allow_pickle:
+            raise ValueError(
+                f"checkpoint {self._path!r} is refused, it is a pickle: CHECKPOINT.ALLOW_PICKLE True reads one that "
+                "holds only arrays, as a model zoo's do"
+            )
         try:
             with open(filename, "rb") as file:
                 data = load_pickled_arrays(file)

@@ -168,6 +168,9 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # Regexes of keys that may be missing, unexpected or of another shape when weights are loaded, e.g.
     # ["head\\.cls_score\\."] to start from a detector of other classes. Anything else stops with a list.
     cfg.CHECKPOINT.ALLOW_KEYS = []
+    # A pickled file (.pkl) of Detectron2's model zoo is read only if this is True, and then as containers of arrays:
+    # anything else in it is refused.
+    cfg.CHECKPOINT.ALLOW_PICKLE = False
     # How many model_<iteration>.pth stay in OUTPUT_DIR, the newest; 0 for all. A resume needs one, and the one before
     # it if it is damaged.
     cfg.CHECKPOINT.KEEP = 3

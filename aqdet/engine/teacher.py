@@ -29,7 +29,7 @@ def build_distillation(cfg: CfgNode) -> Distillation:
     for value in state.values():
         value.fill_(torch.nan)  # what the file lacks, as that of a backbone alone does, stays so
     try:
-        AqdetCheckpointer(teacher).load(node.WEIGHTS)
+        AqdetCheckpointer(teacher, allow_pickle=cfg.CHECKPOINT.ALLOW_PICKLE).load(node.WEIGHTS)
     except FileNotFoundError as error:
         raise ValueError(f"MODEL.DISTILL.WEIGHTS must be {_ROLE}: {node.WEIGHTS!r} does not exist") from error
     except ValueError as error:

@@ -144,7 +144,8 @@ def load_detector(cfg: CfgNode, weights: str) -> Any:
     if not cfg.MODEL.QUANT.ENABLED:
         raise ValueError("MODEL.QUANT.ENABLED is False: a float detector has no integers to export")
     model = build_model(cfg)
-    AqdetCheckpointer(model, allow_keys=cfg.CHECKPOINT.ALLOW_KEYS).load(weights)
+    node = cfg.CHECKPOINT
+    AqdetCheckpointer(model, allow_keys=node.ALLOW_KEYS, allow_pickle=node.ALLOW_PICKLE).load(weights)
     return model.eval()
 
 

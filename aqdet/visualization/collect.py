@@ -206,7 +206,8 @@ def _load(run: Run, cfg: CfgNode, model: nn.Module) -> bool:
         run.note("no histograms: there is no checkpoint in the folder")
         return False
     try:
-        AqdetCheckpointer(model, allow_keys=cfg.CHECKPOINT.ALLOW_KEYS).load(str(weights))
+        node = cfg.CHECKPOINT
+        AqdetCheckpointer(model, allow_keys=node.ALLOW_KEYS, allow_pickle=node.ALLOW_PICKLE).load(str(weights))
     except ValueError as error:
         run.note(f"no histograms: {error}")
         return False

@@ -144,7 +144,10 @@ class Demo:
         cfg.MODEL.WEIGHTS = ""
         self._metadata = _metadata(cfg)
         self._predictor = DefaultPredictor(cfg)
-        AqdetCheckpointer(self._predictor.model, allow_keys=cfg.CHECKPOINT.ALLOW_KEYS).load(weights)
+        node = cfg.CHECKPOINT
+        AqdetCheckpointer(self._predictor.model, allow_keys=node.ALLOW_KEYS, allow_pickle=node.ALLOW_PICKLE).load(
+            weights
+        )
         pending = [name for name, quantizer in quantizers(self._predictor.model) if not quantizer.is_calibrated]
         if pending:
             raise ValueError(
