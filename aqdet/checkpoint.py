@@ -115,6 +115,15 @@ def damage_of(path: str) -> str:
     return f"{wrong} has a wrong checksum" if wrong else ""
 
 
+def _checksums(path: str) -> list[tuple[str, int]]:
+    """Names and checksums of what a file of :func:`save_atomically` holds, as it notes them; empty without one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(entry.filename, entry.CRC) for entry in archive.infolist()]
+    except (OSError, zipfile.BadZipFile):
+        return []
+
+
 class AqdetCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe and strict.
 
@@ -178,30 +187,52 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return [name for name in numbered if name < basename or not _NUMBERED.fullmatch(basename)]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """See Detectron2's; a resume passes over checkpoints that are damaged or gone, and says so.
-
-        The main process chooses the file, so that all processes load the same one.
+        """See Detectron2's; what a resume continues from is :meth:`file_to_resume`.
 
         Raises:
-            ValueError: if there are checkpoints and none is whole; otherwise as :meth:`load`.
+            ValueError: as :meth:`file_to_resume` and :meth:`load`.
         """
-        if not (resume and self.has_checkpoint()):
-            return self.load(path, checkpointables=[])
-        chosen = comm.all_gather(self._newest_whole() if comm.is_main_process() else "")[0]
+        chosen = self.file_to_resume() if resume else ""
+        return self.load(chosen) if chosen else self.load(path, checkpointables=[])
+
+    def file_to_resume(self) -> str:
+        """The checkpoint to continue from, "" if there is none; damaged or missing ones are passed over and named.
+
+        The main process decides for all, which all have to call this: another one may have no file, or that of an
+        earlier run, where ``save_dir`` is on a disk of its node.
+
+        Raises:
+            ValueError: in all processes, if there are checkpoints and none is whole, or if the chosen one is not the
+                same file in each process.
+        """
+        found = self.has_checkpoint()
+        chosen = self._newest_whole() if found and comm.is_main_process() else ""
+        found, chosen = comm.all_gather((found, chosen))[0]
+        if not found:
+            return ""
         if not chosen:
             raise ValueError(
                 f"no checkpoint in {self.save_dir!r} is whole: start without --resume, or put a whole one there and "
                 "its name into the file last_checkpoint"
             )
-        return self.load(chosen)
+        chosen = os.path.join(self.save_dir, chosen)
+        contents = comm.all_gather(_checksums(chosen))
+        other = [rank for rank, content in enumerate(contents) if content != contents[0]]
+        if other:
+            raise ValueError(
+                f"process {other[0]} does not find checkpoint {chosen!r}, which the main process is to continue from: "
+                "OUTPUT_DIR must be on storage that all nodes share"
+            )
+        return chosen
 
     def _newest_whole(self) -> str:
+        """Name of the newest file without damage, "" if there is none."""
         last = os.path.basename(self.get_checkpoint_file())
         for name in [last, *reversed(self._numbered_before(last))]:
             path = os.path.join(self.save_dir, name)
             damage = damage_of(path)
             if not damage:
-                return path
+                return name
             logger.warning("Checkpoint %s is damaged (%s): trying the one before", path, damage)
         return ""
 

@@ -232,13 +232,17 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """See Detectron2's; warns if quantized training is about to start from random weights.
 
-        A run that starts anew puts aside the note of where an earlier one in its folder stood.
+        All processes continue from the main one's checkpoint, or none does. A run that starts anew puts aside the
+        note of where an earlier one in its folder stood.
         """
-        resumed = resume and self.checkpointer.has_checkpoint()
-        super().resume_or_load(resume)
-        if not resumed:
-            self.checkpointer.forget_last_checkpoint()
-        if self.cfg.MODEL.QUANT.ENABLED and not self.cfg.MODEL.WEIGHTS and not resumed:
+        path = self.checkpointer.file_to_resume() if resume else ""
+        if path:
+            self.checkpointer.load(path)
+            self.start_iter = self.iter + 1  # the checkpoint has the iteration that was done
+            return
+        self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        self.checkpointer.forget_last_checkpoint()
+        if self.cfg.MODEL.QUANT.ENABLED and not self.cfg.MODEL.WEIGHTS:
             logger.warning(
                 "QUANTIZED TRAINING STARTS FROM RANDOM WEIGHTS: MODEL.WEIGHTS is empty. Train the full-"
                 "precision detector first and start from its model_final.pth"

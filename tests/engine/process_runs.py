@@ -5,6 +5,7 @@ As in kill_runs, everything is imported once and forked. Prints a JSON report as
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from helpers import calibrated, make_batch, make_model  # noqa: E402
 from kill_runs import TINY  # noqa: E402
 from tiny_data import train_cfg, write_dataset  # noqa: E402
 
+from aqdet.checkpoint import AqdetCheckpointer  # noqa: E402
 from aqdet.engine import Trainer  # noqa: E402
 from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
 from aqdet.engine.trainer import distribute, unwrap  # noqa: E402
@@ -163,6 +165,47 @@ def stopping(cfg):
     (Path(cfg.OUTPUT_DIR) / f"rank{comm.get_rank()}.txt").write_text(json.dumps(status))
 
 
+def resuming(folder):
+    """Each process has a disk of its own: what a resume finds when its folder holds what; iterations or an error."""
+    disks = [folder / f"disk{rank}" for rank in range(2)]
+    own, main = disks[comm.get_rank()], comm.is_main_process()
+    own.mkdir()
+    found = []
+
+    def resume():
+        checkpointer = AqdetCheckpointer(torch.nn.Linear(1, 1), str(own))
+        try:
+            found.append(checkpointer.resume_or_load("", resume=True).get("iteration"))
+        except ValueError as error:
+            found.append(str(error).replace(str(folder), ""))
+        comm.synchronize()
+
+    def save(iteration):
+        AqdetCheckpointer(torch.nn.Linear(1, 1), str(own), save_to_disk=True).save("model_0000004", iteration=iteration)
+
+    if not main:
+        save(3)  # of an earlier run, when this node was the main one
+    resume()
+    if main:
+        save(4)
+    resume()  # another file of the same name
+    if not main:
+        (own / "model_0000004.pth").unlink()
+    resume()
+    if main:
+        shutil.copy(own / "model_0000004.pth", disks[1])
+    comm.synchronize()
+    resume()  # the same file, wherever it is
+    (folder / f"rank{comm.get_rank()}.txt").write_text(json.dumps(found))
+
+
+def starting(cfg):
+    """Where a training begins that the main process has no checkpoint of, and the second one has."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    (Path(cfg.OUTPUT_DIR) / "start.txt").write_text(str(trainer.start_iter))
+
+
 def main(folder):
     torch.set_num_threads(1)
     report = {}
@@ -196,7 +239,7 @@ def main(folder):
     same += ("MODEL.QUANT.ENABLED", "False", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
     cfg = {
         name: train_cfg(entry, folder / name, *TINY, *FROZEN, *same, max_iter=6)
-        for name in ("alone", "elastic", "stopped")
+        for name in ("alone", "elastic", "stopped", "new")
     }
 
     os.waitpid(fork(lambda: write(folder / "alone" / "rank0.pth", train(cfg["alone"]))), 0)
@@ -216,6 +259,11 @@ def main(folder):
     }
     together(folder / "group", lambda _: stopping(cfg["stopped"]))
     report["stopped"] = [json.loads((folder / "stopped" / f"rank{rank}.txt").read_text()) for rank in range(2)]
+
+    together(folder / "disks", resuming)
+    report["resumed"] = [json.loads((folder / "disks" / f"rank{rank}.txt").read_text()) for rank in range(2)]
+    together(folder / "again", lambda _: starting(cfg["stopped" if comm.get_rank() else "new"]))
+    report["started"] = [(folder / name / "start.txt").read_text() for name in ("new", "stopped")]
     print(json.dumps(report))
 
 

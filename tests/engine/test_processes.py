@@ -49,3 +49,16 @@ def test_a_killed_worker_is_restarted_and_the_run_goes_on(report):
 
 def test_a_signal_to_one_process_stops_both_after_the_same_iteration(report):
     assert report["stopped"] == [[128 + 15, 1]] * 2
+
+
+def test_the_main_process_decides_for_all_what_a_resume_continues_from(report):
+    ours, theirs = report["resumed"]
+    assert ours[0] is None and theirs[0] is None  # the second one's is of an earlier run
+    for disk, texts in enumerate((ours, theirs)):
+        for text in texts[1:3]:
+            assert text == (
+                f"process 1 does not find checkpoint '/disk{disk}/model_0000004.pth', which the main process is to "
+                "continue from: OUTPUT_DIR must be on storage that all nodes share"
+            )
+    assert ours[3] == theirs[3] == 4
+    assert report["started"] == ["0", "0"]
