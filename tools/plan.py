@@ -14,6 +14,7 @@ from tabulate import tabulate
 from aqdet.config import load_config
 from aqdet.data import complete_num_classes
 from aqdet.engine import check_names, fit_to_machine
+from aqdet.engine.checks import our_architectures
 from aqdet.modeling.plan import make_plan, total
 
 
@@ -32,6 +33,11 @@ def main() -> None:
     try:
         cfg = load_config(args.config_file, args.opts)
         check_names(cfg)
+        architecture, ours = cfg.MODEL.META_ARCHITECTURE, our_architectures()
+        if architecture not in ours:
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE {architecture!r} is Detectron2's: there is a plan of {', '.join(ours)}"
+            )
         fit_to_machine(cfg)
         complete_num_classes(cfg)
         if any(side % 32 or side <= 0 for side in args.size):

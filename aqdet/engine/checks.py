@@ -33,6 +33,11 @@ def fit_to_machine(cfg: CfgNode) -> None:
                 node.NORM = "BN"
 
 
+def our_architectures() -> list[str]:
+    """Names for ``MODEL.META_ARCHITECTURE`` that can be quantized."""
+    return sorted(name for name, _ in META_ARCH_REGISTRY if name.startswith("Quant"))
+
+
 def check_names(cfg: CfgNode) -> None:
     """Checks the names that Detectron2 looks up without saying which key they come from.
 
@@ -52,7 +57,7 @@ def check_names(cfg: CfgNode) -> None:
             raise ValueError(f"{key} must be one of {names}, got {value!r}")
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if not any(base.__module__.startswith("aqdet.") for base in getattr(architecture, "__mro__", ())):
-        ours = ", ".join(sorted(name for name, _ in META_ARCH_REGISTRY if name.startswith("Quant")))
+        ours = ", ".join(our_architectures())
         for key in ("QUANT", "AUX", "EXTRA_LOSS", "DISTILL"):
             if cfg.MODEL[key].ENABLED:
                 raise ValueError(

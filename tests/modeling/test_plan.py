@@ -2,6 +2,8 @@ import json
 import subprocess
 import sys
 
+import plan as tool
+import pytest
 from helpers import AUX, QUANT, ROOT, make_model
 
 from aqdet.modeling.plan import make_plan, total
@@ -65,3 +67,16 @@ def test_command_line(tmp_path):
     last = wrong.stderr.strip().splitlines()[-1]
     assert wrong.returncode == 1 and last.startswith("error: MODEL.QUANT for layer backbone.")
     assert "one of dorefa, lqnet, lsq, lsqplus, pact, got 'lqs'" in last
+
+
+@pytest.mark.parametrize("architecture", ("GeneralizedRCNN", "RetinaNet"))
+def test_an_architecture_that_has_no_plan_is_one_line(architecture, monkeypatch):
+    config = ROOT / "configs" / "quickstart" / "retinanet_r18_fp_bn.yaml"
+    arguments = ["--config-file", str(config), "MODEL.META_ARCHITECTURE", architecture]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        tool.main()
+    assert stop.value.code == (
+        f"error: MODEL.META_ARCHITECTURE {architecture!r} is Detectron2's: there is a plan of QuantClassifier, "
+        "QuantFCOS, QuantRetinaNet"
+    )
