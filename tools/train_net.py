@@ -53,9 +53,10 @@ def main(args: argparse.Namespace) -> None:
     try:
         cfg = setup(args)
         if args.exported:
-            # Needs onnxruntime, which training does without.
-            from aqdet.evaluation.exported import load_exported
-
+            try:
+                from aqdet.evaluation.exported import load_exported
+            except ModuleNotFoundError as error:  # training does without ONNX Runtime
+                raise ValueError(f"--exported needs {error.name}: pip install '.[export]'") from error
             Trainer.test(cfg, load_exported(cfg, args.exported))
             return
         if args.eval_only:

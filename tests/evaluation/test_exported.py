@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 import torch
@@ -111,3 +112,11 @@ def test_the_output_is_detectron2s(overrides, entry, tmp_path):
     assert torch.equal(found.pred_classes, expected.pred_classes)
     assert torch.allclose(found.scores, expected.scores, atol=1e-4)
     assert torch.allclose(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-2)
+
+
+def test_without_onnx_runtime_the_command_says_what_to_install(run, overrides, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("aqdet.runtime", "aqdet.evaluation.exported"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, last = run("--config-file", "", "--eval-only", "--exported", tmp_path, *overrides)
+    assert status == 2 and last.startswith("error: --exported needs onnxruntime: pip install '.[export]'")
