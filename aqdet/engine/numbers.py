@@ -6,14 +6,17 @@ import dataclasses
 import logging
 import math
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.layers import CycleBatchNormList
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..quantization import Quantizer, quantizers
 from ..quantization.functional import SCALE_EPS
@@ -21,6 +24,8 @@ from ..quantization.functional import SCALE_EPS
 logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 5
+_MIN_GRAD_SCALE = 2.0**-16
+"""32 steps in a row were skipped when mixed precision, which starts at ``2^16``, is at this."""
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -62,7 +67,16 @@ class CheckedTrainer(_CheckedLosses, SimpleTrainer):
 
 
 class CheckedAMPTrainer(_CheckedLosses, AMPTrainer):
-    """As :class:`CheckedTrainer` in mixed precision, where the scaler skips gradients that are not finite."""
+    """As :class:`CheckedTrainer` in mixed precision, where the scaler skips gradients that are not finite.
+
+    If it does so in step after step, nothing trains any more, which the losses do not show.
+    """
+
+    def _wrong_gradients(self) -> str:
+        scale = self.grad_scaler.get_scale()
+        if scale >= _MIN_GRAD_SCALE:
+            return ""
+        return f"gradients in step after step, until mixed precision scaled the loss by {scale:.1e}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +182,30 @@ def _level_of(name: str) -> str:
         return f"p{match.group(1)}"
     stage = re.search(r"\b(stem|res\d)\b", name)
     return stage.group(1) if stage else ""
+
+
+def describe_single_value(model: nn.Module, error: ValueError) -> str:
+    """Which batch norm an error of torch's is about that got one value a channel; "" for any other error.
+
+    Args:
+        model: not wrapped for distribution.
+        error: as it was raised, with its traceback.
+    """
+    if not str(error).startswith("Expected more than 1 value per channel"):
+        return ""
+    callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module in callers]
+    if not names:
+        return ""
+    name, level = names[0], _level_of(names[0])
+    owner, _, index = name.rpartition(".")
+    if isinstance(model.get_submodule(owner), CycleBatchNormList):
+        name, level = owner, cast(Any, model).head_in_features[int(index)]
+    where = f"{name}, level {level}," if level else name
+    return (
+        f"batch norm {where} gets one value a channel, a pixel of one image, and cannot normalize it: train on larger "
+        "images (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN), or on more of them in each process (SOLVER.IMS_PER_BATCH)"
+    )
 
 
 def describe_scales(model: nn.Module, names: Sequence[str]) -> str:

@@ -30,7 +30,15 @@ from ..quantization import quantizers
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
 from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
-from .numbers import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss, QuantizerWatchHook, describe_scales, find_origin
+from .numbers import (
+    CheckedAMPTrainer,
+    CheckedTrainer,
+    NonFiniteLoss,
+    QuantizerWatchHook,
+    describe_scales,
+    describe_single_value,
+    find_origin,
+)
 from .oscillation import build_oscillation_hook
 from .resume import InterruptHook, MetricsHook, MetricsWriter
 from .solver import build_optimizer
@@ -159,10 +167,20 @@ class Trainer(DefaultTrainer):
         return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
 
     def train(self) -> Any:
-        """See Detectron2's."""
+        """See Detectron2's.
+
+        Raises:
+            ValueError: naming the layer, if a batch norm gets one value a channel.
+        """
         self.data_loader.start = self.start_iter
-        self._forward_state = ForwardState(unwrap(self.model))
-        return super().train()
+        model = unwrap(self.model)
+        self._forward_state = ForwardState(model)
+        try:
+            return super().train()
+        except ValueError as error:
+            if single := describe_single_value(model, error):
+                raise ValueError(single) from error
+            raise
 
     def run_step(self) -> None:
         """One iteration, with random numbers of its own.

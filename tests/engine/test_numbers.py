@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage
 from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import NonFiniteLoss, Trainer
-from aqdet.engine.numbers import Origin, QuantizerWatchHook, all_finite, find_origin
+from aqdet.engine.numbers import CheckedAMPTrainer, Origin, QuantizerWatchHook, all_finite, find_origin
 from aqdet.quantization import quantizers
 
 BOTH = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
@@ -177,6 +178,45 @@ def test_weights_that_are_not_finite_are_not_saved(entry, tmp_path):
     with pytest.raises(NonFiniteLoss, match="parameter head.cls_score.bias.* continue from an earlier checkpoint$"):
         trainer.train()
     assert not list(tmp_path.glob("*.pth"))
+
+
+def test_mixed_precision_that_skips_every_step_is_not_silent():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    for scale in (2.0**-16, 2.0**-17):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer = CheckedAMPTrainer(torch.nn.Linear(1, 1), [], torch.optim.SGD([parameter], 0.1), scaler)
+        with EventStorage(0):
+            if scale == 2.0**-16:
+                trainer._write_metrics({"loss": torch.ones(())}, 0.0)
+            else:
+                with pytest.raises(NonFiniteLoss, match="gradients in step after step, .* scaled the loss by 7.6e-06"):
+                    trainer._write_metrics({"loss": torch.ones(())}, 0.0)
+
+
+@pytest.mark.parametrize(
+    "overrides, where",
+    [
+        (BOTH, "batch norm backbone.top_block.p6.norm, level p6, gets"),
+        ((), "batch norm head.cls_subnet.1, level p6, gets"),
+        ((*AUX, "MODEL.RETINANET.NORM", ""), "batch norm auxiliary.adaptors.3.conv.norm gets"),
+    ],
+    ids=("pyramid", "head", "adaptor"),
+)
+def test_a_norm_that_gets_one_value_a_channel_is_named(entry, tmp_path, overrides, where):
+    trainer = Trainer(train_cfg(entry, tmp_path, *overrides, "SOLVER.IMS_PER_BATCH", "1"))
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(ValueError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith(where) and "INPUT.MIN_SIZE_TRAIN" in message and "\n" not in message
+
+
+def test_an_error_of_another_kind_stays_as_it_is(entry, tmp_path):
+    trainer = Trainer(train_cfg(entry, tmp_path))
+    trainer.resume_or_load(resume=False)
+    trainer.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("another")))
+    with pytest.raises(ValueError, match="^another$"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("weight, input", [("lqnet", "lqnet"), ("lsq", "n2uq"), ("dorefa", "lsqplus")])
