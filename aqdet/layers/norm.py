@@ -8,6 +8,7 @@ import torch
 from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
+from ..quantization.functional import is_recomputing
 from ..quantization.origin import Origin, note_origin
 
 
@@ -43,7 +44,8 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, which in training is not kept where a quantizer reads it.
 
     A batch norm in training notes from what its output can be computed again. Any other norm is called.
-    The shared affine of a :class:`CycleBatchNormList` is applied with the normalization of the level.
+    The shared affine of a :class:`CycleBatchNormList` is applied with the normalization of the level. Where activation
+    checkpointing computes it once more, running statistics and position stay as the first forward has left them.
 
     Args:
         norm: any module.
@@ -64,11 +66,14 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
         and x.numel() > x.shape[1]
     ):
         return norm(x)
-    if cycle is not None:
-        cycle._pos = (cycle._pos + 1) % len(cycle)
-    assert own.num_batches_tracked is not None
-    own.num_batches_tracked.add_(1)
+    running: tuple[Tensor | None, Tensor | None] = None, None
+    if not is_recomputing():
+        if cycle is not None:
+            cycle._pos = (cycle._pos + 1) % len(cycle)
+        assert own.num_batches_tracked is not None
+        own.num_batches_tracked.add_(1)
+        running = own.running_mean, own.running_var
     with torch.no_grad():
-        mean, var = torch.batch_norm_update_stats(x, own.running_mean, own.running_var, own.momentum)
+        mean, var = torch.batch_norm_update_stats(x, *running, own.momentum)
     y, scale, shift = _BatchNorm.apply(x, weight, bias, mean, var, own.eps)
     return note_origin(y, Origin(x.detach(), scale, shift))

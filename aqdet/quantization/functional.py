@@ -68,6 +68,11 @@ def broadcast_scale(scale: Tensor, x: Tensor, ch_axis: int = 0) -> Tensor:
     return scale.view(shape)
 
 
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward, where activation checkpointing calls a forward once more."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class _RoundSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import SCALE_EPS, count_below, integer_range, replace_ste, sum_by_index
+from .functional import SCALE_EPS, count_below, integer_range, is_recomputing, replace_ste, sum_by_index
 from .observer import Statistics
 from .quantizer import Quantizer
 from .spec import QuantSpec
@@ -39,6 +39,9 @@ class LQNetQuantizer(Quantizer):
     which the last takes all calibration values and the others a sample; activation statistics are summed over
     ranks; a layer that runs on several pyramid levels updates on each. Weights have no level at zero.
 
+    Activation checkpointing computes a forward once more in backward: with the basis that it had, which does not
+    move again. That of several forwards since the last backward is not known, and is refused.
+
     The levels are not equidistant, so that there is no integer form.
     """
 
@@ -48,6 +51,9 @@ class LQNetQuantizer(Quantizer):
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__(spec, num_channels)
         self.register_buffer("basis", self._uniform(torch.ones(self.num_scales)))
+        self._num_moves = 0  # of the basis since the last backward
+        self._moved_from: Tensor | None = None
+        self._backward_ran = False
 
     @property
     def num_constants(self) -> int:
@@ -127,8 +133,13 @@ class LQNetQuantizer(Quantizer):
         return torch.where(correction.isfinite(), correction, 0.0).to(basis.dtype)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """See :meth:`Quantizer.fake_quantize`; in a training forward with gradients also updates the basis."""
-        levels = self.levels()
+        """See :meth:`Quantizer.fake_quantize`; in a training forward with gradients also updates the basis.
+
+        Raises:
+            RuntimeError: naming the quantizer, if it cannot be computed again as activation checkpointing asks for.
+        """
+        basis, moves = self._basis_for_call()
+        levels = self._sorted_levels(basis)[0].float()
         x32 = x.float()
         if self.spec.role == "input":
             x32 = x32 if self.spec.signed else torch.relu(x32)
@@ -139,9 +150,33 @@ class LQNetQuantizer(Quantizer):
             rows = x32.reshape(self.num_scales, x.numel() // self.num_scales)
             index = _nearest(rows, levels)
             values = levels.gather(1, index).view_as(x)
-        if self.training and torch.is_grad_enabled():
+        if moves:
             self._update(rows, index)
-        return replace_ste(clipped, values).to(x.dtype)
+        y = replace_ste(clipped, values).to(x.dtype)
+        if y.requires_grad:
+            y.register_hook(self._note_backward)
+        return y
+
+    def _basis_for_call(self) -> tuple[Tensor, bool]:
+        """The basis that a call of forward quantizes with, and whether it then moves."""
+        moves = self.training and torch.is_grad_enabled()
+        if not is_recomputing():
+            if self._backward_ran:
+                self._num_moves, self._moved_from, self._backward_ran = 0, None, False
+            return self.basis, moves
+        self._backward_ran = True
+        if self._num_moves > 1:
+            raise RuntimeError(
+                f"quantizer '{self.path}' (lqnet) moved its basis {self._num_moves} times since the last backward, and "
+                "activation checkpointing cannot compute one of these forwards again: leave its layer out of it, or "
+                f"use another MODEL.QUANT.{self.spec.role.upper()}.QUANTIZER"
+            )
+        if self._moved_from is None:  # the first forward was without gradients
+            return self.basis, moves
+        return self._moved_from, False
+
+    def _note_backward(self, grad: Tensor) -> None:
+        self._backward_ran = True
 
     @torch.no_grad()
     def _update(self, rows: Tensor, index: Tensor) -> None:
@@ -150,6 +185,7 @@ class LQNetQuantizer(Quantizer):
             both = torch.stack([counts, sums])
             dist.all_reduce(both)
             counts, sums = both
+        self._moved_from, self._num_moves = self.basis.clone(), self._num_moves + 1
         basis = self.basis.float()
         self.basis.copy_(basis + (1 - MOMENTUM) * self._correction(basis, counts, sums))
 

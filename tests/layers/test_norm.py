@@ -209,6 +209,20 @@ def test_a_block_has_the_gradients_of_its_parts(method, through, integer, monkey
         torch.testing.assert_close(actual[name], want, rtol=1e-5, atol=1e-5 * want.abs().max().item(), msg=name)
 
 
+@pytest.mark.parametrize("cycle", (False, True), ids=("norm", "norm per level"))
+def test_activation_checkpointing_leaves_running_statistics_and_position_as_one_forward_does(cycle):
+    norms = [batch_norm(6, cycle), batch_norm(6, cycle)]
+    for norm, through in zip(norms, (False, True), strict=True):
+        for seed in range(2):
+            x = activation("small", "contiguous", seed)
+            y = checkpoint(normalize, norm, x, use_reentrant=False) if through else normalize(norm, x)
+            y.square().sum().backward()
+    plain, other = (norm.state_dict() for norm in norms)
+    assert all(torch.equal(other[key], value) for key, value in plain.items())
+    if cycle:
+        assert norms[1]._pos == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_block_under_autocast(method):
     block, x = Block(method), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))

@@ -4,6 +4,7 @@ import torch.distributed as dist
 from quantization import slow_reference as slow
 from quantization.specs import KINDS, NUM_CHANNELS, data, groups, ident, ready
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from aqdet.layers import QuantConv2d, shared_weights
 from aqdet.quantization import QuantSpec, calibrate
@@ -220,3 +221,50 @@ def test_activations_update_by_the_data_of_all_ranks(monkeypatch):
     one(torch.cat([randn(50, seed=0), randn(80, seed=1)]))
     torch.testing.assert_close(mine.basis, one.basis)
     assert not torch.allclose(mine.basis, theirs.basis)
+
+
+def lqnet_layers():
+    """Two convolutions, calibrated, and their input."""
+    specs = QuantSpec("lqnet", 2, "weight", per_channel=True), QuantSpec("lqnet", 2, "input")
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(QuantConv2d.from_float(nn.Conv2d(3, 3, 3, padding=1), *specs, str(i)) for i in range(2)))
+    x = randn(2, 3, 6, 6)
+    calibrate(layers, lambda: layers(x))
+    return layers, x
+
+
+def lqnet_step(layers, run, x):
+    layers.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(x)
+    y.square().sum().backward()
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in layers.named_parameters()}}
+
+
+@pytest.mark.parametrize("reentrant", (False, True), ids=("", "reentrant"))
+def test_activation_checkpointing_computes_with_the_same_basis_and_moves_it_once(reentrant):
+    results, states = [], []
+    for through in (False, True):
+        layers, x = lqnet_layers()
+        run = (lambda x, f=layers: checkpoint(f, x, use_reentrant=reentrant)) if through else layers
+        results.append([lqnet_step(layers, run, x) for _ in range(3)])
+        states.append(layers.state_dict())
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+
+
+def test_activation_checkpointing_of_weights_that_get_no_gradient():
+    layers, x = lqnet_layers()
+    layers[0].requires_grad_(False)
+    for _ in range(3):
+        checkpoint(layers, x, use_reentrant=False).sum().backward()
+
+
+def test_activation_checkpointing_of_one_of_several_forwards_is_refused():
+    layers, x = lqnet_layers()
+    layers(x.requires_grad_()).sum().backward()
+    outputs = [checkpoint(layers, value, use_reentrant=False) for value in (x, x + 1)]
+    words = r"'0\.input_quantizer' \(lqnet\) moved its basis 2 times .* use another MODEL\.QUANT\.INPUT\.QUANTIZER"
+    with pytest.raises(RuntimeError, match=words):
+        sum(y.sum() for y in outputs).backward()
