@@ -379,7 +379,7 @@ def fake_quantize(
         quant_min, quant_max: integer range.
         rule: ``"lsq"`` or ``"pact"``, the column of the table in :func:`scale_gradients`.
         note_codes: whether to note the codes as the origin of the result, for layers that read it. A 0-dim
-            scale and ``rule="pact"`` only.
+            scale and ``rule="pact"`` only; not noted for a half precision ``x``, where the result is rounded.
 
     Returns:
         A tensor like ``x``. For backward it keeps the origin of ``x`` if that was noted; otherwise LSQ keeps
@@ -389,7 +389,7 @@ def fake_quantize(
         raise ValueError(f"rule must be 'lsq' or 'pact', got {rule!r}")
     origin = origin_of(x) if scale.dim() == 0 else Origin(x)
     if rule == "pact" and (note_codes or origin.base is x):
-        note_codes &= torch.is_grad_enabled() and x.requires_grad
+        note_codes &= torch.is_grad_enabled() and x.requires_grad and x.dtype == torch.float32
         y, codes = _FakeQuantizeSaveRegion.apply(x, scale, quant_min, quant_max, note_codes)
         return y if codes is None else note_origin(y, Origin(codes, scale.detach()))
     kept = () if origin.base is x else origin

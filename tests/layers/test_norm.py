@@ -232,6 +232,16 @@ def test_a_block_under_autocast(method):
     assert F.cosine_similarity(cast["y"].float().flatten(), exact["y"].flatten(), dim=0) > 0.95
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_under_autocast_has_the_gradients_of_its_parts(method):
+    """To the bit: what backward quantizes again is what the forward has quantized, rounded as it was."""
+    block, x = Block(method), torch.randn(4, 4, 40, 40, generator=torch.Generator().manual_seed(1))
+    calibrate(block, lambda: block(x))
+    actual = step(block, block, x, autocast=True)
+    expected = step(block, lambda x: plain_forward(block, x), x, autocast=True)
+    assert set(actual) == set(expected) and all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
 def test_what_a_block_keeps():
     """The input and, of each convolution in it, the output; beside these a byte or two of the stream's."""
     block, x = Block("lsq"), torch.randn(2, 4, 9, 8, requires_grad=True)
