@@ -87,7 +87,8 @@ class LQNetQuantizer(Quantizer):
 
     def set_range(self, statistics: Statistics, method: str) -> None:
         """Sets the basis in place, see the class; ``method`` makes no difference."""
-        values, counts = statistics.values, statistics.counts
+        # Those of activations are on the CPU.
+        values, counts = (t.to(self.basis.device) for t in (statistics.values, statistics.counts))
         if not self.spec.signed:
             counts = counts * (values >= 0)
             values = values.clamp(min=0)
@@ -129,7 +130,7 @@ class LQNetQuantizer(Quantizer):
         gram = weighted.transpose(1, 2) @ bits
         gram += REGULARIZER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         residual = ((sums - counts * levels)[..., None] * bits).sum(dim=1)
-        correction = torch.linalg.solve(gram, residual)
+        correction, _ = torch.linalg.solve_ex(gram, residual)  # without a check that a GPU would wait for
         return torch.where(correction.isfinite(), correction, 0.0).to(basis.dtype)
 
     def fake_quantize(self, x: Tensor) -> Tensor:

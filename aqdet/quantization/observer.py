@@ -133,7 +133,8 @@ def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method
         scale = largest / quant_max
     elif method == "percentile":
         order = magnitude.argsort(dim=1)
-        cumulative = counts.gather(1, order).double().cumsum(dim=1)
+        # Not on a GPU, whose cumsum is not deterministic.
+        cumulative = counts.gather(1, order).double().cpu().cumsum(dim=1).to(order.device)
         rank = (cumulative < _PERCENTILE * cumulative[:, -1:]).sum(dim=1, keepdim=True)
         rank = rank.clamp(max=magnitude.shape[1] - 1)
         scale = magnitude.gather(1, order.gather(1, rank))[:, 0] / quant_max
