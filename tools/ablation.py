@@ -81,9 +81,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", default="output/ablation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    part = "a part of the grid, with a table of its own"
     listed = "run these alone; the table lists the others as not run"
-    parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=listed)
-    parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS), help=listed)
+    parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=part)
+    parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS), help=part)
     parser.add_argument("--methods", nargs="+", help=f"{listed}; {BASELINE}, {', '.join(PARTS)}, or some joined by +")
     parser.add_argument(
         "--taps", choices=TAPS, default="both", help="of the auxiliary form that runs beside everything else"
@@ -119,14 +120,25 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
     return cells
 
 
+def part_of_grid(args: argparse.Namespace, cells: Sequence[Cell]) -> list[Cell]:
+    """The rows of the detectors and quantizers asked for; full precision always is among them."""
+    return [
+        cell
+        for cell in cells
+        if (not args.detectors or cell.detector in args.detectors)
+        and (not args.quantizers or cell.quantizer in (FLOAT, *args.quantizers))
+    ]
+
+
+def part_name(args: argparse.Namespace) -> str:
+    """Dataset, and what the options leave of the grid: ``shapes retinanet lsq``."""
+    return " ".join([args.dataset, *(args.detectors or ()), *(args.quantizers or ())])
+
+
 def chosen(args: argparse.Namespace, cell: Cell) -> bool:
-    """Whether the options leave a cell in; full precision always is, for a detector that is."""
-    if args.detectors and cell.detector not in args.detectors:
-        return False
-    if cell.quantizer == FLOAT:
-        return True
-    wanted = ((args.quantizers, cell.quantizer), (args.methods, cell.method), (args.bits, cell.bits))
-    return all(not values or value in values for values, value in wanted)
+    """Whether the options leave a row's runs in; full precision always is."""
+    wanted = ((args.methods, cell.method), (args.bits, cell.bits))
+    return cell.quantizer == FLOAT or all(not values or value in values for values, value in wanted)
 
 
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
@@ -276,7 +288,8 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
         print("Nothing has finished: no table")
         return
     header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed", "min"]
-    plot = os.path.join(args.output, args.dataset, "ablation.png")
+    part = part_name(args)
+    plot = os.path.join(args.output, args.dataset, f"ablation_{part.replace(' ', '_')}.png")
     make_plot(plot, args.seeds, cells, done)
     missing = []
     for cell in cells:
@@ -290,9 +303,13 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     ]
     seeds = " ".join(map(str, args.seeds))
     command = f"python tools/ablation.py --dataset {args.dataset} --seeds {seeds}"
+    for option in ("detectors", "quantizers"):
+        if getattr(args, option):
+            command += " ".join([f" --{option}", *getattr(args, option)])
     command += f" --taps {args.taps} --start-iterations {args.start_iterations} --iterations {args.iterations}"
     command += " ".join([" --", *args.opts]) if args.opts else ""
-    text = f"""## What helps: ResNet-18 detectors on {TITLES[args.dataset]}
+    title = TITLES[args.dataset] + (f" ({part.partition(' ')[2]})" if " " in part else "")
+    text = f"""## What helps: ResNet-18 detectors on {title}
 
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
 {args.iterations}, full precision included. COCO AP of the detector alone, in percent; mean ± sample standard
@@ -308,14 +325,14 @@ Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {describe
         text += f"\n{args.remark}\n"
     if missing:
         text += f"\nLeft out (seeds): {'; '.join(missing)}.\n"
-    write_section(ROOT / "RESULTS.md", f"ablation {args.dataset}", text)
+    write_section(ROOT / "RESULTS.md", f"ablation {part}", text)
     print(text)
 
 
 def main() -> None:
     args = parse_args()
     try:
-        cells = planned(args.dataset, args.taps, args.methods or ())
+        cells = part_of_grid(args, planned(args.dataset, args.taps, args.methods or ()))
         jobs = make_jobs(args, cells)
         run = make_jobs(args, [cell for cell in cells if chosen(args, cell)])
         train_net = os.path.relpath(ROOT / "tools" / "train_net.py")

@@ -60,10 +60,10 @@ def saturating(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     There two products of a uint8 input and an int8 weight are added in int16 before they reach int32.
 
     Args:
-        layers: rows of ``detector.json``; convs have ``max_input_code``, the largest value of the uint8 input,
-            and ``max_weight_code``, the largest absolute int8 weight.
+        layers: rows of ``detector.json``; convs have ``weight_type``, ``max_input_code``, the largest value of the
+            uint8 input, and ``max_weight_code``, the largest absolute weight.
     """
-    convs = [row for row in layers if row["kind"] == "conv"]
+    convs = [row for row in layers if row["kind"] == "conv" and row["weight_type"] == "int8"]
     wide = [row["path"] for row in convs if 2 * row["max_input_code"] * row["max_weight_code"] > INT16_MAX]
     return list(dict.fromkeys(wide))  # a head's conv has a row for each level
 

@@ -19,6 +19,7 @@ from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
 from ..modeling import QuantFCOS, QuantFPN, QuantRetinaNet
 from ..modeling.backbone import QuantBasicBlock, QuantBottleneckBlock, QuantLastLevelP6P7, QuantStem
 from ..quantization import Quantizer
+from .containers import INT8_LIMIT, PAIR_LIMIT
 from .program import (
     IMAGE,
     Add,
@@ -40,9 +41,6 @@ _NOT_UNIFORM = {
     "lqnet": "has levels that are no multiples of one step",
     "n2uq": "compares with learned thresholds, so that its codes are not round(x / scale)",
 }
-INT8_LIMIT = 127
-# Of the sum of two products in the 16 bits of x86 without VNNI.
-PAIR_LIMIT = 2**15 - 1
 INT32_LIMIT = 2**31 - 1
 # A channel whose convolution moves the output by less than this share of a code is its bias.
 NEGLIGIBLE = 2.0**-10

@@ -281,7 +281,7 @@ def _check_target(output: Path) -> None:
 
 
 def _publish(aside: Path, output: Path) -> None:
-    """Flushes a finished folder to disk and gives it its name; a former export makes way."""
+    """Flushes a finished folder to disk and gives it its name; a former export makes way, or stays if that fails."""
     aside.chmod(0o755)
     for path in (*aside.iterdir(), aside):
         descriptor = os.open(path, os.O_RDONLY)
@@ -291,7 +291,12 @@ def _publish(aside: Path, output: Path) -> None:
     if output.exists():
         former = output.with_name(f"{aside.name}.former")
         os.replace(output, former)
-    os.replace(aside, output)
+    try:
+        os.replace(aside, output)
+    except OSError:
+        if former is not None:
+            os.replace(former, output)
+        raise
     if former is not None:
         shutil.rmtree(former)
 

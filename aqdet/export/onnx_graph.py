@@ -4,6 +4,8 @@ Written for ONNX Runtime on x86, which runs it on integers alone:
 
 - activations are uint8 (signed codes with a zero point, as a rule 128), weights int8 with a scale for each
   channel, biases int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
+- where two products of uint8 and int8 may exceed int16, the weights are uint8 with zero point 128: without VNNI, x86
+  adds such products in int16, which saturates, and those of uint8 and uint8 in int32;
 - a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. In float before it, it would
   leave the convolution in float;
 - a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes
@@ -22,7 +24,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from .extract import INT8_LIMIT
+from .containers import split_copies, stored_as_uint8
 from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
 
 OPSET, INT4_OPSET = 17, 21
@@ -41,25 +43,6 @@ def build_onnx(program: Program, *, int4: bool = False, extra_outputs: bool = Fa
         A checked model. Input ``image``, uint8 ``(N, 3, H, W)``; outputs float32, see :class:`Program`.
     """
     return GraphBuilder(program, int4).build(extra_outputs)
-
-
-def split_copies(weight: NDArray[np.int32], path: str, groups: int) -> list[NDArray[np.int8]]:
-    """Integer weights as a sum of int8 ones, for a convolution that reads its input that many times.
-
-    One, unless codes reach beyond int8, as DoReFa's at 8 bits do.
-
-    Raises:
-        ValueError: if a grouped convolution would need more than one.
-    """
-    count = max(1, -(-int(np.abs(weight).max(initial=0)) // INT8_LIMIT))
-    if count > 1 and groups > 1:
-        raise ValueError(f"layer {path}: weight codes up to {np.abs(weight).max()} in a grouped convolution, not int8")
-    parts, rest = [], weight
-    for left in range(count, 0, -1):
-        part = np.trunc(rest / left).astype(np.int8)
-        parts.append(part)
-        rest = rest - part
-    return parts
 
 
 class GraphBuilder:
@@ -139,15 +122,15 @@ class GraphBuilder:
             bounds = [self.constant(f"code_{code}", code, np.uint8) for code in (low, high)]
             self.node("Clip", [name, *bounds], output)
 
-    def copies(self, operation: Conv) -> tuple[str, NDArray[np.int32], int]:
-        """Input and weight of a convolution, repeated along the channels where int8 is too narrow; and the largest."""
+    def copies(self, operation: Conv) -> tuple[str, NDArray[np.int32]]:
+        """Input and weight of a convolution, repeated along the channels where int8 is too narrow."""
         parts = split_copies(operation.integer_weight, operation.path, operation.groups)
         source = operation.input
         if len(parts) > 1:
             source = f"{operation.output}.copies"
             self.node("Concat", [operation.input] * len(parts), source, axis=1)
             self.grids[source] = self.grids[operation.input]
-        return source, np.concatenate(parts, 1).astype(np.int32), len(parts)
+        return source, np.concatenate(parts, 1).astype(np.int32)
 
     @staticmethod
     def geometry(operation: Conv) -> dict[str, Any]:
@@ -182,9 +165,13 @@ class GraphBuilder:
         count: dict[str, Any] = {"num_outputs": len(names)} if self.int4 else {}
         return helper.make_node("Split", [source], names, name="image_split", axis=1, **count)
 
-    def weight(self, operation: Conv, weight: NDArray[np.int32]) -> tuple[str, NDArray[np.float32]]:
+    @staticmethod
+    def weight_name(operation: Conv) -> str:
+        return f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
+
+    def int8_weight(self, operation: Conv, weight: NDArray[np.int32]) -> tuple[str, NDArray[np.float32]]:
         """Name of an integer weight tensor and the scale of its unit; INT4 where asked for and it fits."""
-        name = f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
+        name = self.weight_name(operation)
         if self.int4:
             codes = operation.weight.astype(np.int32) * operation.sign.reshape(-1, 1, 1, 1)
             if -8 <= codes.min() and codes.max() <= 7:
@@ -194,10 +181,14 @@ class GraphBuilder:
 
     def conv(self, operation: Conv) -> None:
         name = operation.output
-        source, integers, _ = self.copies(operation)
-        weight, scale = self.weight(operation, integers)
+        source, integers = self.copies(operation)
+        if stored_as_uint8(operation, self.grids[source]):
+            weight, scale = self.constant(self.weight_name(operation), integers + 128, np.uint8), operation.scale
+            zero = [self.constant(f"zero_points_{len(scale)}", np.full(len(scale), 128), np.uint8)]
+        else:
+            (weight, scale), zero = self.int8_weight(operation, integers), []
         scale_name = self.constant(f"{name}.weight_scale", scale, np.float32)
-        real_weight = self.node("DequantizeLinear", [weight, scale_name], f"{name}.weight", axis=0)
+        real_weight = self.node("DequantizeLinear", [weight, scale_name, *zero], f"{name}.weight", axis=0)
         unit = np.float32(self.grids[source].scale) * operation.scale
         bias_inputs = [
             self.constant(f"{name}.bias", operation.bias, np.int32),
@@ -210,7 +201,7 @@ class GraphBuilder:
 
     def predict(self, operation: Conv) -> None:
         name = operation.output
-        source, integers, _ = self.copies(operation)
+        source, integers = self.copies(operation)
         grid = self.grids[source]
         # ONNX Runtime has ConvInteger for uint8 weights only.
         weight = self.constant(f"{operation.path}.weight", integers + 128, np.uint8)

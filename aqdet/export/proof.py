@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .extract import INT8_LIMIT, INT32_LIMIT
+from .containers import INT8_LIMIT, split_copies, stored_as_uint8
+from .extract import INT32_LIMIT
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
 
 
@@ -43,9 +44,9 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
     widest = max(2 ** (conv.weight_bits - 1), int(np.abs(conv.weight.astype(np.int32)).max(initial=0)))
     limit = np.minimum(widest * conv.multiple.astype(np.int64), max(widest, INT8_LIMIT))
     shift = 0
-    if conv.grid is None:
-        # ConvInteger: weights as uint8 with zero point 128, and its correction.
-        shift = 2 * 128
+    if stored_as_uint8(conv, source):
+        # The zero point of 128 in each copy, and its correction.
+        shift = 2 * 128 * len(split_copies(conv.integer_weight, conv.path, conv.groups))
     taps = weight.shape[1]
     by_bits = int(((limit + shift) * reach * taps + bias).max())
     by_codes = int(((weight + shift).sum(1) * reach + bias).max())
@@ -73,6 +74,7 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"output": operation.output, "inputs": list(inputs_of(operation))}
         if isinstance(operation, Conv):
             accumulator = bound_accumulator(operation, source)
+            container = "uint8, zero point 128" if stored_as_uint8(operation, source) else "int8"
             row |= {
                 "kind": "conv",
                 "path": operation.path,
@@ -84,8 +86,9 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
                 "stride": list(operation.stride),
                 "weight_bits": operation.weight_bits,
                 "input_bits": source.num_bits,
-                "types": f"{describe(source)} * s{operation.weight_bits} in int8 + int32 -> int32 -> "
+                "types": f"{describe(source)} * s{operation.weight_bits} in {container} + int32 -> int32 -> "
                 + ("float32" if operation.grid is None else describe(operation.grid)),
+                "weight_type": container.split(",")[0],
                 "max_input_code": accumulator.max_input_code,
                 "max_weight_code": accumulator.max_weight_code,
                 "accumulator_bound_by_bits": accumulator.by_bits,

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from .extract import INT8_LIMIT
+from .containers import INT8_LIMIT
 from .onnx_graph import GraphBuilder
 from .program import Conv, Grid, MaxPool, PadImage, Program, Requantize
 
@@ -110,7 +110,7 @@ class _TensorRTBuilder(GraphBuilder):
         if f"{source}.signed" in self.grids:
             assert operation.padding == (0, 0), operation.path
             source, sums = f"{source}.signed", sums + _IMAGE_SHIFT * weight.sum((1, 2, 3), dtype=np.int64)
-        codes, scale = self.weight(operation, weight)
+        codes, scale = self.int8_weight(operation, weight)
         inputs = [codes, self.constant(f"{operation.output}.weight_scale", scale, np.float32)]
         inputs.append(self.constant(f"zero_points_{len(scale)}", np.zeros(len(scale)), np.int8))
         real_weight = self.node("DequantizeLinear", inputs, f"{operation.output}.weight", axis=0)

@@ -34,8 +34,9 @@ def test_machine_without_cpuinfo(tmp_path):
     assert machine.processor and machine.vnni == ()
 
 
-def conv(path, largest_input, largest_weight):
-    return {"kind": "conv", "path": path, "max_input_code": largest_input, "max_weight_code": largest_weight}
+def conv(path, largest_input, largest_weight, kind="int8"):
+    codes = {"max_input_code": largest_input, "max_weight_code": largest_weight}
+    return {"kind": "conv", "path": path, "weight_type": kind, **codes}
 
 
 def test_saturating():
@@ -47,6 +48,7 @@ def test_saturating():
         conv("four bits", 15, 127),
         conv("wide", 128, 128),
         conv("stem", 255, 127),
+        conv("unsigned", 255, 127, "uint8"),
     ]
     assert saturating(layers) == ["wide", "stem"]
     assert saturating([]) == []

@@ -1,6 +1,7 @@
 """The exported folder: what is in it, whole or not at all, and what the command line says."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,27 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, step)
     with pytest.raises(OSError, match="disk full"):
         export_detector(make_cfg(*OVERRIDES), checkpoint, tmp_path / "detector")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_former_export_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    former, aside = tmp_path / "detector", tmp_path / ".new"
+    for folder in (former, aside):
+        folder.mkdir()
+        (folder / "from").write_text(folder.name)
+    replace = os.replace
+
+    def fail(source, target):
+        if source == aside:
+            raise OSError("not now")
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "replace", fail)
+    with pytest.raises(OSError, match="not now"):
+        module._publish(aside, former)
+    assert (former / "from").read_text() == "detector" and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    module._publish(aside, former)
+    assert (former / "from").read_text() == ".new" and list(tmp_path.iterdir()) == [former]
 
 
 def test_tensorrts_flavour(tmp_path):

@@ -1,5 +1,7 @@
 """The ONNX graph in ONNX Runtime: integers alone, and the reference's codes."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -8,7 +10,7 @@ from programs import LSQPLUS, image, shared
 
 from aqdet.export.agreement import runtime_session
 from aqdet.export.folder import check_integer
-from aqdet.export.onnx_graph import build_onnx, pack_int4, split_copies
+from aqdet.export.onnx_graph import build_onnx, pack_int4
 from aqdet.export.reference import run
 
 SIGNED = ("MODEL.FPN.RELU", "False")
@@ -92,8 +94,9 @@ def test_int4_weights_dequantize_to_the_same_values():
         found = {}
         for node in model.graph.node:
             if node.op_type == "DequantizeLinear" and node.output[0].endswith(".weight"):
-                codes, scale = (numpy_helper.to_array(tensors[name]) for name in node.input)
-                found[node.output[0]] = codes.astype(np.float64) * scale.astype(np.float64).reshape(-1, 1, 1, 1)
+                codes, scale, *zero = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in node.input)
+                codes -= zero[0].reshape(-1, 1, 1, 1) if zero else 0
+                found[node.output[0]] = codes * scale.reshape(-1, 1, 1, 1)
         return found, tensors
 
     theirs, ours = weights(plain)[0], weights(small)[0]
@@ -116,16 +119,6 @@ def test_pack_int4_by_hand():
     assert pack_int4(np.array([1, -1, 7, -8, 3])) == bytes([0xF1, 0x87, 0x03])
 
 
-def test_wide_codes_are_a_sum_of_int8():
-    weight = np.arange(-255, 256, 2).reshape(1, -1, 1, 1)
-    parts = split_copies(weight, "conv", 1)
-    assert len(parts) == 3 and all(part.dtype == np.int8 for part in parts)
-    np.testing.assert_array_equal(sum(part.astype(int) for part in parts), weight)
-    assert len(split_copies(np.full((1, 1, 1, 1), -127), "conv", 1)) == 1
-    with pytest.raises(ValueError, match="layer conv: weight codes up to 255"):
-        split_copies(weight, "conv", 2)
-
-
 def test_dorefa_at_8_bits_reads_its_input_three_times():
     _, program = shared(*DOREFA)
     stem = next(program.convs())
@@ -134,6 +127,28 @@ def test_dorefa_at_8_bits_reads_its_input_three_times():
     concat = next(node for node in graph.graph.node if node.op_type == "Concat" and "copies" in node.output[0])
     assert list(concat.input) == [stem.input] * 3
     check_integer(graph)
+
+
+def test_worst_pairs_of_products_are_exact_on_any_x86():
+    # 49 * 255 * 127 in every sum: without VNNI, uint8 times int8 would saturate at 32767 a pair.
+    _, program = shared()
+    stem = next(program.convs())
+    weight = np.full_like(stem.weight, 127)
+    weight[::2] = -127
+    change = {"weight": weight, "sign": np.ones_like(stem.sign), "multiple": np.ones_like(stem.multiple)}
+    change |= {"scale": np.full_like(stem.scale, 2e-5), "bias": np.full_like(stem.bias, 200_000)}
+    grid = dataclasses.replace(stem.grid, scale=program.image.scale * 2e-5 * 20_000)
+    wide = dataclasses.replace(stem, **change, grid=grid)
+    operations = tuple(wide if operation is stem else operation for operation in program.operations)
+    wrong = dataclasses.replace(program, operations=operations)
+    graph = build_onnx(wrong, extra_outputs=True)
+    batch = np.full((1, 3, 32, 32), 255, np.uint8)
+    batch[..., ::3] = 0
+    expected = run(wrong, batch)[wide.output]
+    assert len(np.unique(expected)) > 8
+    for optimize in (False, True):
+        (found,) = runtime_session(graph, optimize=optimize).run([wide.output], {"image": batch})
+        assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_per_level_convs_share_their_weights():

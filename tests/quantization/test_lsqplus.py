@@ -124,7 +124,8 @@ def test_a_convolution_calls_the_module_and_trains_its_offset():
     x = randn(2, 3, 6, 6) - 0.5
     calibrate(layer, lambda: layer(x))
     y = layer(x)
-    expected = torch.conv2d(layer.input_quantizer(x), layer.weight_quantizer(layer.weight), layer.bias, padding=1)
+    codes = layer.input_quantizer(x).contiguous(memory_format=torch.channels_last)  # as the layer lays them out
+    expected = torch.conv2d(codes, layer.weight_quantizer(layer.weight), layer.bias, padding=1)
     assert torch.equal(y, expected)
     y.square().sum().backward()
     for parameter in layer.parameters():

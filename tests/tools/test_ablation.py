@@ -71,7 +71,7 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
 
 def test_options_leave_out_but_never_full_precision(tool, parse):
     args = parse("--bits", "2", "--methods", "baseline", "aux_fpn+extra", "--detectors", "retinanet")
-    cells = tool.planned("shapes", "both", args.methods)
+    cells = tool.part_of_grid(args, tool.planned("shapes", "both", args.methods))
     run = [str(cell) for cell in cells if tool.chosen(args, cell)]
     assert run == [
         "retinanet_float",
@@ -82,7 +82,7 @@ def test_options_leave_out_but_never_full_precision(tool, parse):
         "retinanet_lqnet_w2a2_baseline",
     ]
     args = parse("--quantizers", "lsq", "--", "MODEL.DEVICE", "cpu")
-    jobs = tool.make_jobs(args, [cell for cell in cells if tool.chosen(args, cell)])
+    jobs = tool.make_jobs(args, tool.part_of_grid(args, tool.planned("shapes", "both")))
     assert not any("dorefa" in job.name for job in jobs.values()) and any("fcos" in job.name for job in jobs.values())
     assert all(job.overrides[-2:] == ("MODEL.DEVICE", "cpu") for job in jobs.values())
     with pytest.raises(SystemExit):
@@ -91,7 +91,8 @@ def test_options_leave_out_but_never_full_precision(tool, parse):
 
 def test_estimate_by_the_pace_of_finished_runs(tool, parse):
     args = parse("--seeds", "0", "--bits", "2", "--quantizers", "lsq", "--methods", "baseline")
-    cells = [c for c in tool.planned("shapes", "fpn", ()) if tool.chosen(args, c) and c.detector == "retinanet"]
+    cells = [c for c in tool.planned("shapes", "fpn") if tool.chosen(args, c) and str(c).count("retinanet_lsq")]
+    cells.insert(0, tool.Cell("retinanet", tool.FLOAT, 32, tool.BASELINE))
     jobs = list(tool.make_jobs(args, cells).values())
     assert "3 runs, 0 of them finished: 1000 iterations left, about 0.2 hours at 0.60 s" in tool.estimate(args, jobs)
     finish(jobs[0], 50)
@@ -142,5 +143,22 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     assert "| not run |" in rows["lsq w2a2", "aux_fpn"]
     assert "retinanet_lsq_w2a2_distill (2); retinanet_lsq_w2a2_aux_fpn (0, 1, 2)" in text
     assert "AP of the starts: retinanet 30.0" in text and "2026-01-02" in text
-    assert (tmp_path / "shapes" / "ablation.png").stat().st_size > 5000
+    assert (tmp_path / "shapes" / "ablation_shapes.png").stat().st_size > 5000
     assert "Left out" in capsys.readouterr().out
+
+
+def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkeypatch):
+    for quantizer in ("lsq", "pact"):
+        args = parse("--seeds", "0", "--detectors", "retinanet", "--quantizers", quantizer)
+        cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
+        assert {cell.quantizer for cell in cells} == {"float", quantizer}
+        jobs = tool.make_jobs(args, cells)
+        finish(jobs[0, cells[1]], 40)
+        with monkeypatch.context() as patched:
+            patched.setattr(tool, "ROOT", tmp_path)
+            tool.write_results(args, cells, jobs)
+    text = (tmp_path / "RESULTS.md").read_text()
+    for quantizer in ("lsq", "pact"):
+        assert f"192x192 (retinanet {quantizer})\n" in text
+        assert f"--detectors retinanet --quantizers {quantizer} --taps both" in text
+        assert (tmp_path / "shapes" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
