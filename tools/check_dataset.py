@@ -2,7 +2,8 @@
 """
 Checks datasets before training: every problem in one report.
 
-The datasets are those declared in a config, or given by COCO JSON, a Pascal VOC folder or a YOLO data.yaml.
+The datasets are those declared in a config, or given by COCO JSON, a Pascal VOC folder, a YOLO data.yaml, or folders
+of images for each class.
 What is found, and what is then done about it: aqdet/data/findings.py. The exit status is 1 if a training would
 be refused, else 0.
 """
@@ -24,10 +25,11 @@ from aqdet.data.yolo import SPLITS
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config-file", help="check all of DATASETS.DECLARED")
+    what.add_argument("--config-file", help="check all of DATASETS.DECLARED and IMAGE_FOLDERS")
     what.add_argument("--coco-json", nargs="+", help="COCO annotation files")
     what.add_argument("--voc", help="folder with Annotations, JPEGImages and ImageSets/Main")
     what.add_argument("--yolo", help="data.yaml")
+    what.add_argument("--image-folders", nargs="+", metavar="DIR", help="each with a folder of images for each class")
     parser.add_argument("--image-root", help="of the COCO files; of a YOLO folder if not that of its data.yaml")
     parser.add_argument("--split", nargs="+", help="of a VOC or YOLO folder; all of train, val, test if absent")
     parser.add_argument("--no-images", action="store_true", help="do not decode images")
@@ -42,6 +44,7 @@ def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool]:
     """The datasets to check and whether to be strict."""
     cfg = load_config(args.config_file or "", args.opts)
     strict = args.strict or cfg.DATASETS.STRICT
+    entries = []
     if args.coco_json:
         if not args.image_root:
             raise ValueError("--coco-json needs --image-root")
@@ -56,6 +59,7 @@ def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool]:
         entries = [{"name": n, "format": "yolo", "yaml": args.yolo, "split": n, **root} for n in names]
     if not args.config_file:
         cfg.DATASETS.DECLARED = entries
+        cfg.DATASETS.IMAGE_FOLDERS = [{"name": path, "root": path} for path in args.image_folders or ()]
     found = list(declarations(cfg).values())
     if not found:
         raise ValueError(f"nothing to check: {args.config_file or args.voc or args.yolo} names no datasets or splits")

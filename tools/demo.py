@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> Summary:
     complete_num_classes(cfg)
     if args.webcam:
         return run_on_webcam(Demo(cfg, args.confidence_threshold))
-    sources = find_sources([args.video_input] if args.video_input else args.input)
+    sources = find_sources([args.video_input] if args.video_input else args.input, args.output)
     outputs = output_paths(sources, args.output) if args.output else None
     return run_on_files(Demo(cfg, args.confidence_threshold), sources, outputs)
 

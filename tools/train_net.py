@@ -34,8 +34,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_coco_eval(cfg.TEST.COCO_EVAL)
     fit_to_machine(cfg)
     join_process_group(cfg.MODEL.DEVICE)
-    register_declared(cfg)
-    check_num_classes(cfg)
+    register_declared(cfg, train=not args.eval_only)
+    check_num_classes(cfg, train=not args.eval_only)
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     except OSError as error:

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .findings import Report
-from .images import ImageFolder, ScannedImage, scan_images
+from .images import IMAGE_ENDINGS, ImageFolder, ScannedImage, scan_images
 
-__all__ = ["Source", "check_source", "find_shared_images", "read_coco"]
+__all__ = ["Source", "check_image_folder", "check_source", "find_shared_images", "read_coco"]
 
 # In pixels: by how much a box may reach outside for it to be rounding, of text and of whole pixels; a thin box.
 ROUNDING = 1e-3
@@ -132,6 +132,51 @@ def check_source(source: Source, report: Report, *, pixels: bool) -> dict[str, A
         "crowd regions": sum(a["iscrowd"] for a in annotations),
     }
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def check_image_folder(root: str, classes: Sequence[str], report: Report, *, pixels: bool) -> Source:
+    """
+    Checks a folder that has a folder of images for each class; links are followed.
+
+    Args:
+        root: the folder.
+        classes: names of the folders in it.
+        report: what is found is added to it.
+        pixels: whether every image is decoded.
+
+    Returns:
+        what was read.
+    """
+    source = Source("folder", root, root, categories=dict(enumerate(classes)), inputs={root})
+    names: list[str] = []
+    for name in classes:
+        found = False
+        for folder, _, files in os.walk(os.path.join(root, name)):
+            source.inputs.add(folder)
+            for file in sorted(files):
+                path = os.path.join(folder, file)
+                if not file.lower().endswith(IMAGE_ENDINGS):
+                    report.add("file-ignored", path)
+                    continue
+                names.append(os.path.relpath(path, root))
+                found = True
+        if not found:
+            report.add("no-images", os.path.join(root, name))
+    paths = [os.path.join(root, name) for name in names]
+    source.inputs.update(paths)
+    scanned = scan_images(paths, ["pixels" if pixels else "stat"] * len(paths), title=f"images of {report.name}")
+    first: dict[str, str] = {}
+    for name, path, image in zip(names, paths, scanned, strict=True):
+        for kind, value in image.findings:
+            report.add(kind, path, value=value)
+        identity = image.digest or os.path.realpath(path)
+        report.images[name] = identity
+        if identity in first:
+            report.add("image-twice", path, field="also", value=first[identity])
+        first.setdefault(identity, name)
+    report.categories = source.categories
+    report.facts = {"images": len(names), "classes": len(classes)}
+    return source
 
 
 def find_shared_images(first: Report, second: Report) -> None:

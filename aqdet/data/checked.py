@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .builtin import cache_dir
-from .check import Source, check_source, read_coco
+from .check import Source, check_image_folder, check_source, read_coco
 from .findings import Report
 from .voc import read_voc
 from .yolo import read_yolo
 
-__all__ = ["Declaration", "check_declaration", "checked", "write_aside"]
+IMAGE_FOLDER = "folder"
+
+__all__ = ["IMAGE_FOLDER", "Declaration", "check_declaration", "checked", "write_aside"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +29,12 @@ class Declaration:
 
     Attributes:
         name: that it is registered by.
-        format: ``"coco"``, ``"voc"`` or ``"yolo"``.
-        file: the COCO JSON, the VOC folder, or the YOLO ``data.yaml``.
+        format: ``"coco"``, ``"voc"`` or ``"yolo"``, or ``"folder"`` with a folder of images for each class.
+        file: the COCO JSON, the VOC folder, the YOLO ``data.yaml``, or the folder.
         image_root: folder that nothing is read outside of.
         split: of a VOC or YOLO folder.
-        classes: of a VOC folder, in the order of their ids; None for those in its annotations.
+        classes: of a VOC folder, in the order of their ids; None for those in its annotations. Of a folder, the names
+            of its folders.
         difficult_as_crowd: of a VOC folder.
     """
 
@@ -66,6 +69,8 @@ def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report
             declaration.classes,
             difficult_as_crowd=declaration.difficult_as_crowd,
         )
+    elif declaration.format == IMAGE_FOLDER:
+        return report, {}, check_image_folder(declaration.file, declaration.classes or (), report, pixels=pixels)
     else:
         source = read_yolo(declaration.file, declaration.split, declaration.image_root, report)
     content = check_source(source, report, pixels=pixels)
@@ -82,7 +87,7 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
 
     Returns:
         the report, and the COCO JSON to train on and to evaluate with: the declared file itself if it needs no
-        change, else one in the cache. It exists if the report has no errors.
+        change, else one in the cache. It exists if the report has no errors. For a folder, the folder.
 
     Raises:
         ValueError: naming ``DATASETS.CACHE_DIR``, if nothing can be written there.
@@ -96,7 +101,7 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
         if usable.is_file() or not is_copied:
             return report, str(usable) if is_copied else declaration.file
     report, content, source = check_declaration(declaration, pixels=pixels)
-    is_copied = declaration.format != "coco" or report.changes
+    is_copied = declaration.format != IMAGE_FOLDER and (declaration.format != "coco" or report.changes)
     json_file = str(usable) if is_copied else declaration.file
     if report.refused(strict=False):
         # Not kept: what is then done about it can be a file that was not there to be read.

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,24 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from PIL import Image
 
+from .checked import IMAGE_FOLDER, Declaration
+from .images import IMAGE_ENDINGS
+
 logger = logging.getLogger(__name__)
 
 EVALUATOR_TYPE = "image_classification"
 FIELDS = ("name", "root")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-def register_image_folders(cfg: CfgNode, resolve: Callable[[str], str]) -> None:
-    """Registers ``DATASETS.IMAGE_FOLDERS``. Classes are the folders' names, sorted; the same entry may come again.
+def image_folders(
+    cfg: CfgNode, resolve: Callable[[str], str], only: Collection[str] | None = None
+) -> Iterator[Declaration]:
+    """The entries of ``DATASETS.IMAGE_FOLDERS``. Classes are the folders' names, sorted.
 
     Args:
         cfg: config.
         resolve: looks up a relative path.
+        only: names of the entries that are used; None for all.
 
     Raises:
         ValueError: in one line, naming the entry, the field, the value and what would be right.
@@ -46,20 +51,32 @@ def register_image_folders(cfg: CfgNode, resolve: Callable[[str], str]) -> None:
             if not isinstance(entry[field], str) or not entry[field]:
                 raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
         name, root = entry["name"], resolve(entry["root"])
-        if name in DatasetCatalog:
-            if MetadataCatalog.get(name).get("image_root") != root:
-                raise ValueError(f"{where}.name: {name!r} is registered already with other files, choose another name")
+        if only is not None and name not in only:
             continue
         if not os.path.isdir(root):
             raise ValueError(
                 f"{where}.root: no folder {root!r}; relative paths are looked up under $DETECTRON2_DATASETS, then in "
                 "the current folder"
             )
-        classes = sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir())
+        classes = tuple(sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir()))
         if not classes:
             raise ValueError(f"{where}.root: {root!r} has no folders, it must have one for each class")
-        DatasetCatalog.register(name, lambda root=root, classes=classes: load_image_folder(root, classes))
-        MetadataCatalog.get(name).set(image_root=root, thing_classes=classes, evaluator_type=EVALUATOR_TYPE)
+        yield Declaration(name, IMAGE_FOLDER, root, root, classes=classes)
+
+
+def register_image_folder(declaration: Declaration) -> None:
+    """Registers one of :func:`image_folders`; the same may come again.
+
+    Raises:
+        ValueError: in one line, if its name is that of other files.
+    """
+    name, root, classes = declaration.name, declaration.image_root, declaration.classes or ()
+    if name in DatasetCatalog:
+        if MetadataCatalog.get(name).get("image_root") != root:
+            raise ValueError(f"DATASETS.IMAGE_FOLDERS: {name!r} is registered already with other files, choose another")
+        return
+    DatasetCatalog.register(name, lambda: load_image_folder(root, classes))
+    MetadataCatalog.get(name).set(image_root=root, thing_classes=list(classes), evaluator_type=EVALUATOR_TYPE)
 
 
 def load_image_folder(root: str, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -72,9 +89,9 @@ def load_image_folder(root: str, classes: Sequence[str]) -> list[dict[str, Any]]
     other = 0
     for label, name in enumerate(classes):
         files = sorted(path for path in (Path(root) / name).rglob("*") if path.is_file())
-        images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
         if not images:
-            raise ValueError(f"folder {str(Path(root) / name)!r} has no image ({', '.join(EXTENSIONS)})")
+            raise ValueError(f"folder {str(Path(root) / name)!r} has no image ({', '.join(IMAGE_ENDINGS)})")
         other += len(files) - len(images)
         for path in images:
             records.append({"file_name": str(path), "image_id": len(records), "label": label})

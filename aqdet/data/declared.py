@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from detectron2.utils import comm
 
 from .builtin import set_cache_dir
 from .check import find_shared_images
-from .checked import Declaration, checked, write_aside
-from .classification import register_image_folders
+from .checked import IMAGE_FOLDER, Declaration, checked, write_aside
+from .classification import image_folders, register_image_folder
 from .findings import Report
 
 __all__ = [
@@ -49,7 +49,7 @@ NUM_CLASSES_NODES = {
 }
 
 
-def register_declared(cfg: CfgNode) -> None:
+def register_declared(cfg: CfgNode, *, train: bool = True) -> None:
     """
     Registers ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` and checks that the datasets to train and test on exist.
 
@@ -58,15 +58,18 @@ def register_declared(cfg: CfgNode) -> None:
 
     Args:
         cfg: config; ``DATASETS.CACHE_DIR`` is applied too.
+        train: if not, what is not tested on is passed over and need not exist.
 
     Raises:
         ValueError: in one line, naming the entry, the field, the value and what would be right.
     """
     set_cache_dir(cfg.DATASETS.CACHE_DIR)
-    for declaration in declarations(cfg).values():
-        _register(declaration, cfg.DATASETS.STRICT)
-    register_image_folders(cfg, _resolve)
-    for key in ("TRAIN", "TEST"):
+    for declaration in declarations(cfg, None if train else cfg.DATASETS.TEST).values():
+        if declaration.format == IMAGE_FOLDER:
+            register_image_folder(declaration)
+        else:
+            _register(declaration, cfg.DATASETS.STRICT)
+    for key in ("TRAIN", "TEST")[not train :]:
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 close = difflib.get_close_matches(name, DatasetCatalog.list(), 4)
@@ -74,9 +77,13 @@ def register_declared(cfg: CfgNode) -> None:
                 raise ValueError(f"DATASETS.{key}: no dataset {name!r}, {hint}")
 
 
-def declarations(cfg: CfgNode) -> dict[str, Declaration]:
+def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str, Declaration]:
     """
-    The entries of ``DATASETS.DECLARED`` by name, their paths looked up.
+    The entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` by name, their paths looked up.
+
+    Args:
+        cfg: config.
+        only: names of the entries that are used; None for all.
 
     Raises:
         ValueError: in one line, as :func:`register_declared`.
@@ -87,9 +94,14 @@ def declarations(cfg: CfgNode) -> dict[str, Declaration]:
         raise ValueError(f"DATASETS.DECLARED must be a list of {example}, got {declared!r}")
     found: dict[str, Declaration] = {}
     for index, entry in enumerate(declared):
+        if only is not None and isinstance(entry, dict) and entry.get("name") not in only:
+            continue
         declaration = _declaration(entry, f"DATASETS.DECLARED[{index}]")
         if found.setdefault(declaration.name, declaration) != declaration:
             raise ValueError(f"DATASETS.DECLARED[{index}].name: {declaration.name!r} is the name of another entry")
+    for declaration in image_folders(cfg, _resolve, only):
+        if found.setdefault(declaration.name, declaration) != declaration:
+            raise ValueError(f"DATASETS.IMAGE_FOLDERS: {declaration.name!r} is the name of another entry")
     return found
 
 
@@ -108,9 +120,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     Raises:
         ValueError: in one line, if there are errors, or under ``DATASETS.STRICT`` anything but notes.
     """
-    known = declarations(cfg)
-    used = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if train else list(cfg.DATASETS.TEST)
-    names = dict.fromkeys(used)
+    names = dict.fromkeys(_used(cfg, train))
+    known = declarations(cfg, names)
     with _first_of_the_machine():
         reports = {name: checked(known[name], pixels=cfg.DATASETS.CHECK_IMAGES)[0] for name in names if name in known}
     for first, second in _train_and_test(cfg, reports):
@@ -119,7 +130,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         if name in reports:
             _log(reports[name], cfg)
         else:
-            logger.info("Dataset %s is not of DATASETS.DECLARED: not checked", name)
+            logger.info("Dataset %s is not of DATASETS.DECLARED or IMAGE_FOLDERS: not checked", name)
     if reports and comm.is_main_process():
         folder = Path(cfg.OUTPUT_DIR)
         write_aside(folder / "dataset_check.txt", "\n\n".join(r.text() for r in reports.values()) + "\n")
@@ -136,7 +147,7 @@ def reports_as_json(reports: Sequence[Report], strict: bool) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def check_num_classes(cfg: CfgNode) -> None:
+def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     """
     Checks the number of classes in the config against the datasets, and these against each other.
 
@@ -144,13 +155,14 @@ def check_num_classes(cfg: CfgNode) -> None:
 
     Args:
         cfg: config whose datasets are registered.
+        train: whether the data to train on are used, and not only those to test on.
 
     Raises:
         ValueError: in one line, naming the config key or the datasets that disagree.
     """
     node = _num_classes_node(cfg)
     first, expected = "", None
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in _used(cfg, train):
         classes = _thing_classes(name)
         if classes is None:
             logger.warning("Dataset %s does not name its classes: their number is not checked", name)
@@ -172,7 +184,8 @@ def check_num_classes(cfg: CfgNode) -> None:
                 f"{len(classes)} classes: {_listed(classes)} (0 takes the number from the data)"
             )
     if _lacks_num_classes(cfg):
-        raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in DATASETS.TRAIN or TEST names its classes")
+        where = "DATASETS.TRAIN or TEST" if train else "DATASETS.TEST"
+        raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in {where} names its classes")
 
 
 def complete_num_classes(cfg: CfgNode) -> None:
@@ -185,6 +198,10 @@ def complete_num_classes(cfg: CfgNode) -> None:
     if _lacks_num_classes(cfg):
         register_declared(cfg)
         check_num_classes(cfg)
+
+
+def _used(cfg: CfgNode, train: bool) -> list[str]:
+    return [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] if train else list(cfg.DATASETS.TEST)
 
 
 def _lacks_num_classes(cfg: CfgNode) -> bool:

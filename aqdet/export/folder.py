@@ -255,19 +255,22 @@ def _broadcast(values: Sequence[Sequence[float]], levels: int) -> list[list[floa
 
 
 def _classes(cfg: CfgNode, number: int, progress: Progress) -> tuple[list[str], list[int | None]]:
-    """Names of the classes and their ids in the training set, where it is to be had."""
-    reason = "DATASETS.TRAIN is empty"
-    try:
-        if cfg.DATASETS.TRAIN:
-            register_declared(cfg)
-            metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-            names = list(metadata.get("thing_classes") or [])
-            ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
-            if len(names) == number:
-                return names, [ids.get(index) for index in range(number)]
-            reason = f"{cfg.DATASETS.TRAIN[0]} names {len(names)} classes, the detector has {number}"
-    except ValueError as error:
-        reason = str(error)
+    """Names of the classes and their ids in the training set or, where that is not to be had, the test set."""
+    reason = "DATASETS.TRAIN and TEST are empty"
+    for datasets, train in ((cfg.DATASETS.TRAIN, True), (cfg.DATASETS.TEST, False)):
+        if not datasets:
+            continue
+        try:
+            register_declared(cfg, train=train)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        metadata = MetadataCatalog.get(datasets[0])
+        names = list(metadata.get("thing_classes") or [])
+        ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+        if len(names) == number:
+            return names, [ids.get(index) for index in range(number)]
+        reason = f"{datasets[0]} names {len(names)} classes, the detector has {number}"
     progress(f"classes are called class_0 to class_{number - 1}: {reason}")
     return [f"class_{index}" for index in range(number)], [None] * number
 

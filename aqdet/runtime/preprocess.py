@@ -21,7 +21,8 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Decodes an image file, turned as its EXIF orientation says.
 
     Returns:
-        ``(H, W, 3)`` uint8, BGR; grey is repeated, transparency and depth beyond 8 bits are dropped.
+        ``(H, W, 3)`` uint8, BGR; grey is repeated, transparency and depth beyond 8 bits are dropped. As training
+        reads it, but for a CMYK file, whose values OpenCV and Pillow round differently: one level apart.
 
     Raises:
         FileNotFoundError: if it does not exist.

@@ -78,27 +78,12 @@ class Inside:
     num_images: int = 0
 
 
-def register_test_sets(cfg: CfgNode) -> None:
-    """Registers what a config is tested on; what it was trained on need not be there.
-
-    Raises:
-        ValueError: in one line, if a test set is not there.
-    """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATASETS.TRAIN = ()
-    declared = cfg.DATASETS.DECLARED
-    if isinstance(declared, list | tuple):
-        cfg.DATASETS.DECLARED = [e for e in declared if not isinstance(e, dict) or e.get("name") in cfg.DATASETS.TEST]
-    register_declared(cfg)
-
-
 def _usable_test_sets(run: Run) -> tuple[str, ...]:
     """Names of the run's test sets, registered and on disk; none, with a note, if they are not there."""
     if run.cfg is None:
         return ()
     try:
-        register_test_sets(run.cfg)
+        register_declared(run.cfg, train=False)
         for name in run.cfg.DATASETS.TEST:
             if not os.path.isfile(MetadataCatalog.get(name).get("json_file", "")):
                 DatasetCatalog.get(name)  # The embedded dataset is drawn on first use.

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from ..checkpoint import AqdetCheckpointer
 from ..config import detector_only
+from ..data import register_declared
 from ..quantization import quantizers
-from .collect import UNREADABLE, register_test_sets
+from .collect import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +63,25 @@ class Summary:
     unreadable: list[str] = dataclasses.field(default_factory=list)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_sources(inputs: Sequence[str], output: str | None = None) -> list[Source]:
     """Files behind paths, folders (with what is below them) and glob patterns, each once.
+
+    Args:
+        inputs: paths, folders and patterns.
+        output: where pictures are written; one in a folder that is read, with the pictures of an earlier run, is
+            passed over.
 
     Raises:
         ValueError: in one line, if an input leads to no image or video, or two would be written to one file.
     """
     sources: dict[Path, Source] = {}
+    written = Path(output).resolve() if output else None
     for text in inputs:
         path = Path(os.path.expanduser(text))
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS)]
+            if written is not None and path.resolve() in written.parents:
+                found = [p for p in found if not p.resolve().is_relative_to(written)]
             pairs = [(p, p.relative_to(path)) for p in found if p.is_file()]
         else:
             matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
@@ -181,7 +190,7 @@ class Demo:
 def _metadata(cfg: CfgNode) -> Any:
     """Class names of the first test set; its data need not be on this machine."""
     try:
-        register_test_sets(cfg)
+        register_declared(cfg, train=False)
     except ValueError as error:
         logger.warning("Class names are not known, their numbers are drawn: %s", error)
         return MetadataCatalog.get("__unused")

@@ -1,5 +1,6 @@
 """Image folders: what is read, what is refused, and what the classifier is given."""
 
+import json
 import logging
 
 import numpy as np
@@ -9,7 +10,7 @@ from helpers import CLASSIFIER, make_cfg
 from PIL import Image
 from tiny_data import write_image_folder
 
-from aqdet.data import build_mapper, check_num_classes, register_declared
+from aqdet.data import build_mapper, check_datasets, check_num_classes, register_declared
 from aqdet.data.classification import CenterCrop, RandomResizedCrop
 
 
@@ -58,6 +59,46 @@ def test_wrong_entries_are_one_line(tmp_path):
     cfg.DATASETS.IMAGE_FOLDERS = "folder"
     with pytest.raises(ValueError, match="IMAGE_FOLDERS must be a list"):
         register_declared(cfg)
+
+
+def test_images_are_checked_before_training(tmp_path, caplog):
+    caplog.set_level("INFO")
+    train, test = (write_image_folder(tmp_path / name, f"folder_check_{name}") for name in ("train", "test"))
+    cfg = cfg_of(train, test, test=(test["name"],))
+    cfg.OUTPUT_DIR, cfg.DATASETS.CACHE_DIR = str(tmp_path / "output"), str(tmp_path / "cache")
+    register_declared(cfg)
+    folder = tmp_path / "train" / "cross"
+    first = sorted(folder.iterdir())[0]
+    Image.new("P", (8, 8)).save(folder / "palette.png")
+    (folder / "again.png").symlink_to(first)
+    (tmp_path / "test" / "cross" / "same.png").write_bytes(first.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    check_datasets(cfg)
+    report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
+    counts = {dataset["name"]: dataset["counts"] for dataset in report["datasets"]}
+    assert counts["folder_check_train"] == {"image-converted": 1, "image-twice": 1, "file-ignored": 1}
+    assert counts["folder_check_test"] == {"image-in-two-sets": 7, "image-twice": 1}  # noise of the same seed
+    number = len([path for path in (tmp_path / "train").rglob("*.png")])
+    assert f"Dataset folder_check_train: {number} images, 3 classes; classes 0: cross (id 0)" in caplog.text
+
+    caplog.clear()
+    ring = tmp_path / "train" / "ring"
+    (ring / "empty.png").write_bytes(b"")
+    (ring / "cut.png").write_bytes(first.read_bytes()[:40])
+    Image.new("I;16", (8, 8)).save(ring / "deep.png")
+    with pytest.raises(ValueError, match="folder_check_train: 3 problems; 1 image-unreadable: .*cut.png") as error:
+        check_datasets(cfg)
+    assert "1 image-empty: " in str(error.value) and "deep.png: I;16" in str(error.value)
+    check_datasets(cfg, train=False)
+
+
+def test_who_only_evaluates_needs_no_folder_to_train_on(tmp_path):
+    test = write_image_folder(tmp_path / "test", "folder_alone")
+    cfg = cfg_of({"name": "folder_gone", "root": "nowhere"}, test, test=(test["name"],))
+    with pytest.raises(ValueError, match="no folder 'nowhere'"):
+        register_declared(cfg)
+    register_declared(cfg, train=False)
+    assert test["name"] in DatasetCatalog and "folder_gone" not in DatasetCatalog
 
 
 def test_a_class_without_images_and_another_number_of_classes(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -6,7 +7,7 @@ from detectron2.data.datasets import register_coco_instances
 from helpers import make_cfg
 from PIL import Image
 
-from aqdet.data import check_num_classes, register_declared
+from aqdet.data import check_datasets, check_num_classes, register_declared
 
 
 def dataset(folder, names=("cat", "dog", "cow")):
@@ -79,6 +80,24 @@ def test_unknown_names_and_class_counts(tmp_path):
         check_num_classes(cfg)
     with pytest.raises(ValueError, match="have different classes"):
         check_num_classes(cfg_for(train=[three["name"]], test=[two["name"]]))
+
+
+def test_who_only_evaluates_needs_no_data_to_train_on(tmp_path):
+    gone, there = dataset(tmp_path / "gone"), dataset(tmp_path / "there")
+    os.remove(gone["json"])
+    cfg = cfg_for(gone, there, train=[gone["name"]], test=[there["name"]])
+    with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[0\].json: no file"):
+        register_declared(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 0
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    register_declared(cfg, train=False)
+    check_num_classes(cfg, train=False)
+    check_datasets(cfg, train=False)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3
+    assert there["name"] in DatasetCatalog and gone["name"] not in DatasetCatalog
+    cfg.DATASETS.TEST = ("nowhere",)
+    with pytest.raises(ValueError, match="DATASETS.TEST: no dataset 'nowhere'"):
+        register_declared(cfg, train=False)
 
 
 def test_a_list_of_entries_is_needed(tmp_path):

@@ -142,6 +142,15 @@ def test_a_former_export_stays_if_the_new_one_cannot_take_its_place(tmp_path, mo
     assert (former / "from").read_text() == ".new" and list(tmp_path.iterdir()) == [former]
 
 
+def test_classes_are_those_of_the_test_set_where_there_is_no_other(tmp_path):
+    entry = write_dataset(tmp_path / "d", "only_to_test_on")
+    gone = {"name": "gone", "json": "gone.json", "image_root": "."}
+    cfg = make_cfg("DATASETS.DECLARED", str([gone, entry]), "DATASETS.TRAIN", "('gone',)")
+    cfg.DATASETS.TEST = (entry["name"],)
+    names, ids = module._classes(cfg, 3, pytest.fail)
+    assert names == list(CLASSES) and None not in ids
+
+
 def test_tensorrts_flavour(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"model": trained_like(*SEVEN_BITS).state_dict()}, path)

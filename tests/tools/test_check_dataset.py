@@ -4,7 +4,7 @@ import sys
 import check_dataset
 import pytest
 from helpers import make_cfg
-from tiny_data import write_dataset, write_yolo
+from tiny_data import write_dataset, write_image_folder, write_yolo
 
 
 @pytest.fixture
@@ -41,6 +41,16 @@ def test_coco_json(run, tmp_path):
     (dataset,) = json.loads((tmp_path / "report.json").read_text())["datasets"]
     expected = {"severity": "error", "kind": "class-unknown", "file": entry["json"], "record": "annotation 2"}
     assert {**expected, "field": "category_id", "value": "9"} in dataset["findings"]
+
+
+def test_image_folders(run, tmp_path):
+    folders = [write_image_folder(tmp_path / name, name)["root"] for name in ("a", "b")]
+    status, printed = run("--image-folders", *folders)
+    assert status == 0 and "image-in-two-sets: 6" in printed and f"{folders[0]}: 6 images, 3 classes" in printed
+    (tmp_path / "b" / "ring" / "0.png").write_bytes(b"no image")
+    (tmp_path / "b" / "empty").mkdir()
+    status, printed = run("--image-folders", *folders)
+    assert status == 1 and "image-unreadable: 1" in printed and "no-images: 1" in printed
 
 
 def test_strict_and_no_images(run, tmp_path):

@@ -172,6 +172,19 @@ def test_sources_are_found_once(inputs):
     assert names == ["a.jpg", "cut.jpg", "deep er/ü.png", "grey.png", "no.mp4", "v.avi.mp4"]
 
 
+def test_pictures_of_an_earlier_run_are_not_read(inputs):
+    output = inputs / "found"
+    (output / "deep er").mkdir(parents=True)
+    for name in ("a.jpg", "deep er/ü.png"):
+        (output / name).write_bytes((inputs / name).read_bytes())
+    number = len(find_sources([str(inputs)]))
+    assert len(find_sources([str(inputs)], str(output))) == number - 2
+    assert (
+        len(find_sources([str(inputs)], str(inputs.parent))) == len(find_sources([str(inputs)], str(inputs))) == number
+    )
+    assert len(find_sources([str(output)], str(output.parent))) == 2
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
