@@ -4,10 +4,13 @@
 For each seed one full-precision start, and from it runs of equal length: full precision, the quantizer alone, an
 extra loss, distillation, the auxiliary path by its taps, and combinations ("aux_both+distill"). Stop it at any time
 and run it again: it goes on where it stopped. KEY VALUE pairs after -- are for every run, as for train_net.py.
+What finished runs gave is kept in tools/ablation_runs.json too, so that a grid can go on in another checkout; a run
+with another config is run anew.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -22,7 +25,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from aqdet.config import load_config
-from aqdet.engine.experiment import Job, describe_machine, markdown_table, mean_and_spread, run_jobs, write_section
+from aqdet.data.checked import write_aside
+from aqdet.engine.experiment import DONE, Job, markdown_table, mean_and_spread, run_jobs, write_section
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
@@ -32,6 +36,7 @@ TITLES = {
 }
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
+RUNS = "ablation_runs.json"
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
 TAPS = ("fpn", "backbone", "both")
@@ -189,6 +194,50 @@ def prune(job: Job, first_seed: int) -> None:
             path.unlink()
 
 
+def kept_runs() -> dict[str, dict[str, Any]]:
+    """What runs gave, of any grid, by dataset and the run's name."""
+    path = ROOT / "tools" / RUNS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """Adds the finished runs to what is kept, and returns it."""
+    kept = kept_runs()
+    for job in jobs:
+        noted = job.finished()
+        if noted is not None:
+            noted.pop("command")
+            kept[f"{dataset} {job.name}"] = {**noted, "metrics": job.metrics()}
+    write_aside(ROOT / "tools" / RUNS, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    return kept
+
+
+def recall_runs(dataset: str, jobs: dict[tuple[int, Cell], Job]) -> None:
+    """Puts what is kept into the output folders, so that it is not run again.
+
+    A start is run again where its weights are not there and another run starts from them.
+    """
+    kept = kept_runs()
+
+    def recall(job: Job) -> bool:
+        noted = kept.get(f"{dataset} {job.name}")
+        if job.finished() is None and noted is not None and noted["fingerprint"] == job.fingerprint():
+            folder = Path(job.output_dir)
+            write_aside(folder / "inference" / "metrics.json", json.dumps(noted["metrics"]))
+            facts = {key: value for key, value in noted.items() if key != "metrics"}
+            write_aside(folder / DONE, json.dumps({**facts, "command": " ".join(job.command("tools/train_net.py"))}))
+        return job.finished() is not None
+
+    left = {(seed, cell.detector) for (seed, cell), job in jobs.items() if cell.quantizer != START and not recall(job)}
+    for (seed, cell), job in jobs.items():
+        if cell.quantizer != START:
+            continue
+        if (seed, cell.detector) not in left:
+            recall(job)
+        elif not os.path.isfile(os.path.join(job.output_dir, "model_final.pth")):
+            Path(job.output_dir, DONE).unlink(missing_ok=True)
+
+
 def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
     """What is left to run, and how long that takes."""
     done = [(job, noted) for job in jobs if (noted := job.finished()) is not None]
@@ -277,13 +326,15 @@ def make_plot(
 
 
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
-    """The section of RESULTS.md and the plot, from what has finished."""
-    done, dates = {}, set()
+    """The section of RESULTS.md and the plot, from what has finished, here or before."""
+    done, dates, machines = {}, set(), set()
+    kept = keep_runs(args.dataset, list(jobs.values()))
     for key, job in jobs.items():
-        noted = job.finished()
-        if noted is not None:
-            done[key] = {**job.metrics(), "minutes": noted["seconds"] / 60}
+        noted = kept.get(f"{args.dataset} {job.name}")
+        if noted is not None and noted["fingerprint"] == job.fingerprint():
+            done[key] = {**noted["metrics"], "minutes": noted["seconds"] / 60}
             dates.add(noted["date"])
+            machines.add(noted["machine"])
     if not done:
         print("Nothing has finished: no table")
         return
@@ -319,7 +370,8 @@ deviation over the seeds that have run (of {seeds}); differences are paired, fro
 
 AP of the starts: {", ".join(lines)}. Plot: `{plot}`.
 
-Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {describe_machine()}, torch {torch.__version__}.
+Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {"; ".join(sorted(machines))},
+torch {torch.__version__}.
 """
     if args.remark:
         text += f"\n{args.remark}\n"
@@ -335,6 +387,7 @@ def main() -> None:
         cells = part_of_grid(args, planned(args.dataset, args.taps, args.methods or ()))
         jobs = make_jobs(args, cells)
         run = make_jobs(args, [cell for cell in cells if chosen(args, cell)])
+        recall_runs(args.dataset, run)
         train_net = os.path.relpath(ROOT / "tools" / "train_net.py")
         print(estimate(args, list(run.values())), flush=True)
         if args.dry_run:

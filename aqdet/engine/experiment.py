@@ -151,6 +151,7 @@ def _run(job: Job, train_net: str, head: str) -> None:
         "fingerprint": job.fingerprint(),
         "seconds": round(time.monotonic() - start, 1),
         "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(),
         "command": " ".join(["python", *command[1:]]),
     }
     aside = output / f"{DONE}.part"

@@ -32,9 +32,10 @@ def parse(tool, monkeypatch, tmp_path):
 
 def finish(job, ap):
     folder = Path(job.output_dir)
-    (folder / "inference").mkdir(parents=True)
+    (folder / "inference").mkdir(parents=True, exist_ok=True)
     (folder / "inference" / "metrics.json").write_text(json.dumps({"AP": ap, "AP50": 2 * ap}))
     noted = {"fingerprint": job.fingerprint(), "seconds": 120.0, "date": "2026-01-02"}
+    noted |= {"machine": "a machine", "command": "python tools/train_net.py"}
     (folder / "done.json").write_text(json.dumps(noted))
 
 
@@ -145,6 +146,44 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     assert "AP of the starts: retinanet 30.0" in text and "2026-01-02" in text
     assert (tmp_path / "shapes" / "ablation_shapes.png").stat().st_size > 5000
     assert "Left out" in capsys.readouterr().out
+
+
+def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    options = ("--seeds", "0", "1", "--bits", "2", "--detectors", "retinanet", "--quantizers", "lsq")
+    options += ("--methods", "baseline")
+    start, baseline = (tool.Cell("retinanet", *rest, tool.BASELINE) for rest in ((tool.START, 32), ("lsq", 2)))
+
+    def grid(output):
+        args = parse(*options, "--output", str(output))
+        cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
+        return args, cells, tool.make_jobs(args, [cell for cell in cells if tool.chosen(args, cell)])
+
+    monkeypatch.chdir(tmp_path)
+    args, cells, jobs = grid("output")
+    for (seed, cell), job in jobs.items():
+        if seed == 0 or cell == start:
+            finish(job, 40 + seed)
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "ROOT", tmp_path)
+        tool.write_results(args, cells, jobs)
+        first = (tmp_path / "RESULTS.md").read_text()
+        (tmp_path / "output").rename(tmp_path / "gone")
+        tool.recall_runs("shapes", jobs)
+        # All of seed 0; of seed 1 nothing, whose start's weights are gone and needed.
+        assert {key for key, job in jobs.items() if job.finished()} == {key for key in jobs if key[0] == 0}
+        tool.write_results(args, cells, jobs)
+        assert (tmp_path / "RESULTS.md").read_text() == first and "a machine" in first
+        finish(jobs[1, start], 41)
+        Path(jobs[1, start].output_dir, "model_final.pth").touch()
+        tool.recall_runs("shapes", jobs)
+        assert jobs[1, start].finished()
+        kept = json.loads((tmp_path / "tools" / tool.RUNS).read_text())
+        kept["shapes seed 0 retinanet_lsq_w2a2_baseline"]["fingerprint"] = "of another config"
+        (tmp_path / "tools" / tool.RUNS).write_text(json.dumps(kept))
+        (tmp_path / "output").rename(tmp_path / "gone too")
+        tool.recall_runs("shapes", jobs)
+        assert not jobs[0, baseline].finished() and not jobs[0, start].finished()
 
 
 def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkeypatch):
