@@ -70,7 +70,7 @@ def broadcast_scale(scale: Tensor, x: Tensor, ch_axis: int = 0) -> Tensor:
 
 def is_recomputing() -> bool:
     """Whether this runs inside a backward, where activation checkpointing calls a forward once more."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _RoundSTE(torch.autograd.Function):
