@@ -204,7 +204,7 @@ class GraphBuilder:
         source, integers = self.copies(operation)
         grid = self.grids[source]
         # ONNX Runtime has ConvInteger for uint8 weights only.
-        weight = self.constant(f"{operation.path}.weight", integers + 128, np.uint8)
+        weight = self.constant(self.weight_name(operation), integers + 128, np.uint8)
         inputs = [source, weight, self.zero_point(grid), self.constant("zero_point_128", 128, np.uint8)]
         self.node("ConvInteger", inputs, f"{name}.products", **self.geometry(operation))
         bias = self.constant(f"{name}.bias", operation.bias.reshape(1, -1, 1, 1), np.int32)

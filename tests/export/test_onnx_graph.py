@@ -161,6 +161,23 @@ def test_per_level_convs_share_their_weights():
     assert sum(name.startswith("head.cls_subnet.0.weight") for name in names) == len(distinct)
 
 
+def test_a_prediction_of_other_weights_at_one_level_keeps_them():
+    _, program = shared()
+    last = [conv for conv in program.convs() if conv.grid is None][-1]
+    flipped = dataclasses.replace(last, sign=-last.sign)
+    operations = [flipped if operation is last else operation for operation in program.operations]
+    graph = build_onnx(dataclasses.replace(program, operations=operations)).graph
+    weights = {}
+    initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "ConvInteger":
+            weights[node.name] = initializers[node.input[1]].astype(np.int32) - 128
+    predictions = [operation for operation in operations if getattr(operation, "grid", 0) is None]
+    assert len(predictions) == len(weights)
+    for conv in predictions:
+        np.testing.assert_array_equal(weights[f"{conv.output}.products"], conv.integer_weight)
+
+
 def test_every_value_is_named_once():
     _, program = shared()
     graph = onnx.load_from_string(build_onnx(program, extra_outputs=True).SerializeToString())
