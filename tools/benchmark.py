@@ -46,7 +46,7 @@ from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, sa
 from aqdet.export.folder import load_detector
 from aqdet.modeling.plan import make_plan
 from aqdet.quantization import calibrate, quantizers, set_quantization
-from aqdet.quantization.integer import has_integer_conv2d
+from aqdet.quantization.integer import largest_integer_weight
 from aqdet.runtime import Detector, read_description, write_description
 from aqdet.runtime.detector import LevelOutputs
 from aqdet.runtime.folder import DESCRIPTION, MODEL, Description
@@ -211,7 +211,8 @@ def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others
 def train(args: argparse.Namespace) -> None:
     """Time of a training step, and bytes kept for backward and at the peak."""
     torch.set_num_threads(args.threads)
-    integer = "in int8" if has_integer_conv2d() else "in float32 (this CPU has no VNNI)"
+    largest = largest_integer_weight(255)
+    integer = "in float32" if not largest else "in int8" if largest == 128 else "in int8 without VNNI"
     print(
         f"RetinaNet, ResNet-18, BN; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}; forward of quantized convs {integer}, median of {args.rounds} rounds (range)"

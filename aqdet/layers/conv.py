@@ -11,8 +11,8 @@ import torch
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from ..quantization import Quantizer, QuantSpec, build_quantizer, conv2d_fake_quantized
-from ..quantization.integer import IntegerWeight, has_integer_conv2d, pack_weight
+from ..quantization import AffineGrid, Quantizer, QuantSpec, build_quantizer, conv2d_fake_quantized
+from ..quantization.integer import IntegerWeight, largest_integer_weight, pack_weight
 from .norm import normalize
 
 
@@ -150,19 +150,22 @@ class QuantConv2d(Conv2d):
             grid.quant_max,
             rule=grid.rule,
             dtype=dtype,
-            integer_weight=self._integer_weight(x) if dtype is None else None,
+            integer_weight=self._integer_weight(x, grid) if dtype is None else None,
             **recompute,
             **geometry,
         )
 
-    def _integer_weight(self, x: Tensor) -> IntegerWeight | None:
+    def _integer_weight(self, x: Tensor, grid: AffineGrid) -> IntegerWeight | None:
         """The weight for a convolution of ``x`` in integer arithmetic, where the CPU has it; in training only."""
-        if not (self.training and x.is_cpu and self.weight.dtype == torch.float32 and has_integer_conv2d()):
+        if not (self.training and x.is_cpu and self.weight.dtype == torch.float32):
+            return None
+        largest = largest_integer_weight(grid.quant_max - grid.quant_min)
+        if not largest:
             return None
         shared = self._shared
         if shared is not None and shared.packed is not None:
             return shared.packed
-        integer = self.weight_quantizer.integer_weight(self.weight)
+        integer = self.weight_quantizer.integer_weight(self.weight, largest)
         if integer is not None:
             integer = pack_weight(integer, x.shape, self.stride, self.padding, self.dilation, self.groups)
             if shared is not None:

@@ -72,9 +72,9 @@ class DoReFaWeightQuantizer(Quantizer):
         return IntegerTensor(levels, scale, 0)
 
     @torch.no_grad()
-    def integer_weight(self, x: Tensor) -> IntegerWeight | None:
-        """See :meth:`Quantizer.integer_weight`; odd codes of 8 bits do not fit."""
-        if not self.is_active or self.spec.num_bits > 7:
+    def integer_weight(self, x: Tensor, largest: int = 128) -> IntegerWeight | None:
+        """See :meth:`Quantizer.integer_weight`; codes are odd, and those of 8 bits do not fit."""
+        if not self.is_active or 2**self.spec.num_bits - 1 > min(largest, 127):
             return None
         levels = torch.empty_like(x, dtype=torch.int8)
         _, scale = _levels(x, self.spec.num_bits, self.spec.per_channel, levels)

@@ -219,10 +219,20 @@ class Quantizer(nn.Module):
         return IntegerTensor(codes.to(torch.int32), scale.clone(), 0)
 
     @torch.no_grad()
-    def integer_weight(self, x: Tensor) -> IntegerWeight | None:
-        """The fake-quantized weight ``x`` as int8 codes for integer kernels; None if it has no such form."""
+    def integer_weight(self, x: Tensor, largest: int = 128) -> IntegerWeight | None:
+        """The fake-quantized weight ``x`` as int8 codes for integer kernels; None if it has no such form.
+
+        Args:
+            x: the weight.
+            largest: None also where codes may be larger in magnitude.
+        """
         grid = self.fused_grid() if self.is_active else None
-        if grid is None or grid.rule not in RULES or not -128 <= grid.quant_min <= grid.quant_max <= 127:
+        if (
+            grid is None
+            or grid.rule not in RULES
+            or grid.quant_max > 127
+            or max(-grid.quant_min, grid.quant_max) > largest
+        ):
             return None
         codes = quantize_to_int8(x, broadcast_scale(grid.scale, x), grid.quant_min, grid.quant_max)
         return IntegerWeight(codes, grid.scale.expand(x.shape[0]).contiguous())

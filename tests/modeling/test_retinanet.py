@@ -89,7 +89,7 @@ def test_in_training_only_the_auxiliary_path_convolves_in_float(model, monkeypat
         seen.add((running[-1], isinstance(layer, QuantConv2d)))
         return real(x, weight, *args, **kwargs)
 
-    monkeypatch.setattr(conv, "has_integer_conv2d", lambda: False)  # another operator, on the same values
+    monkeypatch.setattr(conv, "largest_integer_weight", lambda _: 0)  # another operator, on the same values
     monkeypatch.setattr(torch, "conv2d", spy)
     monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
     losses_of(model, BATCH)

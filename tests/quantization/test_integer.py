@@ -10,20 +10,29 @@ from quantization.test_conv import GEOMETRIES, operands
 
 from aqdet.layers import QuantConv2d, conv
 from aqdet.quantization import QuantSpec, calibrate, conv2d_fake_quantized, fake_quantize
+from aqdet.quantization import integer as kernels
 from aqdet.quantization.functional import quantize_to_bytes
-from aqdet.quantization.integer import IntegerWeight, has_integer_conv2d, integer_conv2d, pack_weight
+from aqdet.quantization.integer import (
+    IntegerWeight,
+    integer_conv2d,
+    largest_integer_weight,
+    pack_weight,
+)
 
-needs_integer = pytest.mark.skipif(not has_integer_conv2d(), reason="no integer convolution on this CPU")
+needs_integer = pytest.mark.skipif(not largest_integer_weight(255), reason="no integer convolution on this CPU")
 
 
 @needs_integer
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("zero_point", (0, 8, 128))
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-def test_integers_convolve_exactly(geometry, zero_point, layout):
+@pytest.mark.parametrize("largest_input", (15, 255))
+def test_integers_convolve_exactly(geometry, zero_point, layout, largest_input):
     geometry = GEOMETRIES[geometry]
-    codes = torch.randint(0, 256, (2, 4, 9, 8)).contiguous(memory_format=layout)
-    weight = torch.randint(-128, 128, (8, 4 // geometry["groups"], 3, 3))
+    largest = largest_integer_weight(largest_input)
+    codes = torch.randint(0, largest_input + 1, (2, 4, 9, 8)).contiguous(memory_format=layout)
+    weight = torch.randint(-largest, min(largest + 1, 128), (8, 4 // geometry["groups"], 3, 3))
+    codes[0], weight[0] = largest_input, -largest  # where two products are largest
     scale, bias = 2.0 ** torch.arange(-4, 4), torch.arange(8.0)
     packed = pack_weight(IntegerWeight(weight.to(torch.int8), scale), codes.shape, **geometry)
     y = integer_conv2d(codes.to(torch.uint8), zero_point, torch.tensor(0.5), packed, bias, **geometry)
@@ -53,8 +62,37 @@ def test_the_integer_weight_is_the_fake_quantized_one(spec):
         return
     assert integer.codes.dtype == torch.int8 and integer.scale.shape == (NUM_CHANNELS,)
     assert torch.equal(integer.codes * integer.scale.view(-1, 1, 1, 1), quantizer(w))
+    half = 2 ** (spec.num_bits - 1)
+    largest = {"dorefa": 2 * half - 1, "pact": half - 1}.get(spec.quantizer, half)
+    assert torch.equal(quantizer.integer_weight(w, largest).codes, integer.codes)
+    assert quantizer.integer_weight(w, largest - 1) is None
     quantizer.enabled = False
     assert quantizer.integer_weight(w) is None
+
+
+@pytest.mark.parametrize(
+    "capabilities, exact, largest",
+    [
+        ({"avx512_vnni": True, "avx2": True}, True, {15: 128, 255: 128}),
+        ({"avx_vnni": True, "avx2": True}, True, {15: 128, 255: 128}),
+        ({"avx2": True}, True, {3: 128, 15: 128, 127: 128, 128: 127, 254: 64, 255: 64}),
+        ({"avx2": True}, False, {15: 0, 255: 0}),
+        ({"neon": True}, True, {15: 0, 255: 0}),
+    ],
+    ids=str,
+)
+def test_weights_are_as_large_as_the_cpu_multiplies_exactly(capabilities, exact, largest, monkeypatch):
+    def convolve(x, zero_point, scale, weight, *_):
+        return (x.int() * weight.codes.int()).sum((1, 2, 3)).float() + (not exact)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(kernels, "integer_conv2d", convolve)
+    monkeypatch.setattr(kernels, "pack_weight", lambda weight, *_: weight)
+    kernels._largest_beside_uint8.cache_clear()
+    try:
+        assert {x: largest_integer_weight(x) for x in largest} == largest
+    finally:
+        kernels._largest_beside_uint8.cache_clear()
 
 
 @needs_integer
@@ -104,7 +142,7 @@ def test_a_layer_uses_integers_in_float32_training_alone(method, monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         convolution(x)
     evaluated = convolution.eval()(x)
-    monkeypatch.setattr(conv, "has_integer_conv2d", lambda: False)
+    monkeypatch.setattr(conv, "largest_integer_weight", lambda _: 0)
     assert torch.equal(convolution.train()(x), evaluated)
     convolution.double()(x.double())
     assert len(calls) == 1
