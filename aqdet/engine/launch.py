@@ -47,7 +47,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 
 def join_process_group(device: str) -> None:
-    """Under torchrun, joins its processes: by NCCL on GPUs, by gloo on CPUs. Otherwise does nothing.
+    """Under torchrun, joins its processes: by NCCL on GPUs, by gloo on CPUs. Otherwise only checks the device.
 
     The store that torchrun lends outlives a restart, with the addresses of the processes before it. So on one
     node each attempt gets keys of its own. Nodes may count attempts differently: for restarts on several, set
@@ -57,9 +57,13 @@ def join_process_group(device: str) -> None:
         device: ``MODEL.DEVICE``.
 
     Raises:
-        ValueError: if there are fewer GPUs than processes.
+        ValueError: if there are fewer GPUs than processes, or all of these are to use the same.
     """
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    under_torchrun = dist.is_torchelastic_launched()
+    size = int(os.environ["WORLD_SIZE"]) if under_torchrun else comm.get_world_size()
+    if size > 1 and torch.device(device).index is not None:
+        raise ValueError(f"MODEL.DEVICE {device} would put {size} processes on one GPU: cuda gives each its own")
+    if not under_torchrun or dist.is_initialized():
         return
     backend = "gloo"
     if device.startswith("cuda"):

@@ -13,7 +13,7 @@ from aqdet.engine.launch import continuing_command, is_restart, join_process_gro
 def torchrun(monkeypatch):
     """The environment of the second of four processes on the first of two nodes."""
     values = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_WORLD_SIZE": "4"}
-    values |= {"LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2"}
+    values |= {"LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2", "WORLD_SIZE": "8"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
@@ -55,6 +55,17 @@ def test_more_processes_than_gpus(torchrun):
     words = r"torchrun --nproc_per_node 4, but there are 1 CUDA devices \(MODEL.DEVICE cpu trains on CPUs\)"
     with pytest.raises(ValueError, match=words):
         join_process_group("cuda")
+
+
+def test_one_gpu_for_all_processes(torchrun):
+    words = "MODEL.DEVICE cuda:1 would put 8 processes on one GPU: cuda gives each its own"
+    with pytest.raises(ValueError, match=words):
+        join_process_group("cuda:1")
+    torchrun.delenv("TORCHELASTIC_RUN_ID")
+    join_process_group("cuda:1")
+    torchrun.setattr("detectron2.utils.comm.get_world_size", lambda: 8)
+    with pytest.raises(ValueError, match=words):
+        join_process_group("cuda:1")
 
 
 def test_without_torchrun_there_is_no_group_to_join():
