@@ -6,7 +6,7 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from helpers import AUX, QUANT, make_cfg, make_model
 
-from aqdet.engine.solver import build_optimizer
+from aqdet.engine.solver import ScaledAdamW, build_optimizer
 from aqdet.quantization import quantizers
 
 SOLVER = (
@@ -92,6 +92,59 @@ def test_adamw_keeps_the_groups_and_clips():
     assert isinstance(optimizer, torch.optim.AdamW)
     sgd = build_optimizer(make_cfg(*QUANT, *SOLVER), model)
     assert values_by_name(model, optimizer) == values_by_name(model, sgd)
+
+
+def slow_adamw(value, grads, unit, lr, decay):
+    """The recurrence of 1711.05101, the step in units of ``unit(value)``, float64."""
+    first = second = 0.0
+    for step, grad in enumerate(grads, 1):
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        direction = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)) ** 0.5 + 1e-8)
+        value = value * (1 - lr * decay) - lr * direction * abs(unit(value))
+    return value
+
+
+@pytest.mark.parametrize("size", [3e-4, 0.5, 40.0])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_scaled_step_is_a_share_of_the_unit(size, decay):
+    scale, offset, weight = (torch.nn.Parameter(torch.tensor([value])) for value in (size, 0.0, size))
+    groups = [{"params": [scale, weight], "weight_decay": decay}, {"params": [offset], "weight_decay": 0.0}]
+    optimizer = ScaledAdamW(groups, units={scale: scale, offset: scale}, lr=0.1)
+    grads = torch.randn(6, generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = []
+    for grad in grads:
+        sizes.append(scale.item())
+        scale.grad, offset.grad, weight.grad = (torch.full((1,), grad) for _ in range(3))
+        optimizer.step()
+    assert scale.item() == pytest.approx(slow_adamw(size, grads, lambda value: value, 0.1, decay), rel=1e-5)
+    assert weight.item() == pytest.approx(slow_adamw(size, grads, lambda _: 1.0, 0.1, decay), rel=1e-5)
+    taken = iter(sizes)
+    assert offset.item() == pytest.approx(slow_adamw(0.0, grads, lambda _: next(taken), 0.1, 0.0), rel=1e-5)
+
+
+def test_without_a_gradient_a_scaled_parameter_stays():
+    scale = torch.nn.Parameter(torch.tensor([2.0]))
+    ScaledAdamW([scale], units={scale: scale}, lr=0.1).step()
+    assert scale.item() == 2.0
+
+
+@pytest.mark.parametrize(
+    "quantizer, keys", [("lsq", {"scale"}), ("lsqplus", {"scale", "offset"}), ("n2uq", {"scale", "start", "intervals"})]
+)
+def test_adamw_moves_what_a_quantizer_learned_by_a_share_of_its_scale(quantizer, keys):
+    overrides = (*QUANT, "MODEL.QUANT.INPUT.QUANTIZER", quantizer)
+    model = make_model(*overrides)
+    cfg = make_cfg(*overrides, "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.01", "SOLVER.WEIGHT_DECAY_NORM", "0.0")
+    optimizer = build_optimizer(cfg, model)
+    found = next(q for _, q in quantizers(model) if {name for name, _ in q.named_parameters()} == keys)
+    with torch.no_grad():
+        found.scale.fill_(0.002)
+    before = {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
+    for parameter in found.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in found.named_parameters():
+        torch.testing.assert_close(parameter.detach() - before[name], torch.full_like(parameter, -0.01 * 0.002))
 
 
 def test_unknown_optimizer():
