@@ -89,7 +89,10 @@ class Adaptor(nn.Module):
             moments /= dist.get_world_size()
         mean, square, other_mean, product = moments
         variance = (square - mean.square()).clamp(min=0)
-        gain = self.share - (product - mean * other_mean) / variance.clamp(min=torch.finfo(x.dtype).tiny)
+        covariance = product - mean * other_mean
+        # Where x is constant, to the rounding of its moments, any gain fits as well: none is taken from the ratio.
+        varies = variance > square * (16 * torch.finfo(x.dtype).eps)
+        gain = self.share - torch.where(varies, covariance / variance, 0.0)
         norm = self.conv.norm
         if isinstance(getattr(norm, "weight", None), nn.Parameter):
             norm.bias.copy_(self.share * mean - other_mean)

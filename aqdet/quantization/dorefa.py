@@ -54,7 +54,7 @@ class DoReFaWeightQuantizer(Quantizer):
 
     Deviations: the paper leaves the weights in [-1, 1], which needs a normalization after the convolution;
     the factor M restores their magnitude, so that a float checkpoint still fits and the layers without
-    normalization keep their output range. M may be per channel.
+    normalization keep their output range. M may be per channel; it acts as a constant, no gradient passes through it.
     """
 
     def set_range(self, statistics: Statistics, method: str) -> None:

@@ -17,9 +17,9 @@ class LSQQuantizer(Quantizer):
     """``scale * round(clamp(x / scale, quant_min, quant_max))`` with a learned ``scale``.
 
     The gradient of the scale is the paper's, times ``1 / sqrt(N quant_max)`` with N the number of elements
-    that share it. Deviations: the first scale may come from any calibration method, not only
-    ``2 mean|x| / sqrt(quant_max)``; the scale acts as ``SCALE_EPS`` where training drove it lower; scales
-    may be per channel.
+    that share it. Deviations: for activations N counts the batch too, over all processes, where the paper counts
+    features; the first scale may come from any calibration method, not only ``2 mean|x| / sqrt(quant_max)``; the
+    scale acts as ``SCALE_EPS`` where training drove it lower; scales may be per channel.
     """
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:

@@ -231,6 +231,20 @@ def test_an_adaptor_beside_something_carried_is_aligned_by_least_squares(norm):
         torch.testing.assert_close(got[:, channel].flatten(), fit.flatten(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("norm", ["BN", ""])
+@pytest.mark.parametrize("level", [0.0, 0.1, 7.3])
+def test_a_constant_channel_beside_something_carried_gets_no_gain_of_its_own(norm, level):
+    x = torch.full((4, 1, 16, 16), level)
+    carried = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(4)) + 1
+    adaptor = Adaptor(1, norm)
+    adaptor.align(x, carried)
+    with torch.no_grad():
+        # A later batch, in which the channel is no longer quite constant.
+        got = adaptor.eval().conv(x + 0.01)
+    assert got.abs().max() < 20
+    torch.testing.assert_close(adaptor.train().conv(x).mean(), (x - carried).mean(), rtol=1e-3, atol=1e-3)
+
+
 def test_started_from_a_detector_every_h_is_near_the_blocks_own_output():
     extra = ("MODEL.AUX.TAPS", "backbone", "MODEL.FPN.RELU", "True")
     model = make_model(*QUANT, *AUX, *extra)
