@@ -161,10 +161,12 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
                 if (seed, each) in jobs:
                     continue
                 stem = ROOT / "configs" / DATASETS[args.dataset] / f"{each.detector}_r18"
-                solver = load_config(f"{stem}_fp_bn.yaml" if each is start else f"{stem}_lsq_w4a4.yaml").SOLVER
+                kind = "fp_bn" if each is start else "lsq_w2a2" if each.bits == 2 else "lsq_w4a4"
+                solver = load_config(f"{stem}_{kind}.yaml").SOLVER
                 iterations = args.start_iterations if each is start else args.iterations
                 weights = os.path.join(folder, str(start), "model_final.pth")
                 overrides = [*data, "SEED", str(seed), "SOLVER.BASE_LR", str(solver.BASE_LR)]
+                overrides += ["SOLVER.WARMUP_ITERS", str(solver.WARMUP_ITERS)]
                 overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
                 overrides += [*each.overrides(weights), *args.opts]
                 jobs[seed, each] = Job(
