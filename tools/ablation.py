@@ -165,8 +165,9 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
                 solver = load_config(f"{stem}_{kind}.yaml").SOLVER
                 iterations = args.start_iterations if each is start else args.iterations
                 weights = os.path.join(folder, str(start), "model_final.pth")
-                overrides = [*data, "SEED", str(seed), "SOLVER.BASE_LR", str(solver.BASE_LR)]
-                overrides += ["SOLVER.WARMUP_ITERS", str(solver.WARMUP_ITERS)]
+                overrides = [*data, "SEED", str(seed)]
+                for key in ("OPTIMIZER", "BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS"):
+                    overrides += [f"SOLVER.{key}", str(solver[key])]
                 overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
                 overrides += [*each.overrides(weights), *args.opts]
                 jobs[seed, each] = Job(
