@@ -1,4 +1,4 @@
-"""Integer weights in 8-bit tensors, so that every x86 computes with them exactly."""
+"""Integer weights in int8 tensors, so that every x86 computes with them exactly."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ INT8_LIMIT = 127
 PAIR_LIMIT = 2**15 - 1
 
 
-def split_copies(weight: NDArray[np.int32], path: str, groups: int) -> list[NDArray[np.int8]]:
-    """Integer weights as a sum of int8 ones, for a convolution that reads its input that many times.
+def int8_parts(conv: Conv, source: Grid) -> list[NDArray[np.int8]]:
+    """Integer weights as a sum of int8 ones, each for one reading of the input ``source``.
 
-    One, unless codes reach beyond int8, as DoReFa's at 8 bits do.
+    Without VNNI, x86 adds two products of uint8 and int8 in int16, which saturates. So a part's codes stay within
+    what :data:`PAIR_LIMIT` allows beside the largest input code: at 4 bits there is one part, at 8 bits there are two,
+    and one at 7.
 
     Raises:
         ValueError: if a grouped convolution would need more than one.
     """
-    count = max(1, -(-int(np.abs(weight).max(initial=0)) // INT8_LIMIT))
-    if count > 1 and groups > 1:
-        raise ValueError(f"layer {path}: weight codes up to {np.abs(weight).max()} in a grouped convolution, not int8")
+    weight = conv.integer_weight
+    limit = min(INT8_LIMIT, PAIR_LIMIT // (2 * largest_code(source)))
+    largest = int(np.abs(weight).max(initial=0))
+    count = max(1, -(-largest // limit))
+    if count > 1 and conv.groups > 1:
+        raise ValueError(
+            f"layer {conv.path}: weight codes up to {largest} in a grouped convolution, at most {limit} are exact on "
+            "every x86; give the layer fewer weight or input bits (MODEL.QUANT.RULES)"
+        )
     parts, rest = [], weight
     for left in range(count, 0, -1):
         part = np.trunc(rest / left).astype(np.int8)
         parts.append(part)
         rest = rest - part
     return parts
-
-
-def stored_as_uint8(conv: Conv, source: Grid) -> bool:
-    """Whether the weights of a convolution that reads ``source`` are uint8 with zero point 128, and not int8.
-
-    Without VNNI, x86 adds two products of uint8 and int8 in int16, which saturates; products of uint8 and uint8 are
-    added in int32. Predictions always are: ONNX Runtime has ConvInteger for uint8 weights only.
-    """
-    parts = split_copies(conv.integer_weight, conv.path, conv.groups)
-    largest = max(int(np.abs(part.astype(np.int32)).max(initial=0)) for part in parts)
-    return conv.grid is None or 2 * largest_code(source) * largest > PAIR_LIMIT

@@ -42,7 +42,7 @@ from .tensorrt_graph import build_tensorrt
 MODEL, INT4_MODEL, TENSORRT_MODEL = "model.onnx", "model.int4.onnx", "model.tensorrt.onnx"
 PACKED = "model.safetensors"
 INTEGER_KINDS = frozenset(
-    "Clip Concat MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Resize Split Transpose".split()
+    "Clip Concat MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Resize Slice Split Transpose".split()
 )
 """Operators that compute on integers in the graphs written here, as ONNX Runtime executes them."""
 Progress = Callable[[str], object]
@@ -162,7 +162,7 @@ def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> di
     predicted: set[str] = set()
     floats = []
     for node in nodes:
-        if node.op_type == "ConvInteger" or any(name in predicted for name in node.input):
+        if node.op_type == "MatMulInteger" or any(name in predicted for name in node.input):
             predicted.update(node.output)
         elif node.op_type not in INTEGER_KINDS:
             name = re.sub(r"_token_\d+$", "", node.output[0])  # which layout changes add

@@ -4,14 +4,15 @@ Written for ONNX Runtime on x86, which runs it on integers alone:
 
 - activations are uint8 (signed codes with a zero point, as a rule 128), weights int8 with a scale for each
   channel, biases int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
-- where two products of uint8 and int8 may exceed int16, the weights are uint8 with zero point 128: without VNNI, x86
-  adds such products in int16, which saturates, and those of uint8 and uint8 in int32;
+- where two products of uint8 and int8 might exceed int16, in which x86 without VNNI adds them, the weights are a sum
+  of smaller ones, and the input is read once for each;
 - a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. In float before it, it would
   leave the convolution in float;
 - a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes
   (``QLinearLeakyRelu``); a bare DequantizeLinear / QuantizeLinear pair would compute in float;
 - pooling, upsampling and padding work on the uint8 tensor itself;
-- a prediction keeps the precision of its int32 sums, by ConvInteger; only their unit is float.
+- a prediction keeps the precision of its int32 sums; only their unit is float. It is a MatMulInteger over the
+  patches that its kernel covers: ONNX Runtime's ConvInteger is several times slower where there is VNNI.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from .containers import split_copies, stored_as_uint8
+from .containers import int8_parts
 from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
 
 OPSET, INT4_OPSET = 17, 21
@@ -123,8 +124,8 @@ class GraphBuilder:
             self.node("Clip", [name, *bounds], output)
 
     def copies(self, operation: Conv) -> tuple[str, NDArray[np.int32]]:
-        """Input and weight of a convolution, repeated along the channels where int8 is too narrow."""
-        parts = split_copies(operation.integer_weight, operation.path, operation.groups)
+        """Input and weight of a convolution, repeated along the channels where one int8 part does not do."""
+        parts = int8_parts(operation, self.grids[operation.input])
         source = operation.input
         if len(parts) > 1:
             source = f"{operation.output}.copies"
@@ -153,17 +154,17 @@ class GraphBuilder:
             return
         # Pad has one value for all channels.
         names = [f"{operation.input}_channel{c}" for c in range(len(operation.values))]
-        self.nodes.append(self._split(operation.input, names))
+        self.nodes.append(self._split(operation.input, names, axis=1))
         padded = []
         for name, code in zip(names, operation.values, strict=True):
             value = self.constant(f"code_{code}", code, np.uint8)
             padded.append(self.node("Pad", [name, pads, value], f"{name}_padded", mode="constant"))
         self.node("Concat", padded, operation.output, axis=1)
 
-    def _split(self, source: str, names: list[str]) -> onnx.NodeProto:
+    def _split(self, source: str, names: list[str], axis: int) -> onnx.NodeProto:
         # Equal parts by default, which opset 18 wants to be told in number.
         count: dict[str, Any] = {"num_outputs": len(names)} if self.int4 else {}
-        return helper.make_node("Split", [source], names, name="image_split", axis=1, **count)
+        return helper.make_node("Split", [source], names, name=f"{source}_split", axis=axis, **count)
 
     @staticmethod
     def weight_name(operation: Conv) -> str:
@@ -182,13 +183,9 @@ class GraphBuilder:
     def conv(self, operation: Conv) -> None:
         name = operation.output
         source, integers = self.copies(operation)
-        if stored_as_uint8(operation, self.grids[source]):
-            weight, scale = self.constant(self.weight_name(operation), integers + 128, np.uint8), operation.scale
-            zero = [self.constant(f"zero_points_{len(scale)}", np.full(len(scale), 128), np.uint8)]
-        else:
-            (weight, scale), zero = self.int8_weight(operation, integers), []
+        weight, scale = self.int8_weight(operation, integers)
         scale_name = self.constant(f"{name}.weight_scale", scale, np.float32)
-        real_weight = self.node("DequantizeLinear", [weight, scale_name, *zero], f"{name}.weight", axis=0)
+        real_weight = self.node("DequantizeLinear", [weight, scale_name], f"{name}.weight", axis=0)
         unit = np.float32(self.grids[source].scale) * operation.scale
         bias_inputs = [
             self.constant(f"{name}.bias", operation.bias, np.int32),
@@ -200,18 +197,55 @@ class GraphBuilder:
         self.quantized(f"{name}.real", name)
 
     def predict(self, operation: Conv) -> None:
-        name = operation.output
-        source, integers = self.copies(operation)
-        grid = self.grids[source]
-        # ONNX Runtime has ConvInteger for uint8 weights only.
-        weight = self.constant(self.weight_name(operation), integers + 128, np.uint8)
-        inputs = [source, weight, self.zero_point(grid), self.constant("zero_point_128", 128, np.uint8)]
-        self.node("ConvInteger", inputs, f"{name}.products", **self.geometry(operation))
-        bias = self.constant(f"{name}.bias", operation.bias.reshape(1, -1, 1, 1), np.int32)
-        self.node("Add", [f"{name}.products", bias], f"{name}.sums")
+        name, grid = operation.output, self.grids[operation.input]
+        parts = int8_parts(operation, grid)
+        # Parts are columns of one product: the patches are read once.
+        columns = [part.transpose(2, 3, 1, 0).reshape(-1, len(part)) for part in parts]
+        weight = self.constant(self.weight_name(operation), np.concatenate(columns, 1), np.int8)
+        rows = self.patches(operation, grid.zero_point)
+        sums = self.node("MatMulInteger", [rows, weight, self.zero_point(grid)], f"{name}.products")
+        if len(parts) > 1:
+            names = [f"{name}.products_{number}" for number in range(len(parts))]
+            self.nodes.append(self._split(sums, names, axis=3))
+            sums = names[0]
+            for number, other in enumerate(names[1:], 1):
+                sums = self.node("Add", [sums, other], f"{name}.products_to_{number}")
+        bias = self.constant(f"{name}.bias", operation.bias, np.int32)
+        self.node("Add", [sums, bias], f"{name}.sums")
         self.node("Cast", [f"{name}.sums"], f"{name}.float_sums", to=TensorProto.FLOAT)
-        unit = (np.float32(grid.scale) * operation.scale).reshape(1, -1, 1, 1)
-        self.node("Mul", [f"{name}.float_sums", self.constant(f"{name}.unit", unit, np.float32)], name)
+        unit = self.constant(f"{name}.unit", np.float32(grid.scale) * operation.scale, np.float32)
+        real = self.node("Mul", [f"{name}.float_sums", unit], f"{name}.channels_last")
+        self.node("Transpose", [real], name, perm=[0, 3, 1, 2])
+
+    def patches(self, operation: Conv, padding_code: int) -> str:
+        """``(N, H, W, kh kw C)``: what the kernel covers at each place, in the order ``(kh, kw, C)``.
+
+        Raises:
+            ValueError: for a grouped convolution.
+        """
+        if operation.groups > 1:
+            raise ValueError(f"layer {operation.path}: a prediction with groups has no integer form")
+        name, (height, width) = operation.output, operation.weight.shape[2:]
+        rows = self.node("Transpose", [operation.input], f"{name}.rows", perm=[0, 2, 3, 1])
+        if any(operation.padding):
+            pads = self.constant(f"{name}.pads", [0, *operation.padding, 0] * 2, np.int64)
+            code = self.constant(f"code_{padding_code}", padding_code, np.uint8)
+            rows = self.node("Pad", [rows, pads, code], f"{name}.padded", mode="constant")
+        axes = self.constant("slice_axes", [1, 2], np.int64)
+        steps = self.constant(f"{name}.slice_steps", operation.stride, np.int64)
+        parts = []
+        for place in np.ndindex(height, width):
+            start = [i * d for i, d in zip(place, operation.dilation, strict=True)]
+            # From the end of the axis, since the size is not known here; the largest int64 stands for the end itself.
+            last = [(k - 1) * d for k, d in zip((height, width), operation.dilation, strict=True)]
+            end = [s - e if s < e else np.iinfo(np.int64).max for s, e in zip(start, last, strict=True)]
+            which = "_".join(map(str, place))
+            bounds = [
+                self.constant(f"{name}.slice_{side}_{which}", value, np.int64)
+                for side, value in (("start", start), ("end", end))
+            ]
+            parts.append(self.node("Slice", [rows, *bounds, axes, steps], f"{name}.patch_{which}"))
+        return self.node("Concat", parts, f"{name}.patches", axis=3) if len(parts) > 1 else parts[0]
 
     def requantize(self, operation: Requantize) -> None:
         real = self.dequantized(operation.input, operation.output)

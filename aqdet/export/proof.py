@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .containers import INT8_LIMIT, split_copies, stored_as_uint8
+from .containers import INT8_LIMIT, int8_parts
 from .extract import INT32_LIMIT
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
 
@@ -22,7 +22,8 @@ class Accumulator:
     Attributes:
         by_bits: from bit widths, kernel and channels: the largest product times their number, plus the largest bias.
         by_codes: from the weights' own codes: the largest sum of a channel's magnitudes, plus its bias.
-        max_input_code: largest stored code of the input. max_weight_code: largest integer weight's magnitude.
+        max_input_code: largest stored code of the input. max_weight_code: largest magnitude of an integer weight as it
+            is stored, see :func:`~aqdet.export.containers.int8_parts`.
     """
 
     by_bits: int
@@ -43,16 +44,13 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
     reach = input_code + source.zero_point
     widest = max(2 ** (conv.weight_bits - 1), int(np.abs(conv.weight.astype(np.int32)).max(initial=0)))
     limit = np.minimum(widest * conv.multiple.astype(np.int64), max(widest, INT8_LIMIT))
-    shift = 0
-    if stored_as_uint8(conv, source):
-        # The zero point of 128 in each copy, and its correction.
-        shift = 2 * 128 * len(split_copies(conv.integer_weight, conv.path, conv.groups))
     taps = weight.shape[1]
-    by_bits = int(((limit + shift) * reach * taps + bias).max())
-    by_codes = int(((weight + shift).sum(1) * reach + bias).max())
+    by_bits = int((limit * reach * taps + bias).max())
+    by_codes = int((weight.sum(1) * reach + bias).max())
     if min(by_bits, by_codes) > INT32_LIMIT:
         raise ValueError(f"layer {conv.path}: its sums may reach {by_codes}, more than int32 holds ({INT32_LIMIT})")
-    return Accumulator(by_bits, by_codes, input_code, int(weight.max(initial=0)))
+    largest = max(int(np.abs(part.astype(np.int32)).max(initial=0)) for part in int8_parts(conv, source))
+    return Accumulator(by_bits, by_codes, input_code, largest)
 
 
 def describe(grid: Grid) -> str:
@@ -74,7 +72,6 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"output": operation.output, "inputs": list(inputs_of(operation))}
         if isinstance(operation, Conv):
             accumulator = bound_accumulator(operation, source)
-            container = "uint8, zero point 128" if stored_as_uint8(operation, source) else "int8"
             row |= {
                 "kind": "conv",
                 "path": operation.path,
@@ -86,9 +83,9 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
                 "stride": list(operation.stride),
                 "weight_bits": operation.weight_bits,
                 "input_bits": source.num_bits,
-                "types": f"{describe(source)} * s{operation.weight_bits} in {container} + int32 -> int32 -> "
+                "types": f"{describe(source)} * s{operation.weight_bits} in int8 + int32 -> int32 -> "
                 + ("float32" if operation.grid is None else describe(operation.grid)),
-                "weight_type": container.split(",")[0],
+                "weight_type": "int8",
                 "max_input_code": accumulator.max_input_code,
                 "max_weight_code": accumulator.max_weight_code,
                 "accumulator_bound_by_bits": accumulator.by_bits,

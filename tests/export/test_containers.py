@@ -1,41 +1,53 @@
-"""Integer weights in 8-bit tensors."""
+"""Integer weights in int8 tensors."""
 
 import numpy as np
 import pytest
 from programs import make_conv, shared
 
-from aqdet.export.containers import split_copies, stored_as_uint8
-from aqdet.export.program import Grid
+from aqdet.export.containers import PAIR_LIMIT, int8_parts
+from aqdet.export.program import Grid, largest_code
+
+OUT = Grid(1.0, 0, 255)
 
 
-def test_wide_codes_are_a_sum_of_int8():
+@pytest.mark.parametrize("largest, count", [(15, 3), (128, 3), (129, 3), (255, 4)])
+def test_wide_codes_are_a_sum_of_int8(largest, count):
     weight = np.arange(-255, 256, 2).reshape(1, -1, 1, 1)
-    parts = split_copies(weight, "conv", 1)
-    assert len(parts) == 3 and all(part.dtype == np.int8 for part in parts)
+    parts = int8_parts(make_conv(weight, grid=OUT), Grid(1.0, 0, largest))
+    assert len(parts) == count and all(part.dtype == np.int8 for part in parts)
     np.testing.assert_array_equal(sum(part.astype(int) for part in parts), weight)
-    assert len(split_copies(np.full((1, 1, 1, 1), -127), "conv", 1)) == 1
-    with pytest.raises(ValueError, match="layer conv: weight codes up to 255"):
-        split_copies(weight, "conv", 2)
+    assert all(2 * largest * np.abs(part.astype(int)).max() <= PAIR_LIMIT for part in parts)
 
 
-def test_uint8_where_two_products_may_exceed_int16():
-    out = Grid(1.0, 0, 255)
+def test_one_part_where_two_products_fit_int16():
     # 2 * 129 * 127 is 32766, 2 * 130 * 127 is 33020; a signed code of s8 is stored as up to 255.
-    for weight, source, expected in (
-        (127, Grid(1.0, 0, 129), False),
-        (127, Grid(1.0, 0, 130), True),
-        (-127, Grid(1.0, 0, 130), True),
-        (64, Grid(1.0, -128, 127), False),
-        (65, Grid(1.0, -128, 127), True),
-        (127, Grid(1.0, 0, 15), False),
-        (200, Grid(1.0, 0, 130), False),  # as the sum of two of 100
+    for weight, source, count in (
+        (127, Grid(1.0, 0, 129), 1),
+        (127, Grid(1.0, 0, 130), 2),
+        (-127, Grid(1.0, 0, 130), 2),
+        (64, Grid(1.0, -128, 127), 1),
+        (65, Grid(1.0, -128, 127), 2),
+        (127, Grid(1.0, 0, 15), 1),
+        (200, Grid(1.0, 0, 130), 2),
     ):
-        assert stored_as_uint8(make_conv(np.full((1, 2, 1, 1), weight), grid=out), source) is expected
-    assert stored_as_uint8(make_conv(np.full((1, 2, 1, 1), 1), grid=None), Grid(1.0, 0, 15))  # a prediction
+        for grid in (OUT, None):
+            assert len(int8_parts(make_conv(np.full((1, 2, 1, 1), weight), grid=grid), source)) == count
 
 
-def test_only_the_stem_of_a_4_bit_detector():
+def test_a_grouped_convolution_has_one_part_or_none():
+    conv = make_conv(np.full((2, 1, 1, 1), 65), grid=OUT, groups=2)
+    assert len(int8_parts(conv, Grid(1.0, 0, 127))) == 1
+    with pytest.raises(ValueError, match=r"layer conv: weight codes up to 65 .* at most 64 .* \(MODEL.QUANT.RULES\)"):
+        int8_parts(conv, Grid(1.0, 0, 255))
+
+
+def test_the_stem_and_the_predictions_of_a_4_bit_detector():
     _, program = shared()
     grids = program.grids()
-    wide = [conv.path for conv in program.convs() if conv.grid and stored_as_uint8(conv, grids[conv.input])]
-    assert wide == ["backbone.bottom_up.stem.conv1"]
+    wide = {conv.path for conv in program.convs() if len(int8_parts(conv, grids[conv.input])) > 1}
+    assert wide == {"backbone.bottom_up.stem.conv1", "head.cls_score", "head.bbox_pred"}
+    for conv in program.convs():
+        parts = int8_parts(conv, grids[conv.input])
+        np.testing.assert_array_equal(sum(part.astype(int) for part in parts), conv.integer_weight)
+        largest = max(np.abs(part.astype(int)).max() for part in parts)
+        assert 2 * largest_code(grids[conv.input]) * largest <= PAIR_LIMIT

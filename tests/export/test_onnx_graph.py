@@ -26,9 +26,9 @@ def test_onnx_runtime_executes_integers_alone():
     executed = check_integer(build_onnx(program))
     convs = list(program.convs())
     predictions = sum(conv.grid is None for conv in convs)
-    assert executed["QLinearConv"] == len(convs) - predictions and executed["ConvInteger"] == predictions
-    # Eight residual sums and two of the pyramid; the only Adds left are the predictions' int32 biases.
-    assert executed["QLinearAdd"] == 10 and executed["Add"] == predictions
+    assert executed["QLinearConv"] == len(convs) - predictions and executed["MatMulInteger"] == predictions
+    # Eight residual sums and two of the pyramid; the only Adds left are the predictions' two parts and int32 biases.
+    assert executed["QLinearAdd"] == 10 and executed["Add"] == 2 * predictions
     assert not {"Conv", "DequantizeLinear", "QuantizeLinear", "LeakyRelu", "Relu"} & set(executed)
 
 
@@ -119,13 +119,13 @@ def test_pack_int4_by_hand():
     assert pack_int4(np.array([1, -1, 7, -8, 3])) == bytes([0xF1, 0x87, 0x03])
 
 
-def test_dorefa_at_8_bits_reads_its_input_three_times():
+def test_dorefa_at_8_bits_reads_its_input_four_times():
     _, program = shared(*DOREFA)
     stem = next(program.convs())
     assert np.abs(stem.weight).max() == 255 and (stem.weight % 2 == 1).all()
     graph = build_onnx(program)
     concat = next(node for node in graph.graph.node if node.op_type == "Concat" and "copies" in node.output[0])
-    assert list(concat.input) == [stem.input] * 3
+    assert list(concat.input) == [stem.input] * 4
     check_integer(graph)
 
 
@@ -170,12 +170,14 @@ def test_a_prediction_of_other_weights_at_one_level_keeps_them():
     weights = {}
     initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "ConvInteger":
-            weights[node.name] = initializers[node.input[1]].astype(np.int32) - 128
+        if node.op_type == "MatMulInteger":
+            weights[node.name] = initializers[node.input[1]].astype(np.int32)
     predictions = [operation for operation in operations if getattr(operation, "grid", 0) is None]
     assert len(predictions) == len(weights)
     for conv in predictions:
-        np.testing.assert_array_equal(weights[f"{conv.output}.products"], conv.integer_weight)
+        rows = conv.integer_weight.transpose(2, 3, 1, 0).reshape(-1, len(conv.weight))
+        parts = np.split(weights[f"{conv.output}.products"], 2, axis=1)
+        np.testing.assert_array_equal(sum(parts), rows)
 
 
 def test_every_value_is_named_once():
