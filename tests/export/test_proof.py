@@ -37,7 +37,9 @@ def test_the_worst_input_stays_within(source):
 
 def test_a_sum_that_may_overflow_is_refused():
     conv = make_conv(np.full((1, 4096, 16, 16), 127), grid=Grid(1.0, 0, 255))
-    with pytest.raises(ValueError, match=f"layer conv: its sums may reach {4096 * 16 * 16 * 127 * 255}, more than int32 holds"):
+    with pytest.raises(
+        ValueError, match=f"layer conv: its sums may reach {4096 * 16 * 16 * 127 * 255}, more than int32 holds"
+    ):
         bound_accumulator(conv, U8)
 
 
