@@ -43,6 +43,14 @@ _ALLOWED_GLOBALS = {
 }
 
 
+def _distinct(lines: list[str]) -> list[str]:
+    """The first of the lines that differ in no more than the layer, each with the number of the others."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(re.sub(r"^\S*\.(?=\w+\.\w+ )", "", line), []).append(line)
+    return [found[0] + f" (and {len(found) - 1} more)" * (len(found) > 1) for found in groups.values()][:_MAX_LISTED]
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles containers of numpy arrays and nothing else, which is all a model zoo file needs."""
 
@@ -325,7 +333,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 incompatible = super()._load_model(checkpoint)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-            raise ValueError(f"checkpoint {self._path!r}: {'; '.join(lines) or error}") from error
+            raise ValueError(f"checkpoint {self._path!r}: {'; '.join(_distinct(lines)) or error}") from error
         self._check(incompatible, stored, scope)
         self._start_auxiliary(stored)
         return _IncompatibleKeys([], [], [])

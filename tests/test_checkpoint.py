@@ -110,6 +110,10 @@ def test_quantized_checkpoints(folder):
     with pytest.raises(ValueError, match="num_bits is 4 in the checkpoint and 3 in the model") as error:
         AqdetCheckpointer(make_model(*QUANT, "MODEL.QUANT.INPUT.NUM_BITS", "3")).load("whole.pth")
     one_line(error)
+    # One line for all layers, with their number.
+    assert str(error.value).count("in the checkpoint and") == 1
+    others = sum(q.num_bits == 4 for name, q in quantizers(model) if "input_quantizer" in name) - 1
+    assert f" (and {others} more)" in str(error.value)
     save(model, "partial.pth", lambda s: s.pop("head.cls_score.input_quantizer.scale"))
     with pytest.raises(ValueError, match="missing head.cls_score.input_quantizer.scale"):
         AqdetCheckpointer(make_model(*QUANT)).load("partial.pth")

@@ -16,7 +16,6 @@ from detectron2.data.transforms import ResizeShortestEdge
 from aqdet.config import load_config
 from aqdet.data import complete_num_classes
 from aqdet.engine import check_names, fit_to_machine
-from aqdet.export.folder import agreement_totals, export_detector
 
 USER_ERROR = 2
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
@@ -79,6 +78,9 @@ def main() -> None:
         print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
 
     try:
+        # Late, since ONNX is an extra: its absence is to be a line as other errors are.
+        from aqdet.export.folder import agreement_totals, export_detector
+
         cfg = load_config(args.config_file, args.opts)
         check_names(cfg)
         fit_to_machine(cfg)
@@ -97,7 +99,7 @@ def main() -> None:
             config_name=os.path.basename(args.config_file),
             progress=say,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise
         print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)

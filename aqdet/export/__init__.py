@@ -1,1 +1,10 @@
 """Export of a trained detector: integer program, integer reference, ONNX, packed weights, proofs and reports."""
+
+import importlib.util
+
+_missing = [name for name in ("onnx", "onnxruntime", "safetensors") if importlib.util.find_spec(name) is None]
+if _missing:
+    raise ModuleNotFoundError(
+        f"exported detectors need {' and '.join(_missing)}: pip install '.[export]' in aqdet's folder, or by name",
+        name=_missing[0],
+    )

@@ -1,7 +1,9 @@
 """The exported folder: what is in it, whole or not at all, and what the command line says."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,19 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     assert out.strip().splitlines()[-1].endswith("done: out (detector.json, report.md, report.json)")
     description = read_description("out")
     assert (description.min_size, description.channels, description.classes) == (24, "BGR", CLASSES)
+
+
+def test_without_onnx_the_command_says_what_to_install(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(make_cfg(*OVERRIDES).dump())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
+    for name in [name for name in sys.modules if name.startswith("aqdet.export")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        export_model(monkeypatch, "--config-file", "config.yaml", "--weights", checkpoint, "--output", "out")
+    assert stop.value.code == 2 and not Path("out").exists()
+    assert capsys.readouterr().err.startswith("error: exported detectors need onnx: pip install '.[export]' ")
 
 
 @pytest.mark.parametrize(
