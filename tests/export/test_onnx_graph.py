@@ -6,12 +6,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from programs import LSQPLUS, image, shared
+from programs import LSQPLUS, image, make_conv, shared
 
 from aqdet.export.agreement import runtime_session
 from aqdet.export.folder import check_integer
 from aqdet.export.onnx_graph import build_onnx, pack_int4
-from aqdet.export.reference import run
+from aqdet.export.program import IMAGE, Grid, Output, Program
+from aqdet.export.reference import accumulate, conv_unit, run
 
 SIGNED = ("MODEL.FPN.RELU", "False")
 DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
@@ -178,6 +179,34 @@ def test_a_prediction_of_other_weights_at_one_level_keeps_them():
         rows = conv.integer_weight.transpose(2, 3, 1, 0).reshape(-1, len(conv.weight))
         parts = np.split(weights[f"{conv.output}.products"], 2, axis=1)
         np.testing.assert_array_equal(sum(parts), rows)
+
+
+def one_level(prediction):
+    """A program of an image and two predictions alike, ``y`` and ``z``."""
+    convs = (prediction, dataclasses.replace(prediction, output="z"))
+    return Program(Grid(0.5, 0, 255), convs, (Output("p3", "y", "z", 8),), 1)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+@pytest.mark.parametrize("geometry", [{}, {"stride": (2, 3)}, {"padding": (1, 2)}, {"dilation": (2, 1)}])
+@pytest.mark.parametrize("largest", [15, 127])
+def test_a_prediction_of_any_geometry_is_the_integer_convolution(kernel, geometry, largest):
+    generator = np.random.default_rng(4)
+    weight = generator.integers(-largest, largest + 1, (5, 3, *kernel))
+    extra = {"bias": generator.integers(-900, 900, 5), "scale": generator.uniform(0.1, 1, 5)}
+    conv = dataclasses.replace(make_conv(weight, grid=None, **extra, **geometry), input=IMAGE)
+    program = one_level(conv)
+    batch = generator.integers(0, 256, (2, 3, 11, 9), dtype=np.uint8)
+    (found,) = runtime_session(build_onnx(program), optimize=True).run(["y"], {IMAGE: batch})
+    expected = accumulate(conv, batch.astype(np.int64)) * conv_unit(conv, 0.5).reshape(1, -1, 1, 1)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_prediction_with_groups_is_refused_by_name():
+    conv = dataclasses.replace(make_conv(np.ones((3, 1, 1, 1)), grid=None, groups=3), input=IMAGE)
+    with pytest.raises(ValueError, match="layer conv: a prediction with groups"):
+        build_onnx(one_level(conv))
 
 
 def test_every_value_is_named_once():
