@@ -2,7 +2,8 @@
 """What helps a low-precision detector: runs a grid of trainings and writes its table into RESULTS.md.
 
 For each seed one full-precision start, and from it runs of equal length: full precision, the quantizer alone, an
-extra loss, distillation, the auxiliary path by its taps, and combinations ("aux_both+distill"). Stop it at any time
+extra loss, distillation from the full-precision run, the auxiliary path by its taps, and combinations
+("aux_both+distill"). Stop it at any time
 and run it again: it goes on where it stopped. KEY VALUE pairs after -- are for every run, as for train_net.py.
 What finished runs gave is kept in tools/ablation_runs.json too, so that a grid can go on in another checkout; a run
 with another config is run anew.
@@ -46,6 +47,7 @@ PARTS = {
     **{f"aux_{taps}": ("MODEL.AUX.ENABLED", "True", "MODEL.AUX.TAPS", taps) for taps in TAPS},
 }
 START, FLOAT, BASELINE = "start", "float", "baseline"
+STRIPPED = "model_final_stripped.pth"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Cell:
         kind = self.quantizer if self.quantizer in (START, FLOAT) else f"{self.quantizer}_w{self.bits}a{self.bits}"
         return f"{self.detector}_{kind}" + f"_{self.method}" * (kind not in (START, FLOAT))
 
-    def overrides(self, start: str) -> list[str]:
-        """``KEY VALUE ...`` of a run from the checkpoint ``start``."""
+    def overrides(self, start: str, teacher: str) -> list[str]:
+        """``KEY VALUE ...`` of a run from the checkpoint ``start``; ``teacher`` is what distillation learns from."""
         if self.quantizer == START:
             return []
         found = ["MODEL.WEIGHTS", start]
@@ -75,7 +77,7 @@ class Cell:
             if part != BASELINE:
                 found += PARTS[part]
             if part == "distill":
-                found += ["MODEL.DISTILL.WEIGHTS", start]
+                found += ["MODEL.DISTILL.WEIGHTS", teacher]
         return found
 
 
@@ -165,11 +167,12 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
                 solver = load_config(f"{stem}_{kind}.yaml").SOLVER
                 iterations = args.start_iterations if each is start else args.iterations
                 weights = os.path.join(folder, str(start), "model_final.pth")
+                teacher = os.path.join(folder, str(Cell(cell.detector, FLOAT, 32, BASELINE)), STRIPPED)
                 overrides = [*data, "SEED", str(seed)]
                 for key in ("OPTIMIZER", "BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS"):
                     overrides += [f"SOLVER.{key}", str(solver[key])]
                 overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
-                overrides += [*each.overrides(weights), *args.opts]
+                overrides += [*each.overrides(weights, teacher), *args.opts]
                 jobs[seed, each] = Job(
                     name=f"seed {seed} {each}",
                     config=os.path.relpath(f"{stem}_fp_bn.yaml"),
@@ -187,7 +190,7 @@ def prune(job: Job, first_seed: int) -> None:
     way, for tools/gradient_evidence.py.
     """
     folder = Path(job.output_dir)
-    keep = {"model_final_stripped.pth"}
+    keep = {STRIPPED}
     if folder.name.endswith(f"_{START}"):
         keep.add("model_final.pth")
     elif folder.parent.name == f"seed{first_seed}":
@@ -218,27 +221,32 @@ def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
 def recall_runs(dataset: str, jobs: dict[tuple[int, Cell], Job]) -> None:
     """Puts what is kept into the output folders, so that it is not run again.
 
-    A start is run again where its weights are not there and another run starts from them.
+    What another run needs the weights of is run again where they are not there: starts, and the full-precision runs
+    that distillation learns from.
     """
     kept = kept_runs()
 
-    def recall(job: Job) -> bool:
+    def recall(job: Job) -> None:
         noted = kept.get(f"{dataset} {job.name}")
         if job.finished() is None and noted is not None and noted["fingerprint"] == job.fingerprint():
             folder = Path(job.output_dir)
             write_aside(folder / "inference" / "metrics.json", json.dumps(noted["metrics"]))
             facts = {key: value for key, value in noted.items() if key != "metrics"}
             write_aside(folder / DONE, json.dumps({**facts, "command": " ".join(job.command("tools/train_net.py"))}))
-        return job.finished() is not None
 
-    left = {(seed, cell.detector) for (seed, cell), job in jobs.items() if cell.quantizer != START and not recall(job)}
-    for (seed, cell), job in jobs.items():
-        if cell.quantizer != START:
-            continue
-        if (seed, cell.detector) not in left:
-            recall(job)
-        elif not os.path.isfile(os.path.join(job.output_dir, "model_final.pth")):
-            Path(job.output_dir, DONE).unlink(missing_ok=True)
+    def lacks(job: Job, name: str) -> bool:
+        return not os.path.isfile(os.path.join(job.output_dir, name))
+
+    for job in jobs.values():
+        recall(job)
+    for source, name, is_reader in (
+        (FLOAT, STRIPPED, lambda cell: "distill" in cell.method.split("+")),
+        (START, "model_final.pth", lambda cell: cell.quantizer != START),
+    ):
+        left = {(seed, c.detector) for (seed, c), job in jobs.items() if is_reader(c) and job.finished() is None}
+        for (seed, cell), job in jobs.items():
+            if cell.quantizer == source and (seed, cell.detector) in left and lacks(job, name):
+                Path(job.output_dir, DONE).unlink(missing_ok=True)
 
 
 def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:

@@ -58,7 +58,8 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (tool.START, tool.FLOAT))
             parts = cell.method.split("+")
             assert cfg.MODEL.EXTRA_LOSS.ENABLED == ("extra" in parts)
-            assert cfg.MODEL.DISTILL.WEIGHTS == (weights if "distill" in parts else "")
+            teacher = jobs[3, tool.Cell(cell.detector, tool.FLOAT, 32, tool.BASELINE)].output_dir
+            assert cfg.MODEL.DISTILL.WEIGHTS == (f"{teacher}/model_final_stripped.pth" if "distill" in parts else "")
             taps = [part.removeprefix("aux_") for part in parts if part.startswith("aux_")]
             assert [cfg.MODEL.AUX.TAPS] * cfg.MODEL.AUX.ENABLED == taps
             if cfg.MODEL.QUANT.ENABLED:
