@@ -34,6 +34,8 @@ TITLES = {
     "shapes": "the embedded dataset, 192x192",
     "bccd": "BCCD (205 images to train, 87 to evaluate), 320x240",
 }
+LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
+"""Iterations of a start and of each run from one; runs of another length have it in their name."""
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
 RUNS = "ablation_runs.json"
@@ -93,15 +95,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS), help=part)
     parser.add_argument("--methods", nargs="+", help=f"{listed}; {BASELINE}, {', '.join(PARTS)}, or some joined by +")
     parser.add_argument(
-        "--taps", choices=TAPS, default="both", help="of the auxiliary form that runs beside everything else"
+        "--taps", choices=TAPS, default="backbone", help="of the auxiliary form that runs beside everything else"
     )
-    parser.add_argument("--start-iterations", type=int, default=600)
-    parser.add_argument("--iterations", type=int, default=200, help="of each run from a start")
+    lengths = "by dataset: " + ", ".join(f"{name} %s" for name in LENGTHS)
+    starts, runs = zip(*LENGTHS.values(), strict=True)
+    parser.add_argument("--start-iterations", type=int, help=f"of a start ({lengths % starts})")
+    parser.add_argument("--iterations", type=int, help=f"of each run from a start ({lengths % runs})")
     parser.add_argument("--results-only", action="store_true", help="rewrite table and plot and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the estimate and the commands and stop")
     parser.add_argument("--remark", default="", help="a sentence to print below the table")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY VALUE pairs for every run")
     args = parser.parse_args()
+    usual = dict(zip(("start_iterations", "iterations"), LENGTHS[args.dataset], strict=True))
+    for name, length in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, length)
+        elif getattr(args, name) < 2:
+            parser.error(f"--{name.replace('_', '-')} must be at least 2, got {getattr(args, name)}")
     if args.opts[:1] == ["--"]:
         del args.opts[0]
     for method in args.methods or []:
@@ -136,9 +146,15 @@ def part_of_grid(args: argparse.Namespace, cells: Sequence[Cell]) -> list[Cell]:
     ]
 
 
+def is_usual(args: argparse.Namespace) -> bool:
+    """Whether starts and runs have the lengths that the grid is sized for."""
+    return (args.start_iterations, args.iterations) == LENGTHS[args.dataset]
+
+
 def part_name(args: argparse.Namespace) -> str:
-    """Dataset, and what the options leave of the grid: ``shapes retinanet lsq``."""
-    return " ".join([args.dataset, *(args.detectors or ()), *(args.quantizers or ())])
+    """Dataset, and what the options leave of the grid: ``shapes retinanet lsq``, then lengths if not the usual ones."""
+    lengths = [] if is_usual(args) else [f"{args.start_iterations}+{args.iterations}"]
+    return " ".join([args.dataset, *(args.detectors or ()), *(args.quantizers or ()), *lengths])
 
 
 def chosen(args: argparse.Namespace, cell: Cell) -> bool:
@@ -153,6 +169,14 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
     if args.dataset == "bccd":
         splits = [{"name": f"bccd_{s}", "format": "voc", "root": args.bccd_root, "split": s} for s in ("train", "val")]
         data = ["DATASETS.DECLARED", str(splits)]
+    usual_start, usual_run = LENGTHS[args.dataset]
+
+    def name_of(cell: Cell) -> str:
+        length = "" if args.start_iterations == usual_start else f"_from{args.start_iterations}"
+        if cell.quantizer != START and args.iterations != usual_run:
+            length += f"_{args.iterations}"
+        return f"{cell}{length}"
+
     jobs = {}
     for seed in args.seeds:
         folder = os.path.join(args.output, args.dataset, f"seed{seed}")
@@ -165,18 +189,18 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
                 kind = "fp_bn" if each is start else "lsq_w2a2" if each.bits == 2 else "lsq_w4a4"
                 solver = load_config(f"{stem}_{kind}.yaml").SOLVER
                 iterations = args.start_iterations if each is start else args.iterations
-                weights = os.path.join(folder, str(start), "model_final.pth")
-                teacher = os.path.join(folder, str(Cell(cell.detector, FLOAT, 32, BASELINE)), STRIPPED)
+                weights = os.path.join(folder, name_of(start), "model_final.pth")
+                teacher = os.path.join(folder, name_of(Cell(cell.detector, FLOAT, 32, BASELINE)), STRIPPED)
                 overrides = [*data, "SEED", str(seed)]
                 for key in ("OPTIMIZER", "BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS"):
                     overrides += [f"SOLVER.{key}", str(solver[key])]
                 overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
                 overrides += [*each.overrides(weights, teacher), *args.opts]
                 jobs[seed, each] = Job(
-                    name=f"seed {seed} {each}",
+                    name=f"seed {seed} {name_of(each)}",
                     config=os.path.relpath(f"{stem}_fp_bn.yaml"),
                     overrides=tuple(overrides),
-                    output_dir=os.path.join(folder, str(each)),
+                    output_dir=os.path.join(folder, name_of(each)),
                     iterations=iterations,
                 )
     return jobs
@@ -190,7 +214,7 @@ def prune(job: Job, first_seed: int) -> None:
     """
     folder = Path(job.output_dir)
     keep = {STRIPPED}
-    if folder.name.endswith(f"_{START}"):
+    if f"_{START}" in folder.name:
         keep.add("model_final.pth")
     elif folder.parent.name == f"seed{first_seed}":
         keep.update(path.name for path in sorted(folder.glob("model_0*.pth"))[:1])
@@ -367,7 +391,9 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     for option in ("detectors", "quantizers"):
         if getattr(args, option):
             command += " ".join([f" --{option}", *getattr(args, option)])
-    command += f" --taps {args.taps} --start-iterations {args.start_iterations} --iterations {args.iterations}"
+    command += f" --taps {args.taps}"
+    if not is_usual(args):
+        command += f" --start-iterations {args.start_iterations} --iterations {args.iterations}"
     command += " ".join([" --", *args.opts]) if args.opts else ""
     title = TITLES[args.dataset] + (f" ({part.partition(' ')[2]})" if " " in part else "")
     text = f"""## What helps: ResNet-18 detectors on {title}

@@ -52,7 +52,7 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             check_names(cfg)
             assert cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY and cfg.SEED == seed == 3
             start = cell.quantizer == tool.START
-            assert cfg.SOLVER.MAX_ITER == job.iterations == (600 if start else 200)
+            assert cfg.SOLVER.MAX_ITER == job.iterations == tool.LENGTHS[dataset][not start]
             weights = jobs[3, tool.Cell(cell.detector, tool.START, 32, tool.BASELINE)].output_dir + "/model_final.pth"
             assert cfg.MODEL.WEIGHTS == ("" if start else weights)
             assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (tool.START, tool.FLOAT))
@@ -96,9 +96,9 @@ def test_estimate_by_the_pace_of_finished_runs(tool, parse):
     cells = [c for c in tool.planned("shapes", "fpn") if tool.chosen(args, c) and str(c).count("retinanet_lsq")]
     cells.insert(0, tool.Cell("retinanet", tool.FLOAT, 32, tool.BASELINE))
     jobs = list(tool.make_jobs(args, cells).values())
-    assert "3 runs, 0 of them finished: 1000 iterations left, about 0.2 hours at 0.60 s" in tool.estimate(args, jobs)
+    assert "3 runs, 0 of them finished: 1400 iterations left, about 0.2 hours at 0.60 s" in tool.estimate(args, jobs)
     finish(jobs[0], 50)
-    assert "1 of them finished: 400 iterations left, about 0.0 hours at 0.20 s" in tool.estimate(args, jobs)
+    assert "1 of them finished: 800 iterations left, about 0.0 hours at 0.20 s" in tool.estimate(args, jobs)
 
 
 def test_a_finished_run_keeps_what_is_read_later(tool, parse):
@@ -200,5 +200,31 @@ def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkey
     text = (tmp_path / "RESULTS.md").read_text()
     for quantizer in ("lsq", "pact"):
         assert f"192x192 (retinanet {quantizer})\n" in text
-        assert f"--detectors retinanet --quantizers {quantizer} --taps both" in text
+        assert f"--detectors retinanet --quantizers {quantizer} --taps backbone" in text
         assert (tmp_path / "shapes" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
+
+
+def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, monkeypatch):
+    options = ("--seeds", "0", "--detectors", "retinanet", "--quantizers", "lsq")
+    grids = [parse(*options, *more) for more in ((), ("--iterations", "800"), ("--start-iterations", "60"))]
+    names = []
+    for args in grids:
+        cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
+        jobs = tool.make_jobs(args, cells)
+        start, reference, baseline, *_, distill = list(jobs.values())[:5]
+        values = [dict(zip(job.overrides[::2], job.overrides[1::2], strict=True)) for job in (baseline, distill)]
+        assert values[0]["MODEL.WEIGHTS"] == f"{start.output_dir}/model_final.pth"
+        assert values[1]["MODEL.DISTILL.WEIGHTS"] == f"{reference.output_dir}/model_final_stripped.pth"
+        finish(baseline, 40)
+        with monkeypatch.context() as patched:
+            patched.setattr(tool, "ROOT", tmp_path)
+            (tmp_path / "tools").mkdir(exist_ok=True)
+            tool.write_results(args, cells, jobs)
+        names.append((start.name, baseline.name, baseline.iterations))
+    start, run = "seed 0 retinanet_start", "seed 0 retinanet_lsq_w2a2_baseline"
+    assert names == [(start, run, 400), (start, f"{run}_800", 800), (f"{start}_from60", f"{run}_from60", 400)]
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert [text.count(f"<!-- begin ablation shapes retinanet lsq{more} -->") for more in ("", " 600+800")] == [1, 1]
+    assert "--taps backbone --start-iterations 600 --iterations 800`" in text and "--taps backbone`" in text
+    with pytest.raises(SystemExit):
+        parse("--iterations", "1")
