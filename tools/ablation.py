@@ -48,7 +48,7 @@ PARTS = {
     **{f"aux_{taps}": ("MODEL.AUX.ENABLED", "True", "MODEL.AUX.TAPS", taps) for taps in TAPS},
 }
 START, FLOAT, BASELINE = "start", "float", "baseline"
-STRIPPED = "model_final_stripped.pth"
+STRIPPED, STATE = "model_final_stripped.pth", "model_final.pth"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,32 +177,43 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
             length += f"_{args.iterations}"
         return f"{cell}{length}"
 
-    jobs = {}
-    for seed in args.seeds:
+    jobs: dict[tuple[int, Cell], Job] = {}
+
+    def add(seed: int, cell: Cell) -> Job:
+        if (seed, cell) in jobs:
+            return jobs[seed, cell]
         folder = os.path.join(args.output, args.dataset, f"seed{seed}")
+        is_start = cell.quantizer == START
+        sources = {}
+        if not is_start:
+            sources[STATE] = add(seed, Cell(cell.detector, START, 32, BASELINE))
+        if "distill" in cell.method.split("+"):
+            sources[STRIPPED] = add(seed, Cell(cell.detector, FLOAT, 32, BASELINE))
+        weights, teacher = (
+            os.path.join(sources[name].output_dir, name) if name in sources else "" for name in (STATE, STRIPPED)
+        )
+        stem = ROOT / "configs" / DATASETS[args.dataset] / f"{cell.detector}_r18"
+        kind = "fp_bn" if is_start else "lsq_w2a2" if cell.bits == 2 else "lsq_w4a4"
+        solver = load_config(f"{stem}_{kind}.yaml").SOLVER
+        iterations = args.start_iterations if is_start else args.iterations
+        overrides = [*data, "SEED", str(seed)]
+        for key in ("OPTIMIZER", "BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS"):
+            overrides += [f"SOLVER.{key}", str(solver[key])]
+        overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
+        overrides += [*cell.overrides(weights, teacher), *args.opts]
+        jobs[seed, cell] = Job(
+            name=f"seed {seed} {name_of(cell)}",
+            config=os.path.relpath(f"{stem}_fp_bn.yaml"),
+            overrides=tuple(overrides),
+            output_dir=os.path.join(folder, name_of(cell)),
+            iterations=iterations,
+            sources=tuple(sources.values()),
+        )
+        return jobs[seed, cell]
+
+    for seed in args.seeds:
         for cell in cells:
-            start = Cell(cell.detector, START, 32, BASELINE)
-            for each in (start, cell):
-                if (seed, each) in jobs:
-                    continue
-                stem = ROOT / "configs" / DATASETS[args.dataset] / f"{each.detector}_r18"
-                kind = "fp_bn" if each is start else "lsq_w2a2" if each.bits == 2 else "lsq_w4a4"
-                solver = load_config(f"{stem}_{kind}.yaml").SOLVER
-                iterations = args.start_iterations if each is start else args.iterations
-                weights = os.path.join(folder, name_of(start), "model_final.pth")
-                teacher = os.path.join(folder, name_of(Cell(cell.detector, FLOAT, 32, BASELINE)), STRIPPED)
-                overrides = [*data, "SEED", str(seed)]
-                for key in ("OPTIMIZER", "BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS"):
-                    overrides += [f"SOLVER.{key}", str(solver[key])]
-                overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
-                overrides += [*each.overrides(weights, teacher), *args.opts]
-                jobs[seed, each] = Job(
-                    name=f"seed {seed} {name_of(each)}",
-                    config=os.path.relpath(f"{stem}_fp_bn.yaml"),
-                    overrides=tuple(overrides),
-                    output_dir=os.path.join(folder, name_of(each)),
-                    iterations=iterations,
-                )
+            add(seed, cell)
     return jobs
 
 
@@ -215,7 +226,7 @@ def prune(job: Job, first_seed: int) -> None:
     folder = Path(job.output_dir)
     keep = {STRIPPED}
     if f"_{START}" in folder.name:
-        keep.add("model_final.pth")
+        keep.add(STATE)
     elif folder.parent.name == f"seed{first_seed}":
         keep.update(path.name for path in sorted(folder.glob("model_0*.pth"))[:1])
     for path in folder.glob("*.pth"):
@@ -264,7 +275,7 @@ def recall_runs(dataset: str, jobs: dict[tuple[int, Cell], Job]) -> None:
         recall(job)
     for source, name, is_reader in (
         (FLOAT, STRIPPED, lambda cell: "distill" in cell.method.split("+")),
-        (START, "model_final.pth", lambda cell: cell.quantizer != START),
+        (START, STATE, lambda cell: cell.quantizer != START),
     ):
         left = {(seed, c.detector) for (seed, c), job in jobs.items() if is_reader(c) and job.finished() is None}
         for (seed, cell), job in jobs.items():

@@ -70,6 +70,7 @@ def make_jobs(args: argparse.Namespace, num_train: int) -> dict[tuple[int, str],
                 overrides=tuple(overrides),
                 output_dir=os.path.join(args.output, f"seed{seed}", key),
                 iterations=iterations,
+                sources=() if start else (jobs[seed, "start"],),
             )
     return jobs
 

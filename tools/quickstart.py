@@ -48,7 +48,8 @@ def make_jobs(output: str, short: bool) -> dict[str, Job]:
         iterations = 4 if short else solver.MAX_ITER
         overrides += ["SOLVER.BASE_LR", str(solver.BASE_LR), "SOLVER.MAX_ITER", str(iterations)]
         path = os.path.relpath(config)
-        jobs[key] = Job(key, path, tuple(overrides), os.path.join(output, key), iterations)
+        sources = () if key == "start" else (jobs["start"],)
+        jobs[key] = Job(key, path, tuple(overrides), os.path.join(output, key), iterations, sources)
     return jobs
 
 

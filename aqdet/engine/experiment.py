@@ -35,6 +35,7 @@ class Job:
         overrides: ``KEY VALUE ...``, without ``OUTPUT_DIR``.
         output_dir: its ``OUTPUT_DIR``.
         iterations: length, for the ETA.
+        sources: jobs whose checkpoints it reads.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Job:
     overrides: tuple[str, ...]
     output_dir: str
     iterations: int
+    sources: tuple[Job, ...] = ()
 
     def command(self, train_net: str) -> list[str]:
         """The command line; config and overrides alone, so that it can be repeated by hand."""
@@ -58,13 +60,15 @@ class Job:
     def fingerprint(self) -> str:
         """Changes when a value of the config does, be it in the file, in a ``_BASE_`` of it or in the overrides.
 
-        Values at their default do not count, so that a key that is new changes nothing.
+        Values at their default do not count, so that a key that is new changes nothing. The sources count: what
+        started from another run's weights is another run.
         """
         defaults = dict(_leaves(load_config("")))
         values = [
             pair for pair in _leaves(load_config(self.config, self.overrides)) if defaults.get(pair[0]) != pair[1]
         ]
-        return hashlib.sha256(repr(sorted(values)).encode()).hexdigest()[:16]
+        text = repr(sorted(values)) + "".join(source.fingerprint() for source in self.sources)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def finished(self) -> dict[str, Any] | None:
         """What was noted when the job ended, or None if it is still to be done."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 
@@ -48,6 +49,9 @@ def test_done_is_not_done_again_until_its_config_changes(make, capsys):
     assert runs("a") == "ff"
     run_jobs([job("a", "SEED", "3")], script)
     assert runs("a") == "fff"
+    reader = dataclasses.replace(job("c"), sources=(job("a", "SEED", "3"),))
+    run_jobs([reader], script)
+    assert reader.finished() and dataclasses.replace(reader, sources=(job("a"),)).finished() is None
     noted = job("a", "SEED", "3").finished()
     assert noted["command"].startswith("python ") and noted["seconds"] > 0 and sys.executable not in noted["command"]
 
