@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
     part = "a part of the grid, with a table of its own"
-    listed = "run these alone; the table lists the others as not run"
+    listed = "run these alone; others are in the table if they have run before"
     parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=part)
     parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS), help=part)
     parser.add_argument("--methods", nargs="+", help=f"{listed}; {BASELINE}, {', '.join(PARTS)}, or some joined by +")
@@ -300,7 +300,7 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
 def make_rows(
     seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
 ) -> list[list[str]]:
-    """Rows of the table from the metrics, with the run's ``minutes`` among them, of finished runs."""
+    """Rows of the table from the metrics, with the run's ``minutes`` among them, of finished runs; none without one."""
 
     def values(cell: Cell, key: str = "AP") -> dict[int, float]:
         return {s: done[s, cell][key] for s in seeds if (s, cell) in done and done[s, cell][key] is not None}
@@ -314,6 +314,8 @@ def make_rows(
     rows = []
     for cell in cells:
         found = values(cell)
+        if not found:
+            continue
         minutes = values(cell, "minutes").values()
         baseline = dataclasses.replace(cell, method=BASELINE)
         rows.append(
@@ -321,12 +323,12 @@ def make_rows(
                 cell.detector,
                 cell.quantizer if cell.quantizer == FLOAT else f"{cell.quantizer} w{cell.bits}a{cell.bits}",
                 "-" if cell.quantizer == FLOAT else cell.method.replace("+", " + "),
-                mean_and_spread(list(found.values())) if found else "not run",
+                mean_and_spread(list(found.values())),
                 mean_and_spread(list(values(cell, "AP50").values())),
                 paired(cell, baseline),
                 paired(cell, Cell(cell.detector, FLOAT, 32, BASELINE)),
-                ", ".join(f"{ap:.1f}" for ap in found.values()) or "-",
-                f"{statistics.mean(minutes):.1f}" if minutes else "-",
+                ", ".join(f"{ap:.1f}" for ap in found.values()),
+                f"{statistics.mean(minutes):.1f}",
             ]
         )
     return rows
