@@ -5,7 +5,7 @@ For each seed one full-precision start, and from it runs of equal length: full p
 extra loss, distillation from the full-precision run, the auxiliary path by its taps, and combinations
 ("aux_both+distill"). Stop it at any time and run it again: it goes on where it stopped. KEY VALUE pairs after -- are
 for every run, as for train_net.py. What finished runs gave is kept in tools/ablation_runs.json too, so that a grid can
-go on in another checkout; a run with another config is run anew.
+go on in another checkout; a run with another config, start or teacher is run anew.
 """
 
 import argparse
