@@ -3,9 +3,10 @@
 
 For each seed one full-precision start, and from it runs of equal length: full precision, the quantizer alone, an
 extra loss, distillation from the full-precision run, the auxiliary path by its taps, and combinations
-("aux_both+distill"). Stop it at any time and run it again: it goes on where it stopped. KEY VALUE pairs after -- are
-for every run, as for train_net.py. What finished runs gave is kept in tools/ablation_runs.json too, so that a grid can
-go on in another checkout; a run with another config, start or teacher is run anew.
+("aux_both+distill"); with "two_stage" the start is trained with the auxiliary path too. Stop it at any time and run it
+again: it goes on where it stopped. KEY VALUE pairs after -- are for every run, as for train_net.py. What finished runs
+gave is kept in tools/ablation_runs.json too, so that a grid can go on in another checkout; a run with another config,
+start or teacher is run anew.
 """
 
 import argparse
@@ -46,8 +47,10 @@ PARTS = {
     "extra": ("MODEL.EXTRA_LOSS.ENABLED", "True"),
     "distill": ("MODEL.DISTILL.ENABLED", "True"),
     **{f"aux_{taps}": ("MODEL.AUX.ENABLED", "True", "MODEL.AUX.TAPS", taps) for taps in TAPS},
+    "two_stage": (),
 }
-START, FLOAT, BASELINE = "start", "float", "baseline"
+"""What each part of a method adds to a run's config. "two_stage" is the recipe of 1903.11236: it changes the start."""
+START, FLOAT, BASELINE, TWO_STAGE = "start", "float", "baseline", "two_stage"
 STRIPPED, STATE = "model_final_stripped.pth", "model_final.pth"
 
 
@@ -61,20 +64,30 @@ class Cell:
     method: str
 
     def __str__(self) -> str:
-        kind = self.quantizer if self.quantizer in (START, FLOAT) else f"{self.quantizer}_w{self.bits}a{self.bits}"
-        return f"{self.detector}_{kind}" + f"_{self.method}" * (kind not in (START, FLOAT))
+        is_float = self.quantizer in (START, FLOAT)
+        kind = self.quantizer if is_float else f"{self.quantizer}_w{self.bits}a{self.bits}"
+        return f"{self.detector}_{kind}" + f"_{self.method}" * (not is_float or self.method != BASELINE)
+
+    @property
+    def parts(self) -> list[str]:
+        return self.method.split("+")
+
+    def start(self, taps: str) -> "Cell":
+        """What it starts from; ``taps`` are those of a two-stage run that has no auxiliary path itself."""
+        method = BASELINE
+        if TWO_STAGE in self.parts:
+            method = next((part for part in self.parts if part.startswith("aux_")), f"aux_{taps}")
+        return Cell(self.detector, START, 32, method)
 
     def overrides(self, start: str, teacher: str) -> list[str]:
         """``KEY VALUE ...`` of a run from the checkpoint ``start``; ``teacher`` is what distillation learns from."""
-        if self.quantizer == START:
-            return []
-        found = ["MODEL.WEIGHTS", start]
-        if self.quantizer != FLOAT:
+        found = [] if self.quantizer == START else ["MODEL.WEIGHTS", start]
+        if self.quantizer not in (START, FLOAT):
             found += ["MODEL.QUANT.ENABLED", "True"]
             for tensor in ("WEIGHT", "INPUT"):
                 found += [f"MODEL.QUANT.{tensor}.QUANTIZER", self.quantizer]
                 found += [f"MODEL.QUANT.{tensor}.NUM_BITS", str(self.bits)]
-        for part in self.method.split("+"):
+        for part in self.parts:
             if part != BASELINE:
                 found += PARTS[part]
             if part == "distill":
@@ -125,10 +138,11 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
     """The whole grid of a dataset, 2 bits first; ``methods`` that it does not have are added to LSQ's rows."""
     best = f"aux_{taps}"
     rows = [BASELINE, "extra", "distill", *(f"aux_{name}" for name in TAPS), f"{best}+extra", f"{best}+distill"]
+    rows += [TWO_STAGE, f"{best}+{TWO_STAGE}", f"{best}+distill+{TWO_STAGE}"]
     if dataset == "bccd":
         rows = [BASELINE, "distill", best, f"{best}+distill"]
     rows += [method for method in methods if method not in rows]
-    cells = [Cell("retinanet", FLOAT, 32, BASELINE)]
+    cells = [Cell("retinanet", FLOAT, 32, method) for method in (BASELINE, TWO_STAGE) if method in rows]
     cells += [Cell("retinanet", "lsq", bits, method) for bits in BITS for method in rows]
     if dataset == "shapes":
         cells += [Cell("retinanet", name, 2, method) for name in OTHERS for method in (BASELINE, best)]
@@ -137,13 +151,17 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
 
 
 def part_of_grid(args: argparse.Namespace, cells: Sequence[Cell]) -> list[Cell]:
-    """The rows of the detectors and quantizers asked for; full precision always is among them."""
-    return [
-        cell
-        for cell in cells
-        if (not args.detectors or cell.detector in args.detectors)
-        and (not args.quantizers or cell.quantizer in (FLOAT, *args.quantizers))
-    ]
+    """The rows of the detectors and quantizers asked for; full precision always is among them.
+
+    Full precision of two stages is a row beside LSQ's.
+    """
+
+    def fits(cell: Cell) -> bool:
+        is_reference = cell.quantizer == FLOAT and cell.method == BASELINE
+        quantizer = "lsq" if cell.quantizer == FLOAT else cell.quantizer
+        return is_reference or not args.quantizers or quantizer in args.quantizers
+
+    return [cell for cell in cells if fits(cell) and (not args.detectors or cell.detector in args.detectors)]
 
 
 def is_usual(args: argparse.Namespace) -> bool:
@@ -158,9 +176,10 @@ def part_name(args: argparse.Namespace) -> str:
 
 
 def chosen(args: argparse.Namespace, cell: Cell) -> bool:
-    """Whether the options leave a row's runs in; full precision always is."""
-    wanted = ((args.methods, cell.method), (args.bits, cell.bits))
-    return cell.quantizer == FLOAT or all(not values or value in values for values, value in wanted)
+    """Whether the options leave a row's runs in; full precision from the usual start always is."""
+    if cell.quantizer == FLOAT and cell.method == BASELINE:
+        return True
+    return (not args.methods or cell.method in args.methods) and cell.bits in (32, *args.bits)
 
 
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
@@ -186,8 +205,8 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
         is_start = cell.quantizer == START
         sources = {}
         if not is_start:
-            sources[STATE] = add(seed, Cell(cell.detector, START, 32, BASELINE))
-        if "distill" in cell.method.split("+"):
+            sources[STATE] = add(seed, cell.start(args.taps))
+        if "distill" in cell.parts:
             sources[STRIPPED] = add(seed, Cell(cell.detector, FLOAT, 32, BASELINE))
         weights, teacher = (
             os.path.join(sources[name].output_dir, name) if name in sources else "" for name in (STATE, STRIPPED)
@@ -273,14 +292,12 @@ def recall_runs(dataset: str, jobs: dict[tuple[int, Cell], Job]) -> None:
 
     for job in jobs.values():
         recall(job)
-    for source, name, is_reader in (
-        (FLOAT, STRIPPED, lambda cell: "distill" in cell.method.split("+")),
-        (START, STATE, lambda cell: cell.quantizer != START),
-    ):
-        left = {(seed, c.detector) for (seed, c), job in jobs.items() if is_reader(c) and job.finished() is None}
-        for (seed, cell), job in jobs.items():
-            if cell.quantizer == source and (seed, cell.detector) in left and lacks(job, name):
-                Path(job.output_dir, DONE).unlink(missing_ok=True)
+    starts = {job.output_dir for (_, cell), job in jobs.items() if cell.quantizer == START}
+    # Sources come before what reads them.
+    for job in reversed(jobs.values()):
+        for source in job.sources if job.finished() is None else ():
+            if lacks(source, STATE if source.output_dir in starts else STRIPPED):
+                Path(source.output_dir, DONE).unlink(missing_ok=True)
 
 
 def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
@@ -317,16 +334,16 @@ def make_rows(
         if not found:
             continue
         minutes = values(cell, "minutes").values()
-        baseline = dataclasses.replace(cell, method=BASELINE)
+        baseline, reference = dataclasses.replace(cell, method=BASELINE), Cell(cell.detector, FLOAT, 32, BASELINE)
         rows.append(
             [
                 cell.detector,
                 cell.quantizer if cell.quantizer == FLOAT else f"{cell.quantizer} w{cell.bits}a{cell.bits}",
-                "-" if cell.quantizer == FLOAT else cell.method.replace("+", " + "),
+                "-" if cell == reference else cell.method.replace("+", " + "),
                 mean_and_spread(list(found.values())),
                 mean_and_spread(list(values(cell, "AP50").values())),
                 paired(cell, baseline),
-                paired(cell, Cell(cell.detector, FLOAT, 32, BASELINE)),
+                paired(cell, reference),
                 ", ".join(f"{ap:.1f}" for ap in found.values()),
                 f"{statistics.mean(minutes):.1f}",
             ]
@@ -394,7 +411,11 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
         absent = [str(seed) for seed in args.seeds if (seed, cell) not in done]
         if absent:
             missing.append(f"{cell} ({', '.join(absent)})")
-    starts = {cell.detector: cell for _, cell in done if cell.quantizer == START}
+    starts = {
+        cell.detector + f" with {cell.method}" * (cell.method != BASELINE): cell
+        for _, cell in done
+        if cell.quantizer == START
+    }
     lines = [
         f"{name} {mean_and_spread([done[s, cell]['AP'] for s in args.seeds if (s, cell) in done])}"
         for name, cell in starts.items()

@@ -41,22 +41,24 @@ def finish(job, ap):
 
 def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(tool, parse):
     seen = set()
-    for dataset, count in (("shapes", 26), ("bccd", 9)):
+    for dataset, count in (("shapes", 33), ("bccd", 9)):
         args = parse("--dataset", dataset, "--seeds", "3", "--taps", "fpn")
         cells = tool.planned(dataset, "fpn", ())
         jobs = tool.make_jobs(args, cells)
         detectors = {cell.detector for cell in cells}
-        assert len(set(cells)) == len(cells) == count and len(jobs) == count + len(detectors)
+        assert len(set(cells)) == len(cells) == count
+        assert len(jobs) == count + len(detectors) + any("two_stage" in cell.parts for cell in cells)
         for (seed, cell), job in jobs.items():
             cfg = load_config(job.config, job.overrides)
             check_names(cfg)
             assert cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY and cfg.SEED == seed == 3
-            start = cell.quantizer == tool.START
+            start, parts = cell.quantizer == tool.START, cell.method.split("+")
             assert cfg.SOLVER.MAX_ITER == job.iterations == tool.LENGTHS[dataset][not start]
-            weights = jobs[3, tool.Cell(cell.detector, tool.START, 32, tool.BASELINE)].output_dir + "/model_final.pth"
-            assert cfg.MODEL.WEIGHTS == ("" if start else weights)
+            method = "aux_fpn" if "two_stage" in parts else tool.BASELINE
+            source = jobs[3, tool.Cell(cell.detector, tool.START, 32, method)]
+            assert cfg.MODEL.WEIGHTS == ("" if start else source.output_dir + "/model_final.pth")
+            assert (source in job.sources) != start
             assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (tool.START, tool.FLOAT))
-            parts = cell.method.split("+")
             assert cfg.MODEL.EXTRA_LOSS.ENABLED == ("extra" in parts)
             teacher = jobs[3, tool.Cell(cell.detector, tool.FLOAT, 32, tool.BASELINE)].output_dir
             assert cfg.MODEL.DISTILL.WEIGHTS == (f"{teacher}/model_final_stripped.pth" if "distill" in parts else "")
@@ -68,7 +70,7 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             seen.add(job.output_dir)
         order = [cell for _, cell in jobs]
         assert all(order.index(tool.Cell(d, tool.START, 32, tool.BASELINE)) == 0 or d == "fcos" for d in detectors)
-    assert len(seen) == 26 + 2 + 9 + 1
+    assert len(seen) == 33 + 3 + 9 + 1
 
 
 def test_options_leave_out_but_never_full_precision(tool, parse):
@@ -89,6 +91,23 @@ def test_options_leave_out_but_never_full_precision(tool, parse):
     assert all(job.overrides[-2:] == ("MODEL.DEVICE", "cpu") for job in jobs.values())
     with pytest.raises(SystemExit):
         parse("--methods", "baseline", "auxiliary")
+
+
+def test_a_two_stage_run_starts_from_one_with_its_own_auxiliary_path(tool, parse):
+    args = parse("--bits", "4", "--methods", "two_stage", "aux_fpn+two_stage", "--detectors", "retinanet")
+    cells = tool.part_of_grid(args, tool.planned("shapes", "backbone", args.methods))
+    jobs = tool.make_jobs(args, [cell for cell in cells if tool.chosen(args, cell)])
+    taps = {
+        str(cell): load_config(job.sources[0].config, job.sources[0].overrides).MODEL.AUX
+        for (seed, cell), job in jobs.items()
+        if job.sources and seed == 0
+    }
+    assert {name: aux.ENABLED and aux.TAPS for name, aux in taps.items()} == {
+        "retinanet_float": False,
+        "retinanet_float_two_stage": "backbone",
+        "retinanet_lsq_w4a4_two_stage": "backbone",
+        "retinanet_lsq_w4a4_aux_fpn+two_stage": "fpn",
+    }
 
 
 def test_estimate_by_the_pace_of_finished_runs(tool, parse):
@@ -193,7 +212,7 @@ def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkey
         cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
         assert {cell.quantizer for cell in cells} == {"float", quantizer}
         jobs = tool.make_jobs(args, cells)
-        finish(jobs[0, cells[1]], 40)
+        finish(jobs[0, tool.Cell("retinanet", quantizer, 2, "baseline")], 40)
         with monkeypatch.context() as patched:
             patched.setattr(tool, "ROOT", tmp_path)
             tool.write_results(args, cells, jobs)
@@ -211,7 +230,9 @@ def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, m
     for args in grids:
         cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
         jobs = tool.make_jobs(args, cells)
-        start, reference, baseline, *_, distill = list(jobs.values())[:5]
+        by_name = {str(cell).removeprefix("retinanet_"): job for (_, cell), job in jobs.items()}
+        start, reference = by_name["start"], by_name["float"]
+        baseline, distill = by_name["lsq_w2a2_baseline"], by_name["lsq_w2a2_distill"]
         values = [dict(zip(job.overrides[::2], job.overrides[1::2], strict=True)) for job in (baseline, distill)]
         assert values[0]["MODEL.WEIGHTS"] == f"{start.output_dir}/model_final.pth"
         assert values[1]["MODEL.DISTILL.WEIGHTS"] == f"{reference.output_dir}/model_final_stripped.pth"
