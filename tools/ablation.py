@@ -4,9 +4,10 @@
 For each seed one full-precision start, and from it runs of equal length: full precision, the quantizer alone, an
 extra loss, distillation from the full-precision run, the auxiliary path by its taps, and combinations
 ("aux_both+distill"); with "two_stage" the start is trained with the auxiliary path too. Stop it at any time and run it
-again: it goes on where it stopped. KEY VALUE pairs after -- are for every run, as for train_net.py. What finished runs
-gave is kept in tools/ablation_runs.json too, so that a grid can go on in another checkout; a run with another config,
-start or teacher is run anew.
+again: it goes on where it stopped. With --split test the detectors, once trained, are evaluated on images by which
+nothing was chosen, 2000 of the embedded dataset or 72 of BCCD, in a table of its own. KEY VALUE pairs after -- are for
+every run, as for train_net.py. What finished runs gave is kept in tools/ablation_runs.json too, so that a grid can go
+on in another checkout; a run with another config, start or teacher is run anew.
 """
 
 import argparse
@@ -33,12 +34,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
 TITLES = {
     "shapes": "the embedded dataset, 192x192",
-    "bccd": "BCCD (205 images to train, 87 to evaluate), 320x240",
+    "bccd": "BCCD (205 images to train), 320x240",
 }
+IMAGES = {("shapes", "val"): 200, ("shapes", "test"): 2000, ("bccd", "val"): 87, ("bccd", "test"): 72}
+"""Evaluated."""
 LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
 """Iterations of a start and of each run from one; runs of another length have it in their name."""
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
+SPLITS = ("val", "test")
 RUNS = "ablation_runs.json"
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
@@ -110,6 +114,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--taps", choices=TAPS, default="backbone", help="of the auxiliary form that runs beside everything else"
     )
+    parser.add_argument("--split", choices=SPLITS, default="val", help="what the detectors are evaluated on")
     lengths = "by dataset: " + ", ".join(f"{name} %s" for name in LENGTHS)
     starts, runs = zip(*LENGTHS.values(), strict=True)
     parser.add_argument("--start-iterations", type=int, help=f"of a start ({lengths % starts})")
@@ -170,9 +175,10 @@ def is_usual(args: argparse.Namespace) -> bool:
 
 
 def part_name(args: argparse.Namespace) -> str:
-    """Dataset, and what the options leave of the grid: ``shapes retinanet lsq``, then lengths if not the usual ones."""
-    lengths = [] if is_usual(args) else [f"{args.start_iterations}+{args.iterations}"]
-    return " ".join([args.dataset, *(args.detectors or ()), *(args.quantizers or ()), *lengths])
+    """Dataset, and what the options leave of the grid: ``shapes retinanet lsq``, then what else is not as usual."""
+    unusual = [] if is_usual(args) else [f"{args.start_iterations}+{args.iterations}"]
+    unusual += [args.split] * (args.split != "val")
+    return " ".join([args.dataset, *(args.detectors or ()), *(args.quantizers or ()), *unusual])
 
 
 def chosen(args: argparse.Namespace, cell: Cell) -> bool:
@@ -182,12 +188,17 @@ def chosen(args: argparse.Namespace, cell: Cell) -> bool:
     return (not args.methods or cell.method in args.methods) and cell.bits in (32, *args.bits)
 
 
+def declared(args: argparse.Namespace, *splits: str) -> list[str]:
+    """``KEY VALUE`` that makes the splits known; those of the embedded dataset always are."""
+    if args.dataset != "bccd":
+        return []
+    entries = [{"name": f"bccd_{s}", "format": "voc", "root": args.bccd_root, "split": s} for s in splits]
+    return ["DATASETS.DECLARED", str(entries)]
+
+
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
     """The runs in their order: seed by seed, each detector's start before what starts from it."""
-    data: list[str] = []
-    if args.dataset == "bccd":
-        splits = [{"name": f"bccd_{s}", "format": "voc", "root": args.bccd_root, "split": s} for s in ("train", "val")]
-        data = ["DATASETS.DECLARED", str(splits)]
+    data = declared(args, "train", "val")
     usual_start, usual_run = LENGTHS[args.dataset]
 
     def name_of(cell: Cell) -> str:
@@ -236,6 +247,29 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
     return jobs
 
 
+def evaluations(args: argparse.Namespace, jobs: dict[tuple[int, Cell], Job]) -> dict[tuple[int, Cell], Job]:
+    """The evaluation of each run's detector on ``args.split``, where training has not evaluated it."""
+    if args.split == "val":
+        return {}
+    name = f"{'bccd' if args.dataset == 'bccd' else 'aqdet_shapes'}_{args.split}"
+    return {
+        key: Job(
+            name=f"{job.name} on {args.split}",
+            config=job.config,
+            overrides=(
+                *job.overrides,
+                *declared(args, "train", args.split),
+                *("DATASETS.TEST", f"('{name}',)", "MODEL.WEIGHTS", os.path.join(job.output_dir, STRIPPED)),
+            ),
+            output_dir=os.path.join(job.output_dir, args.split),
+            iterations=1,
+            sources=(job,),
+            eval_only=True,
+        )
+        for key, job in jobs.items()
+    }
+
+
 def prune(job: Job, first_seed: int) -> None:
     """Deletes what nothing reads later: a grid of whole checkpoints takes 50 GB.
 
@@ -271,11 +305,11 @@ def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def recall_runs(dataset: str, jobs: dict[tuple[int, Cell], Job]) -> None:
-    """Puts what is kept into the output folders, so that it is not run again.
+def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
+    """Puts what is kept into the output folders, so that it is not run again; a job's sources must come before it.
 
-    What another run needs the weights of is run again where they are not there: starts, and the full-precision runs
-    that distillation learns from.
+    What another run needs the weights of is run again where they are not there: starts, full-precision runs that
+    distillation learns from, and what is still to be evaluated.
     """
     kept = kept_runs()
 
@@ -290,13 +324,13 @@ def recall_runs(dataset: str, jobs: dict[tuple[int, Cell], Job]) -> None:
     def lacks(job: Job, name: str) -> bool:
         return not os.path.isfile(os.path.join(job.output_dir, name))
 
-    for job in jobs.values():
+    for job in jobs:
         recall(job)
-    starts = {job.output_dir for (_, cell), job in jobs.items() if cell.quantizer == START}
-    # Sources come before what reads them.
-    for job in reversed(jobs.values()):
+    for job in reversed(jobs):
         for source in job.sources if job.finished() is None else ():
-            if lacks(source, STATE if source.output_dir in starts else STRIPPED):
+            values = dict(zip(job.overrides[::2], job.overrides[1::2], strict=True))
+            weights = (values.get("MODEL.WEIGHTS"), values.get("MODEL.DISTILL.WEIGHTS"))
+            if any(lacks(source, name) for name in (STATE, STRIPPED) if f"{source.output_dir}/{name}" in weights):
                 Path(source.output_dir, DONE).unlink(missing_ok=True)
 
 
@@ -392,13 +426,19 @@ def make_plot(
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
     """The section of RESULTS.md and the plot, from what has finished, here or before."""
     done, dates, machines = {}, set(), set()
-    kept = keep_runs(args.dataset, list(jobs.values()))
+    evaluated = evaluations(args, jobs)
+    kept = keep_runs(args.dataset, [*jobs.values(), *evaluated.values()])
+
+    def noted(job: Job) -> dict[str, Any] | None:
+        found = kept.get(f"{args.dataset} {job.name}")
+        return found if found is not None and found["fingerprint"] == job.fingerprint() else None
+
     for key, job in jobs.items():
-        noted = kept.get(f"{args.dataset} {job.name}")
-        if noted is not None and noted["fingerprint"] == job.fingerprint():
-            done[key] = {**noted["metrics"], "minutes": noted["seconds"] / 60}
-            dates.add(noted["date"])
-            machines.add(noted["machine"])
+        trained, shown = noted(job), noted(evaluated.get(key, job))
+        if trained is not None and shown is not None:
+            done[key] = {**shown["metrics"], "minutes": trained["seconds"] / 60}
+            dates.add(shown["date"])
+            machines.add(shown["machine"])
     if not done:
         print("Nothing has finished: no table")
         return
@@ -408,7 +448,8 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     make_plot(plot, args.seeds, cells, done)
     missing = []
     for cell in cells:
-        absent = [str(seed) for seed in args.seeds if (seed, cell) not in done]
+        wanted = [seed for seed in args.seeds if not evaluated or noted(jobs[seed, cell]) is not None]
+        absent = [str(seed) for seed in wanted if (seed, cell) not in done]
         if absent:
             missing.append(f"{cell} ({', '.join(absent)})")
     starts = {
@@ -428,13 +469,15 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     command += f" --taps {args.taps}"
     if not is_usual(args):
         command += f" --start-iterations {args.start_iterations} --iterations {args.iterations}"
+    command += f" --split {args.split}" * (args.split != "val")
     command += " ".join([" --", *args.opts]) if args.opts else ""
     title = TITLES[args.dataset] + (f" ({part.partition(' ')[2]})" if " " in part else "")
     text = f"""## What helps: ResNet-18 detectors on {title}
 
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
-{args.iterations}, full precision included. COCO AP of the detector alone, in percent; mean ± sample standard
-deviation over the seeds that have run (of {seeds}); differences are paired, from the same start.
+{args.iterations}, full precision included. COCO AP of the detector alone, in percent, on
+{IMAGES[args.dataset, args.split]} images ({args.split}); mean ± sample standard deviation over the seeds that have
+run (of {seeds}); differences are paired, from the same start.
 
 {markdown_table(header, make_rows(args.seeds, cells, done))}
 
@@ -457,16 +500,18 @@ def main() -> None:
         cells = part_of_grid(args, planned(args.dataset, args.taps, args.methods or ()))
         jobs = make_jobs(args, cells)
         run = make_jobs(args, [cell for cell in cells if chosen(args, cell)])
-        recall_runs(args.dataset, run)
+        trainings, evaluated = list(run.values()), list(evaluations(args, run).values())
+        recall_runs(args.dataset, [*trainings, *evaluated])
         train_net = os.path.relpath(ROOT / "tools" / "train_net.py")
-        print(estimate(args, list(run.values())), flush=True)
+        print(estimate(args, trainings), flush=True)
         if args.dry_run:
-            for job in run.values():
+            for job in [*trainings, *evaluated]:
                 print(" ".join(job.command(train_net)))
             return
         try:
             if not args.results_only:
-                run_jobs(list(run.values()), train_net, lambda job: prune(job, args.seeds[0]))
+                run_jobs(trainings, train_net, lambda job: prune(job, args.seeds[0]))
+                run_jobs(evaluated, train_net)
         finally:
             write_results(args, cells, jobs)
     except (ValueError, OSError, RuntimeError) as error:

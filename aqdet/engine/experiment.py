@@ -36,6 +36,7 @@ class Job:
         output_dir: its ``OUTPUT_DIR``.
         iterations: length, for the ETA.
         sources: jobs whose checkpoints it reads.
+        eval_only: evaluates ``MODEL.WEIGHTS`` and trains nothing.
     """
 
     name: str
@@ -44,12 +45,14 @@ class Job:
     output_dir: str
     iterations: int
     sources: tuple[Job, ...] = ()
+    eval_only: bool = False
 
     def command(self, train_net: str) -> list[str]:
         """The command line; config and overrides alone, so that it can be repeated by hand."""
         return [
             sys.executable,
             train_net,
+            *["--eval-only"] * self.eval_only,
             "--config-file",
             self.config,
             "OUTPUT_DIR",

@@ -189,20 +189,20 @@ def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
         tool.write_results(args, cells, jobs)
         first = (tmp_path / "RESULTS.md").read_text()
         (tmp_path / "output").rename(tmp_path / "gone")
-        tool.recall_runs("shapes", jobs)
+        tool.recall_runs("shapes", list(jobs.values()))
         # All of seed 0; of seed 1 nothing, whose start's weights are gone and needed.
         assert {key for key, job in jobs.items() if job.finished()} == {key for key in jobs if key[0] == 0}
         tool.write_results(args, cells, jobs)
         assert (tmp_path / "RESULTS.md").read_text() == first and "a machine" in first
         finish(jobs[1, start], 41)
         Path(jobs[1, start].output_dir, "model_final.pth").touch()
-        tool.recall_runs("shapes", jobs)
+        tool.recall_runs("shapes", list(jobs.values()))
         assert jobs[1, start].finished()
         kept = json.loads((tmp_path / "tools" / tool.RUNS).read_text())
         kept["shapes seed 0 retinanet_lsq_w2a2_baseline"]["fingerprint"] = "of another config"
         (tmp_path / "tools" / tool.RUNS).write_text(json.dumps(kept))
         (tmp_path / "output").rename(tmp_path / "gone too")
-        tool.recall_runs("shapes", jobs)
+        tool.recall_runs("shapes", list(jobs.values()))
         assert not jobs[0, baseline].finished() and not jobs[0, start].finished()
 
 
@@ -249,3 +249,37 @@ def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, m
     assert "--taps backbone --start-iterations 600 --iterations 800`" in text and "--taps backbone`" in text
     with pytest.raises(SystemExit):
         parse("--iterations", "1")
+
+
+def test_detectors_are_evaluated_on_another_split_without_training_again(tool, parse, tmp_path, monkeypatch):
+    options = ("--seeds", "0", "1", "--detectors", "retinanet", "--quantizers", "lsq", "--split", "test")
+    args = parse(*options)
+    cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
+    jobs = tool.make_jobs(args, cells)
+    assert tool.evaluations(parse(*options[:-2]), jobs) == {}
+    tests = tool.evaluations(args, jobs)
+    distill, reference = tool.Cell("retinanet", "lsq", 2, "distill"), tool.Cell("retinanet", "float", 32, "baseline")
+    job = tests[0, distill]
+    cfg = load_config(job.config, job.overrides)
+    assert cfg.DATASETS.TEST == ("aqdet_shapes_test",) and cfg.MODEL.QUANT.WEIGHT.NUM_BITS == 2
+    assert cfg.MODEL.WEIGHTS == f"{jobs[0, distill].output_dir}/model_final_stripped.pth"
+    assert job.command("train_net.py")[1:3] == ["train_net.py", "--eval-only"]
+    assert job.output_dir != jobs[0, distill].output_dir and job.sources == (jobs[0, distill],)
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "ROOT", tmp_path)
+        (tmp_path / "tools").mkdir()
+        for seed, cell in ((0, reference), (0, distill), (1, distill)):
+            finish(jobs[seed, cell], 40)
+        finish(tests[0, distill], 30)
+        finish(tests[0, reference], 35)
+        tool.write_results(args, cells, jobs)
+        # A detector that is still to be evaluated is trained again if its weights are gone.
+        assert jobs[1, distill].finished()
+        tool.recall_runs("shapes", [*jobs.values(), *tests.values()])
+        assert jobs[0, distill].finished() and not jobs[1, distill].finished()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "192x192 (retinanet lsq test)" in text and "on\n2000 images (test)" in text
+    assert "| lsq w2a2 | distill | 30.0 | 60.0 | - | -5.0 | 30.0 | 2.0 |" in text and "--split test`" in text
+    assert "Left out (seeds): retinanet_lsq_w2a2_distill (1).\n" in text
+    job = tool.evaluations(parse("--dataset", "bccd", "--split", "test"), tool.make_jobs(args, cells))[0, reference]
+    assert "bccd_test" in load_config(job.config, job.overrides).DATASETS.TEST
