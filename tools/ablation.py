@@ -145,7 +145,7 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
     rows = [BASELINE, "extra", "distill", *(f"aux_{name}" for name in TAPS), f"{best}+extra", f"{best}+distill"]
     rows += [TWO_STAGE, f"{best}+{TWO_STAGE}", f"{best}+distill+{TWO_STAGE}"]
     if dataset == "bccd":
-        rows = [BASELINE, "distill", best, f"{best}+distill"]
+        rows = [BASELINE, "distill", best, f"{best}+distill", f"{best}+{TWO_STAGE}"]
     rows += [method for method in methods if method not in rows]
     cells = [Cell("retinanet", FLOAT, 32, method) for method in (BASELINE, TWO_STAGE) if method in rows]
     cells += [Cell("retinanet", "lsq", bits, method) for bits in BITS for method in rows]
@@ -477,7 +477,7 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
 {args.iterations}, full precision included. COCO AP of the detector alone, in percent, on
 {IMAGES[args.dataset, args.split]} images ({args.split}); mean ± sample standard deviation over the seeds that have
-run (of {seeds}); differences are paired, from the same start.
+run (of {seeds}); differences are paired by seed: from the same start, but for two_stage, whose start has the path.
 
 {markdown_table(header, make_rows(args.seeds, cells, done))}
 

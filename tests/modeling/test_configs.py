@@ -40,6 +40,25 @@ def test_config_builds_plans_and_steps(path):
     assert torch.isfinite(loss)
 
 
+def test_every_config_starts_from_what_another_of_the_same_model_leaves():
+    configs = {path: load_config(path) for path in CONFIGS}
+    by_output = {cfg.OUTPUT_DIR: cfg for cfg in configs.values()}
+    assert len(by_output) == len(configs)
+    two_stage = set()
+    for path, cfg in configs.items():
+        if not cfg.MODEL.WEIGHTS.startswith("output/"):
+            continue
+        folder, name = cfg.MODEL.WEIGHTS.rsplit("/", 1)
+        source = by_output[folder]
+        assert name == "model_final.pth" and not source.MODEL.QUANT.ENABLED
+        for key in ("META_ARCHITECTURE", "RESNETS", "FPN", "RETINANET", "FCOS", "CLASSIFIER"):
+            assert cfg.MODEL[key] == source.MODEL[key], (path.name, key)
+        if source.MODEL.AUX.ENABLED:
+            assert source.MODEL.AUX == cfg.MODEL.AUX, path.name
+            two_stage.add(path.parent.name)
+    assert two_stage == {"COCO-Detection", "ImageNet", "quickstart"}
+
+
 def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
     def check(text, overrides, words):
         path = tmp_path / "c.yaml"
