@@ -36,13 +36,12 @@ TITLES = {
     "shapes": "the embedded dataset, 192x192",
     "bccd": "BCCD (205 images to train), 320x240",
 }
-IMAGES = {("shapes", "val"): 200, ("shapes", "test"): 2000, ("bccd", "val"): 87, ("bccd", "test"): 72}
-"""Evaluated."""
+IMAGES = {"shapes": {"val": 200, "test": 2000}, "bccd": {"val": 87, "test": 72}}
+"""Of the splits to evaluate on."""
 LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
 """Iterations of a start and of each run from one; runs of another length have it in their name."""
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
-SPLITS = ("val", "test")
 RUNS = "ablation_runs.json"
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
@@ -75,6 +74,11 @@ class Cell:
     @property
     def parts(self) -> list[str]:
         return self.method.split("+")
+
+    @property
+    def reference(self) -> "Cell":
+        """Full precision from the usual start: what its detector is compared with, and distillation's teacher."""
+        return Cell(self.detector, FLOAT, 32, BASELINE)
 
     def start(self, taps: str) -> "Cell":
         """What it starts from; ``taps`` are those of a two-stage run that has no auxiliary path itself."""
@@ -114,7 +118,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--taps", choices=TAPS, default="backbone", help="of the auxiliary form that runs beside everything else"
     )
-    parser.add_argument("--split", choices=SPLITS, default="val", help="what the detectors are evaluated on")
+    parser.add_argument("--split", choices=IMAGES["shapes"], default="val", help="what the detectors are evaluated on")
     lengths = "by dataset: " + ", ".join(f"{name} %s" for name in LENGTHS)
     starts, runs = zip(*LENGTHS.values(), strict=True)
     parser.add_argument("--start-iterations", type=int, help=f"of a start ({lengths % starts})")
@@ -162,9 +166,8 @@ def part_of_grid(args: argparse.Namespace, cells: Sequence[Cell]) -> list[Cell]:
     """
 
     def fits(cell: Cell) -> bool:
-        is_reference = cell.quantizer == FLOAT and cell.method == BASELINE
         quantizer = "lsq" if cell.quantizer == FLOAT else cell.quantizer
-        return is_reference or not args.quantizers or quantizer in args.quantizers
+        return cell == cell.reference or not args.quantizers or quantizer in args.quantizers
 
     return [cell for cell in cells if fits(cell) and (not args.detectors or cell.detector in args.detectors)]
 
@@ -183,9 +186,8 @@ def part_name(args: argparse.Namespace) -> str:
 
 def chosen(args: argparse.Namespace, cell: Cell) -> bool:
     """Whether the options leave a row's runs in; full precision from the usual start always is."""
-    if cell.quantizer == FLOAT and cell.method == BASELINE:
-        return True
-    return (not args.methods or cell.method in args.methods) and cell.bits in (32, *args.bits)
+    is_wanted = (not args.methods or cell.method in args.methods) and cell.bits in (32, *args.bits)
+    return cell == cell.reference or is_wanted
 
 
 def declared(args: argparse.Namespace, *splits: str) -> list[str]:
@@ -218,7 +220,7 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
         if not is_start:
             sources[STATE] = add(seed, cell.start(args.taps))
         if "distill" in cell.parts:
-            sources[STRIPPED] = add(seed, Cell(cell.detector, FLOAT, 32, BASELINE))
+            sources[STRIPPED] = add(seed, cell.reference)
         weights, teacher = (
             os.path.join(sources[name].output_dir, name) if name in sources else "" for name in (STATE, STRIPPED)
         )
@@ -321,16 +323,12 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
             facts = {key: value for key, value in noted.items() if key != "metrics"}
             write_aside(folder / DONE, json.dumps({**facts, "command": " ".join(job.command("tools/train_net.py"))}))
 
-    def lacks(job: Job, name: str) -> bool:
-        return not os.path.isfile(os.path.join(job.output_dir, name))
-
     for job in jobs:
         recall(job)
     for job in reversed(jobs):
         for source in job.sources if job.finished() is None else ():
-            values = dict(zip(job.overrides[::2], job.overrides[1::2], strict=True))
-            weights = (values.get("MODEL.WEIGHTS"), values.get("MODEL.DISTILL.WEIGHTS"))
-            if any(lacks(source, name) for name in (STATE, STRIPPED) if f"{source.output_dir}/{name}" in weights):
+            files = (os.path.join(source.output_dir, name) for name in (STATE, STRIPPED))
+            if any(path in job.overrides and not os.path.isfile(path) for path in files):
                 Path(source.output_dir, DONE).unlink(missing_ok=True)
 
 
@@ -368,16 +366,16 @@ def make_rows(
         if not found:
             continue
         minutes = values(cell, "minutes").values()
-        baseline, reference = dataclasses.replace(cell, method=BASELINE), Cell(cell.detector, FLOAT, 32, BASELINE)
+        baseline = dataclasses.replace(cell, method=BASELINE)
         rows.append(
             [
                 cell.detector,
                 cell.quantizer if cell.quantizer == FLOAT else f"{cell.quantizer} w{cell.bits}a{cell.bits}",
-                "-" if cell == reference else cell.method.replace("+", " + "),
+                "-" if cell == cell.reference else cell.method.replace("+", " + "),
                 mean_and_spread(list(found.values())),
                 mean_and_spread(list(values(cell, "AP50").values())),
                 paired(cell, baseline),
-                paired(cell, reference),
+                paired(cell, cell.reference),
                 ", ".join(f"{ap:.1f}" for ap in found.values()),
                 f"{statistics.mean(minutes):.1f}",
             ]
@@ -405,7 +403,7 @@ def make_plot(
         layout="constrained",
     )
     for ax, ((detector, quantizer, bits), found) in zip(axes[:, 0], panels.items(), strict=True):
-        reference = Cell(detector, FLOAT, 32, BASELINE)
+        reference = found[0].reference
         for row, cell in enumerate([reference, *found]):
             points = [done[s, cell]["AP"] for s in seeds if (s, cell) in done and done[s, cell]["AP"] is not None]
             colour = "grey" if cell == reference else "tab:blue"
@@ -476,7 +474,7 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
 
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
 {args.iterations}, full precision included. COCO AP of the detector alone, in percent, on
-{IMAGES[args.dataset, args.split]} images ({args.split}); mean ± sample standard deviation over the seeds that have
+{IMAGES[args.dataset][args.split]} images ({args.split}); mean ± sample standard deviation over the seeds that have
 run (of {seeds}); differences are paired by seed: from the same start, but for two_stage, whose start has the path.
 
 {markdown_table(header, make_rows(args.seeds, cells, done))}
