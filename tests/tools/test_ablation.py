@@ -60,8 +60,12 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             assert (source in job.sources) != start
             assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (tool.START, tool.FLOAT))
             assert cfg.MODEL.EXTRA_LOSS.ENABLED == ("extra" in parts)
-            teacher = jobs[3, tool.Cell(cell.detector, tool.FLOAT, 32, tool.BASELINE)].output_dir
-            assert cfg.MODEL.DISTILL.WEIGHTS == (f"{teacher}/model_final_stripped.pth" if "distill" in parts else "")
+            assert bool(cfg.MODEL.DISTILL.WEIGHTS) == ("distill" in parts)
+            if "distill" in parts:  # the teacher has the same start
+                recipe = "two_stage" if "two_stage" in parts else tool.BASELINE
+                teacher = jobs[3, tool.Cell(cell.detector, tool.FLOAT, 32, recipe)]
+                assert cfg.MODEL.DISTILL.WEIGHTS == f"{teacher.output_dir}/model_final_stripped.pth"
+                assert teacher.sources == (source,)
             taps = [part.removeprefix("aux_") for part in parts if part.startswith("aux_")]
             assert [cfg.MODEL.AUX.TAPS] * cfg.MODEL.AUX.ENABLED == taps
             if cfg.MODEL.QUANT.ENABLED:
@@ -249,6 +253,15 @@ def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, m
     assert "--taps backbone --start-iterations 600 --iterations 800`" in text and "--taps backbone`" in text
     with pytest.raises(SystemExit):
         parse("--iterations", "1")
+
+
+def test_a_teacher_from_another_start_is_refused_with_the_way_out(parse, capsys):
+    method = "aux_fpn+distill+two_stage"
+    with pytest.raises(SystemExit):
+        parse("--methods", method)
+    assert f"the teacher of '{method}' has the start of --taps: add --taps fpn" in capsys.readouterr().err
+    parse("--methods", method, "--taps", "fpn")
+    parse("--methods", "aux_fpn+distill", "distill+two_stage")
 
 
 def test_detectors_are_evaluated_on_another_split_without_training_again(tool, parse, tmp_path, monkeypatch):
