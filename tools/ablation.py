@@ -42,7 +42,7 @@ LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
 """Iterations of a start and of each run from one; runs of another length have it in their name."""
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
-RUNS = "ablation_runs.json"
+RUNS, PLOTS = "ablation_runs.json", "plots"
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
 TAPS = ("fpn", "backbone", "both")
@@ -455,8 +455,9 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
         return
     header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed", "min"]
     part = part_name(args)
-    plot = os.path.join(args.output, args.dataset, f"ablation_{part.replace(' ', '_')}.png")
-    make_plot(plot, args.seeds, cells, done)
+    plot = Path("tools", PLOTS, f"ablation_{part.replace(' ', '_')}.png")
+    (ROOT / plot).parent.mkdir(parents=True, exist_ok=True)
+    make_plot(str(ROOT / plot), args.seeds, cells, done)
     missing = []
     for cell in cells:
         wanted = [seed for seed in args.seeds if not evaluated or noted(jobs[seed, cell]) is not None]
@@ -492,7 +493,9 @@ run (of {seeds}); differences are paired by seed: from the same start, but for t
 
 {markdown_table(header, make_rows(args.seeds, cells, done))}
 
-AP of the starts: {", ".join(lines)}. Plot: `{plot}`.
+![AP by method, a dot a seed]({plot.as_posix()})
+
+AP of the starts: {", ".join(lines)}.
 
 Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {"; ".join(sorted(machines))},
 torch {torch.__version__}.

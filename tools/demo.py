@@ -13,7 +13,7 @@ import warnings
 
 from aqdet.config import load_config
 from aqdet.data import complete_num_classes
-from aqdet.engine import check_names, fit_to_machine
+from aqdet.engine import check_config, fit_to_machine
 from aqdet.visualization.demo import Demo, Summary, find_sources, has_display, output_paths, run_on_files, run_on_webcam
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> Summary:
     if not args.output and not has_display():
         raise ValueError("there is no display to open a window on: say where to write with --output")
     cfg = load_config(args.config_file, args.opts)
-    check_names(cfg)
+    check_config(cfg)
     fit_to_machine(cfg)
     complete_num_classes(cfg)
     if args.webcam:

@@ -15,7 +15,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 
 from aqdet.config import load_config
 from aqdet.data import complete_num_classes
-from aqdet.engine import check_names, fit_to_machine
+from aqdet.engine import check_config, fit_to_machine
 
 USER_ERROR = 2
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
@@ -82,7 +82,7 @@ def main() -> None:
         from aqdet.export.folder import agreement_totals, export_detector
 
         cfg = load_config(args.config_file, args.opts)
-        check_names(cfg)
+        check_config(cfg)
         fit_to_machine(cfg)
         complete_num_classes(cfg)
         weights = args.weights or cfg.MODEL.WEIGHTS

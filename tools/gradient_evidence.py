@@ -26,7 +26,7 @@ import torch
 
 from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
-from aqdet.engine import Trainer, build_checkpointer, check_names, fit_to_machine
+from aqdet.engine import Trainer, build_checkpointer, check_config, fit_to_machine
 from aqdet.engine.experiment import describe_machine, markdown_table, write_section
 from aqdet.engine.gradients import Alignment, gradient_alignment
 
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> list[Alignment]:
     if args.batches < 1:
         raise ValueError(f"--batches must be at least 1, got {args.batches}")
     cfg = load_config(args.config_file, args.opts)
-    check_names(cfg)
+    check_config(cfg)
     fit_to_machine(cfg)
     register_declared(cfg)
     check_num_classes(cfg)
@@ -132,7 +132,9 @@ def main() -> None:
     try:
         found = measure(args)
         os.makedirs(args.output, exist_ok=True)
-        table, plot = (os.path.join(args.output, f"gradients.{suffix}") for suffix in ("md", "png"))
+        table = os.path.join(args.output, "gradients.md")
+        plot = os.path.join("tools/plots" if args.section else args.output, "gradients.png")
+        os.makedirs(os.path.dirname(plot), exist_ok=True)
         with open(f"{table}.part", "w", encoding="utf-8") as file:
             file.write(make_table(found, summary=False) + "\n")
         os.replace(f"{table}.part", table)
@@ -146,7 +148,9 @@ than that of the own losses is.
 
 {make_table(found, summary=True)}
 
-By layer: `{table}`. Plot: `{plot}`. Command: `python tools/gradient_evidence.py --config-file {args.config_file}
+![Cosine by layer]({plot})
+
+By layer: `{table}`. Command: `python tools/gradient_evidence.py --config-file {args.config_file}
 --weights {args.weights} --batches {args.batches}{"".join(f" {value}" for value in args.opts)}`.
 {time.strftime("%Y-%m-%d")}, {describe_machine()}, torch {torch.__version__}.
 """

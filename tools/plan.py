@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from aqdet.config import load_config
 from aqdet.data import complete_num_classes
-from aqdet.engine import check_names, fit_to_machine
+from aqdet.engine import check_config, fit_to_machine
 from aqdet.engine.checks import our_architectures
 from aqdet.modeling.plan import make_plan, total
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = parse_args()
     try:
         cfg = load_config(args.config_file, args.opts)
-        check_names(cfg)
+        check_config(cfg)
         architecture, ours = cfg.MODEL.META_ARCHITECTURE, our_architectures()
         if architecture not in ours:
             raise ValueError(

@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
 from aqdet.data import check_datasets, check_num_classes, register_declared
-from aqdet.engine import Interrupted, NonFiniteLoss, Trainer, build_checkpointer, check_names, fit_to_machine
+from aqdet.engine import Interrupted, NonFiniteLoss, Trainer, build_checkpointer, check_config, fit_to_machine
 from aqdet.engine.launch import continuing_command, is_restart, join_process_group, launch, make_deterministic
 from aqdet.evaluation import check_coco_eval
 
@@ -30,7 +30,7 @@ NON_FINITE = 3
 def setup(args: argparse.Namespace) -> CfgNode:
     """Reads the config, registers its datasets, and checks both against each other."""
     cfg = load_config(args.config_file, args.opts)
-    check_names(cfg)
+    check_config(cfg)
     check_coco_eval(cfg.TEST.COCO_EVAL)
     fit_to_machine(cfg)
     join_process_group(cfg.MODEL.DEVICE)

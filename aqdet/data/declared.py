@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from .builtin import set_cache_dir
 from .check import find_shared_images
 from .checked import IMAGE_FOLDER, Declaration, checked, write_aside
-from .classification import image_folders, register_image_folder
+from .classification import EVALUATOR_TYPE, image_folders, register_image_folder
 from .findings import Report
 
 __all__ = [
@@ -161,8 +161,13 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         ValueError: in one line, naming the config key or the datasets that disagree.
     """
     node = _num_classes_node(cfg)
+    architecture = cfg.MODEL.META_ARCHITECTURE
     first, expected = "", None
     for name in _used(cfg, train):
+        has_boxes = MetadataCatalog.get(name).get("evaluator_type") != EVALUATOR_TYPE
+        if has_boxes == (architecture == "QuantClassifier"):
+            found, wanted = ("boxes", "image folders") if has_boxes else ("image folders", "boxes")
+            raise ValueError(f"dataset {name} has {found}, but MODEL.META_ARCHITECTURE {architecture} needs {wanted}")
         classes = _thing_classes(name)
         if classes is None:
             logger.warning("Dataset %s does not name its classes: their number is not checked", name)

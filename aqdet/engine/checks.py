@@ -10,10 +10,13 @@ from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from ..modeling.backbone import feature_names
+from ..modeling.meta_arch.classifier import FEATURE, QuantClassifier
 from ..modeling.meta_arch.dense import LowPrecisionDense
 
 logger = logging.getLogger(__name__)
 
+DENSE = ("RETINANET", "FCOS")
 # What Detectron2 0.6 and main both know.
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
@@ -38,12 +41,13 @@ def our_architectures() -> list[str]:
     return sorted(name for name, _ in META_ARCH_REGISTRY if name.startswith("Quant"))
 
 
-def check_names(cfg: CfgNode) -> None:
-    """Checks the names that Detectron2 looks up without saying which key they come from.
+def check_config(cfg: CfgNode) -> None:
+    """Checks what Detectron2 would fail on without saying which key it comes from, or take without a word.
 
     Raises:
         ValueError: in one line, naming the key, the value and the valid ones.
     """
+    _check_numbers(cfg)
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
@@ -79,6 +83,42 @@ def check_names(cfg: CfgNode) -> None:
             raise ValueError(
                 f"MODEL.{name}.NORM must be one of {', '.join(NORMS)} or '' for none, got {node.NORM!r}"
             ) from error
+    _check_features(cfg, architecture)
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    for key, value in (
+        ("QUANT.SCALE_LR_FACTOR", model.QUANT.SCALE_LR_FACTOR),
+        ("QUANT.PACT_ALPHA_DECAY", model.QUANT.PACT_ALPHA_DECAY),
+        ("CLASSIFIER.NUM_CLASSES", model.CLASSIFIER.NUM_CLASSES),
+        *((f"{node}.NUM_CLASSES", model[node].NUM_CLASSES) for node in DENSE),
+    ):
+        if not value >= 0:
+            raise ValueError(f"MODEL.{key} must not be negative, got {value}")
+    for node in DENSE:
+        if not 0 < model[node].PRIOR_PROB < 1:
+            raise ValueError(f"MODEL.{node}.PRIOR_PROB must be between 0 and 1, got {model[node].PRIOR_PROB}")
+        if model[node].NUM_CONVS < 1:
+            raise ValueError(f"MODEL.{node}.NUM_CONVS must be at least 1, got {model[node].NUM_CONVS}")
+
+
+def _check_features(cfg: CfgNode, architecture: type) -> None:
+    """Features by name: of the ResNet, of the pyramid that reads it, of the head that reads that."""
+    name = cfg.MODEL.BACKBONE.NAME
+    given = feature_names(cfg)
+    if given is None:
+        return
+    if issubclass(architecture, LowPrecisionDense):
+        key, wanted = f"MODEL.{architecture.node}.IN_FEATURES", list(cfg.MODEL[architecture.node].IN_FEATURES)
+        unknown = [feature for feature in wanted if feature not in given]
+        if unknown or not wanted:
+            raise ValueError(f"{key} must be of {', '.join(given)}, which {name} gives, got {wanted}")
+    elif issubclass(architecture, QuantClassifier) and FEATURE not in given:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {name} does not give {FEATURE!r}, which QuantClassifier reads: use "
+            f"build_quant_classifier_backbone with {FEATURE!r} in MODEL.RESNETS.OUT_FEATURES"
+        )
 
 
 def _nodes_with_norm(cfg: CfgNode) -> Iterator[tuple[str, CfgNode]]:

@@ -136,6 +136,12 @@ class Trainer(DefaultTrainer):
             return loader
 
         hooks: list[HookBase] = [CalibrationHook(build_loader, calibration.NUM_BATCHES, calibration.METHOD)]
+        if cfg.SOLVER.FREEZE_BN_ITER >= cfg.SOLVER.MAX_ITER:
+            logger.warning(
+                "SOLVER.FREEZE_BN_ITER %d is not before SOLVER.MAX_ITER %d: BN never freezes",
+                cfg.SOLVER.FREEZE_BN_ITER,
+                cfg.SOLVER.MAX_ITER,
+            )
         if cfg.SOLVER.FREEZE_BN_ITER != -1:
             hooks.append(FreezeBNHook(cfg.SOLVER.FREEZE_BN_ITER))
         if oscillation := build_oscillation_hook(cfg, self.model):

@@ -27,6 +27,7 @@ from ..layers import QuantAdd, StreamQuantizer, declare_site, max_pool2d, relu_b
 from .policy import QuantPolicy
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STAGES = ["res2", "res3", "res4", "res5"]
 
 
 class QuantStem(BasicStem):
@@ -195,6 +196,8 @@ class QuantFPN(FPN):
 def tapped_sums(bottom_up: ResNet) -> Iterator[list[Tensor]]:
     """Lists what the stem and every block of a forward pass inside the context compute before ReLU and quantizer.
 
+    A block's sum is that of its operands on their grids, see :class:`~aqdet.layers.QuantAdd`.
+
     The list fills in the order of the forward pass with the tensors themselves, ``(N, C, H, W)`` each. The hooks
     that fill it are gone when the context ends.
     """
@@ -206,6 +209,29 @@ def tapped_sums(bottom_up: ResNet) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def feature_names(cfg: CfgNode) -> list[str] | None:
+    """What the backbone of a config gives, by name, without building it; None for a backbone that is not ours.
+
+    Raises:
+        ValueError: in one line, for features that the ResNet, or the pyramid that reads it, cannot have.
+    """
+    name, known = cfg.MODEL.BACKBONE.NAME, ["stem", *STAGES]
+    if name not in (builder.__name__ for builder in BUILDERS):
+        return None
+    given = list(cfg.MODEL.RESNETS.OUT_FEATURES)
+    if not given or not set(given) <= set(known):
+        raise ValueError(f"MODEL.RESNETS.OUT_FEATURES must be of {', '.join(known)}, got {given}")
+    if name != build_quant_retinanet_resnet_fpn_backbone.__name__:
+        return given
+    read = list(cfg.MODEL.FPN.IN_FEATURES)
+    first = STAGES.index(read[0]) if read and read[0] in STAGES else 0
+    if not read or not set(read) <= set(given) or read != STAGES[first : first + len(read)]:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES must be consecutive stages of MODEL.RESNETS.OUT_FEATURES {given}, got {read}"
+        )
+    return [*(stage.replace("res", "p") for stage in read), "p6", "p7"]
 
 
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -336,3 +362,10 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, norm: str) -> QuantFPN:
         top_block=top_block,
         fuse_type=fpn.FUSE_TYPE,
     )
+
+
+BUILDERS = (
+    build_quant_resnet_backbone,
+    build_quant_classifier_backbone,
+    build_quant_retinanet_resnet_fpn_backbone,
+)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers import QuantAdd, QuantConv2d, QuantLinear, Site, StreamQuantizer
 from ..quantization import QuantSpec
+from ..quantization.spec import MAX_BITS, MIN_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,12 @@ class QuantPolicy:
         """Reads ``MODEL.QUANT``.
 
         Raises:
-            ValueError: in one line, for a malformed rule, naming it and the valid keys.
+            ValueError: in one line, for a malformed rule, naming it and the valid keys, or for bits out of range.
         """
         quant = cfg.MODEL.QUANT
+        for key in ("BOUNDARY_NUM_BITS", "RESIDUAL_NUM_BITS"):
+            if not MIN_BITS <= quant[key] <= MAX_BITS:
+                raise ValueError(f"MODEL.QUANT.{key} must be from {MIN_BITS} to {MAX_BITS}, got {quant[key]}")
         rules = []
         for index, entry in enumerate(quant.RULES):
             name = f"MODEL.QUANT.RULES[{index}]"

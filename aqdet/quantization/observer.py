@@ -101,7 +101,8 @@ def check_method(method: str) -> None:
         ValueError: listing the valid ones.
     """
     if method not in CALIBRATION_METHODS:
-        raise ValueError(f"calibration METHOD must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}")
+        valid = ", ".join(CALIBRATION_METHODS)
+        raise ValueError(f"MODEL.QUANT.CALIBRATION.METHOD must be one of {valid}, got {method!r}")
 
 
 def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method: str) -> Tensor:

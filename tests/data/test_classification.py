@@ -160,3 +160,17 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     register_declared(cfg_of(write_image_folder(tmp_path / "d", "folder_d")))
     assert len(DatasetCatalog.get("folder_d")) == 6 and "left out" not in caplog.text
+
+
+def test_data_of_the_other_kind_of_model_is_refused(tmp_path):
+    entry = write_image_folder(tmp_path / "k", "folder_k")
+    cfg = cfg_of(entry)
+    register_declared(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "QuantRetinaNet"
+    with pytest.raises(ValueError, match="folder_k has image folders, but .* QuantRetinaNet needs boxes"):
+        check_num_classes(cfg)
+    cfg = make_cfg(*CLASSIFIER)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("aqdet_shapes_train",), ()
+    register_declared(cfg)
+    with pytest.raises(ValueError, match="aqdet_shapes_train has boxes, but .* QuantClassifier needs image folders"):
+        check_num_classes(cfg)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from detectron2.modeling import build_backbone
 from helpers import make_cfg
 
-from aqdet.engine import check_names, fit_to_machine
+from aqdet.engine import check_config, fit_to_machine
 from aqdet.engine.checks import NORMS
+from aqdet.modeling.backbone import feature_names
 
 
 def test_what_the_machine_lacks_is_replaced_and_said(monkeypatch, caplog):
@@ -36,10 +38,59 @@ def test_what_the_machine_lacks_is_replaced_and_said(monkeypatch, caplog):
 )
 def test_wrong_names_list_the_valid_ones(key, value, valid):
     with pytest.raises(ValueError) as error:
-        check_names(make_cfg(key, value))
+        check_config(make_cfg(key, value))
     message = str(error.value)
     assert message.startswith(f"{key} must be") and valid in message and message.endswith(f"got {value!r}")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("MODEL.RESNETS.OUT_FEATURES", "['res3','res9']", "must be of stem, res2, res3, res4, res5"),
+        ("MODEL.RESNETS.OUT_FEATURES", "[]", "must be of stem, res2"),
+        ("MODEL.FPN.IN_FEATURES", "['res2','res3','res4']", "stages of MODEL.RESNETS.OUT_FEATURES ['res3', 'res4'"),
+        ("MODEL.FPN.IN_FEATURES", "['res3','res5']", "consecutive"),
+        ("MODEL.FPN.IN_FEATURES", "[]", "consecutive"),
+        ("MODEL.RETINANET.IN_FEATURES", "['p2','p3']", "must be of p3, p4, p5, p6, p7, which build_quant_retinanet_"),
+        ("MODEL.RETINANET.IN_FEATURES", "[]", "must be of p3"),
+        ("MODEL.RETINANET.NUM_CONVS", "0", "at least 1"),
+        ("MODEL.RETINANET.PRIOR_PROB", "0.0", "between 0 and 1"),
+        ("MODEL.FCOS.PRIOR_PROB", "1.0", "between 0 and 1"),
+        ("MODEL.FCOS.NUM_CONVS", "0", "at least 1"),
+        ("MODEL.CLASSIFIER.NUM_CLASSES", "-1", "must not be negative"),
+        ("MODEL.RETINANET.NUM_CLASSES", "-1", "must not be negative"),
+        ("MODEL.QUANT.SCALE_LR_FACTOR", "-1.0", "must not be negative"),
+        ("MODEL.QUANT.PACT_ALPHA_DECAY", "-1.0", "must not be negative"),
+    ],
+)
+def test_values_that_no_model_can_be_built_or_trained_with_are_refused_by_their_key(key, value, named):
+    with pytest.raises(ValueError) as error:
+        check_config(make_cfg(key, value))
+    message = str(error.value)
+    assert message.startswith(f"{key} must") and named in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "architecture, backbone, named",
+    [
+        ("QuantClassifier", "build_quant_retinanet_resnet_fpn_backbone", "use build_quant_classifier_backbone"),
+        ("QuantFCOS", "build_quant_classifier_backbone", "must be of res3, res4, res5, which build_quant_classifier_"),
+    ],
+)
+def test_a_backbone_of_the_other_kind_of_model_is_refused(architecture, backbone, named):
+    with pytest.raises(ValueError, match=named):
+        check_config(make_cfg("MODEL.META_ARCHITECTURE", architecture, "MODEL.BACKBONE.NAME", backbone))
+
+
+@pytest.mark.parametrize("levels", [["res2", "res3", "res4", "res5"], ["res4", "res5"]])
+def test_the_features_named_are_those_that_the_backbone_gives(levels):
+    keys = ("MODEL.RESNETS.OUT_FEATURES", str(levels), "MODEL.FPN.IN_FEATURES", str(levels))
+    for name in ("build_quant_retinanet_resnet_fpn_backbone", "build_quant_classifier_backbone"):
+        cfg = make_cfg(*keys, "MODEL.BACKBONE.NAME", name)
+        assert feature_names(cfg) == list(build_backbone(cfg).output_shape())
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    assert feature_names(cfg) is None
 
 
 @pytest.mark.parametrize("key", ["QUANT", "AUX", "EXTRA_LOSS", "DISTILL"])
@@ -47,12 +98,12 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
 def test_an_architecture_that_would_ignore_our_keys_is_refused(key, architecture):
     cfg = make_cfg("MODEL.META_ARCHITECTURE", architecture, f"MODEL.{key}.ENABLED", "True")
     with pytest.raises(ValueError, match=f"MODEL.{key}.ENABLED.*{architecture}.*use one of .*QuantRetinaNet") as error:
-        check_names(cfg)
+        check_config(cfg)
     assert "\n" not in str(error.value)
     cfg.MODEL[key].ENABLED = False
-    check_names(cfg)
+    check_config(cfg)
 
 
 @pytest.mark.parametrize("norm", ["", *NORMS])
 def test_every_listed_norm_is_one(norm):
-    check_names(make_cfg("MODEL.FPN.NORM", norm))
+    check_config(make_cfg("MODEL.FPN.NORM", norm))

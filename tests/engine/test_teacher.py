@@ -5,7 +5,7 @@ import torch
 from helpers import AUX, CLASSIFIER, QUANT, make_cfg, make_model
 from tiny_data import train_cfg, write_dataset
 
-from aqdet.engine import Trainer, check_names
+from aqdet.engine import Trainer, check_config
 from aqdet.engine.oscillation import _layers
 from aqdet.engine.teacher import build_distillation
 
@@ -94,7 +94,7 @@ def test_the_teacher_is_the_detector_in_float_with_nothing_beside_it(weights):
 @pytest.mark.parametrize("key", ["EXTRA_LOSS", "DISTILL"])
 def test_a_classifier_has_neither(key):
     with pytest.raises(ValueError, match=f"MODEL.{key}.ENABLED is True, which .*'QuantClassifier'.*QuantRetinaNet"):
-        check_names(make_cfg(*CLASSIFIER, f"MODEL.{key}.ENABLED", "True"))
+        check_config(make_cfg(*CLASSIFIER, f"MODEL.{key}.ENABLED", "True"))
 
 
 def test_oscillations_of_the_extra_head_are_not_the_detectors():

@@ -175,7 +175,9 @@ def test_all_of_it_is_off_by_default(entry, tmp_path):
     assert not any(isinstance(hook, (*NEW, PreciseBN)) for hook in hooks)
 
 
-def test_frozen_bn_in_a_run(entry, float_weights, tmp_path):
+def test_frozen_bn_in_a_run(entry, float_weights, tmp_path, caplog):
+    Trainer(train_cfg(entry, tmp_path, *OFF, "SOLVER.FREEZE_BN_ITER", "3", max_iter=3))
+    assert "SOLVER.FREEZE_BN_ITER 3 is not before SOLVER.MAX_ITER 3: BN never freezes" in caplog.text
     overrides = ("MODEL.WEIGHTS", float_weights, "SOLVER.FREEZE_BN_ITER", "1", "MODEL.AUX.ENABLED", "False")
     trainer = Trainer(train_cfg(entry, tmp_path, *OFF, *overrides, max_iter=3))
     notes = Notes()

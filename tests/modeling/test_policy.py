@@ -112,13 +112,18 @@ def test_a_value_of_another_type_is_refused_rather_than_taken_as_true(overrides,
         ),
         ("WEIGHT.NUM_BITS", "1", "integer from 2 to 8, got 1"),
         ("INPUT.NUM_BITS", "32", "integer from 2 to 8, got 32"),
-        ("BOUNDARY_NUM_BITS", "9", "stem.conv1: NUM_BITS must be an integer from 2 to 8, got 9"),
     ],
 )
 def test_wrong_defaults_are_one_line(key, value, words):
     with pytest.raises(ValueError, match="MODEL.QUANT for layer backbone.*" + words) as error:
         build_model(make_cfg(*QUANT, f"MODEL.QUANT.{key}", value))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["BOUNDARY_NUM_BITS", "RESIDUAL_NUM_BITS"])
+def test_bits_of_the_boundary_and_the_streams_are_refused_by_their_key(key):
+    with pytest.raises(ValueError, match=f"^MODEL.QUANT.{key} must be from 2 to 8, got 9$"):
+        build_model(make_cfg(*QUANT, f"MODEL.QUANT.{key}", "9"))
 
 
 def test_a_backbone_that_is_not_ours_cannot_be_left_in_float_unnoticed():

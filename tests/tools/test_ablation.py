@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from helpers import ROOT
 
 from aqdet.config import load_config
-from aqdet.engine import check_names
+from aqdet.engine import check_config
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
         assert len(jobs) == count + len(detectors) + any("two_stage" in cell.parts for cell in cells)
         for (seed, cell), job in jobs.items():
             cfg = load_config(job.config, job.overrides)
-            check_names(cfg)
+            check_config(cfg)
             assert cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY and cfg.SEED == seed == 3
             start, parts = cell.quantizer == tool.START, cell.method.split("+")
             assert cfg.SOLVER.MAX_ITER == job.iterations == tool.LENGTHS[dataset][not start]
@@ -168,7 +168,7 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     assert len(rows) == 3
     assert "retinanet_lsq_w2a2_distill (2); retinanet_lsq_w2a2_aux_fpn (0, 1, 2)" in text
     assert "AP of the starts: retinanet 30.0" in text and "2026-01-02" in text
-    assert (tmp_path / "shapes" / "ablation_shapes.png").stat().st_size > 5000
+    assert (tmp_path / "tools" / "plots" / "ablation_shapes.png").stat().st_size > 5000
     assert "Left out" in capsys.readouterr().out
 
 
@@ -224,7 +224,7 @@ def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkey
     for quantizer in ("lsq", "pact"):
         assert f"192x192 (retinanet {quantizer})\n" in text
         assert f"--detectors retinanet --quantizers {quantizer} --taps backbone" in text
-        assert (tmp_path / "shapes" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
+        assert (tmp_path / "tools" / "plots" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
 
 
 def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_a_checkpoint_is_compared_and_plotted(tool, tmp_path, monkeypatch, capsy
     shown = capsys.readouterr().out
     assert "| all (28 layers) |" in shown and "| pyramid (8 layers) |" in shown
     assert len((tmp_path / "out" / "gradients.md").read_text().splitlines()) == 2 + 28
-    assert (tmp_path / "out" / "gradients.png").stat().st_size > 5000
+    assert (tmp_path / "tools" / "plots" / "gradients.png").stat().st_size > 5000
     assert "begin g" in (tmp_path / "RESULTS.md").read_text()
     monkeypatch.setattr(sys, "argv", [*argv, "MODEL.AUX.ENABLED", "False"])
     with pytest.raises(SystemExit, match="error: there is no loss beside the detector's own"):
