@@ -6,6 +6,10 @@ absent from evaluation and from what is shipped. It lives in ``model.auxiliary``
 
 Symbols of the paper: o_i the sum of residual block i before ReLU and quantizer, A_i its adaptor, h_i the
 aggregated full-precision feature, D what carries it to the next block.
+
+Deviation: here the operands of a sum are quantized (``RESIDUAL_NUM_BITS``, 8), as in the integer addition that is
+shipped, and o_i is the sum of the quantized ones, so that the path reads what the detector computes. The gradient
+passes these quantizers straight through, but not where an operand is clipped; the paper's sums have none.
 """
 
 from __future__ import annotations

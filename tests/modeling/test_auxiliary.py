@@ -10,7 +10,7 @@ from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, ma
 from aqdet.modeling import detached_auxiliary
 from aqdet.modeling.auxiliary import TAPS, Adaptor, Aggregation, AuxiliaryPath, strip
 from aqdet.modeling.backbone import tapped_sums
-from aqdet.quantization import set_quantization
+from aqdet.quantization import calibrate, set_quantization
 
 BATCH = make_batch()
 MAIN = ("loss_cls", "loss_box_reg")
@@ -179,6 +179,30 @@ def test_taps_are_the_sums_before_relu_and_quantizer_and_leave_no_hook():
     with pytest.raises(ZeroDivisionError), tapped_sums(trunk):
         raise ZeroDivisionError
     assert len(sums) == 9 and not any(m._forward_pre_hooks for m in trunk.modules())
+
+
+def test_with_quantizers_the_taps_are_sums_of_quantized_operands_and_gradients_pass_straight_through():
+    keys = (*QUANT, "MODEL.QUANT.RESIDUAL_NUM_BITS", "4", "MODEL.RESNETS.OUT_FEATURES", "['res5']")
+    trunk = small_resnet(*keys)
+    image = torch.randn(1, 3, 64, 64)
+    calibrate(trunk, lambda: trunk(image), method="minmax")
+    block = trunk.res3[0]
+    operands = []
+    handle = block.residual_add.register_forward_pre_hook(lambda _, inputs: operands.extend(inputs))
+    with tapped_sums(trunk) as sums:
+        trunk(image)
+    handle.remove()
+    x, y = (operand.detach().requires_grad_() for operand in operands)
+    add = block.residual_add
+    tap = sums[3]  # stem, two blocks of res2, then this one
+    assert torch.equal(tap, add.x_quantizer(x) + add.y_quantizer(y)) and not torch.allclose(tap, x + y)
+    assert len(add.x_quantizer(x).unique()) <= 16 and tap.min() < 0
+    (add(x, y) * 3).sum().backward()
+    for quantizer, operand in ((add.x_quantizer, x), (add.y_quantizer, y)):
+        levels = quantizer(operand).detach()
+        inside = (operand > levels.min()) & (operand < levels.max())
+        assert inside.sum() > 0.9 * inside.numel() and (operand.grad[inside] == 3).all()
+        assert set(operand.grad.unique().tolist()) <= {0.0, 3.0}
 
 
 @pytest.mark.parametrize("depth, width", [(18, 64), (50, 256)])
