@@ -176,7 +176,7 @@ def test_streams_and_sums_have_the_residual_bits():
             ("MODEL.FPN.TOP_BLOCK_IN_FEATURE", "p5", "MODEL.FPN.IN_FEATURES", "['res3','res4']"),
             "MODEL.FPN.IN_FEATURES must have 'res5'",
         ),
-        ((*QUANT, "MODEL.QUANT.RESIDUAL_NUM_BITS", "12"), "MODEL.QUANT.RESIDUAL for backbone.*2 to 8, got 12"),
+        ((*QUANT, "MODEL.QUANT.RESIDUAL_NUM_BITS", "12"), "MODEL.QUANT.RESIDUAL_NUM_BITS must be from 2 to 8, got 12"),
         (
             (*QUANT, "MODEL.QUANT.RESIDUAL_QUANTIZER", "lqs"),
             "MODEL.QUANT.RESIDUAL.*dorefa, lqnet, lsq, lsqplus, n2uq, pact, got 'lqs'",
