@@ -18,12 +18,12 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.sta
 def test_config_builds_plans_and_steps(path):
     cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""])
     fit_to_machine(cfg)
-    match = re.search(r"_(?:fp(?:_bn)?|(lsq|dorefa)_w(\d)a(\d))(_aux)?$", path.stem)
+    match = re.search(r"_(?:fp(?:_bn)?|(lsq|dorefa)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
     assert match, "configs are named ..._lsq_w4a4_aux"
-    method, weight_bits, input_bits, aux = match.groups()
+    method, weight_bits, input_bits, aux, distill = match.groups()
     quant = cfg.MODEL.QUANT
     assert quant.ENABLED == (method is not None) and cfg.MODEL.AUX.ENABLED == (aux is not None)
-    assert cfg.OUTPUT_DIR.endswith(path.stem)
+    assert cfg.OUTPUT_DIR.endswith(path.stem) and cfg.MODEL.DISTILL.ENABLED == (distill is not None)
     if method:
         assert (quant.WEIGHT.QUANTIZER, quant.INPUT.QUANTIZER) == (method, method)
         assert (quant.WEIGHT.NUM_BITS, quant.INPUT.NUM_BITS) == (int(weight_bits), int(input_bits))
@@ -51,6 +51,8 @@ def test_every_config_starts_from_what_another_of_the_same_model_leaves():
         folder, name = cfg.MODEL.WEIGHTS.rsplit("/", 1)
         source = by_output[folder]
         assert name == "model_final.pth" and not source.MODEL.QUANT.ENABLED
+        if cfg.MODEL.DISTILL.ENABLED:
+            assert cfg.MODEL.DISTILL.WEIGHTS == f"{folder}/model_final_stripped.pth"
         for key in ("META_ARCHITECTURE", "RESNETS", "FPN", "RETINANET", "FCOS", "CLASSIFIER"):
             assert cfg.MODEL[key] == source.MODEL[key], (path.name, key)
         if source.MODEL.AUX.ENABLED:
