@@ -1,5 +1,6 @@
 """Small detectors and batches for the tests."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -32,6 +33,14 @@ CLASSIFIER = (
     "MODEL.META_ARCHITECTURE QuantClassifier MODEL.BACKBONE.NAME build_quant_classifier_backbone "
     "MODEL.CLASSIFIER.NUM_CLASSES 3 MODEL.AUX.TAPS backbone DATALOADER.ASPECT_RATIO_GROUPING False"
 ).split()
+
+
+def load_tool(name):
+    """A program of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_cfg(*overrides, theirs=False, seed_weights=""):

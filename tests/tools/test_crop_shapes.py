@@ -1,19 +1,15 @@
-import importlib.util
 import sys
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
-from helpers import ROOT
+from helpers import load_tool
 from PIL import Image
 
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("crop_shapes", ROOT / "tools" / "crop_shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("crop_shapes")
 
 
 def test_crops_are_squares_around_the_boxes_by_class(tool, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,9 @@
-import importlib.util
 import math
 import sys
 
 import pytest
 import torch
-from helpers import AUX, QUANT, ROOT, calibrated, make_batch, make_cfg, make_model
+from helpers import AUX, QUANT, calibrated, load_tool, make_batch, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
 
 from aqdet.engine.gradients import Alignment
@@ -12,10 +11,7 @@ from aqdet.engine.gradients import Alignment
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("gradient_evidence", ROOT / "tools" / "gradient_evidence.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("gradient_evidence")
 
 
 def test_tables_by_hand(tool):

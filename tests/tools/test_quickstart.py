@@ -1,7 +1,5 @@
-import importlib.util
-
 import pytest
-from helpers import ROOT
+from helpers import load_tool
 
 from aqdet.config import load_config
 from aqdet.engine import check_config
@@ -9,10 +7,7 @@ from aqdet.engine import check_config
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "tools" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("quickstart")
 
 
 def test_three_runs_of_equal_length_from_one_start(tool, tmp_path):
