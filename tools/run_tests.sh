@@ -8,6 +8,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="$(bash tools/setup_env.sh)"
 failed=()
 
+# A full disk fails hundreds of tests, each with an error of its own: say it once, before them.
+temporary="${TMPDIR:-/tmp}"
+room="$(df -Pk "$temporary" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')"
+if [ "$room" -lt 4 ]; then
+    echo "run_tests: warning: $room GB are free in $temporary, and the tests take up to 3 there; set TMPDIR to a folder with more" >&2
+fi
+
 # check NAME COMMAND...
 check() {
     local name="$1" start="$SECONDS" verdict=passed
