@@ -335,7 +335,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
             lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
             raise ValueError(f"checkpoint {self._path!r}: {'; '.join(_distinct(lines)) or error}") from error
         self._check(incompatible, stored, scope)
-        self._start_auxiliary(stored)
+        self._start_auxiliary(stored - {key for key, *_ in incompatible.incorrect_shapes})
         return _IncompatibleKeys([], [], [])
 
     def _keep_backbone(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
@@ -396,6 +396,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
             hint = "CHECKPOINT.ALLOW_KEYS takes regexes of keys that may differ"
             if any(re.match(r"layer1\.0\.(conv1|bn1)\.", key) for key in stored):
                 hint = "a torchvision ResNet goes through tools/convert_torchvision.py first"
+            if incompatible.incorrect_shapes and len(problems) > _MAX_LISTED:
+                hint = "MODEL.WEIGHTS is of another structure: another depth, head or number of channels?"
             if stored_quantizers and not quantizer_keys:
                 hint = "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
             more = f"; and {len(problems) - _MAX_LISTED} more" * (len(problems) > _MAX_LISTED)
@@ -413,19 +415,27 @@ class AqdetCheckpointer(DetectionCheckpointer):
         has_head = any(key.startswith("head.") for key in stored)
         if path is None:
             return
-        keys = {f"{PREFIX}{key}" for key in path.state_dict() if not key.endswith("num_batches_tracked")}
-        if keys <= stored:
+        keys = {key for key in path.state_dict() if not key.endswith("num_batches_tracked")}
+        trained = {key for key in keys if f"{PREFIX}{key}" in stored}
+        if keys == trained:
             return
         if self._aux_init != "head" or not has_head:
             logger.info("The auxiliary path, or what the file lacks of it, starts at random")
             return
-        missing = path.initialize_from(model)
+        missing = path.initialize_from(model, trained)
         if missing:
             logger.warning(
-                "The auxiliary path starts at random: the detector has nothing like its %s (%d keys differ; is "
-                "MODEL.AUX.NORM the norm of the detector?)",
+                "The auxiliary path, or what the file lacks of it, starts at random: the detector has nothing like its "
+                "%s (%d keys differ; is MODEL.AUX.NORM the norm of the detector?)",
                 missing[0],
                 len(missing),
+            )
+        elif trained:
+            logger.warning(
+                "The auxiliary path of the file is of another MODEL.AUX.TAPS or structure: %d of its keys go on as "
+                "they are, the rest (%s, ...) starts from the detector's own layers",
+                len(trained),
+                min(keys - trained),
             )
         else:
             logger.info("The auxiliary path starts from the detector's own layers")

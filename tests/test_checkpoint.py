@@ -12,6 +12,7 @@ from helpers import AUX, QUANT, calibrated, make_batch, make_model
 
 from aqdet.checkpoint import AqdetCheckpointer, load_pickled_arrays
 from aqdet.modeling import strip
+from aqdet.modeling.auxiliary import EARLY_SHARE
 from aqdet.quantization import quantizers
 
 
@@ -355,13 +356,41 @@ def test_auxiliary_head_with_another_norm_starts_at_random(tmp_path, caplog):
     assert "starts at random: the detector has nothing like its head." in caplog.text
 
 
-def test_a_file_with_another_path_starts_the_path_from_the_head(tmp_path, whole_state, caplog):
-    caplog.set_level(logging.INFO, "aqdet")
-    path = write(tmp_path / "a.pth", {"model": whole_state})
-    model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", "both")
-    load(model, path, aux_init="head")
-    assert model.auxiliary.needs_alignment and "starts from the detector's own layers" in caplog.text
-    assert torch.equal(model.auxiliary.head.bbox_pred.weight, whole_state["head.bbox_pred.weight"])
+def test_what_is_trained_of_a_path_with_other_taps_goes_on_and_the_rest_starts(tmp_path, caplog):
+    for ours, theirs in (("both", "fpn"), ("both", "backbone"), ("backbone", "both"), ("fpn", "backbone")):
+        trained = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", theirs, seed=3)
+        for parameter in trained.auxiliary.parameters():
+            torch.nn.init.normal_(parameter)
+        state = trained.state_dict()
+        path = write(tmp_path / "a.pth", {"model": state})
+        model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", ours)
+        caplog.clear()
+        load(model, path, aux_init="head")
+        loaded = {key: value for key, value in model.state_dict().items() if key.startswith("auxiliary.")}
+        shared = loaded.keys() & state.keys()
+        assert shared and all(torch.equal(loaded[key], state[key]) for key in shared)
+        aligning = {name for name, module in model.named_modules() if getattr(module, "needs_alignment", False)}
+        adaptors = {key.removesuffix(".conv.weight") for key in loaded if key.endswith("conv.weight")}
+        new = {name for name in adaptors if f"{name}.conv.weight" not in state}
+        assert aligning - {"auxiliary"} == new
+        if not new:
+            assert ours == "backbone" and not caplog.text
+            continue
+        count = sum(not key.endswith("num_batches_tracked") for key in shared)
+        assert f"of another MODEL.AUX.TAPS or structure: {count} of its keys go on as they are" in caplog.text
+        if ours == "both" and theirs == "fpn":  # a copy of the detector's, at the share that its adaptor asks for
+            key = "bottom_up.res4.0.shortcut.norm.weight"
+            torch.testing.assert_close(loaded[f"auxiliary.trunk.{key}"], EARLY_SHARE * state[f"backbone.{key}"])
+            key = "fpn_output4.weight"
+            assert torch.equal(loaded[f"auxiliary.trunk.{key}"], state[f"backbone.{key}"])
+
+
+def test_a_path_of_other_shapes_starts_from_the_detector(tmp_path, whole_state):
+    changed = {**whole_state, "auxiliary.adaptors.0.conv.weight": torch.ones(2, 2, 1, 1)}
+    path = write(tmp_path / "a.pth", {"model": changed})
+    model = make_model(*QUANT, *AUX)
+    load(model, path, aux_init="head", allow_keys=["auxiliary"])
+    assert [adaptor.needs_alignment for adaptor in model.auxiliary.adaptors] == [True] + [False] * 4
 
 
 # --- writing ---

@@ -18,10 +18,11 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
-from ..modeling.auxiliary import detached_auxiliary
+from ..modeling.auxiliary import Adaptor, detached_auxiliary
 from ..quantization import calibrate, quantizers
+from ..quantization.calibration import run_on_all_ranks
 from ..quantization.observer import check_method
-from .state import broadcast_from_main
+from .state import average_over_processes, broadcast_from_main
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class CalibrationHook(HookBase):
 
     The model runs in training mode, so that the ranges are those of the batch statistics that training sees,
     and everything but the quantizers is restored afterwards. Adaptors of an auxiliary path whose head is a
-    copy of the detector's are aligned by the same batches. Where nothing is pending, as after a resume,
-    nothing happens.
+    copy of the detector's are aligned by the same batches, and averaged over processes. Where nothing is pending,
+    as after a resume, nothing happens.
 
     Args:
         build_loader: makes a data loader of its own, so that training sees the data it would have seen.
@@ -84,7 +85,7 @@ class CalibrationHook(HookBase):
         """Runs once."""
         model = self.trainer.model
         states = [q.is_calibrated or not q.enabled for _, q in quantizers(model)]
-        aligning = any(getattr(module, "needs_alignment", False) for module in model.modules())
+        aligning = [module for module in model.modules() if isinstance(module, Adaptor) and module.needs_alignment]
         if all(states) and not aligning:
             if states:
                 logger.info("All %d quantizers are calibrated already", len(states))
@@ -96,9 +97,10 @@ class CalibrationHook(HookBase):
 
         with torch.no_grad(), EventStorage(0), leaving_no_trace(model):
             if all(states):
-                run()
+                run_on_all_ranks(run)
             else:
                 calibrate(model, run, method=self._method)
+            average_over_processes(parameter for adaptor in aligning for parameter in adaptor.parameters())
 
 
 class StrippedEvalHook(EvalHook):

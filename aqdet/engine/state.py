@@ -17,6 +17,14 @@ def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
                 dist.broadcast(tensor, 0)
 
 
+def average_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the mean of their values of floating point tensors, in place."""
+    if comm.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= comm.get_world_size()
+
+
 def loss_normalizers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:
     """Moving averages that Detectron2's dense detectors keep in an attribute, by module."""
     return {name: float(vars(m)["loss_normalizer"]) for name, m in modules if "loss_normalizer" in vars(m)}

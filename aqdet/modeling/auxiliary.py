@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import Backbone
@@ -84,13 +83,12 @@ class Adaptor(nn.Module):
 
         By least squares; with nothing carried the adaptor then passes ``x`` unchanged. Without this a fresh norm
         would centre and scale the features, and what was copied from the detector would see something that it
-        was not trained on. Statistics are averaged over ranks.
+        was not trained on. By this process's statistics: one that fails must not leave the others waiting for
+        them. Who calibrates averages the adaptors over processes. A group norm mixes channels, and passes ``x``
+        approximately.
         """
         other = torch.zeros_like(x) if carried is None else carried
         moments = torch.stack([t.mean(dim=(0, 2, 3)) for t in (x, x.square(), other, x * other)])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(moments)
-            moments /= dist.get_world_size()
         mean, square, other_mean, product = moments
         variance = (square - mean.square()).clamp(min=0)
         covariance = product - mean * other_mean
@@ -174,7 +172,7 @@ class Aggregation(Backbone):
         """:func:`aqdet.modeling.backbone.tapped_sums` to ``{"res3": (N, C, H / 8, W / 8), ...}``."""
         stem, *rest = sums
         x = self.stem(stem)
-        outputs = {}
+        outputs = {"stem": x}
         for name in self._stages:
             stage = cast(nn.ModuleList, getattr(self, name))
             for block in stage:
@@ -255,10 +253,7 @@ class AuxiliaryPath(nn.Module):
     @property
     def needs_alignment(self) -> bool:
         """Whether adaptors wait for a calibration batch."""
-        return any(adaptor.needs_alignment for adaptor in self._all_adaptors())
-
-    def _all_adaptors(self) -> Iterator[Adaptor]:
-        return (module for module in self.modules() if isinstance(module, Adaptor))
+        return any(module.needs_alignment for module in self.modules() if isinstance(module, Adaptor))
 
     def weight_at(self, iteration: int) -> float:
         """Factor of the losses at an iteration, by the schedule."""
@@ -269,7 +264,7 @@ class AuxiliaryPath(nn.Module):
             return self.loss_weight * 0.5 * (1 + math.cos(math.pi * progress))
         return self.loss_weight
 
-    def initialize_from(self, model: nn.Module) -> list[str]:
+    def initialize_from(self, model: nn.Module, trained: Set[str] = frozenset()) -> list[str]:
         """Starts the path from a trained model: head, pyramid and the projections ``D`` as copies of its own.
 
         Quantizer state is left out. The adaptors align themselves at the next calibration, one after the other,
@@ -277,6 +272,7 @@ class AuxiliaryPath(nn.Module):
 
         Args:
             model: with ``backbone`` and ``head`` of the structure of this path's.
+            trained: keys of this path's state dict that stay as they are, as of a path with other taps.
 
         Returns:
             The keys that the model has no counterpart for. If there are any, nothing is changed.
@@ -285,7 +281,7 @@ class AuxiliaryPath(nn.Module):
         state = model.state_dict()
         copies, missing = {}, []
         for key, value in self.state_dict().items():
-            if key.startswith(tuple(adaptors)):
+            if key.startswith(tuple(adaptors)) or key in trained:
                 continue
             theirs = state.get(key.replace("trunk.", "backbone.", 1) if key.startswith("trunk.") else key)
             if theirs is not None and theirs.shape == value.shape:
@@ -294,11 +290,11 @@ class AuxiliaryPath(nn.Module):
                 missing.append(key)
         if not missing:
             self.load_state_dict(copies, strict=False)
-            for module in self.modules():
-                if isinstance(module, AggregationBlock):
+            for name, module in self.named_modules():
+                if isinstance(module, AggregationBlock) and f"{name}.shortcut.weight" not in trained:
                     module.scale_shortcut()
-            for adaptor in self._all_adaptors():
-                adaptor.needs_alignment = True
+                elif isinstance(module, Adaptor) and f"{name}.conv.weight" not in trained:
+                    module.needs_alignment = True
         return missing
 
 

@@ -41,7 +41,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
         quantizer.start_observing()
     shares = {}
     try:
-        _run_on_all_ranks(run)
+        run_on_all_ranks(run)
         for name, quantizer in pending.items():
             shares[name] = quantizer.finish_calibration(method)
     finally:
@@ -58,7 +58,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
     return shares
 
 
-def _run_on_all_ranks(run: Callable[[], object]) -> None:
+def run_on_all_ranks(run: Callable[[], object]) -> None:
     """Runs; a failure on one rank is raised on all, which would otherwise wait for its statistics."""
     if not (dist.is_available() and dist.is_initialized()):
         run()

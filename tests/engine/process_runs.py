@@ -3,6 +3,7 @@
 As in kill_runs, everything is imported once and forked. Prints a JSON report as its last line.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -27,13 +29,17 @@ from tiny_data import train_cfg, write_dataset  # noqa: E402
 
 from aqdet.checkpoint import AqdetCheckpointer  # noqa: E402
 from aqdet.engine import Trainer  # noqa: E402
+from aqdet.engine.hooks import CalibrationHook  # noqa: E402
 from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
 from aqdet.engine.trainer import distribute, unwrap  # noqa: E402
+from aqdet.modeling.distillation import Distillation  # noqa: E402
 from aqdet.quantization import calibrate, quantizers  # noqa: E402
 
 DETECTOR = ("MODEL.QUANT.ENABLED", "True", "MODEL.AUX.ENABLED", "True", "MODEL.FPN.RELU", "True")
 FROZEN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "FrozenBN")
 FROZEN += ("MODEL.AUX.NORM", "FrozenBN")
+WHOLE = ("MODEL.AUX.TAPS", "both", "MODEL.EXTRA_LOSS.ENABLED", "True", "MODEL.QUANT.INPUT.QUANTIZER", "lsqplus")
+WHOLE += ("MODEL.FPN.RELU", "False", "MODEL.QUANT.RULES", '[["res4|bbox_subnet", {"INPUT.QUANTIZER": "n2uq"}]]')
 
 
 def fork(run, *arguments):
@@ -72,9 +78,12 @@ def write(path, data):
     os.replace(f"{path}.part", path)
 
 
-def gradients(folder):
+def gradients(folder, *overrides):
     """Two iterations' losses and gradients on this process's share of four images, the ranges calibrated on it."""
-    model = make_model(*DETECTOR, *FROZEN)
+    model = make_model(*DETECTOR, *FROZEN, *overrides)
+    if overrides:
+        teacher = make_model(*FROZEN, seed=1)
+        model.distillation = Distillation(teacher, feature_weight=0.0, logit_weight=1.0)
     share = make_batch(4)[comm.get_rank() :: comm.get_world_size()]
     calibrated(model, share)
     del model.loss_normalizer  # as calibration by the hook does
@@ -86,24 +95,49 @@ def gradients(folder):
         sum(losses.values()).backward()
     result = {
         "gradients": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
-        "scales": {name: q.grid().scale.detach() for name, q in quantizers(model)},
+        "scales": {name: grid.scale.detach() for name, q in quantizers(model) if (grid := q.grid()) is not None},
         "normalizer": model.loss_normalizer,
     }
     write(folder / f"rank{comm.get_rank()}.pth", result)
 
 
+def whole_gradients(folder):
+    """With everything that training can add to the losses."""
+    gradients(folder, *WHOLE)
+
+
 def failing_calibration(folder):
-    """Rank 1 cannot read its data."""
-    model = make_model(*DETECTOR)
+    """Rank 1 cannot read its data, while rank 0 aligns the auxiliary path."""
+    model = make_model(*DETECTOR, *WHOLE)
+    model.auxiliary.initialize_from(model)
 
     def run():
         if comm.get_rank() == 1:
             raise ValueError("no such image")
+        with torch.no_grad(), EventStorage(0):
+            model(make_batch(2))
 
     try:
         calibrate(model, run, method="minmax")
     except (ValueError, RuntimeError) as error:
         (folder / f"rank{comm.get_rank()}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def align(model, batch):
+    """The parameters of the adaptors, and their average over processes as the hook has it."""
+    model.auxiliary.initialize_from(model)
+    alone = copy.deepcopy(model)
+    calibrated(alone, batch)
+    hook = CalibrationHook(lambda: [batch], 1, "minmax")
+    hook.trainer = SimpleNamespace(model=model)
+    hook.before_train()
+    return {"own": dict(alone.auxiliary.named_parameters()), "average": dict(model.auxiliary.named_parameters())}
+
+
+def aligning(folder):
+    """Each process aligns to its own images."""
+    found = align(make_model(*DETECTOR, *WHOLE), make_batch(4)[2 * comm.get_rank() :][:2])
+    write(folder / f"rank{comm.get_rank()}.pth", found)
 
 
 class KillOnce(HookBase):
@@ -206,27 +240,46 @@ def starting(cfg):
     (Path(cfg.OUTPUT_DIR) / "start.txt").write_text(str(trainer.start_iter))
 
 
-def main(folder):
-    torch.set_num_threads(1)
-    report = {}
-    statuses, _ = together(folder / "two", gradients)
+def compare(folder, run):
+    """Two processes against one."""
+    folder.mkdir()
+    statuses, _ = together(folder / "two", run)
     single = folder / "one"
     single.mkdir()
-    os.waitpid(fork(gradients, single), 0)
+    os.waitpid(fork(run, single), 0)
     one = torch.load(single / "rank0.pth")
     two = [torch.load(folder / "two" / f"rank{rank}.pth") for rank in range(2)]
-    report["statuses"] = statuses
-    report["parameters"] = len(one["gradients"])
-    # The gradient of a scale is a sum that cancels, typically 1e-6 here: where next to nothing is left of it, its
-    # rounding is that of the summands.
-    report["gradient_error"] = max(
-        ((g - r["gradients"][name]).abs().max() / g.abs().max().clamp(min=1e-7)).item()
-        for r in two
-        for name, g in one["gradients"].items()
-    )
-    report["zero_gradients"] = [name for name, g in one["gradients"].items() if not g.any()]
-    report["scales"] = all(torch.equal(s, r["scales"][name]) for r in two for name, s in one["scales"].items())
-    report["normalizers"] = [r["normalizer"] for r in (one, *two)]
+    return {
+        "statuses": statuses,
+        "names": list(one["gradients"]),
+        # The gradient of a scale is a sum that cancels, typically 1e-6 here: where next to nothing is left of it, its
+        # rounding is that of the summands.
+        "gradient_error": max(
+            ((g - r["gradients"][name]).abs().max() / g.abs().max().clamp(min=1e-7)).item()
+            for r in two
+            for name, g in one["gradients"].items()
+        ),
+        "zero_gradients": [name for name, g in one["gradients"].items() if not g.any()],
+        "scales": all(torch.equal(s, r["scales"][name]) for r in two for name, s in one["scales"].items()),
+        "normalizers": [r["normalizer"] for r in (one, *two)],
+    }
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    report = {run.__name__: compare(folder / run.__name__, run) for run in (gradients, whole_gradients)}
+    statuses, _ = together(folder / "aligning", aligning)
+    ranks = [torch.load(folder / "aligning" / f"rank{rank}.pth") for rank in range(2)]
+    moved = [key for key in ranks[0]["own"] if not torch.equal(ranks[0]["own"][key], ranks[1]["own"][key])]
+    report["aligning"] = {
+        "statuses": statuses,
+        "moved": moved,
+        "agree": all(torch.equal(ranks[0]["average"][key], ranks[1]["average"][key]) for key in ranks[0]["average"]),
+        "error": max(
+            ((ranks[0]["own"][key] + ranks[1]["own"][key]) / 2 - ranks[0]["average"][key]).abs().max().item()
+            for key in moved
+        ),
+    }
 
     statuses, seconds = together(folder / "failing", failing_calibration)
     texts = [(folder / "failing" / f"rank{rank}.txt").read_text() for rank in range(2)]

@@ -138,6 +138,14 @@ def test_shares_are_logged_by_layer_every_twenty_iterations():
     assert set(values) == {"oscillation/0", "oscillation/all", "flips/0", "flips/all"}
     assert values["oscillation/0"] == values["oscillation/all"] == 0.5
     assert 0.45 < values["flips/0"] <= 0.52
+    # The last steps, fewer than twenty, are a window of their own: every other weight of them flips in each step.
+    for hook.trainer.iter in range(20, 25):
+        push(model, hook.trainer.iter)
+        hook.after_step()
+    hook.trainer.iter = hook.trainer.max_iter - 1
+    push(model, 25)
+    hook.after_step()
+    assert hook.trainer.storage.latest()["flips/0"][0] == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_history_is_in_the_state_and_goes_on_from_it():

@@ -21,14 +21,26 @@ def report(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_half_the_batch_each_gives_the_gradients_of_the_whole(report):
-    # Quantized, with the auxiliary path, whose parameters DDP would miss if they were not used.
-    assert report["statuses"] == [0, 0] and report["parameters"] > 100
-    assert report["scales"]
-    assert report["normalizers"] == pytest.approx([report["normalizers"][0]] * 3)
-    assert report["gradient_error"] < 1e-5
+@pytest.mark.parametrize("run", ["gradients", "whole_gradients"])
+def test_half_the_batch_each_gives_the_gradients_of_the_whole(report, run):
+    # Quantized, with the auxiliary path, whose parameters DDP would miss if they were not used; as a whole with both
+    # taps, the extra head, distillation, learned offsets and thresholds.
+    found = report[run]
+    parts = {"gradients": (), "whole_gradients": ("auxiliary.trunk.", "extra_head.", ".offset", ".intervals")}[run]
+    assert found["statuses"] == [0, 0] and len(found["names"]) > 100
+    assert all(any(part in name for name in found["names"]) for part in parts)
+    assert found["scales"]
+    assert found["normalizers"] == pytest.approx([found["normalizers"][0]] * 3)
+    assert found["gradient_error"] < 1e-5
     # Only PACT's alphas that clip nothing.
-    assert all(name.endswith("quantizer.alpha") for name in report["zero_gradients"])
+    assert all(name.endswith("quantizer.alpha") for name in found["zero_gradients"])
+
+
+def test_adaptors_are_averaged_over_processes(report):
+    aligning = report["aligning"]
+    assert aligning["statuses"] == [0, 0] and len(aligning["moved"]) > 20
+    assert all(".conv.norm." in name for name in aligning["moved"])
+    assert aligning["agree"] and aligning["error"] < 1e-5
 
 
 def test_a_failing_calibration_stops_all_processes_with_the_reason(report):

@@ -208,7 +208,7 @@ def test_with_quantizers_the_taps_are_sums_of_quantized_operands_and_gradients_p
 @pytest.mark.parametrize("depth, width", [(18, 64), (50, 256)])
 def test_aggregation_is_the_papers_formula(depth, width):
     names = ("MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.RES2_OUT_CHANNELS", str(width))
-    trunk = small_resnet(*names, "MODEL.RESNETS.OUT_FEATURES", "['res3','res5']")
+    trunk = small_resnet(*names, "MODEL.RESNETS.OUT_FEATURES", "['stem','res3','res5']")
     path = Aggregation(trunk, norm="BN").eval()
     trunk.eval()
     for parameter in path.parameters():
@@ -224,7 +224,8 @@ def test_aggregation_is_the_papers_formula(depth, width):
         y = torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], x[:, :, ::stride, ::stride])
         return y / math.sqrt(1 + 1e-5) * norm[0].view(1, -1, 1, 1) + norm[1].view(1, -1, 1, 1)  # fresh statistics
 
-    h, outputs, tap = conv("stem.conv", sums[0]).relu(), {}, 1
+    h, tap = conv("stem.conv", sums[0]).relu(), 1
+    outputs = {"stem": h}
     for stage, blocks in zip(("res2", "res3", "res4", "res5"), {18: (2,) * 4, 50: (3, 4, 6, 3)}[depth], strict=True):
         for block in range(blocks):
             if block == 0 and not (depth == 18 and stage == "res2"):
@@ -232,7 +233,7 @@ def test_aggregation_is_the_papers_formula(depth, width):
             h = (h + conv(f"{stage}.{block}.adaptor.conv", sums[tap])).relu()
             tap += 1
         outputs[stage] = h
-    assert list(ours) == ["res3", "res5"] and tap == len(sums)
+    assert list(ours) == ["stem", "res3", "res5"] and tap == len(sums)
     for name, value in ours.items():
         torch.testing.assert_close(value, outputs[name], rtol=1e-4, atol=1e-5)
     shapes = trunk.output_shape()
@@ -267,6 +268,23 @@ def test_a_constant_channel_beside_something_carried_gets_no_gain_of_its_own(nor
         got = adaptor.eval().conv(x + 0.01)
     assert got.abs().max() < 20
     torch.testing.assert_close(adaptor.train().conv(x).mean(), (x - carried).mean(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_channel_that_varies_by_rounding_alone_is_constant():
+    generator = torch.Generator().manual_seed(4)
+    where = torch.rand(4, 1, 16, 16, generator=generator) < 0.5
+    carried = torch.randn(4, 1, 16, 16, generator=generator) + 1
+    for level in torch.linspace(1.1, 1.9, 50):
+        x = torch.where(where, torch.nextafter(level, torch.tensor(2.0)), level)
+        if x.square().mean() > x.mean().square():  # the moments say that it varies
+            break
+    gains = []
+    for values in (x, x * torch.linspace(0.9, 1.1, 16)):
+        adaptor = Adaptor(1, "")
+        adaptor.align(values, carried)
+        gains.append(adaptor.conv.weight.item())
+    assert x.square().mean() > x.mean().square()
+    assert gains[0] == 1 and gains[1] != 1
 
 
 def test_started_from_a_detector_every_h_is_near_the_blocks_own_output():

@@ -109,6 +109,18 @@ def test_wrong_configs_are_one_line():
         assert "\n" not in str(error.value)
 
 
+def test_the_paths_loss_follows_weight_and_schedule():
+    model = calibrated(make_model(*CLASSIFIER, *QUANT, *AUX, "MODEL.AUX.LOSS_WEIGHT", "2.0"), BATCH)
+    model.auxiliary.schedule, model.auxiliary.max_iter = "linear", 10
+    full, half = (gradients(model, BATCH, ("aux_loss_cls",), iteration)[1] for iteration in (0, 5))
+    twice, once = (gradients(model, BATCH, iteration=iteration)[0]["aux_loss_cls"].item() for iteration in (0, 5))
+    assert twice == pytest.approx(2 * once, rel=1e-5)
+    model.auxiliary.loss_weight = 1.0
+    assert gradients(model, BATCH)[0]["aux_loss_cls"].item() == pytest.approx(once, rel=1e-5)
+    key = "backbone.bottom_up.res2.0.conv1.weight"
+    torch.testing.assert_close(full[key], 2 * half[key])
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Checkpoints of a trained classifier, in float and quantized, with the auxiliary path."""
