@@ -84,6 +84,26 @@ def check_config(cfg: CfgNode) -> None:
                 f"MODEL.{name}.NORM must be one of {', '.join(NORMS)} or '' for none, got {node.NORM!r}"
             ) from error
     _check_features(cfg, architecture)
+    _check_group_norm(cfg, architecture)
+    if issubclass(architecture, QuantClassifier):
+        if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+            raise ValueError(
+                "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler counts classes of boxes, which image folders do "
+                "not have: use TrainingSampler"
+            )
+        if cfg.INPUT.CROP.ENABLED:
+            logger.warning("INPUT.CROP is for boxes, and left out: INPUT.CLASSIFIER says how images are cropped")
+
+
+def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
+    """The pyramid, the head and the auxiliary head have the pyramid's channels."""
+    nodes = ["FPN", *([architecture.node, "AUX"] if issubclass(architecture, LowPrecisionDense) else [])]
+    for name in nodes:
+        if cfg.MODEL[name].NORM == "GN" and cfg.MODEL.FPN.OUT_CHANNELS % 32:
+            raise ValueError(
+                f"MODEL.{name}.NORM GN has 32 groups, which MODEL.FPN.OUT_CHANNELS {cfg.MODEL.FPN.OUT_CHANNELS} is no "
+                "multiple of: change one of them"
+            )
 
 
 def _check_numbers(cfg: CfgNode) -> None:
@@ -96,6 +116,11 @@ def _check_numbers(cfg: CfgNode) -> None:
     ):
         if not value >= 0:
             raise ValueError(f"MODEL.{key} must not be negative, got {value}")
+    if not model.FCOS.CENTER_SAMPLING_RADIUS > 0:
+        raise ValueError(
+            f"MODEL.FCOS.CENTER_SAMPLING_RADIUS must be above 0, got {model.FCOS.CENTER_SAMPLING_RADIUS}: no point "
+            "would be positive; a large one takes every point inside a box"
+        )
     for node in DENSE:
         if not 0 < model[node].PRIOR_PROB < 1:
             raise ValueError(f"MODEL.{node}.PRIOR_PROB must be between 0 and 1, got {model[node].PRIOR_PROB}")

@@ -12,21 +12,26 @@ from torch import Tensor, nn
 TERMS = ("FEATURE_WEIGHT", "LOGIT_WEIGHT")
 BOXES = 1
 """Index of the box deltas among a head's predictions, which are no logits."""
+DEAD = 1e-6
+"""Mean square, relative to that of the largest level, below which a teacher's level has no size of its own."""
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """``|s - t|^2 / |t|^2``, averaged over the levels: 0-dim; 0 where they agree, 1 for a student of zeros.
 
     The hint of FitNets (1412.6550). Deviations: relative to the size of the teacher's feature, so that no level
-    and no detector needs a factor of its own, and without a regressor, since both have the same channels.
+    and no detector needs a factor of its own, and without a regressor, since both have the same channels. A level
+    that is (nearly) dead in the teacher is not blown up: its mean square counts as at least ``DEAD`` of the largest.
 
     Args:
         student, teacher: one ``(N, C, H, W)`` for each level.
     """
+    sizes = [t.float().square().sum() for t in teacher]
+    largest = torch.stack([size / t.numel() for size, t in zip(sizes, teacher, strict=True)]).amax()
     losses = []
-    for s, t in zip(student, teacher, strict=True):
-        size = t.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-        losses.append((s.float() - t.float()).square().sum() / size)
+    for s, t, size in zip(student, teacher, sizes, strict=True):
+        floor = (DEAD * t.numel() * largest).clamp(min=torch.finfo(torch.float32).tiny)
+        losses.append((s.float() - t.float()).square().sum() / torch.maximum(size, floor))
     return torch.stack(losses).mean()
 
 

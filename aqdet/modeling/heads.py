@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
@@ -39,6 +39,15 @@ def _declare_sites(head: RetinaNetHead, signed_input: bool, *predictions: nn.Con
         declare_site(layer, signed=False, role="prediction")  # behind the last ReLU of its tower
 
 
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(1, 1) if channels == 1 else get_norm("GN", channels)
+
+
+def _head_norm(norm: Any) -> Any:
+    """What Detectron2's heads take as their ``norm``: they try it with one channel, which 32 groups do not divide."""
+    return _group_norm if norm == "GN" else norm
+
+
 class QuantRetinaNetHead(RetinaNetHead):
     """Detectron2's RetinaNet head with a declared site at every convolution.
 
@@ -51,7 +60,7 @@ class QuantRetinaNetHead(RetinaNetHead):
 
     @configurable
     def __init__(self, *, signed_input: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "norm": _head_norm(kwargs.get("norm", ""))})
         _declare_sites(self, signed_input, self.cls_score, self.bbox_pred)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -82,7 +91,7 @@ class QuantFCOSHead(FCOSHead):
 
     @configurable
     def __init__(self, *, signed_input: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "norm": _head_norm(kwargs.get("norm", ""))})
         _declare_sites(self, signed_input, self.cls_score, self.bbox_pred, self.ctrness)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -58,6 +58,7 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
         ("MODEL.RETINANET.PRIOR_PROB", "0.0", "between 0 and 1"),
         ("MODEL.FCOS.PRIOR_PROB", "1.0", "between 0 and 1"),
         ("MODEL.FCOS.NUM_CONVS", "0", "at least 1"),
+        ("MODEL.FCOS.CENTER_SAMPLING_RADIUS", "0.0", "above 0"),
         ("MODEL.CLASSIFIER.NUM_CLASSES", "-1", "must not be negative"),
         ("MODEL.RETINANET.NUM_CLASSES", "-1", "must not be negative"),
         ("MODEL.QUANT.SCALE_LR_FACTOR", "-1.0", "must not be negative"),
@@ -106,4 +107,4 @@ def test_an_architecture_that_would_ignore_our_keys_is_refused(key, architecture
 
 @pytest.mark.parametrize("norm", ["", *NORMS])
 def test_every_listed_norm_is_one(norm):
-    check_config(make_cfg("MODEL.FPN.NORM", norm))
+    check_config(make_cfg("MODEL.FPN.NORM", norm, "MODEL.FPN.OUT_CHANNELS", "32"))

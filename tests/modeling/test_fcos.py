@@ -9,6 +9,7 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
 from aqdet.checkpoint import AqdetCheckpointer
+from aqdet.engine import check_config
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import detached_auxiliary, strip
 from aqdet.modeling.auxiliary import TAPS
@@ -35,6 +36,24 @@ def their_fcos():
         pixel_mean=[103.53, 116.28, 123.675],
         pixel_std=[1.0, 1.0, 1.0],
     )
+
+
+@pytest.mark.parametrize("node", ["FCOS", "RETINANET"])
+def test_group_norm_in_the_heads(node):
+    arch = FCOS[:-4] if node == "FCOS" else []
+    norm = f"MODEL.{node}.NORM"
+    wide = ("MODEL.FPN.OUT_CHANNELS", "64", norm, "GN", "MODEL.AUX.NORM", "GN")
+    assert node != "FCOS" or make_cfg(*arch).MODEL.FCOS.NORM == "GN"  # the default
+    cfg = make_cfg(*arch, *QUANT, *AUX, *wide)
+    check_config(cfg)
+    model = calibrated(build_model(cfg), BATCH)
+    for head in (model.head, model.auxiliary.head):
+        norms = [layer for layer in head.modules() if isinstance(layer, torch.nn.GroupNorm)]
+        assert [(layer.num_groups, layer.num_channels) for layer in norms] == [(32, 64)] * len(norms) and norms
+    assert all(torch.isfinite(value) for value in losses_of(model, BATCH).values())
+    for key in (norm, "MODEL.AUX.NORM"):
+        with pytest.raises(ValueError, match=f"{key} GN has 32 groups, which MODEL.FPN.OUT_CHANNELS 16 is no multiple"):
+            check_config(make_cfg(*arch, norm, "BN", key, "GN"))
 
 
 def test_names_and_off_is_off():

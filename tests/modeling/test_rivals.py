@@ -90,6 +90,10 @@ def test_the_feature_loss_by_hand():
     assert feature_loss(student, teacher).item() == pytest.approx((1 / 25 + 1) / 2)
     assert feature_loss(teacher, teacher) == 0
     assert feature_loss([torch.zeros(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)]) == 0
+    # A level that is dead in the teacher has the millionth of the largest mean square as its size: 0.1^2 / (4e-6).
+    dead = [torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 1, 3), 1e-9)]
+    off = [torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 1, 3), 0.1)]
+    assert feature_loss(off, dead).item() == pytest.approx(0.01 / 4e-6 / 2, rel=1e-4)
 
 
 def test_the_logit_loss_is_the_sum_of_divergences_and_its_gradient_the_difference():

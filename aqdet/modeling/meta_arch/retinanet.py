@@ -34,5 +34,9 @@ class QuantRetinaNet(LowPrecisionDense, RetinaNet):
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.
         """
-        arguments = super().from_config(cfg)
+        theirs = cfg.clone()
+        if cfg.MODEL.RETINANET.NORM == "GN":  # which the head that is built here, and replaced, does not take
+            theirs.defrost()
+            theirs.MODEL.RETINANET.NORM = ""
+        arguments = super().from_config(theirs)
         return {**arguments, **cls.build_heads(cfg, arguments["backbone"])}
