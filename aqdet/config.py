@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -215,11 +217,30 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         except (KeyError, AssertionError, ValueError) as error:
-            raise ValueError(f"{path}: {error.args[0] if error.args else error}") from error
+            raise ValueError(f"{path}: {_explained(cfg, error)}") from error
     if len(overrides) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
     try:
         cfg.merge_from_list(list(overrides))
     except (KeyError, AssertionError, ValueError) as error:
-        raise ValueError(f"override: {error.args[0] if error.args else error}") from error
+        raise ValueError(f"override: {_explained(cfg, error)}") from error
     return cfg
+
+
+def _explained(cfg: CfgNode, error: Exception) -> str:
+    """What yacs says of a key, and the way out where it does not say it."""
+    text = str(error.args[0] if error.args else error)
+    key = re.search(r"Non-existent (?:config )?key: ([\w.]+)", text)
+    if key is not None:
+        close = difflib.get_close_matches(key[1], list(_keys(cfg)), 3)
+        return text + (f"; did you mean {' or '.join(close)}?" if close else "")
+    if "<class 'float'> vs. <class 'int'>" in text:
+        return f"{' '.join(text.split())}; write the number with a decimal point, as 2.0"
+    return text
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -61,6 +61,8 @@ def image_folders(
         classes = tuple(sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir()))
         if not classes:
             raise ValueError(f"{where}.root: {root!r} has no folders, it must have one for each class")
+        if len(classes) == 1:
+            logger.warning("%s.root: %r has one class, %r: any classifier is right", where, root, classes[0])
         yield Declaration(name, IMAGE_FOLDER, root, root, classes=classes)
 
 

@@ -150,6 +150,9 @@ class FreezeBNHook(HookBase):
         named = getattr(model, "module", model).named_modules()
         norms = [m for name, m in named if isinstance(m, _BatchNorm) and not name.startswith(TRAINING_ONLY)]
         if self.trainer.iter == self._iteration:
+            if not norms:
+                logger.warning("SOLVER.FREEZE_BN_ITER: the detector has no BN to freeze")
+                return
             logger.info("BN statistics are frozen from iteration %d on", self._iteration)
             broadcast_from_main(buffer for norm in norms for buffer in norm.buffers())
         for norm in norms:

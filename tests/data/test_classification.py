@@ -39,6 +39,19 @@ def test_classes_are_the_folders_and_other_files_are_counted(tmp_path, caplog):
     assert grey["image"].shape == (3, 32, 32)
 
 
+def test_one_class_is_said(tmp_path, caplog):
+    for name in ("cross", "disc"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "a" / name / "grey.png")
+    entry = {"name": "folder_one", "root": str(tmp_path / "a")}
+    register_declared(cfg_of(entry))
+    assert "has one class" not in caplog.text
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "cross").rename(tmp_path / "b" / "cross")
+    register_declared(cfg_of({"name": "folder_one_b", "root": str(tmp_path / "b")}))
+    assert "has one class, 'cross': any classifier is right" in caplog.text
+
+
 def test_wrong_entries_are_one_line(tmp_path):
     entry = write_image_folder(tmp_path / "b", "folder_b")
     (tmp_path / "empty").mkdir()

@@ -151,6 +151,13 @@ def test_all_processes_freeze_the_statistics_of_the_main_one(monkeypatch):
     assert (model[0].running_mean == 7).all() and (model[0].running_var == 7).all() and (model[0].weight == 1).all()
 
 
+def test_a_detector_without_bn_has_nothing_to_freeze(caplog):
+    hook = FreezeBNHook(0)
+    hook.trainer = StandIn(nn.Sequential(nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1)), 0)
+    hook.before_step()
+    assert "SOLVER.FREEZE_BN_ITER: the detector has no BN to freeze" in caplog.text
+
+
 def test_wrong_values_name_their_key():
     with pytest.raises(ValueError, match="SOLVER.FREEZE_BN_ITER must be -1 for never, .* got -2"):
         FreezeBNHook(-2)

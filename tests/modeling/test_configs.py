@@ -71,6 +71,10 @@ def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
 
     check("SEED: !!python/object/apply:eval ['1+1']", [], "c.yaml: refused, .*object tag")
     check("NO_SUCH: 1", [], "c.yaml: Non-existent config key: NO_SUCH")
+    check("MODEL: {AUX: {TAP: both}}", [], r"Non-existent config key: MODEL.AUX.TAP; did you mean MODEL.AUX.TAPS or")
+    check("SEED: 1", ["MODEL.AUX.TAP", "both"], r"Non-existent key: MODEL.AUX.TAP; did you mean MODEL.AUX.TAPS or")
+    check("MODEL: {AUX: {LOSS_WEIGHT: 2}}", [], "MODEL.AUX.LOSS_WEIGHT; write the number with a decimal point, as 2.0")
+    check("SEED: 1", ["SOLVER.EMA_DECAY", "1"], "SOLVER.EMA_DECAY; write the number with a decimal point, as 2.0")
     check("SEED: [", [], "not valid YAML")
     check("SEED: 1", ["MODEL.QUANT.BITS", "4"], "override: Non-existent key: MODEL.QUANT.BITS")
     check("SEED: 1", ["MODEL.QUANT.ENABLED", "7"], "override: .*MODEL|override: Type mismatch")
