@@ -28,7 +28,7 @@ import torch
 
 from aqdet.config import load_config
 from aqdet.data.checked import write_aside
-from aqdet.engine.experiment import DONE, Job, markdown_table, mean_and_spread, run_jobs, write_section
+from aqdet.engine.experiment import DONE, Job, markdown_table, mean_and_spread, read_section, run_jobs, write_section
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
@@ -43,6 +43,7 @@ LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
 RUNS, PLOTS = "ablation_runs.json", "plots"
+LEFT_OUT = "Left out (seeds):"
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
 TAPS = ("fpn", "backbone", "both")
@@ -134,7 +135,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, help=f"of each run from a start ({lengths % runs})")
     parser.add_argument("--results-only", action="store_true", help="rewrite table and plot and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the estimate and the commands and stop")
-    parser.add_argument("--remark", default="", help="a sentence to print below the table")
+    parser.add_argument("--remark", default="", help="what to print below the table; the one that is there by default")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY VALUE pairs for every run")
     args = parser.parse_args()
     usual = dict(zip(("start_iterations", "iterations"), LENGTHS[args.dataset], strict=True))
@@ -362,7 +363,7 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
 def make_rows(
     seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
 ) -> list[list[str]]:
-    """Rows of the table from the metrics, with the run's ``minutes`` among them, of finished runs; none without one."""
+    """Rows of the table from the metrics of finished runs; none for a cell without one."""
 
     def values(cell: Cell, key: str = "AP") -> dict[int, float]:
         return {s: done[s, cell][key] for s in seeds if (s, cell) in done and done[s, cell][key] is not None}
@@ -378,7 +379,6 @@ def make_rows(
         found = values(cell)
         if not found:
             continue
-        minutes = values(cell, "minutes").values()
         baseline = dataclasses.replace(cell, method=BASELINE)
         rows.append(
             [
@@ -390,7 +390,6 @@ def make_rows(
                 paired(cell, baseline),
                 paired(cell, cell.reference),
                 ", ".join(f"{ap:.1f}" for ap in found.values()),
-                f"{statistics.mean(minutes):.1f}",
             ]
         )
     return rows
@@ -434,6 +433,26 @@ def make_plot(
     os.replace(aside, path)
 
 
+def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:
+    """A clause with the optimizer and the learning rate of each kind of run."""
+    kinds: dict[str, dict[str, None]] = {}
+    several = len({cell.detector for _, cell in jobs}) > 1
+    for (_, cell), job in jobs.items():
+        solver = load_config(job.config, job.overrides).SOLVER
+        names = {START: "starts", FLOAT: "full precision"}
+        kind = f"{cell.detector} " * several + names.get(cell.quantizer, f"{cell.bits} bits")
+        kinds.setdefault(f"{solver.OPTIMIZER}, learning rate {solver.BASE_LR:g}", {})[kind] = None
+    return "; ".join(f"{setting}: {', '.join(names)}" for setting, names in kinds.items())
+
+
+def remark_of(section: str) -> str:
+    """The paragraphs between the line of the command and what was left out, of a section that is there."""
+    paragraphs = section.split("\n\n")
+    command = [index for index, text in enumerate(paragraphs) if text.startswith("Command: ")]
+    found = paragraphs[command[-1] + 1 :] if command else []
+    return "\n\n".join(text for text in found if not text.startswith(LEFT_OUT))
+
+
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
     """The section of RESULTS.md and the plot, from what has finished, here or before."""
     done, dates, machines = {}, set(), set()
@@ -447,19 +466,21 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     for key, job in jobs.items():
         trained, shown = noted(job), noted(evaluated.get(key, job))
         if trained is not None and shown is not None:
-            done[key] = {**shown["metrics"], "minutes": trained["seconds"] / 60}
+            done[key] = shown["metrics"]
             dates.add(shown["date"])
             machines.add(shown["machine"])
     if not done:
         print("Nothing has finished: no table")
         return
-    header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed", "min"]
+    header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed"]
     part = part_name(args)
     plot = Path("tools", PLOTS, f"ablation_{part.replace(' ', '_')}.png")
     (ROOT / plot).parent.mkdir(parents=True, exist_ok=True)
     make_plot(str(ROOT / plot), args.seeds, cells, done)
     missing = []
     for cell in cells:
+        if not chosen(args, cell):
+            continue
         wanted = [seed for seed in args.seeds if not evaluated or noted(jobs[seed, cell]) is not None]
         absent = [str(seed) for seed in wanted if (seed, cell) not in done]
         if absent:
@@ -475,9 +496,12 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     ]
     seeds = " ".join(map(str, args.seeds))
     command = f"python tools/ablation.py --dataset {args.dataset} --seeds {seeds}"
-    for option in ("detectors", "quantizers"):
+    command += " --bccd-root BCCD" * (args.dataset == "bccd")
+    for option in ("detectors", "quantizers", "methods"):
         if getattr(args, option):
             command += " ".join([f" --{option}", *getattr(args, option)])
+    if args.bits != list(BITS):
+        command += " ".join([" --bits", *map(str, args.bits)])
     command += f" --taps {args.taps}"
     if not is_usual(args):
         command += f" --start-iterations {args.start_iterations} --iterations {args.iterations}"
@@ -495,16 +519,18 @@ run (of {seeds}); differences are paired by seed: from the same start, but for t
 
 ![AP by method, a dot a seed]({plot.as_posix()})
 
-AP of the starts: {", ".join(lines)}.
+AP of the starts: {", ".join(lines)}. {learning_rates(jobs)}.
 
 Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {"; ".join(sorted(machines))},
 torch {torch.__version__}.
 """
-    if args.remark:
-        text += f"\n{args.remark}\n"
+    section = f"ablation {part}"
+    remark = args.remark or remark_of(read_section(ROOT / "RESULTS.md", section))
+    if remark:
+        text += f"\n{remark}\n"
     if missing:
-        text += f"\nLeft out (seeds): {'; '.join(missing)}.\n"
-    write_section(ROOT / "RESULTS.md", f"ablation {part}", text)
+        text += f"\n{LEFT_OUT} {'; '.join(missing)}.\n"
+    write_section(ROOT / "RESULTS.md", section, text)
     print(text)
 
 

@@ -22,6 +22,8 @@ from detectron2.config import CfgNode
 from ..config import load_config
 
 DONE = "done.json"
+_DECLARATIONS = ("DATASETS.DECLARED", "DATASETS.IMAGE_FOLDERS")
+_PATHS = ("root", "image_root", "json", "yaml")
 _POLL_SECONDS = 2.0
 
 
@@ -63,8 +65,8 @@ class Job:
     def fingerprint(self) -> str:
         """Changes when a value of the config does, be it in the file, in a ``_BASE_`` of it or in the overrides.
 
-        Values at their default do not count, so that a key that is new changes nothing. The sources count: what
-        started from another run's weights is another run.
+        Values at their default do not count, so that a key that is new changes nothing, nor does where on the machine
+        a declared dataset lies. The sources count: what started from another run's weights is another run.
         """
         defaults = dict(_leaves(load_config("")))
         values = [
@@ -209,6 +211,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def read_section(path: str | os.PathLike[str], name: str) -> str:
+    """The text between the markers of ``name`` in a Markdown file; empty if there is none."""
+    target = Path(path)
+    content = target.read_text() if target.is_file() else ""
+    return content.partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0].strip()
+
+
 def write_section(path: str | os.PathLike[str], name: str, text: str) -> None:
     """Replaces the section between the markers of ``name`` in a Markdown file, or appends it."""
     target = Path(path)
@@ -229,5 +238,14 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         if isinstance(value, CfgNode):
             yield from _leaves(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" in _DECLARATIONS:
+            yield f"{prefix}{key}", repr([_without_folders(entry) for entry in value])
         else:
             yield f"{prefix}{key}", repr(value)
+
+
+def _without_folders(entry: dict[str, Any]) -> dict[str, Any]:
+    """A declared dataset with the last parts of its paths."""
+    return {
+        field: os.path.basename(os.path.normpath(value)) if field in _PATHS else value for field, value in entry.items()
+    }

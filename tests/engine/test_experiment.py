@@ -56,6 +56,17 @@ def test_done_is_not_done_again_until_its_config_changes(make, capsys):
     assert noted["command"].startswith("python ") and noted["seconds"] > 0 and sys.executable not in noted["command"]
 
 
+def test_where_a_declared_dataset_lies_changes_nothing_and_its_name_does(make):
+    job, *_ = make
+
+    def fingerprint(**fields):
+        return job("d", "DATASETS.DECLARED", str([{"name": "mine", "format": "voc", **fields}])).fingerprint()
+
+    here = fingerprint(root="/data/BCCD", split="train")
+    assert here == fingerprint(root="BCCD", split="train") == fingerprint(root="elsewhere/BCCD/", split="train")
+    assert here != fingerprint(root="/data/VOC", split="train") and here != fingerprint(root="/data/BCCD", split="val")
+
+
 def test_a_failure_shows_its_log_and_the_next_run_resumes(make):
     job, runs, script, _ = make
     with pytest.raises(RuntimeError, match="x failed with status 1.*\nwent wrong"):

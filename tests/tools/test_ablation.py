@@ -157,19 +157,26 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     tool.write_results(args, cells, jobs)
     text = (tmp_path / "RESULTS.md").read_text()
     rows = {tuple(line.split(" | ")[1:3]): line for line in text.splitlines() if line.startswith("| retinanet")}
-    assert rows["float", "-"].endswith("| 51.0 ± 1.0 | 102.0 ± 2.0 | - | - | 52.0, 50.0, 51.0 | 2.0 |")
-    assert rows["lsq w2a2", "baseline"].endswith(
-        "| 42.0 ± 2.0 | 84.0 ± 4.0 | - | -9.0 ± 3.0 | 40.0, 44.0, 42.0 | 2.0 |"
-    )
+    assert rows["float", "-"].endswith("| 51.0 ± 1.0 | 102.0 ± 2.0 | - | - | 52.0, 50.0, 51.0 |")
+    assert rows["lsq w2a2", "baseline"].endswith("| 42.0 ± 2.0 | 84.0 ± 4.0 | - | -9.0 ± 3.0 | 40.0, 44.0, 42.0 |")
     # From seeds 0 and 1 alone: +3 and +1 over the baseline, -9 and -5 to full precision.
-    assert rows["lsq w2a2", "distill"].endswith(
-        "| 44.0 ± 1.4 | 88.0 ± 2.8 | 2.0 ± 1.4 | -7.0 ± 2.8 | 43.0, 45.0 | 2.0 |"
-    )
+    assert rows["lsq w2a2", "distill"].endswith("| 44.0 ± 1.4 | 88.0 ± 2.8 | 2.0 ± 1.4 | -7.0 ± 2.8 | 43.0, 45.0 |")
     assert len(rows) == 3
-    assert "retinanet_lsq_w2a2_distill (2); retinanet_lsq_w2a2_aux_fpn (0, 1, 2)" in text
+    assert "\nLeft out (seeds): retinanet_lsq_w2a2_distill (2); retinanet_dorefa_w2a2_baseline (0, 1, 2); " in text
+    assert "aux_fpn" not in text  # not asked for
     assert "AP of the starts: retinanet 30.0" in text and "2026-01-02" in text
     assert (tmp_path / "tools" / "plots" / "ablation_shapes.png").stat().st_size > 5000
     assert "Left out" in capsys.readouterr().out
+    assert "--seeds 0 1 2 --methods baseline distill --bits 2 --taps backbone`" in text
+    assert "AdamW, learning rate 0.002: retinanet starts, retinanet 2 bits, " in text
+    # What was written below a table stays until there is something else to say.
+    said = ""
+    for remark in ("Reading: two.\n\nThe second paragraph.", "", "Reading: three.", ""):
+        args.remark = remark
+        tool.write_results(args, cells, jobs)
+        kept = (tmp_path / "RESULTS.md").read_text()
+        said = remark or said
+        assert kept == text.replace("\nLeft out (seeds)", f"\n{said}\n\nLeft out (seeds)")
 
 
 def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
@@ -292,7 +299,7 @@ def test_detectors_are_evaluated_on_another_split_without_training_again(tool, p
         assert jobs[0, distill].finished() and not jobs[1, distill].finished()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "192x192 (retinanet lsq test)" in text and "on\n2000 images (test)" in text
-    assert "| lsq w2a2 | distill | 30.0 | 60.0 | - | -5.0 | 30.0 | 2.0 |" in text and "--split test`" in text
+    assert "| lsq w2a2 | distill | 30.0 | 60.0 | - | -5.0 | 30.0 |" in text and "--split test`" in text
     assert "Left out (seeds): retinanet_lsq_w2a2_distill (1).\n" in text
     job = tool.evaluations(parse("--dataset", "bccd", "--split", "test"), tool.make_jobs(args, cells))[0, reference]
     assert "bccd_test" in load_config(job.config, job.overrides).DATASETS.TEST
