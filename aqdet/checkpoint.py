@@ -24,7 +24,7 @@ from .quantization import quantizers
 logger = logging.getLogger(__name__)
 
 CLASSIFIER_KEY = "head.linear.weight"
-_MAX_LISTED = 20
+_MAX_LISTED = 6
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
 _ALLOWED_GLOBALS = {
     ("collections", "OrderedDict"),

@@ -18,7 +18,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.sta
 def test_config_builds_plans_and_steps(path):
     cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""])
     fit_to_machine(cfg)
-    match = re.search(r"_(?:fp(?:_bn)?|(lsq|dorefa)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
+    match = re.search(r"_(?:fp(?:_bn(?:_continued)?)?|(lsq|dorefa)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
     assert match, "configs are named ..._lsq_w4a4_aux"
     method, weight_bits, input_bits, aux, distill = match.groups()
     quant = cfg.MODEL.QUANT
@@ -52,10 +52,14 @@ def test_every_config_starts_from_what_another_of_the_same_model_leaves():
         source = by_output[folder]
         assert name == "model_final.pth" and not source.MODEL.QUANT.ENABLED
         if cfg.MODEL.DISTILL.ENABLED:
-            assert cfg.MODEL.DISTILL.WEIGHTS == f"{folder}/model_final_stripped.pth"
+            # The teacher is what the same start becomes without quantizers.
+            teacher_folder, name = cfg.MODEL.DISTILL.WEIGHTS.rsplit("/", 1)
+            teacher = by_output[teacher_folder]
+            assert name == "model_final_stripped.pth" and teacher.MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
+            assert not teacher.MODEL.QUANT.ENABLED and teacher.SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER
         for key in ("META_ARCHITECTURE", "RESNETS", "FPN", "RETINANET", "FCOS", "CLASSIFIER"):
             assert cfg.MODEL[key] == source.MODEL[key], (path.name, key)
-        if source.MODEL.AUX.ENABLED:
+        if source.MODEL.AUX.ENABLED and cfg.MODEL.QUANT.ENABLED:
             assert source.MODEL.AUX == cfg.MODEL.AUX, path.name
             two_stage.add(path.parent.name)
     assert two_stage == {"COCO-Detection", "ImageNet", "quickstart"}
