@@ -396,8 +396,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
             hint = "CHECKPOINT.ALLOW_KEYS takes regexes of keys that may differ"
             if any(re.match(r"layer1\.0\.(conv1|bn1)\.", key) for key in stored):
                 hint = "a torchvision ResNet goes through tools/convert_torchvision.py first"
-            if incompatible.incorrect_shapes and len(problems) > _MAX_LISTED:
-                hint = "MODEL.WEIGHTS is of another structure: another depth, head or number of channels?"
+            elif len(problems) > _MAX_LISTED and any("backbone." in problem for problem in problems):
+                hint = "it is of another structure, as of another MODEL.RESNETS.DEPTH"
             if stored_quantizers and not quantizer_keys:
                 hint = "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
             more = f"; and {len(problems) - _MAX_LISTED} more" * (len(problems) > _MAX_LISTED)
