@@ -5,7 +5,7 @@ For each seed one full-precision start, and from it runs of equal length: full p
 extra loss, distillation from the full-precision run of the same start, the auxiliary path by its taps, and
 combinations ("aux_both+distill"); with "two_stage" the start is trained with the auxiliary path too. Stop it at any
 time and run it again: it goes on where it stopped. With --split test the detectors, once trained, are evaluated on
-images by which nothing was chosen, 2000 of the embedded dataset or 72 of BCCD, in a table of its own. KEY VALUE pairs
+images that the grid has not seen, 2000 of the embedded dataset or 72 of BCCD, in a table of its own. KEY VALUE pairs
 after -- are for every run, as for train_net.py. What finished runs gave is kept in tools/ablation_runs.json too, so
 that a grid can go on in another checkout; a run with another config, start or teacher is run anew.
 """

@@ -1,4 +1,5 @@
 import math
+import re
 import sys
 
 import pytest
@@ -25,8 +26,10 @@ def test_tables_by_hand(tool):
     assert lines == [
         "| res2 (1 layers) | 0.30 | 0.40 | 0.05 | 0.50 | 0 of 1 |",
         "| pyramid (2 layers) | 0.50 | 0.35 | 0.75 | 0.50 | 2 of 2 |",
-        "| all (3 layers) | 0.43 | 0.37 | 0.52 | 0.50 | 2 of 3 |",
+        "| reached by added losses (2 layers) | 0.35 | 0.45 | 0.33 | 0.50 | 1 of 2 |",
     ]
+    # By batch: (0.0 - 0.2 + 0.6 - 0.4) / 2 and (0.1 - 0.4 + 0.6 - 0.4) / 2.
+    assert tool.gains(found) == pytest.approx([0.0, -0.05])
     assert "| fpn_output4 | 0.60 | 0.20 | 0.90 | - |" in tool.make_table(found, summary=False)
 
 
@@ -43,7 +46,9 @@ def test_a_checkpoint_is_compared_and_plotted(tool, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     tool.main()
     shown = capsys.readouterr().out
-    assert "| all (28 layers) |" in shown and "| pyramid (8 layers) |" in shown
+    assert re.search(r"\| reached by added losses \(2\d layers\) \|", shown)
+    assert "(standard error over batches, paired)" in shown
+    assert " --batches 2 --section g`" in shown and "| pyramid (8 layers) |" in shown
     assert len((tmp_path / "out" / "gradients.md").read_text().splitlines()) == 2 + 28
     assert (tmp_path / "tools" / "plots" / "gradients.png").stat().st_size > 5000
     assert "begin g" in (tmp_path / "RESULTS.md").read_text()
