@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.utils import comm
 from torch import nn
 
 from aqdet.engine.averaging import WeightAverageHook
@@ -87,6 +89,20 @@ def test_what_is_done_to_the_average_stays_in_it_and_errors_put_the_model_back()
     assert same(snapshot(model), trained)
     with hook.applied():
         assert model.norm.running_mean.item() == 7.0
+
+
+def test_all_processes_evaluate_the_average_of_the_main_one(monkeypatch):
+    model = Detector()
+    hook = averaged(model)
+    hook.before_train()
+    run(hook, 0, 3)
+    trained = snapshot(model)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(7))
+    with hook.applied():
+        assert all((value == 7).all() for value in hook._tensors().values())
+        assert torch.equal(model.auxiliary.weight, trained["auxiliary.weight"])
+    assert all(torch.equal(value, trained[key]) for key, value in snapshot(model).items())
 
 
 def test_after_the_last_step_the_model_is_the_average_and_a_longer_run_takes_it_back():
