@@ -163,9 +163,9 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
     rows = [BASELINE, "extra", "distill", *(f"aux_{name}" for name in TAPS), f"{best}+extra", f"{best}+distill"]
     rows += [TWO_STAGE, f"{best}+{TWO_STAGE}", f"{best}+distill+{TWO_STAGE}"]
     if dataset == "bccd":
-        rows = [BASELINE, "distill", best, f"{best}+distill", f"{best}+{TWO_STAGE}"]
+        rows = [BASELINE, "distill", best, f"{best}+distill", f"{best}+{TWO_STAGE}", f"{best}+distill+{TWO_STAGE}"]
     rows += [method for method in methods if method not in rows]
-    cells = [Cell("retinanet", FLOAT, 32, method) for method in (BASELINE, TWO_STAGE) if method in rows]
+    cells = [Cell("retinanet", FLOAT, 32, method) for method in (BASELINE, TWO_STAGE)]
     cells += [Cell("retinanet", "lsq", bits, method) for bits in BITS for method in rows]
     if dataset == "shapes":
         cells += [Cell("retinanet", name, 2, method) for name in OTHERS for method in (BASELINE, best)]

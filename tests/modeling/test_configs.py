@@ -62,7 +62,7 @@ def test_every_config_starts_from_what_another_of_the_same_model_leaves():
         if source.MODEL.AUX.ENABLED and cfg.MODEL.QUANT.ENABLED:
             assert source.MODEL.AUX == cfg.MODEL.AUX, path.name
             two_stage.add(path.parent.name)
-    assert two_stage == {"COCO-Detection", "ImageNet", "quickstart"}
+    assert two_stage == {"BCCD", "COCO-Detection", "ImageNet", "quickstart"}
 
 
 def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
