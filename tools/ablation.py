@@ -28,7 +28,16 @@ import torch
 
 from aqdet.config import load_config
 from aqdet.data.checked import write_aside
-from aqdet.engine.experiment import DONE, Job, markdown_table, mean_and_spread, read_section, run_jobs, write_section
+from aqdet.engine.experiment import (
+    DONE,
+    LEFT_OUT,
+    Job,
+    kept_remark,
+    markdown_table,
+    mean_and_spread,
+    run_jobs,
+    write_section,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
@@ -43,7 +52,6 @@ LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
 SECONDS = {"shapes": 0.6, "bccd": 0.9}
 """Of an iteration on two quiet cores, until runs in the output folder say better."""
 RUNS, PLOTS = "ablation_runs.json", "plots"
-LEFT_OUT = "Left out (seeds):"
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
 TAPS = ("fpn", "backbone", "both")
@@ -445,14 +453,6 @@ def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:
     return "; ".join(f"{setting}: {', '.join(names)}" for setting, names in kinds.items())
 
 
-def remark_of(section: str) -> str:
-    """The paragraphs between the line of the command and what was left out, of a section that is there."""
-    paragraphs = section.split("\n\n")
-    command = [index for index, text in enumerate(paragraphs) if text.startswith("Command: ")]
-    found = paragraphs[command[-1] + 1 :] if command else []
-    return "\n\n".join(text for text in found if not text.startswith(LEFT_OUT))
-
-
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
     """The section of RESULTS.md and the plot, from what has finished, here or before."""
     done, dates, machines = {}, set(), set()
@@ -525,11 +525,11 @@ Command: `{command}`. {" to ".join(sorted({min(dates), max(dates)}))}, {"; ".joi
 torch {torch.__version__}.
 """
     section = f"ablation {part}"
-    remark = args.remark or remark_of(read_section(ROOT / "RESULTS.md", section))
+    remark = args.remark or kept_remark(ROOT / "RESULTS.md", section)
     if remark:
         text += f"\n{remark}\n"
     if missing:
-        text += f"\n{LEFT_OUT} {'; '.join(missing)}.\n"
+        text += f"\n{LEFT_OUT} (seeds): {'; '.join(missing)}.\n"
     write_section(ROOT / "RESULTS.md", section, text)
     print(text)
 

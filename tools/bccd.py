@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 from aqdet.data.voc import convert_voc
-from aqdet.engine.experiment import Job, describe_machine, markdown_table, mean_and_spread, run_jobs, write_section
+from aqdet.engine.experiment import (
+    LEFT_OUT,
+    Job,
+    describe_machine,
+    kept_remark,
+    markdown_table,
+    mean_and_spread,
+    run_jobs,
+    write_section,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "BCCD"
@@ -38,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--start-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=4, help="of each of the runs from the start")
     parser.add_argument("--results-only", action="store_true", help="rewrite the table and stop")
-    parser.add_argument("--remark", default="", help="a sentence to print below the table")
+    parser.add_argument("--remark", default="", help="what to print below the table; the one that is there by default")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     return parser.parse_args()
 
@@ -123,10 +132,11 @@ Command: `python tools/bccd.py --bccd-root BCCD --seeds {seeds} {flags}`, which 
 `configs/BCCD/retinanet_r18_{{{",".join(VARIANTS)}}}.yaml`. {" to ".join(sorted({*dates[:1], *dates[-1:]}))},
 table written at commit {commit}, {describe_machine()}, torch {torch.__version__}.
 """
-    if args.remark:
-        text += f"\n{args.remark}\n"
+    remark = args.remark or kept_remark(ROOT / "RESULTS.md", "bccd")
+    if remark:
+        text += f"\n{remark}\n"
     if missing:
-        text += f"\nNot run: {', '.join(missing)}.\n"
+        text += f"\n{LEFT_OUT}: {', '.join(missing)}.\n"
     write_section(ROOT / "RESULTS.md", "bccd", text)
     print(text)
 

@@ -27,7 +27,7 @@ import torch
 from aqdet.config import load_config
 from aqdet.data import check_num_classes, register_declared
 from aqdet.engine import Trainer, build_checkpointer, check_config, fit_to_machine
-from aqdet.engine.experiment import describe_machine, markdown_table, write_section
+from aqdet.engine.experiment import describe_machine, kept_remark, markdown_table, write_section
 from aqdet.engine.gradients import Alignment, gradient_alignment
 
 COLUMNS = {
@@ -169,6 +169,8 @@ By layer: `{table}`. Command: `python tools/gradient_evidence.py --config-file {
 --weights {args.weights} --batches {args.batches}{f" --section {args.section}" if args.section else ""}{opts}`.
 {time.strftime("%Y-%m-%d")}, {describe_machine()}, torch {torch.__version__}.
 """
+        if args.section and (remark := kept_remark("RESULTS.md", args.section)):
+            text += f"\n{remark}\n"
         print(text)
         if args.section:
             write_section("RESULTS.md", args.section, text)

@@ -22,6 +22,8 @@ from detectron2.config import CfgNode
 from ..config import load_config
 
 DONE = "done.json"
+LEFT_OUT = "Left out"
+"""Begins the last paragraph of a section, where a grid has not all run."""
 _DECLARATIONS = ("DATASETS.DECLARED", "DATASETS.IMAGE_FOLDERS")
 _PATHS = ("root", "image_root", "json", "yaml")
 _POLL_SECONDS = 2.0
@@ -211,11 +213,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def read_section(path: str | os.PathLike[str], name: str) -> str:
-    """The text between the markers of ``name`` in a Markdown file; empty if there is none."""
+def kept_remark(path: str | os.PathLike[str], name: str) -> str:
+    """What :func:`write_section`'s section ``name`` says below its command, but for what was left out; "" if nothing.
+
+    A table is written again when it has more rows; what was written about it by hand is to stay.
+    """
     target = Path(path)
     content = target.read_text() if target.is_file() else ""
-    return content.partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0].strip()
+    section = content.partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0]
+    below: list[str] = []
+    for paragraph in reversed(section.strip().split("\n\n")):
+        if "Command: `" in paragraph:
+            return "\n\n".join(reversed(below))
+        if not paragraph.startswith(LEFT_OUT):
+            below.append(paragraph)
+    return ""
 
 
 def write_section(path: str | os.PathLike[str], name: str, text: str) -> None:

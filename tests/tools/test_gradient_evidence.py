@@ -51,7 +51,12 @@ def test_a_checkpoint_is_compared_and_plotted(tool, tmp_path, monkeypatch, capsy
     assert " --batches 2 --section g`" in shown and "| pyramid (8 layers) |" in shown
     assert len((tmp_path / "out" / "gradients.md").read_text().splitlines()) == 2 + 28
     assert (tmp_path / "tools" / "plots" / "gradients.png").stat().st_size > 5000
-    assert "begin g" in (tmp_path / "RESULTS.md").read_text()
+    results = tmp_path / "RESULTS.md"
+    assert "begin g" in results.read_text()
+    results.write_text(results.read_text().replace("\n<!-- end g -->", "\n\nReading: by hand.\n<!-- end g -->"))
+    tool.main()
+    assert results.read_text().count("\n\nReading: by hand.\n<!-- end g -->") == 1
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [*argv, "MODEL.AUX.ENABLED", "False"])
     with pytest.raises(SystemExit, match="error: there is no loss beside the detector's own"):
         tool.main()
