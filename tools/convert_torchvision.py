@@ -7,8 +7,8 @@ import sys
 import warnings
 
 from aqdet.checkpoint import load_weights_file, save_atomically
+from aqdet.checkpoint.torchvision import SCOPE, convert_torchvision_resnet
 from aqdet.config import load_config
-from aqdet.modeling.convert import SCOPE, convert_torchvision_resnet
 
 
 def main() -> None:

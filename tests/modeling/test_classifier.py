@@ -8,10 +8,9 @@ import torchvision
 from detectron2.modeling import build_model
 from helpers import AUX, CLASSIFIER, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
-from aqdet.checkpoint import AqdetCheckpointer
+from aqdet.checkpoint import AqdetCheckpointer, convert_torchvision_resnet
 from aqdet.layers import QuantConv2d, QuantLinear
 from aqdet.modeling import detached_auxiliary, strip
-from aqdet.modeling.convert import convert_torchvision_resnet
 from aqdet.modeling.plan import make_plan, total
 from aqdet.quantization import quantizers, set_quantization
 

@@ -4,8 +4,8 @@ import torchvision
 from detectron2.layers import ShapeSpec
 from helpers import make_cfg
 
+from aqdet.checkpoint.torchvision import SCOPE, convert_torchvision_resnet
 from aqdet.modeling import build_quant_resnet_backbone
-from aqdet.modeling.convert import SCOPE, convert_torchvision_resnet
 
 
 @pytest.mark.parametrize("depth", [18, 50])
