@@ -156,7 +156,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.DATASETS.IMAGE_FOLDERS = []
     # Whether the check before training decodes every image, once as long as no file changes.
     cfg.DATASETS.CHECK_IMAGES = True
-    # Refuse what is repaired, dropped or only looks wrong too (the table: aqdet/data/findings.py).
+    # Refuse what is repaired, dropped or only looks wrong too (the table: aqdet/data/check/findings.py).
     cfg.DATASETS.STRICT = False
     # Where the embedded dataset and the checks of declared ones are written; "" for $AQDET_CACHE or ~/.cache/aqdet.
     cfg.DATASETS.CACHE_DIR = ""

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from aqdet.config import load_config
-from aqdet.data.checked import write_aside
+from aqdet.data.check.cache import write_aside
 from aqdet.engine.experiment import (
     DONE,
     LEFT_OUT,

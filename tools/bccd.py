@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from aqdet.data.voc import convert_voc
+from aqdet.data.formats.voc import convert_voc
 from aqdet.engine.experiment import (
     LEFT_OUT,
     Job,

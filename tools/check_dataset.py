@@ -4,7 +4,7 @@ Checks datasets before training: every problem in one report.
 
 The datasets are those declared in a config, or given by COCO JSON, a Pascal VOC folder, a YOLO data.yaml, or folders
 of images for each class.
-What is found, and what is then done about it: aqdet/data/findings.py. The exit status is 1 if a training would
+What is found, and what is then done about it: aqdet/data/check/findings.py. The exit status is 1 if a training would
 be refused, else 0.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import yaml
 
 from aqdet.config import load_config
-from aqdet.data.check import find_shared_images
-from aqdet.data.checked import Declaration, check_declaration, write_aside
-from aqdet.data.declared import declarations, reports_as_json
-from aqdet.data.yolo import SPLITS
+from aqdet.data.check.cache import Declaration, check_declaration, write_aside
+from aqdet.data.check.records import find_shared_images
+from aqdet.data.formats.yolo import SPLITS
+from aqdet.data.registry import declarations, reports_as_json
 
 
 def parse_args() -> argparse.Namespace:

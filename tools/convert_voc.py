@@ -4,7 +4,7 @@
 import argparse
 import sys
 
-from aqdet.data.voc import convert_voc
+from aqdet.data.formats.voc import convert_voc
 
 
 def main() -> None:

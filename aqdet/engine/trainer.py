@@ -22,8 +22,8 @@ from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
 from ..data import build_mapper
-from ..data.classification import EVALUATOR_TYPE
-from ..data.stream import TrainLoader, build_train_loader, seed_generators, start_worker
+from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
+from ..data.mappers import EVALUATOR_TYPE
 from ..evaluation import COCOEvaluator, TopKEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers
@@ -88,7 +88,7 @@ class Trainer(DefaultTrainer):
     """Detectron2's default trainer with calibration, stripped evaluation and exact resume.
 
     Every iteration is a function of the model's and the optimizer's state, the seed and the iteration's number:
-    its images by :class:`~aqdet.data.stream.TrainLoader`, all other random numbers because the generators are
+    its images by :class:`~aqdet.data.loader.TrainLoader`, all other random numbers because the generators are
     set from these. So a run that was killed ends, on a CPU to the bit, as if it had not been.
     """
 
@@ -299,7 +299,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """See :func:`aqdet.data.stream.build_train_loader`.
+        """See :func:`aqdet.data.loader.build_train_loader`.
 
         Raises:
             ValueError: naming ``DATASETS.TRAIN``, if it is empty or has no boxes, or ``SOLVER.IMS_PER_BATCH``.

@@ -61,7 +61,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     """Detectron2's COCO box evaluation, by pycocotools or faster-coco-eval.
 
     A crowd region is COCO's: it is not to be found, and detections that lie in it are neither right nor wrong.
-    A declared dataset's ``ignore`` regions are crowd regions (:mod:`aqdet.data.findings`).
+    A declared dataset's ``ignore`` regions are crowd regions (:mod:`aqdet.data.check.findings`).
 
     AP, AP50 and AP75 are always numbers: a detector that finds nothing, or data without boxes, is 0. So is
     a size band or a class that has objects of which none is found; one without objects is NaN, null in the

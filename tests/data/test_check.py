@@ -12,9 +12,9 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from pycocotools.coco import COCO
 
-from aqdet.data.check import find_shared_images
-from aqdet.data.checked import Declaration, check_declaration
-from aqdet.data.findings import KINDS, NOTES_KEPT, SEVERITIES
+from aqdet.data.check.cache import Declaration, check_declaration
+from aqdet.data.check.findings import KINDS, NOTES_KEPT, SEVERITIES
+from aqdet.data.check.records import find_shared_images
 
 
 def healthy(folder):

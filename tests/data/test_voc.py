@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from aqdet.data import convert_voc
-from aqdet.data.check import find_shared_images
-from aqdet.data.checked import Declaration, check_declaration
+from aqdet.data.check.cache import Declaration, check_declaration
+from aqdet.data.check.records import find_shared_images
 
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 

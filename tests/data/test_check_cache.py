@@ -11,7 +11,8 @@ from helpers import make_cfg
 from PIL import Image
 from tiny_data import write_dataset
 
-from aqdet.data import check_datasets, checked, declared, register_declared
+from aqdet.data import check_datasets, register_declared, registry
+from aqdet.data.check import cache as checked
 
 
 @pytest.fixture
@@ -165,22 +166,22 @@ def test_datasets_registered_by_code_are_not_checked(tmp_path, caplog):
 def test_wrong_declarations_of_folders(tmp_path, fields, words):
     entry = {"name": "mine", **{k: str(tmp_path) if v == "D" else v for k, v in fields.items()}}
     with pytest.raises(ValueError, match=words) as error:
-        declared.declarations(make_cfg("DATASETS.DECLARED", str([entry])))
+        registry.declarations(make_cfg("DATASETS.DECLARED", str([entry])))
     assert "\n" not in str(error.value) and "DATASETS.DECLARED[0]" in str(error.value)
 
 
 def test_two_entries_of_one_name(entry, tmp_path):
     other = {**entry, "image_root": str(tmp_path)}
     with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[1\].name: .* is the name of another entry"):
-        declared.declarations(make_cfg("DATASETS.DECLARED", str([entry, other])))
+        registry.declarations(make_cfg("DATASETS.DECLARED", str([entry, other])))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_of_a_machine_checks_first_and_lets_the_others_go(tmp_path, entry, monkeypatch, rank):
     events = []
-    monkeypatch.setattr(declared.comm, "get_local_rank", lambda: rank)
-    monkeypatch.setattr(declared.comm, "synchronize", lambda: events.append("synchronize"))
-    check = declared.checked
+    monkeypatch.setattr(registry.comm, "get_local_rank", lambda: rank)
+    monkeypatch.setattr(registry.comm, "synchronize", lambda: events.append("synchronize"))
+    check = registry.checked
     cfg = cfg_for(tmp_path, entry)
     register_declared(cfg)
 
@@ -188,7 +189,7 @@ def test_one_process_of_a_machine_checks_first_and_lets_the_others_go(tmp_path, 
         events.append("check")
         return check(*args, **kwargs)
 
-    monkeypatch.setattr(declared, "checked", noted)
+    monkeypatch.setattr(registry, "checked", noted)
     (tmp_path / "data/0.png").write_bytes(b"")
     with pytest.raises(ValueError, match="image-empty"):
         check_datasets(cfg)

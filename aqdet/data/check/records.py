@@ -2,7 +2,7 @@
 One pass over a dataset of any format: every problem in one report, and the data as they will be used.
 
 The readers of the formats turn files into records like those of COCO JSON, as the files have them. Here every
-record is held against the policy of :mod:`aqdet.data.findings`. What remains is a COCO annotation file with the
+record is held against the policy of :mod:`aqdet.data.check.findings`. What remains is a COCO annotation file with the
 original ids, which training and evaluation both read: what is dropped or repaired in one is in the other.
 """
 

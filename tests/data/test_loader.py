@@ -12,8 +12,8 @@ import torch
 from detectron2.utils import comm
 from tiny_data import train_cfg, write_dataset
 
-from aqdet.data import stream
-from aqdet.data.stream import PlacedBatches, build_train_loader, seed_generators, seeded
+from aqdet.data import loader
+from aqdet.data.loader import PlacedBatches, build_train_loader, seed_generators, seeded
 
 
 def draws():
@@ -120,14 +120,14 @@ def test_the_repeating_sampler_is_a_function_of_the_seed_too(entry, tmp_path):
 
 def test_processes_share_the_batch_evenly_or_not_at_all(entry, tmp_path, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
-    assert stream.comm is comm
+    assert loader.comm is comm
     with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH must be a positive multiple of 3 processes, got 2"):
         loader_of(entry, tmp_path)
 
 
 ORPHANS = """
 import os, signal, torch
-from aqdet.data.stream import start_worker
+from aqdet.data.loader import start_worker
 
 class Blocks(torch.utils.data.Dataset):
     def __len__(self):

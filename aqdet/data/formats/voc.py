@@ -1,7 +1,7 @@
 """
 Pascal VOC folders: converted to COCO JSON, or read as a declared dataset.
 
-:func:`read_voc` leaves the policy to :mod:`aqdet.data.check`. That of :func:`convert_voc`: a record that cannot
+:func:`read_voc` leaves the policy to :mod:`aqdet.data.check.records`. That of :func:`convert_voc`: a record that cannot
 be read as meant stops the conversion, with all such records in one line and nothing written: a missing or
 unreadable file, XML with a DOCTYPE, an object without a name or with a box that is not four finite numbers, a
 class outside ``classes``. What is repaired or dropped is counted, with the records it happened to: a box that
@@ -29,9 +29,9 @@ from xml.parsers import expat
 from PIL import Image
 from tabulate import tabulate
 
-from .check import Source
-from .findings import Report
-from .images import EXIF_ORIENTATION, IMAGE_ENDINGS
+from ..check.findings import Report
+from ..check.images import EXIF_ORIENTATION, IMAGE_ENDINGS
+from ..check.records import Source
 
 __all__ = ["VocReport", "convert_voc", "read_voc"]
 

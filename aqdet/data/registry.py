@@ -17,11 +17,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 
-from .builtin import set_cache_dir
-from .check import find_shared_images
-from .checked import IMAGE_FOLDER, Declaration, checked, write_aside
-from .classification import EVALUATOR_TYPE, image_folders, register_image_folder
-from .findings import Report
+from .check.cache import IMAGE_FOLDER, Declaration, checked, write_aside
+from .check.findings import Report
+from .check.records import find_shared_images
+from .embedded.register import set_cache_dir
+from .mappers import EVALUATOR_TYPE, image_folders, register_image_folder
 
 __all__ = [
     "check_datasets",

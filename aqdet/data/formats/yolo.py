@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from .check import Source
-from .findings import Report
-from .images import IMAGE_ENDINGS, ImageFolder
+from ..check.findings import Report
+from ..check.images import IMAGE_ENDINGS, ImageFolder
+from ..check.records import Source
 
 __all__ = ["SPLITS", "read_yolo"]
 

@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 
 import aqdet.data  # noqa: F401  (registers)
 from aqdet.data import SHAPE_CLASSES, make_shapes
-from aqdet.data.builtin import set_cache_dir
-from aqdet.data.shapes import MIN_VISIBLE_PERCENT, SHAPE_SPLITS, _place_items, draw_scene, shapes_folder
+from aqdet.data.embedded.register import set_cache_dir
+from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, SHAPE_SPLITS, _place_items, draw_scene, shapes_folder
 
 NUM_SCENES = 40
 
@@ -141,7 +141,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
 
 
 def test_folder_name_follows_the_generator(tmp_path, monkeypatch):
-    from aqdet.data import shapes
+    from aqdet.data.embedded import scenes as shapes
 
     before = shapes_folder("val", tmp_path)
     assert before.parent == tmp_path and before == shapes_folder("val", tmp_path)
@@ -154,7 +154,7 @@ def test_folder_name_follows_the_generator(tmp_path, monkeypatch):
 
 def test_registered_lazily(tmp_path, monkeypatch):
     small = {**SHAPE_SPLITS, "val": type(SHAPE_SPLITS["val"])(4, seed=2)}
-    monkeypatch.setattr("aqdet.data.builtin.SHAPE_SPLITS", small)
+    monkeypatch.setattr("aqdet.data.embedded.register.SHAPE_SPLITS", small)
     set_cache_dir(str(tmp_path))
     try:
         metadata = MetadataCatalog.get("aqdet_shapes_val")

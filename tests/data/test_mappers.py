@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_data import write_image_folder
 
 from aqdet.data import build_mapper, check_datasets, check_num_classes, register_declared
-from aqdet.data.classification import CenterCrop, RandomResizedCrop
+from aqdet.data.mappers import CenterCrop, RandomResizedCrop
 
 
 def cfg_of(*entries, test=()):

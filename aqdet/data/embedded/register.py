@@ -9,7 +9,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from .shapes import SHAPE_CLASSES, SHAPE_SPLITS, make_shapes, shapes_folder
+from .scenes import SHAPE_CLASSES, SHAPE_SPLITS, make_shapes, shapes_folder
 
 _cache_dir = ""
 

@@ -18,8 +18,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from PIL import Image
 
-from .checked import IMAGE_FOLDER, Declaration
-from .images import IMAGE_ENDINGS
+from .check.cache import IMAGE_FOLDER, Declaration
+from .check.images import IMAGE_ENDINGS
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .builtin import cache_dir
-from .check import Source, check_image_folder, check_source, read_coco
+from ..embedded.register import cache_dir
+from ..formats.voc import read_voc
+from ..formats.yolo import read_yolo
 from .findings import Report
-from .voc import read_voc
-from .yolo import read_yolo
+from .records import Source, check_image_folder, check_source, read_coco
 
 IMAGE_FOLDER = "folder"
 
@@ -150,9 +150,9 @@ def _key(declaration: Declaration) -> str:
 
 @functools.cache
 def _code() -> bytes:
-    here = Path(__file__).parent
-    names = ("check.py", "checked.py", "findings.py", "images.py", "voc.py", "yolo.py")
-    return b"".join((here / name).read_bytes() for name in names)
+    here = Path(__file__).parent.parent
+    files = sorted(path for folder in ("check", "formats") for path in (here / folder).glob("*.py"))
+    return b"".join(path.read_bytes() for path in files)
 
 
 def _stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
