@@ -1,30 +1,43 @@
 """aqdet: object detectors at 4 bits and below, on Detectron2.
 
-Importing the package registers its backbones, meta-architectures and embedded dataset with Detectron2. On a
-machine that only runs exported detectors there is no Detectron2 to register with: there ``aqdet.runtime`` is
-all that works, and asking for anything else says so.
+Importing the package registers its backbones, meta-architectures and embedded dataset with Detectron2 as soon as
+Detectron2's own are imported, before or after. It imports neither PyTorch nor Detectron2 itself: on a machine that
+only runs exported detectors, ``aqdet.runtime`` needs neither, and asking for anything else says what is missing.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .registration import ImportAfter
 
-try:
-    import detectron2  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "detectron2":
-        raise
-    __all__ = ["runtime"]
-
-    def __getattr__(name: str) -> Any:
-        if name in ("add_aqdet_config", "data", "load_config", "modeling"):
-            raise ImportError(
-                f"aqdet.{name} needs Detectron2, which is not installed here (tools/setup_env.sh installs it); "
-                "without it only aqdet.runtime works"
-            )
-        raise AttributeError(f"module 'aqdet' has no attribute {name!r}")
-else:
+if TYPE_CHECKING:
     from . import data, modeling
     from .config import add_aqdet_config, load_config
 
-    __all__ = ["add_aqdet_config", "data", "load_config", "modeling"]
+__version__ = "0.1.0"
+__all__ = ["add_aqdet_config", "data", "load_config", "modeling"]
+
+# Where each public name is defined; imported when it is first asked for.
+_HOMES = {
+    "add_aqdet_config": "aqdet.config",
+    "data": "aqdet.data",
+    "load_config": "aqdet.config",
+    "modeling": "aqdet.modeling",
+}
+
+ImportAfter({"detectron2.data": "aqdet.data", "detectron2.modeling": "aqdet.modeling"}).install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'aqdet' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name not in ("detectron2", "torch"):
+            raise
+        raise ImportError(
+            f"aqdet.{name} needs Detectron2 and PyTorch, and {error.name} is not installed here (tools/setup_env.sh "
+            "installs both); without them only aqdet.runtime works"
+        ) from error
+    return module if name in ("data", "modeling") else getattr(module, name)

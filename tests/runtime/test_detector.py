@@ -114,4 +114,4 @@ def test_without_torch(model, folder, tmp_path):
     np.testing.assert_array_equal(classes, expected.pred_classes.numpy())
     np.testing.assert_allclose(scores, expected.scores.numpy(), rtol=1e-4)
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
-    assert refusal.startswith("aqdet.load_config needs Detectron2, which is not installed here")
+    assert refusal.startswith("aqdet.load_config needs Detectron2 and PyTorch, and detectron2 is not installed here")
