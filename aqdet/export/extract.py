@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
 from ..modeling import QuantFCOS, QuantFPN, QuantRetinaNet
 from ..modeling.backbone import QuantBasicBlock, QuantBottleneckBlock, QuantLastLevelP6P7, QuantStem
 from ..quantization import Quantizer
-from .containers import INT8_LIMIT, PAIR_LIMIT
+from .fold import as_array, fold, lower_bias, norm_affine
+from .grids import check_multiplier, check_parameters, check_quantizer, check_reach, grid_of
 from .program import (
     IMAGE,
     Add,
@@ -34,17 +33,6 @@ from .program import (
     Upsample,
     largest_code,
 )
-
-UNIFORM = ("dorefa", "lsq", "lsqplus", "pact")
-"""Methods whose integers an affine conversion reproduces."""
-_NOT_UNIFORM = {
-    "lqnet": "has levels that are no multiples of one step",
-    "n2uq": "compares with learned thresholds, so that its codes are not round(x / scale)",
-}
-INT32_LIMIT = 2**31 - 1
-# A channel whose convolution moves the output by less than this share of a code is its bias.
-NEGLIGIBLE = 2.0**-10
-_CONSTANT_UNITS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,76 +72,6 @@ def with_rounded_biases(model: nn.Module) -> nn.Module:
     return model
 
 
-def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
-    """The grid of an activation.
-
-    Raises:
-        ValueError: in one line, if there is none that integers can be on.
-    """
-    if quantizer is None:
-        raise ValueError(f"layer {path} is not quantized: the model was built with MODEL.QUANT.ENABLED False")
-    _check_quantizer(quantizer, path)
-    grid = quantizer.grid()
-    if grid is None or grid.scale.numel() != 1:
-        raise ValueError(f"layer {path}: {quantizer.spec.quantizer!r} has no single uniform grid, so no integer form")
-    scale = float(grid.scale.detach())
-    if not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"layer {path}: its scale must be positive and finite, got {scale}")
-    return Grid(scale, grid.quant_min, grid.quant_max)
-
-
-def _check_quantizer(quantizer: Quantizer, path: str) -> None:
-    method = quantizer.spec.quantizer
-    if method not in UNIFORM:
-        reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
-        raise ValueError(
-            f"layer {path}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
-            f"{', '.join(UNIFORM[:-1])} or {UNIFORM[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
-        )
-    if not quantizer.enabled:
-        raise ValueError(f"layer {path}: its quantizer is switched off (aqdet.quantization.set_quantization)")
-    if not quantizer.is_active:
-        raise ValueError(
-            f"layer {path}: its quantizer is not calibrated: MODEL.WEIGHTS must be a checkpoint of quantized training"
-        )
-
-
-def _array(tensor: Tensor) -> NDArray[np.float64]:
-    return tensor.detach().cpu().double().numpy()
-
-
-def _norm_affine(norm: nn.Module | None, level: int, channels: int, path: str) -> tuple[NDArray, NDArray]:
-    """Multiplier and offset of a norm at evaluation, ``(O,)`` each, in float64."""
-    multiplier, offset = np.ones(channels), np.zeros(channels)
-    if norm is None:
-        return multiplier, offset
-    statistics: Any = norm[level] if isinstance(norm, CycleBatchNormList) else norm
-    mean, variance = (getattr(statistics, key, None) for key in ("running_mean", "running_var"))
-    known = isinstance(statistics, _BatchNorm | FrozenBatchNorm2d)
-    if not (known and isinstance(mean, Tensor) and isinstance(variance, Tensor)):
-        raise ValueError(f"layer {path}: norm {type(norm).__name__} does not fold into integers, use BN")
-    multiplier = 1 / np.sqrt(_array(variance) + statistics.eps)
-    offset = -_array(mean) * multiplier
-    for affine in (statistics, norm) if norm is not statistics else (norm,):
-        weight, bias = (getattr(affine, key, None) for key in ("weight", "bias"))
-        if isinstance(weight, Tensor) and isinstance(bias, Tensor):
-            multiplier, offset = multiplier * _array(weight), offset * _array(weight) + _array(bias)
-    return multiplier, offset
-
-
-@torch.no_grad()
-def _lower_bias(
-    conv: QuantConv2d, norm: Any, level: int, amount: NDArray[np.float64], multiplier: NDArray[np.float64]
-) -> None:
-    """Lowers the output of a convolution and its norm by ``amount``, ``(O,)``."""
-    if norm is not None:
-        mean = (norm[level] if isinstance(norm, CycleBatchNormList) else norm).running_mean
-        change = np.divide(amount, multiplier, out=np.zeros_like(amount), where=amount != 0)
-        mean.copy_(torch.from_numpy(_array(mean) + change))
-    elif conv.bias is not None:
-        conv.bias.copy_(torch.from_numpy(_array(conv.bias) - amount))
-
-
 class _Extractor:
     """Walks the modules in the order in which they run."""
 
@@ -162,6 +80,7 @@ class _Extractor:
         self.round_biases = round_biases
 
     def detector(self, model: Any) -> Program:
+        check_parameters(model)
         image = self._image_grid(model)
         levels = self._fpn(model.backbone, self._stem_input(model, image))
         towers = {"cls_subnet": {"cls_score": "logits"}, "bbox_subnet": {"bbox_pred": "deltas"}}
@@ -353,22 +272,30 @@ class _Extractor:
     def _requantize(self, x: _Value, quantizer: Quantizer | None, path: str, level: str = "") -> _Value:
         name = f"{path}.input_quantizer"
         target = _Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
+        check_reach(_largest(x.grid), target.grid, name)
         self.operations.append(Requantize(target.name, x.name, target.grid))
         return target
 
     def _add(self, x: _Value, y: _Value, target: _Value) -> _Value:
+        check_reach(_largest(x.grid) + _largest(y.grid), target.grid, target.name)
         self.operations.append(Add(target.name, (x.name, y.name), target.grid))
         return target
 
     def _weight(self, conv: QuantConv2d, path: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """Codes ``(O, C / groups, kH, kW)`` and scales ``(O,)`` of a weight."""
         quantizer = conv.weight_quantizer
-        _check_quantizer(quantizer, f"{path}.weight_quantizer")
+        check_quantizer(quantizer, f"{path}.weight_quantizer")
         integers = quantizer.to_integer(conv.weight)
         same = torch.equal(integers.dequantize(), quantizer.fake_quantize(conv.weight).detach().float())
         if integers.zero_point != 0 or not same:
             raise ValueError(f"layer {path}.weight_quantizer: its integers do not give its weights back")
-        scale = _array(integers.scale).reshape(-1)
+        scale = as_array(integers.scale).reshape(-1)
+        if not integers.codes.any():
+            largest = conv.weight.detach().abs().max().item()
+            raise ValueError(
+                f"layer {path}.weight_quantizer: its scale is {scale.min():g}, but no weight is larger than "
+                f"{largest:.3g}: everything would become zero"
+            )
         return integers.codes.cpu().numpy(), np.broadcast_to(scale, conv.out_channels).copy()
 
     def _conv(
@@ -393,16 +320,20 @@ class _Extractor:
         if relu and grid is not None and grid.signed:
             raise ValueError(f"layer {path}: a ReLU stands before the signed quantizer {output}")
         codes, scale = self._weight(conv, path)
-        multiplier, offset = _norm_affine(norm, index, conv.out_channels, path)
-        bias = np.zeros(conv.out_channels) if conv.bias is None else _array(conv.bias)
+        multiplier, offset = norm_affine(norm, index, conv.out_channels, path)
+        bias = np.zeros(conv.out_channels) if conv.bias is None else as_array(conv.bias)
         if input_offset is not None:
             bias = bias + input_offset
         bias = bias * multiplier + offset
-        folded = _fold(codes, scale * multiplier, bias, x.grid, grid, path)
+        folded = fold(codes, scale * multiplier, bias, x.grid, grid, path)
+        check_multiplier(folded["scale"].astype(np.float64) * x.grid.scale, grid, path)
+        if grid is not None:
+            total = np.abs(codes.astype(np.int64)).sum((1, 2, 3)) * np.abs(scale * multiplier) * x.grid.scale
+            check_reach(float((total * largest_code(x.grid) + np.abs(bias)).max()), grid, output)
         if self.round_biases:
             rest = bias - folded["bias"] * folded["scale"].astype(np.float64) * x.grid.scale
             rest[folded["sign"] == 0] = 0
-            _lower_bias(conv, norm, index, rest, multiplier)
+            lower_bias(conv, norm, index, rest, multiplier)
         self.operations.append(
             Conv(
                 output=output,
@@ -422,63 +353,11 @@ class _Extractor:
         return _Value(output, x.grid if grid is None else grid)
 
 
+def _largest(grid: Grid) -> float:
+    """The largest magnitude on a grid."""
+    return max(-grid.quant_min, grid.quant_max) * grid.scale
+
+
 def _pair(value: Any) -> tuple[int, int]:
     first, second = value if isinstance(value, tuple) else (value, value)
     return int(first), int(second)
-
-
-def _fold(
-    codes: NDArray[np.int32],
-    weight_scale: NDArray[np.float64],
-    bias: NDArray[np.float64],
-    source: Grid,
-    target: Grid | None,
-    path: str,
-) -> dict[str, NDArray]:
-    """``sign``, ``multiple``, ``scale`` and ``bias`` of a convolution whose output is ``sums * weight_scale + bias``.
-
-    Args:
-        codes: ``(O, C / groups, kH, kW)``.
-        weight_scale: ``(O,)``, of any sign, norm included.
-        bias: ``(O,)``, in real units.
-        source, target: grids of input and output.
-        path: for messages.
-
-    Raises:
-        ValueError: if a bias does not fit in int32.
-    """
-    if not (np.isfinite(weight_scale).all() and np.isfinite(bias).all()):
-        raise ValueError(f"layer {path}: its weights or its norm's parameters are not finite")
-    channels = len(codes)
-    flat = np.abs(codes.astype(np.int64)).reshape(channels, -1)
-    largest, total = flat.max(1), flat.sum(1)
-    code = largest_code(source)
-    sign = np.sign(weight_scale).astype(np.int8)
-    multiple = np.ones(channels, np.int16)
-    scale = np.abs(weight_scale).astype(np.float32)
-    integer_bias = np.zeros(channels, np.int64)
-    for c in range(channels):
-        most = min(INT8_LIMIT // max(largest[c], 1), PAIR_LIMIT // (2 * code * max(largest[c], 1)))
-        for candidate in (max(int(most), 1), 1):
-            multiple[c] = candidate
-            scale[c] = np.abs(weight_scale[c]) / candidate
-            unit = float(scale[c]) * source.scale
-            reach = 2 * float(total[c]) * candidate * code
-            if unit > np.finfo(np.float32).tiny and abs(bias[c]) / unit + reach <= INT32_LIMIT:
-                integer_bias[c] = round(bias[c] / unit)
-                break
-        else:
-            # Tiny or zero multiplier: the convolution moves nothing, or the bias saturates the output.
-            step = 1.0 if target is None else target.scale
-            moves = abs(weight_scale[c]) * source.scale * float(total[c]) * code / step
-            beyond = target is not None and abs(bias[c]) / step - moves > target.quant_max - target.quant_min + 1
-            if target is None or not (moves < NEGLIGIBLE or beyond):
-                raise ValueError(
-                    f"layer {path}: the bias of channel {c} needs more than 32 bits beside its batch norm's "
-                    f"multiplier ({bias[c]:.3g} and {weight_scale[c]:.3g}): train on, or prune the channel"
-                )
-            sign[c], multiple[c] = 0, 1
-            scale[c] = step / source.scale / _CONSTANT_UNITS
-            unit = float(scale[c]) * source.scale
-            integer_bias[c] = round(min(max(bias[c] / unit, -(2**30)), 2**30))
-    return {"sign": sign, "multiple": multiple, "scale": scale, "bias": integer_bias.astype(np.int32)}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .containers import INT8_LIMIT, int8_parts
-from .extract import INT32_LIMIT
+from .fold import INT32_LIMIT
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
 
 

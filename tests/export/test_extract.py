@@ -10,7 +10,8 @@ from programs import LSQPLUS, OVERRIDES, RELU, STD, image, shared, trained_like
 from torch import nn
 
 from aqdet.export.agreement import trained_values
-from aqdet.export.extract import _fold, extract, with_rounded_biases
+from aqdet.export.extract import extract, with_rounded_biases
+from aqdet.export.fold import fold as fold_conv
 from aqdet.export.program import Grid, PadImage, Requantize, inputs_of
 from aqdet.export.reference import run
 from aqdet.quantization import QUANTIZER_REGISTRY, Quantizer, set_quantization
@@ -20,7 +21,7 @@ CODES = np.array([[2, -8], [7, 1], [3, 3], [-1, 0]]).reshape(4, 2, 1, 1)
 
 
 def fold(scale, bias, target=U8, codes=CODES):
-    return _fold(codes, np.array(scale, float), np.array(bias, float), U4, target, "some.conv")
+    return fold_conv(codes, np.array(scale, float), np.array(bias, float), U4, target, "some.conv")
 
 
 def real_outputs(folded, codes=CODES, x=(3, 5)):
@@ -60,7 +61,7 @@ def test_a_bias_that_does_not_fit_is_refused():
 
 def test_pairs_of_products_do_not_saturate_16_bits_where_avoidable():
     signed = Grid(0.1, -8, 7)
-    folded = _fold(np.full((1, 4, 1, 1), 1), np.ones(1), np.zeros(1), signed, U8, "c")
+    folded = fold_conv(np.full((1, 4, 1, 1), 1), np.ones(1), np.zeros(1), signed, U8, "c")
     assert folded["multiple"].tolist() == [121]  # 2 * (7 + 128) * 121 is 32670
 
 
@@ -244,12 +245,69 @@ def test_a_method_that_is_not_uniform_is_refused(monkeypatch, key, name):
     assert f"layer backbone.bottom_up.res3.1.conv1.{name}: quantizer 'squares'" in message
 
 
-def test_a_bad_scale_is_refused():
+def broken(path, value, index=0):
+    """A detector of which one value of a parameter or buffer is another."""
     model = trained_like()
     with torch.no_grad():
-        model.backbone.bottom_up.res4[0].conv1.input_quantizer.scale.fill_(float("nan"))
+        model.state_dict(keep_vars=True)[path].flatten()[index] = value
+    return model
+
+
+CONV = "backbone.bottom_up.res4.0.conv1"
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        (f"{CONV}.input_quantizer.scale", np.nan, "its scale must be above 0 and at most 1e+06, got nan"),
+        (f"{CONV}.input_quantizer.scale", np.inf, "its scale must be above 0 and at most 1e+06, got inf"),
+        (f"{CONV}.input_quantizer.scale", 0.0, "its scale must be above 0 and at most 1e+06, got 0"),
+        (f"{CONV}.input_quantizer.scale", -0.25, "its scale must be above 0 and at most 1e+06, got -0.25"),
+        (f"{CONV}.input_quantizer.scale", 1e32, "its scale must be above 0 and at most 1e+06, got 1e+32"),
+        (f"{CONV}.weight_quantizer.scale", -3e-9, "its scale must be above 0 and at most 1e+06, got -3e-09"),
+        (f"{CONV}.weight_quantizer.scale", 1e32, "its scale must be above 0 and at most 1e+06, got 1e+32 (1 of 256"),
+        ("backbone.bottom_up.res3.1.residual_add.x_quantizer.alpha", -1e-9, "its alpha must be above 0 and"),
+        ("backbone.fpn_lateral4.input_quantizer.scale", -1.0, "its scale must be above 0 and at most 1e+06, got -1"),
+        (
+            f"{CONV}.weight",
+            np.nan,
+            "its weight must be finite, got nan (1 of 294912 values, the first at [0, 0, 0, 0])",
+        ),
+        (f"{CONV}.weight", -np.inf, "its weight must be finite, got -inf (1 of"),
+        (f"{CONV}.norm.weight", np.nan, "its weight must be finite, got nan (1 of 256 values, the first at [0])"),
+        (f"{CONV}.norm.running_var", -1.0, "its running_var must be finite and not negative, got -1"),
+        (f"{CONV}.norm.weight", 1e32, "one unit of the sum of channel 0 is"),
+        ("head.bbox_pred.bias", np.nan, "its bias must be finite, got nan"),
+    ],
+)
+def test_a_bad_value_is_refused_by_layer_and_value(path, value, words):
+    message = refusal(broken(path, value))
+    assert message.startswith(f"layer {path.rpartition('.')[0].removesuffix('.norm')}") and words in message
+
+
+@pytest.mark.parametrize("factor", [2e3, 1e5])
+def test_a_scale_at_which_everything_is_zero_is_refused(factor):
+    # The stream before it ends at 255 of its steps, far below half of one of these.
+    model = trained_like()
+    with torch.no_grad():
+        model.get_submodule(f"{CONV}.input_quantizer").scale.mul_(factor)
     message = refusal(model)
-    assert "layer backbone.bottom_up.res4.0.conv1.input_quantizer: its scale must be positive and finite" in message
+    assert message.startswith(f"layer {CONV}.input_quantizer: its scale is ") and "no value before it" in message
+
+
+def test_weights_that_all_round_to_zero_are_refused():
+    model = trained_like()
+    with torch.no_grad():
+        model.get_submodule(f"{CONV}.weight_quantizer").scale.mul_(1e3)
+    message = refusal(model)
+    assert message.startswith(f"layer {CONV}.weight_quantizer: its scale is ") and "no weight is larger" in message
+
+
+def test_values_of_what_does_not_ship_are_nobodys_business():
+    model = trained_like("MODEL.AUX.ENABLED", "True")
+    with torch.no_grad():
+        next(model.auxiliary.parameters()).fill_(np.nan)
+    extract(model)
 
 
 def test_an_unknown_activation_is_refused():

@@ -248,6 +248,22 @@ def test_a_checkpoint_of_another_config_is_refused(checkpoint, tmp_path, overrid
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), 1e32])
+def test_a_bad_scale_is_one_line_before_anything_is_written(tmp_path, monkeypatch, capsys, value):
+    model = trained_like()
+    with torch.no_grad():
+        model.head.cls_subnet[0].input_quantizer.scale.fill_(value)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(make_cfg(*OVERRIDES).dump())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        export_model(monkeypatch, "--config-file", "config.yaml", "--weights", "model.pth", "--output", "detector")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert f"layer head.cls_subnet.0.input_quantizer: its scale must be above 0 and at most 1e+06, got {value:g}" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.pth"]
+
+
 def test_float_checkpoint_is_refused(tmp_path):
     path = tmp_path / "float.pth"
     torch.save({"model": make_model(*STD, *RELU).state_dict()}, path)

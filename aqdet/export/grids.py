@@ -1,0 +1,145 @@
+"""Grids of a detector's quantizers, and one-line refusals of parameters that integers cannot be made of."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..modeling.auxiliary import TRAINING_ONLY
+from ..quantization import Quantizer
+from .program import Grid
+
+UNIFORM = ("dorefa", "lsq", "lsqplus", "pact")
+"""Methods whose integers an affine conversion reproduces."""
+_NOT_UNIFORM = {
+    "lqnet": "has levels that are no multiples of one step",
+    "n2uq": "compares with learned thresholds, so that its codes are not round(x / scale)",
+}
+LARGEST_MULTIPLIER = 2.0**20
+"""Codes of the output that one unit of a convolution's sum may be worth: thousands of times more than any range has."""
+STEP_SIZES = ("scale", "alpha")
+"""Parameters of quantizers that have to be positive: a step size, or a range that is divided by codes."""
+LARGEST_STEP = 1e6
+"""No step size of a trained detector comes near it, whose weights and values are counted in tens."""
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Checks that a detector's parameters and statistics are numbers that a trained detector can have.
+
+    A step size of zero or below acts as the smallest allowed one while training, so that the model runs: what ships
+    would be a detector whose layer clips everything.
+
+    Raises:
+        ValueError: in one line that names the layer, the parameter and its value.
+    """
+    for path, module in model.named_modules():
+        if path.startswith(TRAINING_ONLY):
+            continue
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if not tensor.is_floating_point():
+                continue
+            wrong = ~torch.isfinite(tensor)
+            rule = "finite"
+            if isinstance(module, Quantizer) and name in STEP_SIZES:
+                wrong, rule = wrong | (tensor <= 0) | (tensor > LARGEST_STEP), f"above 0 and at most {LARGEST_STEP:g}"
+            elif isinstance(module, _BatchNorm | FrozenBatchNorm2d) and name == "running_var":
+                wrong, rule = wrong | (tensor < 0), "finite and not negative"
+            if wrong.any():
+                raise ValueError(f"layer {path}: its {name} must be {rule}, {_first_of(tensor, wrong)}")
+
+
+def _first_of(tensor: Tensor, wrong: Tensor) -> str:
+    """E.g. ``got nan (1 of 64 values, the first at 3)``."""
+    index = int(wrong.flatten().nonzero()[0])
+    where = ""
+    if tensor.numel() > 1:
+        place = ", ".join(str(int(i)) for i in np.unravel_index(index, tuple(tensor.shape)))
+        where = f" ({int(wrong.sum())} of {tensor.numel()} values, the first at [{place}])"
+    return f"got {tensor.flatten()[index].item():g}{where}"
+
+
+def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
+    """The grid of an activation.
+
+    Raises:
+        ValueError: in one line, if there is none that integers can be on.
+    """
+    if quantizer is None:
+        raise ValueError(f"layer {path} is not quantized: the model was built with MODEL.QUANT.ENABLED False")
+    check_quantizer(quantizer, path)
+    grid = quantizer.grid()
+    if grid is None or grid.scale.numel() != 1:
+        raise ValueError(f"layer {path}: {quantizer.spec.quantizer!r} has no single uniform grid, so no integer form")
+    scale = float(grid.scale.detach())
+    if not np.isfinite(scale) or scale <= 0:
+        raise ValueError(f"layer {path}: its scale must be positive and finite, got {scale}")
+    return Grid(scale, grid.quant_min, grid.quant_max)
+
+
+def check_reach(reach: float, target: Grid, path: str) -> None:
+    """Checks that the values which reach a grid can be told apart on it.
+
+    Args:
+        reach: the largest magnitude that a value may have before it is rounded.
+        target: the grid.
+        path: of the quantizer, for messages.
+
+    Raises:
+        ValueError: in one line, if every value would become zero, as where a scale is thousands of times too large.
+    """
+    if not math.isfinite(reach):
+        raise ValueError(f"layer {path}: values before its scale of {target.scale:g} are not finite")
+    if reach < 0.5 * target.scale:
+        raise ValueError(
+            f"layer {path}: its scale is {target.scale:g}, but no value before it is larger than {reach:.3g}: "
+            "everything would become zero"
+        )
+
+
+def check_multiplier(unit: NDArray[np.float64], target: Grid | None, path: str) -> None:
+    """Checks that a convolution's sums and its output are of comparable size.
+
+    Args:
+        unit: ``(O,)``, what one unit of each channel's sum stands for.
+        target: grid of the output; None for a prediction.
+        path: of the convolution, for messages.
+
+    Raises:
+        ValueError: in one line, if a unit is worth more than :data:`LARGEST_MULTIPLIER` codes of the output.
+    """
+    step = 1.0 if target is None else target.scale
+    channel = int(np.argmax(unit))
+    if not unit[channel] / step <= LARGEST_MULTIPLIER:
+        where = "of the prediction" if target is None else f"codes of its output, whose scale is {step:g}"
+        raise ValueError(
+            f"layer {path}: one unit of the sum of channel {channel} is {unit[channel] / step:.3g} {where}: its "
+            f"scales or its norm's parameters are wrong (one unit stands for {unit[channel]:.3g})"
+        )
+
+
+def check_quantizer(quantizer: Quantizer, path: str) -> None:
+    """Checks that a quantizer is calibrated, switched on and uniform.
+
+    Raises:
+        ValueError: in one line that names the layer.
+    """
+    method = quantizer.spec.quantizer
+    if method not in UNIFORM:
+        reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
+        raise ValueError(
+            f"layer {path}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
+            f"{', '.join(UNIFORM[:-1])} or {UNIFORM[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
+        )
+    if not quantizer.enabled:
+        raise ValueError(f"layer {path}: its quantizer is switched off (aqdet.quantization.set_quantization)")
+    if not quantizer.is_active:
+        raise ValueError(
+            f"layer {path}: its quantizer is not calibrated: MODEL.WEIGHTS must be a checkpoint of quantized training"
+        )
