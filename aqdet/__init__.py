@@ -13,6 +13,7 @@ from .registration import ImportAfter
 if TYPE_CHECKING:
     from . import data, modeling
     from .config import add_aqdet_config, load_config
+    from .data.embedded import register as _register  # noqa: F401  (registers)
 
 __version__ = "0.1.0"
 __all__ = ["add_aqdet_config", "data", "load_config", "modeling"]

@@ -16,10 +16,11 @@ from pathlib import Path
 import yaml
 
 from aqdet.config import load_config
-from aqdet.data.check.cache import Declaration, check_declaration, write_aside
+from aqdet.data.check.cache import check_declaration, write_aside
+from aqdet.data.check.findings import reports_as_json
 from aqdet.data.check.records import find_shared_images
+from aqdet.data.declaration import Declaration, parse_declared, parse_image_folders
 from aqdet.data.formats.yolo import SPLITS
-from aqdet.data.registry import declarations, reports_as_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +61,7 @@ def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool]:
     if not args.config_file:
         cfg.DATASETS.DECLARED = entries
         cfg.DATASETS.IMAGE_FOLDERS = [{"name": path, "root": path} for path in args.image_folders or ()]
-    found = list(declarations(cfg).values())
+    found = [*parse_declared(cfg.DATASETS.DECLARED).values(), *parse_image_folders(cfg.DATASETS.IMAGE_FOLDERS)]
     if not found:
         raise ValueError(f"nothing to check: {args.config_file or args.voc or args.yolo} names no datasets or splits")
     return found, strict

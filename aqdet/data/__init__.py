@@ -1,15 +1,35 @@
-"""Datasets: the embedded one, declared ones and their check, converters."""
+"""
+Datasets: the embedded one, declared ones and their check, what feeds them to a model.
 
-from .embedded import register
-from .embedded.scenes import SHAPE_CLASSES, make_shapes
-from .formats.voc import convert_voc
-from .mappers import build_mapper
-from .registry import check_datasets, check_num_classes, complete_num_classes, register_declared
+Names are looked up when they are first used: reading and checking data needs neither torch nor Detectron2, the rest
+does. ``aqdet.data.embedded.register`` registers the embedded dataset.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .embedded.scenes import SHAPE_CLASSES, make_shapes
+    from .formats.voc import convert_voc
+    from .mappers import build_mapper
+    from .registry import check_datasets, check_num_classes, complete_num_classes, register_declared
+
+_MODULES = {
+    "SHAPE_CLASSES": "embedded.scenes",
+    "build_mapper": "mappers",
+    "check_datasets": "registry",
+    "check_num_classes": "registry",
+    "complete_num_classes": "registry",
+    "convert_voc": "formats.voc",
+    "make_shapes": "embedded.scenes",
+    "register_declared": "registry",
+}
 
 __all__ = [
     "SHAPE_CLASSES",
     "build_mapper",
-    "register",
     "check_datasets",
     "check_num_classes",
     "complete_num_classes",
@@ -17,3 +37,9 @@ __all__ = [
     "make_shapes",
     "register_declared",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

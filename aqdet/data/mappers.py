@@ -1,105 +1,19 @@
-"""Image folders: a folder for each class, for classification."""
+"""What turns a record of a dataset into the input of a model, with its augmentations."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from PIL import Image
-
-from .check.cache import IMAGE_FOLDER, Declaration
-from .check.images import IMAGE_ENDINGS
-
-logger = logging.getLogger(__name__)
-
-EVALUATOR_TYPE = "image_classification"
-FIELDS = ("name", "root")
-
-
-def image_folders(
-    cfg: CfgNode, resolve: Callable[[str], str], only: Collection[str] | None = None
-) -> Iterator[Declaration]:
-    """The entries of ``DATASETS.IMAGE_FOLDERS``. Classes are the folders' names, sorted.
-
-    Args:
-        cfg: config.
-        resolve: looks up a relative path.
-        only: names of the entries that are used; None for all.
-
-    Raises:
-        ValueError: in one line, naming the entry, the field, the value and what would be right.
-    """
-    declared = cfg.DATASETS.IMAGE_FOLDERS
-    if not isinstance(declared, list | tuple):
-        raise ValueError(f"DATASETS.IMAGE_FOLDERS must be a list of {{name: ..., root: ...}}, got {declared!r}")
-    for index, entry in enumerate(declared):
-        where = f"DATASETS.IMAGE_FOLDERS[{index}]"
-        if not isinstance(entry, dict) or set(entry) != set(FIELDS):
-            raise ValueError(f"{where} must have exactly the fields {', '.join(FIELDS)}, got {entry!r}")
-        for field in FIELDS:
-            if not isinstance(entry[field], str) or not entry[field]:
-                raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
-        name, root = entry["name"], resolve(entry["root"])
-        if only is not None and name not in only:
-            continue
-        if not os.path.isdir(root):
-            raise ValueError(
-                f"{where}.root: no folder {root!r}; relative paths are looked up under $DETECTRON2_DATASETS, then in "
-                "the current folder"
-            )
-        classes = tuple(sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir()))
-        if not classes:
-            raise ValueError(f"{where}.root: {root!r} has no folders, it must have one for each class")
-        if len(classes) == 1:
-            logger.warning("%s.root: %r has one class, %r: any classifier is right", where, root, classes[0])
-        yield Declaration(name, IMAGE_FOLDER, root, root, classes=classes)
-
-
-def register_image_folder(declaration: Declaration) -> None:
-    """Registers one of :func:`image_folders`; the same may come again.
-
-    Raises:
-        ValueError: in one line, if its name is that of other files.
-    """
-    name, root, classes = declaration.name, declaration.image_root, declaration.classes or ()
-    if name in DatasetCatalog:
-        if MetadataCatalog.get(name).get("image_root") != root:
-            raise ValueError(f"DATASETS.IMAGE_FOLDERS: {name!r} is registered already with other files, choose another")
-        return
-    DatasetCatalog.register(name, lambda: load_image_folder(root, classes))
-    MetadataCatalog.get(name).set(image_root=root, thing_classes=list(classes), evaluator_type=EVALUATOR_TYPE)
-
-
-def load_image_folder(root: str, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Records ``{"file_name", "image_id", "label"}``, in the order of classes and file names.
-
-    Raises:
-        ValueError: if a class has no image.
-    """
-    records: list[dict[str, Any]] = []
-    other = 0
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (Path(root) / name).rglob("*") if path.is_file())
-        images = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
-        if not images:
-            raise ValueError(f"folder {str(Path(root) / name)!r} has no image ({', '.join(IMAGE_ENDINGS)})")
-        other += len(files) - len(images)
-        for path in images:
-            records.append({"file_name": str(path), "image_id": len(records), "label": label})
-    if other:
-        logger.warning("%s: %d files that are no images by their names are left out", root, other)
-    return records
 
 
 class RandomResizedCrop(T.Augmentation):
@@ -151,7 +65,7 @@ class CenterCrop(T.Augmentation):
 
 
 class ClassificationMapper:
-    """A record of :func:`load_image_folder` to what the classifier reads.
+    """Turns a record of an image folder into what the classifier reads.
 
     Args:
         augmentations: applied in order.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,26 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 
-from .check.cache import IMAGE_FOLDER, Declaration, checked, write_aside
-from .check.findings import Report
+from .check.cache import checked, write_aside
+from .check.findings import Report, reports_as_json
+from .check.images import IMAGE_ENDINGS
 from .check.records import find_shared_images
+from .declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
 from .embedded.register import set_cache_dir
-from .mappers import EVALUATOR_TYPE, image_folders, register_image_folder
+from .formats.folders import read_folders
 
 __all__ = [
+    "EVALUATOR_TYPE",
     "check_datasets",
     "check_num_classes",
     "complete_num_classes",
     "declarations",
     "register_declared",
-    "reports_as_json",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Fields of an entry by its format: those it must have, those it may have.
-FIELDS = {
-    "coco": (("name", "json", "image_root"), ("format",)),
-    "voc": (("name", "format", "root", "split"), ("classes", "difficult_as_crowd")),
-    "yolo": (("name", "format", "yaml", "split"), ("image_root",)),
-}
+EVALUATOR_TYPE = "image_classification"
 # Where a meta-architecture, with or without "Quant" in front, is told its number of classes.
 NUM_CLASSES_NODES = {
     "RetinaNet": "RETINANET",
@@ -66,7 +62,7 @@ def register_declared(cfg: CfgNode, *, train: bool = True) -> None:
     set_cache_dir(cfg.DATASETS.CACHE_DIR)
     for declaration in declarations(cfg, None if train else cfg.DATASETS.TEST).values():
         if declaration.format == IMAGE_FOLDER:
-            register_image_folder(declaration)
+            _register_image_folder(declaration)
         else:
             _register(declaration, cfg.DATASETS.STRICT)
     for key in ("TRAIN", "TEST")[not train :]:
@@ -88,18 +84,8 @@ def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str,
     Raises:
         ValueError: in one line, as :func:`register_declared`.
     """
-    declared = cfg.DATASETS.DECLARED
-    if not isinstance(declared, list | tuple):
-        example = "{name: ..., json: ..., image_root: ...}"
-        raise ValueError(f"DATASETS.DECLARED must be a list of {example}, got {declared!r}")
-    found: dict[str, Declaration] = {}
-    for index, entry in enumerate(declared):
-        if only is not None and isinstance(entry, dict) and entry.get("name") not in only:
-            continue
-        declaration = _declaration(entry, f"DATASETS.DECLARED[{index}]")
-        if found.setdefault(declaration.name, declaration) != declaration:
-            raise ValueError(f"DATASETS.DECLARED[{index}].name: {declaration.name!r} is the name of another entry")
-    for declaration in image_folders(cfg, _resolve, only):
+    found = parse_declared(cfg.DATASETS.DECLARED, only)
+    for declaration in parse_image_folders(cfg.DATASETS.IMAGE_FOLDERS, only):
         if found.setdefault(declaration.name, declaration) != declaration:
             raise ValueError(f"DATASETS.IMAGE_FOLDERS: {declaration.name!r} is the name of another entry")
     return found
@@ -137,14 +123,6 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         write_aside(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT))
     for report in reports.values():
         _refuse(report, f"dataset {report.name}", cfg.DATASETS.STRICT)
-
-
-def reports_as_json(reports: Sequence[Report], strict: bool) -> str:
-    """The reports as JSON text: all findings, and how many of them stop a training."""
-    datasets = [{k: v for k, v in report.as_dict().items() if k != "images"} for report in reports]
-    refused = sum(report.refused(strict) for report in reports)
-    content = {"refused": refused, "strict": strict, "datasets": datasets}
-    return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
@@ -218,60 +196,6 @@ def _num_classes_node(cfg: CfgNode) -> str | None:
     return NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant"))
 
 
-def _declaration(entry: Any, where: str) -> Declaration:
-    form = entry.get("format", "coco") if isinstance(entry, dict) else "coco"
-    if not isinstance(form, str) or form not in FIELDS:
-        raise ValueError(f"{where}.format must be one of {', '.join(FIELDS)}, got {form!r}")
-    needed, optional = FIELDS[form]
-    if not isinstance(entry, dict) or not set(needed) <= set(entry) <= {*needed, *optional}:
-        may = f", and may have {', '.join(optional)}" if optional else ""
-        raise ValueError(f"{where} must have the fields {', '.join(needed)}{may}, got {entry!r}")
-    for field in set(entry) - {"classes", "difficult_as_crowd"}:
-        if not isinstance(entry[field], str) or not entry[field]:
-            raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
-    classes, difficult = entry.get("classes"), entry.get("difficult_as_crowd", False)
-    if classes is not None and not _are_names(classes):
-        raise ValueError(f"{where}.classes must be a list of names, none twice, got {classes!r}")
-    if not isinstance(difficult, bool):
-        raise ValueError(f"{where}.difficult_as_crowd must be True or False, got {difficult!r}")
-    field = {"coco": "json", "voc": "root", "yolo": "yaml"}[form]
-    file = _existing(entry[field], f"{where}.{field}", is_folder=form == "voc")
-    root = entry.get("image_root", "")
-    if form == "voc":
-        root = os.path.join(file, "JPEGImages")
-    root = _existing(root, f"{where}.image_root", is_folder=True) if root else os.path.dirname(file) or "."
-    return Declaration(
-        name=entry["name"],
-        format=form,
-        file=file,
-        image_root=root,
-        split=entry.get("split", ""),
-        classes=None if classes is None else tuple(classes),
-        difficult_as_crowd=difficult,
-    )
-
-
-def _are_names(value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and bool(value) and all(isinstance(n, str) and n for n in value)
-    return is_list and len(set(value)) == len(value)
-
-
-def _resolve(path: str) -> str:
-    """A relative path under ``$DETECTRON2_DATASETS`` if it exists there, else as it is."""
-    path = os.path.expanduser(path)
-    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", ""))
-    under = os.path.join(root, path)
-    return under if root and os.path.exists(under) else path
-
-
-def _existing(path: str, where: str, *, is_folder: bool) -> str:
-    found = _resolve(path)
-    if not (os.path.isdir(found) if is_folder else os.path.isfile(found)):
-        roots = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
-        raise ValueError(f"{where}: no {'folder' if is_folder else 'file'} {found!r}; {roots}")
-    return found
-
-
 def _register(declaration: Declaration, strict: bool) -> None:
     name = declaration.name
     known = MetadataCatalog.get(name).get("declaration") if name in DatasetCatalog else declaration
@@ -295,6 +219,40 @@ def _register(declaration: Declaration, strict: bool) -> None:
         thing_classes=list(report.categories.values()),
         thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(report.categories)},
     )
+
+
+def _register_image_folder(declaration: Declaration) -> None:
+    name, root, classes = declaration.name, declaration.image_root, declaration.classes or ()
+    if len(classes) == 1:
+        logger.warning("DATASETS.IMAGE_FOLDERS: %r has one class, %r: any classifier is right", root, classes[0])
+    if name in DatasetCatalog:
+        if MetadataCatalog.get(name).get("declaration") != declaration:
+            raise ValueError(f"DATASETS.IMAGE_FOLDERS: {name!r} is registered already with other files, choose another")
+        return
+    DatasetCatalog.register(name, lambda: _load_image_folder(declaration))
+    MetadataCatalog.get(name).set(
+        declaration=declaration, image_root=root, thing_classes=list(classes), evaluator_type=EVALUATOR_TYPE
+    )
+
+
+def _load_image_folder(declaration: Declaration) -> list[dict[str, Any]]:
+    """Records ``{"file_name", "image_id", "label"}``, in the order of classes and file names."""
+    report = Report(declaration.name)
+    source = read_folders(declaration, report)
+    for finding in report.findings:
+        if finding.kind == "no-images":
+            raise ValueError(f"folder {finding.file!r} has no image ({', '.join(IMAGE_ENDINGS)})")
+    other = report.counts["file-ignored"]
+    if other:
+        logger.warning("%s: %d files that are no images by their names are left out", source.image_root, other)
+    return [
+        {
+            "file_name": os.path.join(source.image_root, image["file_name"]),
+            "image_id": image["id"],
+            "label": image["category_id"],
+        }
+        for image in source.images
+    ]
 
 
 def _refuse(report: Report, what: str, strict: bool) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from ..checkpoint import AqdetCheckpointer
 from ..data import build_mapper
 from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
-from ..data.mappers import EVALUATOR_TYPE
+from ..data.registry import EVALUATOR_TYPE
 from ..evaluation import COCOEvaluator, TopKEvaluator
 from ..modeling.auxiliary import detached_auxiliary
 from ..quantization import quantizers

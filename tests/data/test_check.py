@@ -12,9 +12,10 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from pycocotools.coco import COCO
 
-from aqdet.data.check.cache import Declaration, check_declaration
+from aqdet.data.check.cache import check_declaration
 from aqdet.data.check.findings import KINDS, NOTES_KEPT, SEVERITIES
 from aqdet.data.check.records import find_shared_images
+from aqdet.data.declaration import Declaration
 
 
 def healthy(folder):

@@ -11,8 +11,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from aqdet.data import convert_voc
-from aqdet.data.check.cache import Declaration, check_declaration
+from aqdet.data.check.cache import check_declaration
 from aqdet.data.check.records import find_shared_images
+from aqdet.data.declaration import Declaration
 
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 

@@ -7,7 +7,8 @@ from PIL import Image
 from tiny_data import write_yolo
 
 from aqdet.data import check_num_classes, register_declared
-from aqdet.data.check.cache import Declaration, check_declaration
+from aqdet.data.check.cache import check_declaration
+from aqdet.data.declaration import Declaration
 from aqdet.engine import Trainer
 
 

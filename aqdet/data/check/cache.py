@@ -11,40 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..embedded.register import cache_dir
-from ..formats.voc import read_voc
-from ..formats.yolo import read_yolo
+from ..cache_folder import cache_dir
+from ..declaration import IMAGE_FOLDER, Declaration
+from ..formats import FORMATS, Source
+from ..formats.folders import read_folders
 from .findings import Report
-from .records import Source, check_image_folder, check_source, read_coco
+from .records import check_labelled_images, check_source
 
-IMAGE_FOLDER = "folder"
-
-__all__ = ["IMAGE_FOLDER", "Declaration", "check_declaration", "checked", "write_aside"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Declaration:
-    """
-    A dataset as it was declared, with its paths looked up.
-
-    Attributes:
-        name: that it is registered by.
-        format: ``"coco"``, ``"voc"`` or ``"yolo"``, or ``"folder"`` with a folder of images for each class.
-        file: the COCO JSON, the VOC folder, the YOLO ``data.yaml``, or the folder.
-        image_root: folder that nothing is read outside of.
-        split: of a VOC or YOLO folder.
-        classes: of a VOC folder, in the order of their ids; None for those in its annotations. Of a folder, the names
-            of its folders.
-        difficult_as_crowd: of a VOC folder.
-    """
-
-    name: str
-    format: str
-    file: str
-    image_root: str
-    split: str = ""
-    classes: tuple[str, ...] | None = None
-    difficult_as_crowd: bool = False
+__all__ = ["check_declaration", "checked", "write_aside"]
 
 
 def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report, dict[str, Any], Source]:
@@ -59,22 +33,12 @@ def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report
         the report, the records that can be used as COCO JSON has them, and what was read.
     """
     report = Report(declaration.name)
-    if declaration.format == "coco":
-        source = read_coco(declaration.file, declaration.image_root, report)
-    elif declaration.format == "voc":
-        source = read_voc(
-            declaration.file,
-            declaration.split,
-            report,
-            declaration.classes,
-            difficult_as_crowd=declaration.difficult_as_crowd,
-        )
-    elif declaration.format == IMAGE_FOLDER:
-        return report, {}, check_image_folder(declaration.file, declaration.classes or (), report, pixels=pixels)
-    else:
-        source = read_yolo(declaration.file, declaration.split, declaration.image_root, report)
-    content = check_source(source, report, pixels=pixels)
-    return report, content, source
+    if declaration.format == IMAGE_FOLDER:
+        source = read_folders(declaration, report)
+        check_labelled_images(source, report, pixels=pixels)
+        return report, {}, source
+    source = FORMATS[declaration.format].read(declaration, report)
+    return report, check_source(source, report, pixels=pixels), source
 
 
 def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:

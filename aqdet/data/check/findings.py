@@ -18,11 +18,12 @@ import collections
 import dataclasses
 import json
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 from tabulate import tabulate
 
-__all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report"]
+__all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report", "reports_as_json"]
 
 SEVERITIES = ("error", "repaired", "dropped", "warning", "note")
 # Records of a note that are kept; all are counted.
@@ -247,6 +248,14 @@ class Report:
         for item in content["findings"]:
             report.findings.append(Finding(**{k: v for k, v in item.items() if k != "severity"}))
         return report
+
+
+def reports_as_json(reports: Sequence[Report], strict: bool) -> str:
+    """The reports as JSON text: all findings, and how many of them stop a training."""
+    datasets = [{k: v for k, v in report.as_dict().items() if k != "images"} for report in reports]
+    refused = sum(report.refused(strict) for report in reports)
+    content = {"refused": refused, "strict": strict, "datasets": datasets}
+    return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def _shown(value: Any) -> str:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from .. import cache_folder
 from .scenes import SHAPE_CLASSES, SHAPE_SPLITS, make_shapes, shapes_folder
-
-_cache_dir = ""
 
 
 def set_cache_dir(path: str) -> None:
-    """Where the embedded dataset goes; ``""`` for ``$AQDET_CACHE`` or ``~/.cache/aqdet``."""
-    global _cache_dir
-    _cache_dir = path
+    """Sets where the embedded dataset goes too; see :func:`aqdet.data.cache_folder.set_cache_dir`."""
+    cache_folder.set_cache_dir(path)
     for split in SHAPE_SPLITS:
         _set_metadata(split)
 
 
-def cache_dir() -> Path:
-    """The folder that :func:`set_cache_dir` sets."""
-    default = os.environ.get("AQDET_CACHE") or "~/.cache/aqdet"
-    return Path(_cache_dir or default).expanduser()
-
-
 def _folder(split: str) -> Path:
-    return shapes_folder(split, cache_dir())
+    return shapes_folder(split, cache_folder.cache_dir())
 
 
 def _set_metadata(split: str) -> None:

@@ -1,1 +1,103 @@
-"""Readers of annotation formats; each turns files into the records of one :class:`~aqdet.data.check.records.Source`."""
+"""
+Formats of annotations that datasets can be declared in.
+
+A reader turns the files of its format into the records of one :class:`~aqdet.data.formats.source.Source`, as the
+files have them; :mod:`aqdet.data.check` holds these against the policy. A new format is a reader in a file of its
+own and an entry of :data:`FORMATS`. Nothing here imports torch or Detectron2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+
+from ..check.findings import Report
+from ..declaration import Declaration
+from .coco import read_coco
+from .source import Source
+from .voc import read_voc
+from .yolo import read_yolo
+
+__all__ = ["FORMATS", "Format", "Source"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """
+    A format of annotations: how a dataset in it is declared, and its reader.
+
+    Attributes:
+        name: value of the entry's field ``format``.
+        layout: how it looks on disk, in one line.
+        example: an entry, as it is written in ``DATASETS.DECLARED``.
+        read: the reader; takes the declaration and the report that its findings go into.
+        needed: alternatives of the fields that an entry must have.
+        optional: fields that an entry may have. ``seed`` comes with ``split``.
+        paths: the fields that are paths, each ``"file"``, ``"folder"`` or ``"file or folder"``.
+        locate: (paths by field, name of the split) -> ``file`` and ``image_root`` of the declaration.
+        has_named_splits: whether ``split`` may be a name of the format's own, and not only a share.
+    """
+
+    name: str
+    layout: str
+    example: str
+    read: Callable[[Declaration, Report], Source]
+    needed: tuple[tuple[str, ...], ...]
+    optional: tuple[str, ...]
+    paths: Mapping[str, str]
+    locate: Callable[[Mapping[str, str], str], tuple[str, str]]
+    has_named_splits: bool = False
+
+
+def _beside(field: str) -> Callable[[Mapping[str, str], str], tuple[str, str]]:
+    """The annotation file of a field; images are below ``image_root``, or below the file's folder without it."""
+
+    def locate(paths: Mapping[str, str], split: str) -> tuple[str, str]:
+        file = paths[field]
+        return file, paths.get("image_root") or os.path.dirname(file) or "."
+
+    return locate
+
+
+def _locate_voc(paths: Mapping[str, str], split: str) -> tuple[str, str]:
+    return paths["root"], os.path.join(paths["root"], "JPEGImages")
+
+
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        Format(
+            name="coco",
+            layout="a JSON file with the lists images, annotations and categories, and a folder of images",
+            example="{name: mine, json: annotations.json, image_root: images}",
+            read=read_coco,
+            needed=(("name", "json", "image_root"),),
+            optional=("format",),
+            paths={"json": "file", "image_root": "folder"},
+            locate=_beside("json"),
+        ),
+        Format(
+            name="voc",
+            layout="a folder with Annotations/*.xml, JPEGImages and ImageSets/Main/train.txt",
+            example="{name: mine, format: voc, root: VOC2007, split: train}",
+            read=read_voc,
+            needed=(("name", "format", "root", "split"),),
+            optional=("classes", "difficult_as_crowd"),
+            paths={"root": "folder"},
+            locate=_locate_voc,
+            has_named_splits=True,
+        ),
+        Format(
+            name="yolo",
+            layout="a data.yaml, and for each image of images/ a text file in labels/",
+            example="{name: mine, format: yolo, yaml: data.yaml, split: train}",
+            read=read_yolo,
+            needed=(("name", "format", "yaml", "split"),),
+            optional=("image_root",),
+            paths={"yaml": "file", "image_root": "folder"},
+            locate=_beside("yaml"),
+            has_named_splits=True,
+        ),
+    )
+}

@@ -31,7 +31,8 @@ from tabulate import tabulate
 
 from ..check.findings import Report
 from ..check.images import EXIF_ORIENTATION, IMAGE_ENDINGS
-from ..check.records import Source
+from ..declaration import Declaration
+from .source import Source
 
 __all__ = ["VocReport", "convert_voc", "read_voc"]
 
@@ -172,25 +173,19 @@ def convert_voc(
     return _report(content, names, notes)
 
 
-def read_voc(
-    voc_root: str,
-    split: str,
-    report: Report,
-    classes: Sequence[str] | None = None,
-    *,
-    difficult_as_crowd: bool = False,
-) -> Source:
+def read_voc(declaration: Declaration, report: Report) -> Source:
     """
     Reads one split of a Pascal VOC folder with all its faults.
 
     Args:
-        voc_root, split, classes, difficult_as_crowd: as for :func:`convert_voc`.
+        declaration: the dataset; its ``file`` is the folder.
         report: what cannot be read goes into it.
 
     Returns:
         the records, with boxes as COCO has them.
     """
-    root = Path(voc_root)
+    root, split, classes = Path(declaration.file), declaration.split, declaration.classes
+    difficult_as_crowd = declaration.difficult_as_crowd
     folder = root / "JPEGImages"
     split_file = root / "ImageSets" / "Main" / f"{split}.txt"
     source = Source("voc", str(split_file), str(folder), inputs={str(split_file)})

@@ -19,34 +19,34 @@ import yaml
 
 from ..check.findings import Report
 from ..check.images import IMAGE_ENDINGS, ImageFolder
-from ..check.records import Source
+from ..declaration import Declaration
+from .source import Source
 
 __all__ = ["SPLITS", "read_yolo"]
 
 SPLITS = ("train", "val", "test")
 
 
-def read_yolo(yaml_file: str, split: str, image_root: str, report: Report) -> Source:
+def read_yolo(declaration: Declaration, report: Report) -> Source:
     """
     Reads one split.
 
     Args:
-        yaml_file: the ``data.yaml``.
-        split: a key in it.
-        image_root: folder that has to hold the images and the label files; ``""`` for that of the YAML.
+        declaration: the dataset; its ``file`` is the ``data.yaml``, and its ``image_root`` has to hold the images and
+            the label files.
         report: what cannot be read goes into it.
 
     Returns:
         the records, with boxes relative to the size of the image.
     """
-    root = image_root or os.path.dirname(os.path.abspath(yaml_file))
-    source = Source("yolo", yaml_file, root, inputs={yaml_file}, normalised=True)
+    yaml_file = declaration.file
+    source = Source("yolo", yaml_file, declaration.image_root, inputs={yaml_file}, normalised=True)
     content = _read_yaml(yaml_file, report)
     if content is None:
         return source
     source.categories = _categories(content, yaml_file, report)
     reader = _Reader(source, content, report)
-    for name in reader.images_of(split):
+    for name in reader.images_of(declaration.split):
         reader.read_image(name)
     reader.check_label_files()
     return source

@@ -1,0 +1,204 @@
+"""
+Entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS``, read and their paths looked up.
+
+Neither torch nor Detectron2 is needed: :mod:`aqdet.data.registry` registers what is declared here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .share import Share
+
+if TYPE_CHECKING:
+    from .formats import Format
+
+__all__ = ["IMAGE_FOLDER", "Declaration", "parse_declared", "parse_image_folders"]
+
+IMAGE_FOLDER = "folder"
+_FOLDER_FIELDS = ("name", "root")
+_LOOKED_UP = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """
+    A dataset as it was declared, with its paths looked up.
+
+    Attributes:
+        name: the name that the dataset is registered by.
+        format: a key of :data:`aqdet.data.formats.FORMATS`, or ``"folder"`` with a folder of images for each class.
+        file: the annotation file or folder, as the format has it.
+        image_root: folder that nothing is read outside of.
+        split: name of a split of the format's own; ``""`` for none.
+        classes: names in the order of their ids; None for those in the annotations. Of image folders, the folders.
+        difficult_as_crowd: whether ``difficult`` objects of VOC become crowd regions.
+        share: the part of the images that is used; None for all.
+    """
+
+    name: str
+    format: str
+    file: str
+    image_root: str
+    split: str = ""
+    classes: tuple[str, ...] | None = None
+    difficult_as_crowd: bool = False
+    share: Share | None = None
+
+
+def parse_declared(entries: Any, only: Collection[str] | None = None) -> dict[str, Declaration]:
+    """
+    Reads the entries of ``DATASETS.DECLARED``.
+
+    Args:
+        entries: the value of the key.
+        only: names of the entries that are used; None for all.
+
+    Returns:
+        the declarations by name.
+
+    Raises:
+        ValueError: in one line, naming the entry, the field, the value and what would be right.
+    """
+    if not isinstance(entries, list | tuple):
+        example = "{name: ..., json: ..., image_root: ...}"
+        raise ValueError(f"DATASETS.DECLARED must be a list of {example}, got {entries!r}")
+    found: dict[str, Declaration] = {}
+    for index, entry in enumerate(entries):
+        if only is not None and isinstance(entry, dict) and entry.get("name") not in only:
+            continue
+        declaration = _declaration(entry, f"DATASETS.DECLARED[{index}]")
+        if found.setdefault(declaration.name, declaration) != declaration:
+            raise ValueError(f"DATASETS.DECLARED[{index}].name: {declaration.name!r} is the name of another entry")
+    return found
+
+
+def parse_image_folders(entries: Any, only: Collection[str] | None = None) -> Iterator[Declaration]:
+    """
+    Reads the entries of ``DATASETS.IMAGE_FOLDERS``. Classes are the folders' names, sorted.
+
+    Args:
+        entries: the value of the key.
+        only: names of the entries that are used; None for all.
+
+    Raises:
+        ValueError: in one line, naming the entry, the field, the value and what would be right.
+    """
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"DATASETS.IMAGE_FOLDERS must be a list of {{name: ..., root: ...}}, got {entries!r}")
+    for index, entry in enumerate(entries):
+        where = f"DATASETS.IMAGE_FOLDERS[{index}]"
+        if not isinstance(entry, dict) or set(entry) != set(_FOLDER_FIELDS):
+            raise ValueError(f"{where} must have exactly the fields {', '.join(_FOLDER_FIELDS)}, got {entry!r}")
+        for field in _FOLDER_FIELDS:
+            _check_text(entry, field, where)
+        if only is not None and entry["name"] not in only:
+            continue
+        root = existing(entry["root"], f"{where}.root", kind="folder")
+        classes = tuple(sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir()))
+        if not classes:
+            raise ValueError(f"{where}.root: {root!r} has no folders, it must have one for each class")
+        yield Declaration(entry["name"], IMAGE_FOLDER, root, root, classes=classes)
+
+
+def resolve(path: str) -> str:
+    """A relative path under ``$DETECTRON2_DATASETS`` if it exists there, else as it is."""
+    path = os.path.expanduser(path)
+    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", ""))
+    under = os.path.join(root, path)
+    return under if root and os.path.exists(under) else path
+
+
+def existing(path: str, where: str, *, kind: str) -> str:
+    """
+    A path looked up.
+
+    Args:
+        path: as declared.
+        where: config key for the message.
+        kind: ``"file"``, ``"folder"``, or ``"file or folder"``.
+
+    Raises:
+        ValueError: if there is no such thing, or one of the other kind.
+    """
+    found = resolve(path)
+    tests: dict[str, Callable[[str], bool]] = {"file": os.path.isfile, "folder": os.path.isdir}
+    if not tests.get(kind, os.path.exists)(found):
+        raise ValueError(f"{where}: no {kind} {found!r}; {_LOOKED_UP}")
+    return found
+
+
+def _declaration(entry: Any, where: str) -> Declaration:
+    from .formats import FORMATS
+
+    name = entry.get("format", "coco") if isinstance(entry, dict) else "coco"
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"{where}.format must be one of {', '.join(FORMATS)}, got {name!r}")
+    form = FORMATS[name]
+    _check_fields(form, entry, where)
+    for field in {"name", *form.paths} & set(entry):
+        _check_text(entry, field, where)
+    classes, difficult = entry.get("classes"), entry.get("difficult_as_crowd", False)
+    if classes is not None and not _are_names(classes):
+        raise ValueError(f"{where}.classes must be a list of names, none twice, got {classes!r}")
+    if not isinstance(difficult, bool):
+        raise ValueError(f"{where}.difficult_as_crowd must be True or False, got {difficult!r}")
+    split, share = _split(form, entry, where)
+    paths = {
+        field: existing(entry[field], f"{where}.{field}", kind=kind)
+        for field, kind in form.paths.items()
+        if field in entry
+    }
+    file, image_root = form.locate(paths, split)
+    return Declaration(
+        name=entry["name"],
+        format=name,
+        file=file,
+        image_root=existing(image_root, f"{where}.image_root", kind="folder"),
+        split=split,
+        classes=None if classes is None else tuple(classes),
+        difficult_as_crowd=difficult,
+        share=share,
+    )
+
+
+def _check_fields(form: Format, entry: Any, where: str) -> None:
+    optional = [*form.optional, "seed"] if "split" in form.optional else list(form.optional)
+    for needed in form.needed:
+        if isinstance(entry, dict) and set(needed) <= set(entry) <= {*needed, *optional}:
+            return
+    may = f", and may have {', '.join(optional)}" if optional else ""
+    must = " or ".join(", ".join(needed) for needed in form.needed)
+    raise ValueError(f"{where} must have the fields {must}{may}, got {entry!r}")
+
+
+def _check_text(entry: dict[str, Any], field: str, where: str) -> None:
+    if not isinstance(entry[field], str) or not entry[field]:
+        raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
+
+
+def _split(form: Format, entry: dict[str, Any], where: str) -> tuple[str, Share | None]:
+    """The name of the split and the share of it."""
+    value, seed = entry.get("split", ""), entry.get("seed", 0)
+    if type(seed) is not int:
+        raise ValueError(f"{where}.seed must be an integer, got {seed!r}")
+    if isinstance(value, str):
+        if "split" in entry and (not value or not form.has_named_splits):
+            right = (
+                "a non-empty string" if form.has_named_splits else f"a share as 0.8: {form.name} has no named splits"
+            )
+            raise ValueError(f"{where}.split must be {right}, got {value!r}")
+        return value, None
+    try:
+        return "", Share.parse(value, seed)
+    except ValueError as error:
+        raise ValueError(f"{where}.split {error}") from error
+
+
+def _are_names(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and bool(value) and all(isinstance(n, str) and n for n in value)
+    return is_list and len(set(value)) == len(value)

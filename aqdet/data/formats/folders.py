@@ -1,0 +1,45 @@
+"""Image folders: a folder of images for each class, for classification."""
+
+from __future__ import annotations
+
+import os
+
+from ..check.findings import Report
+from ..check.images import IMAGE_ENDINGS
+from ..declaration import Declaration
+from .source import Source
+
+__all__ = ["read_folders"]
+
+
+def read_folders(declaration: Declaration, report: Report) -> Source:
+    """
+    Reads a folder that has a folder of images for each class; links are followed.
+
+    Args:
+        declaration: the dataset; its ``classes`` are names of folders in ``image_root``.
+        report: files that are passed over and classes without images go into it.
+
+    Returns:
+        the images, in the order of classes and names, each with the ``category_id`` of its class.
+    """
+    root = declaration.image_root
+    classes = declaration.classes or ()
+    source = Source("folder", root, root, categories=dict(enumerate(classes)), inputs={root})
+    for label, name in source.categories.items():
+        paths: list[str] = []
+        for folder, _, files in os.walk(os.path.join(root, name)):
+            source.inputs.add(folder)
+            paths += [os.path.join(folder, file) for file in files]
+        images = []
+        for path in sorted(paths):
+            if path.lower().endswith(IMAGE_ENDINGS):
+                images.append({"file_name": os.path.relpath(path, root), "category_id": label})
+            else:
+                report.add("file-ignored", path)
+        if not images:
+            report.add("no-images", os.path.join(root, name))
+        for image in images:
+            source.images.append({"id": len(source.images), **image})
+    source.inputs.update(os.path.join(root, image["file_name"]) for image in source.images)
+    return source

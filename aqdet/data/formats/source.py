@@ -1,0 +1,37 @@
+"""A dataset's records as the files of its format have them: what every reader returns and the check takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+__all__ = ["Source"]
+
+
+@dataclasses.dataclass
+class Source:
+    """
+    A dataset's records as its files have them, faults included.
+
+    Attributes:
+        format: name of the format, a key of :data:`aqdet.data.formats.FORMATS`.
+        file: the annotation file that is named where a record has none of its own.
+        image_root: folder of the images, and of everything read.
+        images: entries with ``id, file_name`` and, where stated, ``width, height``.
+        annotations: entries with ``id, image_id, category_id, bbox`` and what else COCO has.
+        categories: id -> name.
+        image_places, annotation_places: (file, record) of each entry, where not `file` and the id.
+        inputs: files and folders that were read, for the cache's fingerprint.
+        normalised: whether boxes are relative to the size of the image.
+    """
+
+    format: str
+    file: str
+    image_root: str
+    images: list[Any] = dataclasses.field(default_factory=list)
+    annotations: list[Any] = dataclasses.field(default_factory=list)
+    categories: dict[int, str] = dataclasses.field(default_factory=dict)
+    image_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    annotation_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    inputs: set[str] = dataclasses.field(default_factory=set)
+    normalised: bool = False
