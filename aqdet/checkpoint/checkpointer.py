@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from ..modeling.auxiliary import PREFIX, TRAINING_ONLY, detached_auxiliary, strip
+from ..modeling.scaffold.auxiliary import PREFIX, TRAINING_ONLY, detached_auxiliary, strip
 from ..quantization import quantizers
 from .torchvision import SCOPE
 

@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor
 
-from ..modeling.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold.auxiliary import TRAINING_ONLY
 from .state import broadcast_from_main
 
 logger = logging.getLogger(__name__)

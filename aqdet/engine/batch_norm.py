@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.auxiliary import TRAINING_ONLY, detached_auxiliary
+from ..modeling.scaffold.auxiliary import TRAINING_ONLY, detached_auxiliary
 from .averaging import WeightAverageHook
 from .hooks import leaving_no_trace
 from .state import broadcast_from_main

@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
-from ..modeling.auxiliary import Adaptor, detached_auxiliary
+from ..modeling.scaffold.auxiliary import Adaptor, detached_auxiliary
 from ..quantization import calibrate, quantizers
 from ..quantization.calibration import run_on_all_ranks
 from ..quantization.observer import check_method

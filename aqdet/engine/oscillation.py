@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..modeling.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold.auxiliary import TRAINING_ONLY
 from ..quantization import Quantizer, quantize
 from ..quantization.functional import broadcast_scale
 

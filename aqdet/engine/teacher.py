@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from ..checkpoint import AqdetCheckpointer
 from ..config import detector_only
-from ..modeling.distillation import Distillation
+from ..modeling.scaffold.distillation import Distillation
 
 _ROLE = "the checkpoint of this detector in full precision"
 

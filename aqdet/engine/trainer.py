@@ -25,7 +25,7 @@ from ..data import build_mapper
 from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
 from ..data.registry import EVALUATOR_TYPE
 from ..evaluation import COCOEvaluator, TopKEvaluator
-from ..modeling.auxiliary import detached_auxiliary
+from ..modeling.scaffold.auxiliary import detached_auxiliary
 from ..quantization import quantizers
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook

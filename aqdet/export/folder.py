@@ -28,7 +28,7 @@ from ..checkpoint import AqdetCheckpointer
 from ..config import detector_only
 from ..data import register_declared
 from ..modeling import QuantFCOS
-from ..modeling.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold.auxiliary import TRAINING_ONLY
 from ..quantization import quantizers
 from ..runtime.folder import DESCRIPTION, FCOS, RETINANET, write_description
 from .agreement import EXECUTIONS, Difference, compare, runtime_session

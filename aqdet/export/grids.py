@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold.auxiliary import TRAINING_ONLY
 from ..quantization import Quantizer
 from .program import Grid
 

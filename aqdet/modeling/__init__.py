@@ -1,6 +1,5 @@
 """The low-precision detector: backbone, heads, policy, auxiliary path, meta-architectures."""
 
-from .auxiliary import AuxiliaryPath, detached_auxiliary, strip
 from .backbone import (
     QuantFPN,
     build_quant_classifier_backbone,
@@ -10,6 +9,7 @@ from .backbone import (
 from .heads import QuantFCOSHead, QuantRetinaNetHead
 from .meta_arch import QuantClassifier, QuantFCOS, QuantRetinaNet
 from .policy import QuantPolicy, quantizable_layers
+from .scaffold.auxiliary import AuxiliaryPath, detached_auxiliary, strip
 
 __all__ = [
     "AuxiliaryPath",

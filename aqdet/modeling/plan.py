@@ -13,8 +13,8 @@ from torch import nn
 
 from ..layers import QuantAdd, QuantConv2d, QuantLinear, StreamQuantizer
 from ..quantization import Quantizer
-from .auxiliary import TRAINING_ONLY
 from .backbone import tapped_sums
+from .scaffold.auxiliary import TRAINING_ONLY
 
 FLOAT_BITS = 32
 IMAGE_BITS = 8

@@ -8,7 +8,7 @@ from helpers import AUX, QUANT, calibrated, gradients, make_batch, make_cfg, mak
 
 from aqdet.layers import QuantConv2d, StreamQuantizer
 from aqdet.modeling import detached_auxiliary, quantizable_layers, strip
-from aqdet.modeling.auxiliary import TAPS
+from aqdet.modeling.scaffold.auxiliary import TAPS
 from aqdet.quantization import quantizers, set_quantization
 
 BATCH = make_batch()

@@ -12,8 +12,8 @@ from aqdet.checkpoint import AqdetCheckpointer
 from aqdet.engine import check_config
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import detached_auxiliary, strip
-from aqdet.modeling.auxiliary import TAPS
 from aqdet.modeling.plan import make_plan, total
+from aqdet.modeling.scaffold.auxiliary import TAPS
 from aqdet.quantization import quantizers, set_quantization
 
 BATCH = make_batch()

@@ -14,9 +14,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...layers import declare_site
-from ..auxiliary import AuxiliaryPath, build_auxiliary
 from ..backbone import tapped_sums
 from ..policy import QuantPolicy
+from ..scaffold.auxiliary import AuxiliaryPath, build_auxiliary
 
 FEATURE = "res5"
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ...layers import forget_sites
 from ...quantization import quantizers
-from ..auxiliary import AuxiliaryPath, build_auxiliary
 from ..backbone import tapped_sums
-from ..distillation import Distillation
 from ..policy import QuantPolicy
+from ..scaffold.auxiliary import AuxiliaryPath, build_auxiliary
+from ..scaffold.distillation import Distillation
 
 
 class LowPrecisionDense(DenseDetector):

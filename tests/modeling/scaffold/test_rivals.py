@@ -10,8 +10,8 @@ from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_bat
 from aqdet.config import detector_only
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import detached_auxiliary, quantizable_layers, strip
-from aqdet.modeling.distillation import Distillation, feature_loss, logit_loss
 from aqdet.modeling.plan import make_plan, total
+from aqdet.modeling.scaffold.distillation import Distillation, feature_loss, logit_loss
 from aqdet.quantization import quantizers, set_quantization
 
 BATCH = make_batch()

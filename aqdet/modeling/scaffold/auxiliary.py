@@ -26,8 +26,8 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from ..layers import forget_sites
-from .backbone import BottomUp, QuantFPN, build_fpn
+from ...layers import forget_sites
+from ..backbone import BottomUp, QuantFPN, build_fpn
 
 TAPS = ("fpn", "backbone", "both")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -8,8 +8,8 @@ from detectron2.modeling import build_backbone, build_model
 from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
 from aqdet.modeling import detached_auxiliary
-from aqdet.modeling.auxiliary import TAPS, Adaptor, Aggregation, AuxiliaryPath, strip
 from aqdet.modeling.backbone import tapped_sums
+from aqdet.modeling.scaffold.auxiliary import TAPS, Adaptor, Aggregation, AuxiliaryPath, strip
 from aqdet.quantization import calibrate, set_quantization
 
 BATCH = make_batch()

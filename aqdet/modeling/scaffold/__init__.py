@@ -1,0 +1,1 @@
+"""Everything that a model has during training alone: the scaffold."""
