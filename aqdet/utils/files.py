@@ -1,0 +1,158 @@
+"""Files that are written whole or not at all, strict JSON, checksums, endings of images.
+
+Only the standard library is imported, so that what runs without torch can use it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+IMAGE_ENDINGS = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings, in lower case, of the names of files that OpenCV or Pillow reads as images."""
+
+StrPath = str | os.PathLike[str]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_image(path: StrPath) -> bool:
+    """Whether the name of a file ends as an image's does, in upper or lower case."""
+    return Path(path).suffix.lower() in IMAGE_ENDINGS
+
+
+@contextlib.contextmanager
+def replacing(
+    path: StrPath, *, keep_ending: bool = False, shared: bool = False, durable: bool = False
+) -> Iterator[Path]:
+    """Gives the path of a file beside the target, which replaces the target when the block ends without an error.
+
+    If the block raises, the file beside the target is removed and the target stays as it was::
+
+        with replacing("curve.png", keep_ending=True) as aside:
+            figure.savefig(aside)
+
+    Args:
+        path: The target. Its folder is made if it does not exist.
+        keep_ending: Writers of images and films choose their format by the ending: the file beside the target is
+            then named ``curve.part.png`` instead of ``curve.png.part``.
+        shared: Several processes may write the same target: each gets a file of its own.
+        durable: The content is on the disk before the target is replaced, so that a power cut loses nothing either.
+
+    Raises:
+        OSError: naming the target; of a full disk also the free space.
+    """
+    target = Path(path)
+    part = f"{os.getpid()}.part" if shared else "part"
+    aside = target.with_name(f"{target.stem}.{part}{target.suffix}" if keep_ending else f"{target.name}.{part}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        yield aside
+        if durable:
+            _flush_to_disk(aside)
+        os.replace(aside, target)
+        if durable:
+            _flush_to_disk(target.parent)  # the renaming itself
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (error.errno in _FULL or error.filename in (None, str(aside))):
+            raise named(error, target) from error
+        raise
+
+
+@contextlib.contextmanager
+def open_replacing(
+    path: StrPath, mode: str = "w", *, shared: bool = False, durable: bool = False, errors: str | None = None
+) -> Iterator[IO[Any]]:
+    """Opens a file to be written that replaces ``path`` when the block ends without an error; see :func:`replacing`.
+
+    Args:
+        path: The target.
+        mode: ``"w"`` for text, which is written in UTF-8, or ``"wb"``.
+        shared, durable: See :func:`replacing`.
+        errors: See :func:`open`.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    with (
+        replacing(path, shared=shared, durable=durable) as aside,
+        open(aside, mode, encoding=encoding, errors=errors) as file,
+    ):
+        yield file
+
+
+def write_text(path: StrPath, text: str, *, shared: bool = False, errors: str | None = None) -> None:
+    """Writes a text in UTF-8, whole or not at all; see :func:`replacing`."""
+    with open_replacing(path, shared=shared, errors=errors) as file:
+        file.write(text)
+
+
+def write_json(path: StrPath, value: Any, *, indent: int | None = 1, shared: bool = False) -> None:
+    """Writes a value as :func:`to_json` gives it, whole or not at all; see :func:`replacing`."""
+    write_text(path, to_json(value, indent=indent) + "\n", shared=shared)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """A value as JSON by its standard, which has neither NaN nor infinity: they become ``null``.
+
+    Args:
+        value: Mappings, lists, tuples, strings, numbers, booleans and None.
+        options: Arguments of :func:`json.dumps`.
+    """
+    return json.dumps(_without_non_finite(value), allow_nan=False, **options)
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(entry) for entry in value]
+    return value
+
+
+def sha256(path: StrPath) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named(error: OSError, path: StrPath, needed: int | None = None) -> OSError:
+    """The same error with a message in one line that names a file; of a full disk, also the room that is needed.
+
+    Args:
+        error: As the operating system gave it.
+        path: The file that was to be written.
+        needed: Its size in bytes, if known.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in _FULL:
+        room = f"about {megabytes(needed)} are needed, " if needed is not None else ""
+        with contextlib.suppress(OSError):
+            room += f"{megabytes(shutil.disk_usage(Path(path).parent).free)} are free"
+        reason += f" ({room.removesuffix(', ')})" if room else ""
+    return type(error)(error.errno or errno.EIO, reason, str(path))
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in MB, to one decimal below 10 MB."""
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
