@@ -28,6 +28,8 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+_WATCH_SECONDS = 1.0
+
 
 def seed_generators(*key: int) -> None:
     """Puts python's, numpy's and torch's generators (CUDA's too) in a state that ``key`` alone decides.
@@ -171,21 +173,36 @@ class TrainLoader:
 
 
 def start_worker(worker: int) -> None:
-    """``worker_init_fn`` of loaders: signals to the process group are the training process's; it ends its workers.
+    """Prepares a worker process of a data loader, as its ``worker_init_fn``.
 
-    Where it could not, because it was killed, a worker ends by itself. PyTorch's own watch does not see to that: a
-    worker whose batches nobody takes waits for ever to hand over the last ones, and keeps memory and open files.
+    A signal to the process group, as Ctrl-C sends it, is answered by the training process alone, which goes on
+    loading until its iteration ends. So the worker ignores SIGINT, and SIGTERM unless the training process itself
+    sent it: that is how :mod:`multiprocessing` ends the workers of a loader that still exists when the interpreter
+    exits, and it then waits for them without a limit. A worker also ends by itself when the training process was
+    killed. PyTorch's own watch does not see to that: a worker whose batches nobody takes waits for ever to hand over
+    the last ones, and keeps memory and open files.
+
+    Args:
+        worker: The worker's number, which does not matter.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):
+        # Blocked in all threads, the signal waits until the thread below asks for it and for its sender.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
+    """Ends this process when the parent process asks for it or is gone."""
     while os.getppid() == parent:
-        time.sleep(1)
+        if not hasattr(signal, "sigtimedwait"):  # on macOS PyTorch's handler stays, by which any SIGTERM ends a worker
+            time.sleep(_WATCH_SECONDS)
+            continue
+        received = signal.sigtimedwait({signal.SIGTERM}, _WATCH_SECONDS)
+        if received is not None and received.si_pid == parent:
+            os._exit(0)
     os._exit(1)
 
 

@@ -169,6 +169,7 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, with a ``metrics.json`` that goes on where a resumed run does."""
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
         return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
 

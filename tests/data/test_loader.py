@@ -148,3 +148,52 @@ def test_workers_end_when_the_training_process_is_killed():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(done.stdout.split()) == 2
+
+
+AT_EXIT = """
+import torch
+from aqdet.data.loader import start_worker
+
+loader = torch.utils.data.DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=start_worker)
+batches = iter(loader)  # still referenced when the interpreter exits
+next(batches)
+print(*(worker.pid for worker in batches._workers), flush=True)
+"""
+
+
+@pytest.mark.parametrize("last_line", ["", "raise SystemExit(3)"])
+def test_a_script_whose_loader_still_exists_ends(last_line):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AT_EXIT + last_line], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == (3 if "SystemExit" in last_line else 0), done.stderr
+    assert len(done.stdout.split()) == 2
+
+
+GROUP = """
+import os, signal, sys, time, torch
+from aqdet.data.loader import start_worker
+
+os.setpgid(0, 0)
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGINT, lambda *_: None)
+loader = torch.utils.data.DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=start_worker)
+batches = iter(loader)
+taken = [next(batches)]
+workers = [worker.pid for worker in batches._workers]
+sender = os.fork()
+if not sender:  # another process, as a shell or a batch system
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.killpg(os.getpgid(0), number)
+    os._exit(0)
+os.waitpid(sender, 0)
+time.sleep(1.5)
+taken += batches
+print(len(taken), workers == [worker.pid for worker in batches._workers])
+"""
+
+
+def test_workers_go_on_when_the_process_group_gets_a_signal():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", GROUP], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["100", "True"]
