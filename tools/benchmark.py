@@ -40,10 +40,10 @@ from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from aqdet.checkpoint import load_detector
 from aqdet.config import load_config
 from aqdet.engine import fit_to_machine
 from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, saturating
-from aqdet.export.folder import load_detector
 from aqdet.modeling.plan import make_plan
 from aqdet.quantization import calibrate, quantizers, set_quantization
 from aqdet.quantization.integer import largest_integer_weight
@@ -247,7 +247,7 @@ def load_float(config: str, weights: str, opts: list[str]) -> Dense:
     """The detector of a checkpoint with its quantizers off."""
     cfg = load_config(config, opts)
     fit_to_machine(cfg)
-    model = load_detector(cfg, weights)
+    model = load_detector(cfg, weights, device="cpu")
     set_quantization(model, False)
     return Dense(model).eval()
 

@@ -13,13 +13,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from aqdet.config import detector_only, load_config
+from aqdet.config import load_config
 from aqdet.data import register_declared
-from aqdet.engine import build_checkpointer
 from aqdet.engine.experiment import Job, markdown_table, run_jobs
+from aqdet.evaluation.predictor import Predictor
 from aqdet.modeling.plan import make_plan, total
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,16 +70,6 @@ def describe(key: str, job: Job) -> dict[str, Any]:
     }
 
 
-def predictor(job: Job) -> DefaultPredictor:
-    """The stripped detector of a job."""
-    cfg = detector_only(load_config(job.config, job.overrides))
-    weights = os.path.join(job.output_dir, "model_final_stripped.pth")
-    cfg.MODEL.WEIGHTS = ""
-    made = DefaultPredictor(cfg)
-    build_checkpointer(cfg, made.model).load(weights)
-    return made
-
-
 def draw(image: np.ndarray, boxes: np.ndarray, classes: list[int], scale: int = 2) -> np.ndarray:
     """The image, enlarged, with a box for each object in its class's colour."""
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
@@ -93,7 +82,13 @@ def draw(image: np.ndarray, boxes: np.ndarray, classes: list[int], scale: int = 
 def make_picture(jobs: dict[str, Job], path: str) -> None:
     """Rows of images: ground truth and what each detector finds with a score of at least 0.5."""
     records = DatasetCatalog.get("aqdet_shapes_val")[:NUM_PICTURES]
-    predictors = [predictor(jobs[key]) for key in VARIANTS]
+    predictors = [
+        Predictor(
+            load_config(jobs[key].config, jobs[key].overrides),
+            os.path.join(jobs[key].output_dir, "model_final_stripped.pth"),
+        )
+        for key in VARIANTS
+    ]
     rows = []
     for record in records:
         image = cv2.imread(record["file_name"])

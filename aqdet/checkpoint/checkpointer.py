@@ -1,135 +1,37 @@
-"""Checkpoints: loaded without running code, loaded strictly, saved atomically."""
+"""The checkpointer: loads strictly and without running code, saves whole files or none."""
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Sequence
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from ..modeling.scaffold.auxiliary import PREFIX, TRAINING_ONLY, detached_auxiliary, strip
-from ..quantization import quantizers
+from ..modeling.scaffold.auxiliary import PREFIX, detached_auxiliary, strip
+from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically, write_atomically
+from .keys import MAX_LISTED, MISSING, OTHER_SHAPE, UNEXPECTED, Difference, KeyComparison, shapes_of
+from .norms import add_folded_statistics, folded_norms
 from .torchvision import SCOPE
 
 logger = logging.getLogger(__name__)
 
 CLASSIFIER_KEY = "head.linear.weight"
-_MAX_LISTED = 6
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
-_ALLOWED_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
 
 
 def _distinct(lines: list[str]) -> list[str]:
-    """The first of the lines that differ in no more than the layer, each with the number of the others."""
+    """Keeps the first of the lines that differ in no more than the layer, each with the number of the others."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(re.sub(r"^\S*\.(?=\w+\.\w+ )", "", line), []).append(line)
-    return [found[0] + f" (and {len(found) - 1} more)" * (len(found) > 1) for found in groups.values()][:_MAX_LISTED]
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers of numpy arrays and nothing else, which is all a model zoo file needs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
-
-
-def load_pickled_arrays(file: IO[bytes]) -> dict[str, Any]:
-    """Reads a ``.pkl`` of Detectron2's or Caffe2's model zoo.
-
-    Raises:
-        pickle.UnpicklingError: if it is not a dict of containers, numbers, strings and numpy arrays.
-    """
-    data = _ArrayUnpickler(file, encoding="latin1").load()
-    if not isinstance(data, dict):
-        raise pickle.UnpicklingError(f"it is a {type(data).__name__}, not a dict")
-    return data
-
-
-def load_weights_file(path: str) -> dict[str, Any]:
-    """``torch.load`` of a file that may hold tensors and plain containers only.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: in one line, if it holds anything else or is damaged.
-    """
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # Damaged input makes the unpickler raise almost anything.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = "it is damaged or was not written by torch.save"
-        if code:
-            reason = f"it holds more than tensors and containers: {code.group(1)}"
-        raise ValueError(f"checkpoint {path!r} is refused, {reason}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"checkpoint {path!r} holds no state dict but a {type(data).__name__}")
-    return data
-
-
-def save_atomically(data: Any, path: str) -> None:
-    """``torch.save`` beside the target, flushed to disk, then renamed."""
-    _write_atomically(path, lambda file: torch.save(data, file))
-
-
-def _write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    aside = f"{path}.part"
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def damage_of(path: str) -> str:
-    """What is wrong with a file of :func:`save_atomically`, by its checksums; "" if nothing is."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        return str(error) or type(error).__name__
-    return f"{wrong} has a wrong checksum" if wrong else ""
-
-
-def _checksums(path: str) -> list[tuple[str, int]]:
-    """Names and checksums of what a file of :func:`save_atomically` holds, as it notes them; empty without one."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [(entry.filename, entry.CRC) for entry in archive.infolist()]
-    except (OSError, zipfile.BadZipFile):
-        return []
+    return [found[0] + f" (and {len(found) - 1} more)" * (len(found) > 1) for found in groups.values()][:MAX_LISTED]
 
 
 class AqdetCheckpointer(DetectionCheckpointer):
@@ -224,7 +126,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 "its name into the file last_checkpoint"
             )
         chosen = os.path.join(self.save_dir, chosen)
-        contents = comm.all_gather(_checksums(chosen))
+        contents = comm.all_gather(checksums(chosen))
         other = [rank for rank, content in enumerate(contents) if content != contents[0]]
         if other:
             raise ValueError(
@@ -247,7 +149,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Notes which file a resume starts from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
 
     def forget_last_checkpoint(self) -> None:
         """Puts aside the note of an earlier run in the same folder, so that no resume mixes the two."""
@@ -273,14 +175,15 @@ class AqdetCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: in one line, if the file holds code, is damaged, or does not fit the model.
+            ValueError: in one line, if the file cannot be fetched, holds code, is damaged, or does not fit the model.
         """
         self._path = path
-        if path and "://" in path:
-            try:
-                path = self.path_manager.get_local_path(path)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"checkpoint {self._path!r} cannot be fetched: {error}") from error
+        if path.endswith(".pkl") and not self._allow_pickle:
+            raise ValueError(
+                f"checkpoint {path!r} is refused, it is a pickle: CHECKPOINT.ALLOW_PICKLE True reads one that "
+                "holds only arrays, as a model zoo's do"
+            )
+        path = local_path_of(path)
         if path and not os.path.isfile(path):
             raise FileNotFoundError(
                 f"checkpoint {self._path!r} does not exist (MODEL.WEIGHTS, or what --resume continues from)"
@@ -288,55 +191,48 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        data = self._load_zoo(filename) if filename.endswith(".pkl") else load_weights_file(filename)
-        data = data if "model" in data else {"model": data}
-        model = data["model"]
-        if not isinstance(model, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor | np.ndarray) for key, value in model.items()
-        ):
-            raise ValueError(f"checkpoint {self._path!r} holds no state dict of tensors")
-        return data
-
-    def _load_zoo(self, filename: str) -> dict[str, Any]:
-        if not self._allow_pickle:
-            raise ValueError(
-                f"checkpoint {self._path!r} is refused, it is a pickle: CHECKPOINT.ALLOW_PICKLE True reads one that "
-                "holds only arrays, as a model zoo's do"
-            )
-        try:
-            with open(filename, "rb") as file:
-                data = load_pickled_arrays(file)
-        except OSError:
-            raise
-        except Exception as error:  # Damaged input makes the unpickler raise almost anything.
-            reason = " ".join(str(error).split())
-            raise ValueError(f"checkpoint {self._path!r} is refused, it must hold only arrays: {reason}") from error
-        if "model" in data and "__author__" in data:
-            return data
-        data = data.get("blobs", data)
-        model = {key: v for key, v in data.items() if not key.endswith("_momentum")}
-        return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+        return read_checkpoint(filename, self._path)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         scope = self._scope(checkpoint)
-        if checkpoint.get("matching_heuristics"):
-            scope = (SCOPE,)
+        if checkpoint.pop("matching_heuristics", False):
+            scope = self._rename(checkpoint) or scope
         if CLASSIFIER_KEY in checkpoint["model"] and CLASSIFIER_KEY not in self.model.state_dict():
             scope = self._keep_backbone(checkpoint)
-        stored = set(checkpoint["model"])
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        folded = folded_norms(self.model, checkpoint["model"])
+        if folded:
+            logger.warning(
+                "%s has the running statistics of %d batch norms (%s, ...) folded into their weights: they are 0 and "
+                "1. In training BN normalizes by its batches, which these weights were not trained for; FrozenBN, "
+                "and BN in evaluation, compute what they were trained to",
+                self._path,
+                len(folded),
+                folded[0],
+            )
+        stored = shapes_of(checkpoint["model"])
         try:
-            if checkpoint.get("matching_heuristics"):
-                # By suffix: a copy of trunk stages in the auxiliary path would make a match ambiguous.
-                with detached_auxiliary(self.model):
-                    incompatible = super()._load_model(checkpoint)
-            else:
-                incompatible = super()._load_model(checkpoint)
+            incompatible = super()._load_model(checkpoint)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
             raise ValueError(f"checkpoint {self._path!r}: {'; '.join(_distinct(lines)) or error}") from error
         self._check(incompatible, stored, scope)
-        self._start_auxiliary(stored - {key for key, *_ in incompatible.incorrect_shapes})
+        self._start_auxiliary(set(stored) - {key for key, *_ in incompatible.incorrect_shapes})
         return _IncompatibleKeys([], [], [])
+
+    def _rename(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
+        """Renames the keys of a file to the model's that end in them, and returns the scope of a file of a backbone.
+
+        By suffix: a copy of trunk stages in the auxiliary path would make a match ambiguous.
+        """
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        with detached_auxiliary(self.model):
+            ours = self.model.state_dict()
+            is_caffe2 = checkpoint.get("__author__") == CAFFE2
+            renamed = align_and_update_state_dicts(ours, checkpoint["model"], c2_conversion=is_caffe2)
+        add_folded_statistics(self.model, renamed)
+        checkpoint["model"] = renamed
+        return (SCOPE,) if all(key.startswith(SCOPE) for key in renamed if key in ours) else ()
 
     def _keep_backbone(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
         """Leaves of a classifier's file what a detector has, and returns its scope."""
@@ -356,57 +252,22 @@ class AqdetCheckpointer(DetectionCheckpointer):
             )
         return tuple(scope)
 
-    def _check(self, incompatible: _IncompatibleKeys, stored: set[str], scope: tuple[str, ...]) -> None:
-        names = {name for name, _ in quantizers(self.model)}
-        quantizer_keys = {key for key in self.model.state_dict() if key.rpartition(".")[0] in names}
-        stored_quantizers = {k for k in stored if re.search(r"quantizer\.(calibrated|num_bits)$", k)}
-        counts: dict[str, int] = {}
-        problems = []
-
-        def sort(kind: str, key: str, detail: str = "") -> None:
-            group = ""
-            if key.startswith(TRAINING_ONLY) and kind != "of another shape":
-                group = "of the auxiliary path" if key.startswith(PREFIX) else "of the extra head"
-            elif kind == "missing" and key in quantizer_keys and not stored_quantizers:
-                group = "of quantizers, to be calibrated"
-            elif kind == "missing" and key.endswith("num_batches_tracked"):
-                group = "num_batches_tracked"
-            elif any(pattern.search(key) for pattern in self._allow):
-                group = "allowed by CHECKPOINT.ALLOW_KEYS"
-            elif scope and kind == "missing" and not key.startswith(scope):
-                group = f"outside the file's scope ({', '.join(scope)})"
-            elif scope and kind == "unexpected" and key.startswith(("stem.fc", "fc", "pred", "linear")):
-                group = "of the classifier"
-            if group:
-                name = f"{kind} {group}"
-                counts[name] = counts.get(name, 0) + 1
-            else:
-                problems.append(f"{kind} {key}{detail}")
-
+    def _check(self, incompatible: _IncompatibleKeys, stored: dict[str, tuple[int, ...]], scope: Sequence[str]) -> None:
+        comparison = KeyComparison(self.model, stored, allow=self._allow, scope=scope)
         for key, theirs, ours in incompatible.incorrect_shapes:
-            sort("of another shape", key, f" {tuple(theirs)} in the file, {tuple(ours)} in the model")
+            comparison.add(Difference(OTHER_SHAPE, key, (tuple(theirs), tuple(ours))))
         for key in incompatible.unexpected_keys:
-            sort("unexpected", key)
+            comparison.add(Difference(UNEXPECTED, key))
         # A key of another shape is not loaded, and listed as missing too.
         reshaped = {key for key, *_ in incompatible.incorrect_shapes}
         for key in incompatible.missing_keys:
             if key not in reshaped:
-                sort("missing", key)
-        if problems:
-            hint = "CHECKPOINT.ALLOW_KEYS takes regexes of keys that may differ"
-            if any(re.match(r"layer1\.0\.(conv1|bn1)\.", key) for key in stored):
-                hint = "a torchvision ResNet goes through tools/convert_torchvision.py first"
-            elif len(problems) > _MAX_LISTED and any("backbone." in problem for problem in problems):
-                hint = "it is of another structure, as of another MODEL.RESNETS.DEPTH"
-            if stored_quantizers and not quantizer_keys:
-                hint = "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
-            more = f"; and {len(problems) - _MAX_LISTED} more" * (len(problems) > _MAX_LISTED)
-            raise ValueError(
-                f"checkpoint {self._path!r} does not fit the model: {'; '.join(problems[:_MAX_LISTED])}{more} ({hint})"
-            )
+                comparison.add(Difference(MISSING, key))
+        if comparison.problems:
+            raise ValueError(f"checkpoint {self._path!r} does not fit the model: {comparison.describe()}")
         skipped = len(incompatible.unexpected_keys) + len(incompatible.incorrect_shapes)
         logger.info("Loaded %d keys from %s", len(stored) - skipped, self._path)
-        for name, count in counts.items():
+        for name, count in comparison.allowed.items():
             logger.info("  %d keys %s", count, name)
 
     def _start_auxiliary(self, stored: set[str]) -> None:

@@ -20,13 +20,12 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWrit
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..checkpoint import AqdetCheckpointer
+from ..checkpoint import AqdetCheckpointer, check_calibrated
 from ..data import build_mapper
 from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
 from ..data.registry import EVALUATOR_TYPE
 from ..evaluation import COCOEvaluator, TopKEvaluator
 from ..modeling.scaffold.auxiliary import detached_auxiliary
-from ..quantization import quantizers
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
 from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
@@ -343,10 +342,5 @@ class Trainer(DefaultTrainer):
             ValueError: if quantizers were never calibrated, as after loading a float checkpoint.
         """
         with detached_auxiliary(model):
-            pending = [name for name, q in quantizers(model) if q.enabled and not q.is_calibrated]
-            if pending:
-                raise ValueError(
-                    f"{len(pending)} quantizers are not calibrated, {pending[0]} among them: MODEL.WEIGHTS must "
-                    "be a checkpoint of quantized training, or MODEL.QUANT.ENABLED False"
-                )
+            check_calibrated(model, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
             return super().test(cfg, model, evaluators)

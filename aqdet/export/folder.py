@@ -19,13 +19,11 @@ import onnx
 import onnxruntime
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 from numpy.typing import NDArray
 from torch import nn
 
 from .. import __version__
-from ..checkpoint import AqdetCheckpointer
-from ..config import detector_only
+from ..checkpoint import load_detector
 from ..data import register_declared
 from ..modeling import QuantFCOS
 from ..modeling.scaffold.auxiliary import TRAINING_ONLY
@@ -83,7 +81,9 @@ def export_detector(
     output = Path(output)
     _check_target(output)
     progress(f"loading {weights}")
-    model = load_detector(cfg, weights)
+    if not cfg.MODEL.QUANT.ENABLED:
+        raise ValueError("MODEL.QUANT.ENABLED is False: a float detector has no integers to export")
+    model = load_detector(cfg, weights, device="cpu")
     program = extract(model)
     flavours = {}
     if tensorrt:
@@ -130,23 +130,6 @@ def export_detector(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return report
-
-
-def load_detector(cfg: CfgNode, weights: str) -> Any:
-    """The detector without its auxiliary path, on the CPU, in evaluation mode.
-
-    Raises:
-        FileNotFoundError, ValueError: in one line, if the checkpoint does not exist, is damaged, or belongs to
-            another config.
-    """
-    cfg = detector_only(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    if not cfg.MODEL.QUANT.ENABLED:
-        raise ValueError("MODEL.QUANT.ENABLED is False: a float detector has no integers to export")
-    model = build_model(cfg)
-    node = cfg.CHECKPOINT
-    AqdetCheckpointer(model, allow_keys=node.ALLOW_KEYS, allow_pickle=node.ALLOW_PICKLE).load(weights)
-    return model.eval()
 
 
 def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> dict[str, int]:

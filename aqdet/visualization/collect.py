@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from ..checkpoint import AqdetCheckpointer
+from ..checkpoint import load_detector
 from ..config import detector_only
 from ..data import register_declared
 from ..modeling.plan import PlanRow, make_plan
@@ -177,29 +177,23 @@ def look_inside(run: Run, num_images: int) -> Inside:
         run.note(f"no plan: it is for dense detectors, this is a {cfg.MODEL.META_ARCHITECTURE}")
     if not any(True for _ in quantizers(model)):
         run.note("no histograms: the detector is in full precision and has no quantizers")
-    elif _load(run, cfg, model):
-        model.eval()
+    elif (model := _load(run, cfg)) is not None:
         inside.weights = weight_histograms(model)
         _observe(run, cfg, model, inside, num_images)
     return inside
 
 
-def _load(run: Run, cfg: CfgNode, model: nn.Module) -> bool:
-    """Loads the run's checkpoint; False, with a note, if that leaves the quantizers without ranges."""
+def _load(run: Run, cfg: CfgNode) -> nn.Module | None:
+    """Loads the detector of a run; None, with a note, if there is no checkpoint that serves."""
     weights = run.weights()
     if weights is None:
         run.note("no histograms: there is no checkpoint in the folder")
-        return False
+        return None
     try:
-        node = cfg.CHECKPOINT
-        AqdetCheckpointer(model, allow_keys=node.ALLOW_KEYS, allow_pickle=node.ALLOW_PICKLE).load(str(weights))
+        return load_detector(cfg, str(weights))
     except ValueError as error:
         run.note(f"no histograms: {error}")
-        return False
-    pending = [name for name, quantizer in quantizers(model) if not quantizer.is_calibrated]
-    if pending:
-        run.note(f"no histograms: {weights} has {len(pending)} quantizers without a range, {pending[0]} among them")
-    return not pending
+        return None
 
 
 def plan_size(cfg: CfgNode) -> tuple[int, int]:

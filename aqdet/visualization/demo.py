@@ -18,16 +18,13 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-from ..checkpoint import AqdetCheckpointer
-from ..config import detector_only
 from ..data import register_declared
-from ..quantization import quantizers
+from ..evaluation.predictor import Predictor
 from .collect import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -144,24 +141,13 @@ class Demo:
     """
 
     def __init__(self, cfg: CfgNode, min_score: float) -> None:
-        cfg = detector_only(cfg)
         weights = cfg.MODEL.WEIGHTS
         if not weights:
             raise ValueError("MODEL.WEIGHTS is empty: name the checkpoint to run, --opts MODEL.WEIGHTS model_final.pth")
         if cfg.MODEL.META_ARCHITECTURE == "QuantClassifier":
             raise ValueError("MODEL.META_ARCHITECTURE is QuantClassifier: the demo draws boxes, which it has none of")
-        cfg.MODEL.WEIGHTS = ""
         self._metadata = _metadata(cfg)
-        self._predictor = DefaultPredictor(cfg)
-        node = cfg.CHECKPOINT
-        AqdetCheckpointer(self._predictor.model, allow_keys=node.ALLOW_KEYS, allow_pickle=node.ALLOW_PICKLE).load(
-            weights
-        )
-        pending = [name for name, quantizer in quantizers(self._predictor.model) if not quantizer.is_calibrated]
-        if pending:
-            raise ValueError(
-                f"MODEL.WEIGHTS {weights!r}: {len(pending)} quantizers have no range, {pending[0]} among them"
-            )
+        self._predictor = Predictor(cfg, weights)
         self._min_score = min_score
 
     def detect(self, image: np.ndarray) -> Instances:

@@ -322,7 +322,7 @@ def test_a_backbone_of_another_depth(tmp_path, depth, kind):
     wide = ("MODEL.RESNETS.RES2_OUT_CHANNELS", "256" if depth == "50" else "64")
     message = error_of(make_model("MODEL.RESNETS.DEPTH", depth, *wide), path)
     assert f"does not fit the model: {kind} backbone." in message and len(message) < 900
-    assert message.endswith("(it is of another structure, as of another MODEL.RESNETS.DEPTH)")
+    assert message.endswith(f"(the file has a ResNet-18, the model a ResNet-{depth}: MODEL.RESNETS.DEPTH)")
 
 
 @pytest.mark.parametrize("prefix", ["", "auxiliary."])

@@ -96,14 +96,7 @@ def command(detector, weights, monkeypatch, capsys):
 
 
 def test_a_folder_with_everything(inputs, command, detector, monkeypatch):
-    made = demo.DefaultPredictor
-
-    def known(cfg):
-        predictor = made(cfg)
-        monkeypatch.setattr(made, "__call__", Known().__call__)
-        return predictor
-
-    monkeypatch.setattr(demo, "DefaultPredictor", known)
+    monkeypatch.setattr(demo.Predictor, "__call__", Known().__call__)
     code, printed = command("--input", inputs, "--output", "out")
     assert printed == "8 detections in 3 images and 1 videos (5 frames) to out\n"
     first, *lines = code.split("\n")
@@ -210,7 +203,7 @@ def test_wrong_input_is_one_line(inputs, command, detector, arguments, words):
     [
         ("", "MODEL.WEIGHTS is empty"),
         ("none.pth", "none.pth' does not exist"),
-        ("raw.pth", "quantizers have no range"),
+        ("raw.pth", "quantizers are not calibrated"),
     ],
 )
 def test_weights_that_do_not_do(inputs, command, name, words):

@@ -1,0 +1,204 @@
+"""Checkpoint files: read without running code, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import IO, Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from detectron2.checkpoint.catalog import ModelCatalog
+from detectron2.utils.file_io import Detectron2Handler, PathManager
+from iopath.common.file_io import get_cache_dir
+
+CAFFE2 = "Caffe2"
+"""``__author__`` of a file with Caffe2's names."""
+_ALLOWED_GLOBALS = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles containers of numpy arrays and nothing else, which is all a model zoo file needs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
+def load_pickled_arrays(file: IO[bytes]) -> dict[str, Any]:
+    """Reads a ``.pkl`` of Detectron2's or Caffe2's model zoo.
+
+    Raises:
+        pickle.UnpicklingError: if it is not a dict of containers, numbers, strings and numpy arrays.
+    """
+    data = _ArrayUnpickler(file, encoding="latin1").load()
+    if not isinstance(data, dict):
+        raise pickle.UnpicklingError(f"it is a {type(data).__name__}, not a dict")
+    return data
+
+
+def load_weights_file(path: str) -> dict[str, Any]:
+    """Calls ``torch.load`` on a file that may hold tensors and plain containers only.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: in one line, if it holds anything else or is damaged.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # Damaged input makes the unpickler raise almost anything.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = "it is damaged or was not written by torch.save"
+        if code:
+            reason = f"it holds more than tensors and containers: {code.group(1)}"
+        raise ValueError(f"checkpoint {path!r} is refused, {reason}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"checkpoint {path!r} holds no state dict but a {type(data).__name__}")
+    return data
+
+
+def load_zoo_file(path: str, name: str) -> dict[str, Any]:
+    """Reads a pickled checkpoint of a model zoo as Detectron2's checkpointer does, without running code.
+
+    Args:
+        path: file ending in ``.pkl``.
+        name: the name that the user knows it by, for messages.
+
+    Returns:
+        A dict with ``"model"``; with ``"matching_heuristics"`` if its keys are to be matched by their suffixes.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: in one line, if it holds anything but arrays or is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = load_pickled_arrays(file)
+    except OSError:
+        raise
+    except Exception as error:  # Damaged input makes the unpickler raise almost anything.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {name!r} is refused, it must hold only arrays: {reason}") from error
+    if "model" in data and "__author__" in data:
+        return data
+    data = data.get("blobs", data)
+    model = {key: v for key, v in data.items() if not key.endswith("_momentum")}
+    return {"model": model, "__author__": CAFFE2, "matching_heuristics": True}
+
+
+def read_checkpoint(path: str, name: str) -> dict[str, Any]:
+    """Reads a checkpoint of either kind: ``.pkl`` of a model zoo, or any other name for a file of ``torch.save``.
+
+    Args:
+        path: file on this machine.
+        name: the name that the user knows it by, for messages.
+
+    Returns:
+        A dict with ``"model"``, a dict of tensors or arrays by name.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: in one line, if it holds code, is damaged or holds no state dict.
+    """
+    data = load_zoo_file(path, name) if path.endswith(".pkl") else load_weights_file(path)
+    data = data if "model" in data else {"model": data}
+    model = data["model"]
+    if not isinstance(model, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor | np.ndarray) for key, value in model.items()
+    ):
+        raise ValueError(f"checkpoint {name!r} holds no state dict of tensors")
+    return data
+
+
+def local_path_of(name: str) -> str:
+    """Returns the file behind a URL, Detectron2's ``detectron2://`` and ``catalog://`` included; fetched if need be.
+
+    Raises:
+        ValueError: in one line that names the cache file, if it cannot be fetched.
+    """
+    if "://" not in name:
+        return name
+    try:
+        return PathManager.get_local_path(name)
+    except (OSError, HTTPException, RuntimeError, KeyError) as error:
+        cached = cache_file_of(name)
+        way_out = f"; a copy of the file can be put at {cached}, where it is looked for first" if cached else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"checkpoint {name!r} cannot be fetched: {reason}{way_out}") from error
+
+
+def cache_file_of(url: str) -> str:
+    """Returns the file that a URL is cached in, ``""`` for a kind of URL that is not cached under its own name."""
+    if url.startswith(Detectron2Handler.PREFIX):
+        url = Detectron2Handler.S3_DETECTRON2_PREFIX + url.removeprefix(Detectron2Handler.PREFIX)
+    if url.startswith("catalog://"):
+        try:
+            url = ModelCatalog.get(url.removeprefix("catalog://"))
+        except (KeyError, RuntimeError):
+            return ""
+    parsed = urlparse(url)
+    filename = url.split("/")[-1]
+    if parsed.scheme not in ("http", "https", "ftp") or not filename or url.startswith("https://1drv.ms/"):
+        return ""
+    return os.path.join(get_cache_dir(), os.path.dirname(parsed.path.lstrip("/")), filename)
+
+
+def save_atomically(data: Any, path: str) -> None:
+    """Calls ``torch.save`` on a file beside the target, flushes it to disk, then renames it."""
+    write_atomically(path, lambda file: torch.save(data, file))
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Calls ``write`` with a file beside the target, flushes it to disk, then renames it."""
+    aside = f"{path}.part"
+    with open(aside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def damage_of(path: str) -> str:
+    """Says what is wrong with a file of :func:`save_atomically`, by its checksums; ``""`` if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    return f"{wrong} has a wrong checksum" if wrong else ""
+
+
+def checksums(path: str) -> list[tuple[str, int]]:
+    """Lists names and checksums of the contents of a file of :func:`save_atomically`; empty if it is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(entry.filename, entry.CRC) for entry in archive.infolist()]
+    except (OSError, zipfile.BadZipFile):
+        return []

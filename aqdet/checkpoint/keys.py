@@ -1,0 +1,216 @@
+"""Comparison of a checkpoint's keys with a model's: which may differ, and what the others are a sign of."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..modeling.scaffold.auxiliary import PREFIX, TRAINING_ONLY
+from ..quantization import quantizers
+
+Shape = tuple[int, ...]
+
+MISSING, UNEXPECTED, OTHER_SHAPE = "missing", "unexpected", "of another shape"
+MAX_LISTED = 6
+ALLOW_KEYS = "CHECKPOINT.ALLOW_KEYS takes regexes of keys that may differ"
+_QUANTIZER_STATE = re.compile(r"quantizer\.(calibrated|num_bits)$")
+_PREPROCESSING = ("pixel_mean", "pixel_std")
+_CLASSIFIER = ("stem.fc", "fc", "pred", "linear")
+_BLOCK = re.compile(r"(?:backbone\.bottom_up\.)?res([2-5])\.(\d+)\.conv([123])\.weight$")
+_TOWER = re.compile(r"head\.cls_subnet\.\d+\.weight$")
+_P6 = "backbone.top_block.p6.weight"
+
+
+class Difference(NamedTuple):
+    """A key on which a file and a model differ.
+
+    Attributes:
+        kind: :data:`MISSING`, :data:`UNEXPECTED` or :data:`OTHER_SHAPE`.
+        key: the key.
+        shapes: the file's shape and the model's, for the last kind.
+    """
+
+    kind: str
+    key: str
+    shapes: tuple[Shape, Shape] | None = None
+
+    def __str__(self) -> str:
+        detail = f" {self.shapes[0]} in the file, {self.shapes[1]} in the model" if self.shapes else ""
+        return f"{self.kind} {self.key}{detail}"
+
+
+class KeyComparison:
+    """Sorts the differences between a file and a model into those that may be and the others.
+
+    Args:
+        model: the model.
+        stored: the keys and shapes of the file, under the model's names.
+        allow: regexes of keys that may differ.
+        scope: prefixes of the keys that the file is about; empty for a whole model.
+
+    Attributes:
+        allowed: number of differences that may be, by a phrase that says which they are.
+        problems: the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stored: Mapping[str, Shape],
+        *,
+        allow: Sequence[re.Pattern[str]] = (),
+        scope: Sequence[str] = (),
+    ) -> None:
+        self.allowed: Counter[str] = Counter()
+        self.problems: list[Difference] = []
+        self._stored = stored
+        self._ours = shapes_of(model.state_dict())
+        self._allow = allow
+        self._scope = tuple(scope)
+        names = {name for name, _ in quantizers(model)}
+        self._quantizer_keys = {key for key in self._ours if key.rpartition(".")[0] in names}
+        self._stored_quantizers = any(_QUANTIZER_STATE.search(key) for key in stored)
+        self._node = getattr(model, "node", "")
+
+    def add(self, difference: Difference) -> None:
+        """Sorts one difference."""
+        group = self._why_allowed(difference)
+        if group:
+            self.allowed[f"{difference.kind} {group}"] += 1
+        else:
+            self.problems.append(difference)
+
+    def _why_allowed(self, difference: Difference) -> str:
+        kind, key, _ = difference
+        module, _, name = key.rpartition(".")
+        if key.startswith(TRAINING_ONLY) and kind != OTHER_SHAPE:
+            return "of the auxiliary path" if key.startswith(PREFIX) else "of the extra head"
+        if kind == MISSING and key in self._quantizer_keys and not self._stored_quantizers:
+            return "of quantizers, to be calibrated"
+        # Batches are counted by one of the two alone: a BN where the other has a FrozenBN.
+        if name == "num_batches_tracked" and (kind == MISSING or f"{module}.running_var" in self._ours):
+            return name
+        if kind == UNEXPECTED and key in _PREPROCESSING:
+            return "of the preprocessing, which is the config's"
+        if any(pattern.search(key) for pattern in self._allow):
+            return "allowed by CHECKPOINT.ALLOW_KEYS"
+        if kind == MISSING and self._scope and not key.startswith(self._scope):
+            return f"outside the file's scope ({', '.join(self._scope)})"
+        if kind == UNEXPECTED and self._scope and key.startswith(_CLASSIFIER):
+            return "of the classifier"
+        return ""
+
+    def describe(self) -> str:
+        """Returns the first problems, the number of the others, and the way out where one is known, in one line."""
+        listed = "; ".join(map(str, self.problems[:MAX_LISTED]))
+        more = f"; and {len(self.problems) - MAX_LISTED} more" * (len(self.problems) > MAX_LISTED)
+        way_out = self.way_out()
+        return f"{listed}{more}" + f" ({way_out})" * bool(way_out)
+
+    def way_out(self) -> str:
+        """Says what the problems come from and which key it is about; ``""`` where that is not known."""
+        if any(re.match(r"layer1\.0\.(conv1|bn1)\.", key) for key in self._stored):
+            return "a torchvision ResNet goes through tools/convert_torchvision.py first"
+        if self._stored_quantizers and not self._quantizer_keys:
+            return "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
+        causes = [*self._depth(), *self._norms(), *self._pyramid(), *self._head()]
+        if causes:
+            return "; ".join(causes)
+        if not any(key in self._ours for key in self._stored):
+            return "the file has none of the model's keys: it is of another kind of network"
+        return ALLOW_KEYS if len(self.problems) <= MAX_LISTED else ""
+
+    def _depth(self) -> Iterable[str]:
+        theirs, ours = _resnet(self._stored), _resnet(self._ours)
+        if theirs and ours and theirs != ours:
+            yield f"the file has {_resnet_name(theirs)}, the model {_resnet_name(ours)}: MODEL.RESNETS.DEPTH"
+
+    def _norms(self) -> Iterable[str]:
+        parts = [("backbone.bottom_up.", "RESNETS"), ("backbone.fpn_", "FPN")]
+        if self._node:
+            parts.append(("head.", self._node))
+        for prefix, node in parts:
+            theirs, ours = (_norm_of(keys, prefix) for keys in (self._stored, self._ours))
+            if theirs and ours and theirs != ours and any(p.key.startswith(prefix) for p in self.problems):
+                yield f"MODEL.{node}.NORM: the file has {theirs}, the model {ours}"
+
+    def _pyramid(self) -> Iterable[str]:
+        theirs, ours = (self._stored.get(_P6), self._ours.get(_P6))
+        if theirs is None or ours is None:
+            return
+        if theirs[0] != ours[0]:
+            yield f"MODEL.FPN.OUT_CHANNELS: {theirs[0]} in the file, {ours[0]} in the model"
+        elif theirs[1] != ours[1] and not any(self._depth()):
+            yield "MODEL.FPN.TOP_BLOCK_IN_FEATURE: P6 reads another feature in the file than in the model"
+        bias = _P6.replace("weight", "bias")
+        if (bias in self._stored) != (bias in self._ours) and _norm_of(self._stored, "backbone.fpn_") == _norm_of(
+            self._ours, "backbone.fpn_"
+        ):
+            yield f"MODEL.FPN.RELU: P6 and P7 have {'no norm' if bias in self._stored else 'norms'} in the file"
+
+    def _head(self) -> Iterable[str]:
+        """Compares the towers and the predictions of a dense detector's head."""
+        if not self._node:
+            return
+        lengths = [
+            sum(1 for key, shape in keys.items() if _TOWER.match(key) and len(shape) == 4)
+            for keys in (self._stored, self._ours)
+        ]
+        if lengths[0] and lengths[0] != lengths[1]:
+            yield f"MODEL.{self._node}.NUM_CONVS: {lengths[0]} in the file, {lengths[1]} in the model"
+        outputs = [
+            [keys[f"head.{name}.weight"][0] for name in ("cls_score", "bbox_pred") if f"head.{name}.weight" in keys]
+            for keys in (self._stored, self._ours)
+        ]
+        if any(len(numbers) != 2 for numbers in outputs) or outputs[0] == outputs[1]:
+            return
+        (their_classes, their_anchors), (our_classes, our_anchors) = (
+            (classes * 4 // boxes, boxes // 4) for classes, boxes in outputs
+        )
+        if their_anchors != our_anchors:
+            yield f"MODEL.ANCHOR_GENERATOR: {their_anchors} anchors a place in the file, {our_anchors} in the model"
+        if their_classes != our_classes:
+            yield (
+                f"MODEL.{self._node}.NUM_CLASSES: {their_classes} in the file, {our_classes} in the model; to start "
+                r"with new class scores, CHECKPOINT.ALLOW_KEYS '[\"head.cls_score\"]'"
+            )
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Returns the shape of every entry of a state dict."""
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _resnet(keys: Iterable[str]) -> tuple[int, ...]:
+    """Blocks of each stage and, last, convolutions of a block, by the names of keys; empty without a ResNet."""
+    blocks: dict[str, set[str]] = {}
+    num_convs = 0
+    for key in keys:
+        if found := _BLOCK.match(key):
+            blocks.setdefault(found[1], set()).add(found[2])
+            num_convs = max(num_convs, int(found[3]))
+    return (*(len(blocks[stage]) for stage in sorted(blocks)), num_convs) if blocks else ()
+
+
+def _resnet_name(resnet: tuple[int, ...]) -> str:
+    *blocks, num_convs = resnet
+    depth = 2 + num_convs * sum(blocks)
+    if len(blocks) == 4 and depth in (18, 34, 50, 101, 152):
+        return f"a ResNet-{depth}"
+    return f"a ResNet of {'+'.join(map(str, blocks))} blocks of {num_convs} convolutions"
+
+
+def _norm_of(shapes: Mapping[str, Shape], prefix: str) -> str:
+    """Kind of the norms of a part, by its keys; ``""`` if there are none of the part."""
+    part = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+    if not part:
+        return ""
+    if any(key.endswith(".running_mean") for key in part):
+        return "BN"
+    # Weights of convolutions have four dimensions, those of norms one.
+    is_norm = any(key.endswith(".weight") and len(shape) == 1 for key, shape in part.items())
+    return "a norm without running statistics" if is_norm else "no norm"
