@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
 from ..modeling import QuantFCOS, QuantFPN, QuantRetinaNet
@@ -33,6 +33,7 @@ from .program import (
     Upsample,
     largest_code,
 )
+from .sums import choose_sum_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +62,44 @@ def extract(model: nn.Module) -> Program:
     return _Extractor().detector(model)
 
 
-def with_rounded_biases(model: nn.Module) -> nn.Module:
-    """A copy of a detector whose biases are what int32 makes of them, and which is otherwise the same.
+def with_rounded_constants(model: nn.Module) -> nn.Module:
+    """A copy of a detector with the constants that ship, otherwise the same.
 
-    A bias is moved by at most half a unit of its convolution's sum, through the norm's running mean. Between
-    this model and the program only float32's own rounding is left, so that the two can be compared closely.
+    A bias is what int32 makes of it: it moves by at most half a unit of its convolution's sum, through the norm's
+    running mean. A sum has the scales of :mod:`~aqdet.export.sums`. Between this model and the program only float32's
+    own rounding is left, so that the two can be compared closely.
     """
     model = copy.deepcopy(model)
-    _Extractor(round_biases=True).detector(model)
+    _Extractor(round_constants=True).detector(model)
     return model
+
+
+class ScaledAdd(QuantAdd):
+    """A quantized sum whose operands are multiplied by constants near 1 after their quantizers.
+
+    Args:
+        add: the sum, whose quantizers it takes over.
+        gains: of the two operands.
+    """
+
+    def __init__(self, add: nn.Module, gains: Sequence[float]) -> None:
+        assert isinstance(add, QuantAdd)
+        super().__init__(signed=add.signed)
+        self.x_quantizer, self.y_quantizer, self.gains = add.x_quantizer, add.y_quantizer, gains
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Two tensors of one shape to their sum."""
+        x = x if self.x_quantizer is None else self.x_quantizer(x)
+        y = y if self.y_quantizer is None else self.y_quantizer(y)
+        return x * self.gains[0] + y * self.gains[1]
 
 
 class _Extractor:
     """Walks the modules in the order in which they run."""
 
-    def __init__(self, round_biases: bool = False) -> None:
+    def __init__(self, round_constants: bool = False) -> None:
         self.operations: list[Operation] = []
-        self.round_biases = round_biases
+        self.round_constants = round_constants
 
     def detector(self, model: Any) -> Program:
         check_parameters(model)
@@ -163,7 +185,7 @@ class _Extractor:
             operand = self._operand(add, "y_quantizer", f"{path}.residual_add")
             source = self._requantize(x, shortcut.input_quantizer, f"{path}.shortcut")
             x = self._conv(shortcut, f"{path}.shortcut", source, operand.name, operand.grid, shortcut.norm)
-        return self._add(branch, x, self._stream(block.output_stream, f"{path}.output_stream"))
+        return self._add(branch, x, self._stream(block.output_stream, f"{path}.output_stream"), block, "residual_add")
 
     # --- pyramid ---
 
@@ -185,7 +207,7 @@ class _Extractor:
             if previous is not None:
                 top_down = f"backbone.fpn_top_down{level}"
                 self.operations.append(Upsample(top_down, previous.name))
-                merged = self._add(merged, _Value(top_down, previous.grid), stream)
+                merged = self._add(merged, _Value(top_down, previous.grid), stream, fpn, f"fpn_add{level}")
             previous = merged
             path = f"backbone.fpn_output{level}"
             output = self._stream(getattr(fpn, f"p{level}_stream"), f"backbone.p{level}_stream")
@@ -276,9 +298,17 @@ class _Extractor:
         self.operations.append(Requantize(target.name, x.name, target.grid))
         return target
 
-    def _add(self, x: _Value, y: _Value, target: _Value) -> _Value:
+    def _add(self, x: _Value, y: _Value, target: _Value, parent: nn.Module, name: str) -> _Value:
+        """The sum that the module ``name`` of ``parent`` computes."""
         check_reach(_largest(x.grid) + _largest(y.grid), target.grid, target.name)
-        self.operations.append(Add(target.name, (x.name, y.name), target.grid))
+        multipliers, shift = choose_sum_scales((x.grid, y.grid), target.grid, target.name)
+        self.operations.append(Add(target.name, (x.name, y.name), target.grid, multipliers, shift))
+        if self.round_constants:
+            owns = zip(multipliers, (x.grid, y.grid), strict=True)
+            parent.add_module(
+                name,
+                ScaledAdd(parent.get_submodule(name), [m / 2**shift * target.grid.scale / g.scale for m, g in owns]),
+            )
         return target
 
     def _weight(self, conv: QuantConv2d, path: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
@@ -330,7 +360,7 @@ class _Extractor:
         if grid is not None:
             total = np.abs(codes.astype(np.int64)).sum((1, 2, 3)) * np.abs(scale * multiplier) * x.grid.scale
             check_reach(float((total * largest_code(x.grid) + np.abs(bias)).max()), grid, output)
-        if self.round_biases:
+        if self.round_constants:
             rest = bias - folded["bias"] * folded["scale"].astype(np.float64) * x.grid.scale
             rest[folded["sign"] == 0] = 0
             lower_bias(conv, norm, index, rest, multiplier)

@@ -10,6 +10,7 @@ Written for ONNX Runtime on x86, which runs it on integers alone:
   leave the convolution in float;
 - a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes
   (``QLinearLeakyRelu``); a bare DequantizeLinear / QuantizeLinear pair would compute in float;
+- a sum (``QLinearAdd``) is in codes of its result, by ratios that no machine rounds differently;
 - pooling, upsampling and padding work on the uint8 tensor itself;
 - a prediction keeps the precision of its int32 sums; only their unit is float. It is a MatMulInteger over the
   patches that its kernel covers: ONNX Runtime's ConvInteger is several times slower where there is VNNI.
@@ -105,20 +106,27 @@ class GraphBuilder:
     def zero_point(self, grid: Grid) -> str:
         return self.constant(f"zero_point_{grid.zero_point}", grid.zero_point, np.uint8)
 
-    def dequantized(self, name: str, reader: str) -> str:
-        """The real values of ``name``, through a DequantizeLinear of the reader's own."""
+    def dequantized(self, name: str, reader: str, scale: float | None = None) -> str:
+        """The real values of ``name``, or its codes times ``scale``, through a DequantizeLinear of the reader's own."""
         grid = self.grids[name]
-        inputs = [name, self.constant(f"{name}.scale", grid.scale, np.float32), self.zero_point(grid)]
+        own = f"{name}.scale" if scale is None else f"{reader}/{name}.ratio"
+        inputs = [name, self.constant(own, grid.scale if scale is None else scale, np.float32), self.zero_point(grid)]
         return self.node("DequantizeLinear", inputs, f"{reader}/{name}.dequantized")
 
-    def quantized(self, real: str, output: str) -> None:
-        """Real values onto the grid of ``output``, with a Clip where the grid has fewer than 256 codes."""
+    def quantized(self, real: str, output: str, scale: float | None = None) -> None:
+        """Real values onto the grid of ``output``, with a Clip where the grid has fewer than 256 codes.
+
+        Args:
+            real: name of the values.
+            output: name of the codes.
+            scale: that a code stands for in ``real``, if it is not the grid's.
+        """
         grid = self.grids[output]
         low, high = grid.quant_min + grid.zero_point, grid.quant_max + grid.zero_point
         full = (low, high) == (0, 255)
         name = output if full else f"{output}.unclipped"
-        scale = self.constant(f"{output}.scale", grid.scale, np.float32)
-        self.node("QuantizeLinear", [real, scale, self.zero_point(grid)], name)
+        step = self.constant(f"{output}.step", grid.scale if scale is None else scale, np.float32)
+        self.node("QuantizeLinear", [real, step, self.zero_point(grid)], name)
         if not full:
             bounds = [self.constant(f"code_{code}", code, np.uint8) for code in (low, high)]
             self.node("Clip", [name, *bounds], output)
@@ -253,9 +261,13 @@ class GraphBuilder:
         self.quantized(same, operation.output)
 
     def add(self, operation: Add) -> None:
-        inputs = [self.dequantized(name, operation.output) for name in operation.inputs]
+        # In codes of the sum, with ratios that are exact in float32: see aqdet/export/sums.py.
+        inputs = [
+            self.dequantized(name, operation.output, multiplier / 2**operation.shift)
+            for name, multiplier in zip(operation.inputs, operation.multipliers, strict=True)
+        ]
         self.node("Add", inputs, f"{operation.output}.real")
-        self.quantized(f"{operation.output}.real", operation.output)
+        self.quantized(f"{operation.output}.real", operation.output, 1.0)
 
     def max_pool(self, operation: MaxPool) -> None:
         self.pool_node(operation, operation.input, operation.output)

@@ -20,7 +20,7 @@ from .program import Add, Conv, Grid, MaxPool, Operation, Output, PadImage, Prog
 
 FORMAT, VERSION = "aqdet-program", 1
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (PadImage, Conv, Requantize, Add, MaxPool, Upsample)}
-_PAIRS = ("amount", "values", "mean", "inputs", "stride", "padding", "dilation")
+_PAIRS = ("amount", "values", "mean", "inputs", "multipliers", "stride", "padding", "dilation")
 
 
 def storage_bits(num_bits: int) -> int:

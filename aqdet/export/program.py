@@ -114,11 +114,17 @@ class Requantize:
 
 @dataclasses.dataclass(frozen=True)
 class Add:
-    """The sum of two values on a grid."""
+    """The sum of two values on a grid, ``round((a * multipliers[0] + b * multipliers[1]) / 2**shift)``.
+
+    Attributes:
+        multipliers, shift: see :func:`~aqdet.export.sums.choose_sum_scales`; no pair of codes is a rounding tie.
+    """
 
     output: str
     inputs: tuple[str, str]
     grid: Grid
+    multipliers: tuple[int, int]
+    shift: int
 
 
 @dataclasses.dataclass(frozen=True)

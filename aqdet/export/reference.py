@@ -1,12 +1,12 @@
 """The integer program in numpy, slow and plain: what every other execution is compared with.
 
-Integers only. A multiplication by a real number is a multiplication by a 31-bit integer and a right shift that
-rounds to nearest, ties to even, as ``torch.round`` and ONNX's QuantizeLinear do.
+It executes the arithmetic that ships, which is ONNX Runtime's: sums of products in int32; a sum as float32 times a
+float32 multiplier, rounded to nearest with ties to even; a change of grid through float32 values. IEEE 754 fixes
+each of these steps, so that every machine and every language that follows them has the same codes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -15,37 +15,11 @@ from numpy.typing import NDArray
 from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
 
 Array = NDArray[np.int64]
-MULTIPLIER_BITS = 31
-_MAX_SHIFT = 62
 
 
-def as_multiplier(ratio: float) -> tuple[int, int]:
-    """``(multiplier, shift)`` with ``multiplier / 2**shift`` the nearest to ``ratio``, multiplier in 31 bits.
-
-    Example: 0.75 is ``(0x60000000, 31)``.
-    """
-    mantissa, exponent = math.frexp(ratio)
-    multiplier, shift = round(mantissa * 2**MULTIPLIER_BITS), MULTIPLIER_BITS - exponent
-    if shift > _MAX_SHIFT:
-        multiplier, shift = multiplier >> (shift - _MAX_SHIFT), _MAX_SHIFT
-    if shift < 1:
-        raise ValueError(f"a multiplier must be less than 2**30, got {ratio}")
-    return multiplier, shift
-
-
-def shift_round(value: Array, shift: int | Array) -> Array:
-    """``value / 2**shift`` to the nearest integer, ties to even. Example: 5 and 7 by 1 are 2 and 4."""
-    quotient = value >> shift
-    rest = value - (quotient << shift)
-    half = np.int64(1) << (np.asarray(shift, np.int64) - 1)
-    return quotient + ((rest > half) | ((rest == half) & (quotient & 1 == 1)))
-
-
-def _rescale(value: Array, ratios: NDArray[np.float64], grid: Grid) -> Array:
-    """``(N, C, H, W)`` times a number for each channel, or one for all, onto the codes of ``grid``."""
-    pairs = [as_multiplier(float(ratio)) for ratio in np.atleast_1d(ratios)]
-    multiplier, shift = (np.array(v, np.int64).reshape(1, -1, 1, 1) for v in zip(*pairs, strict=True))
-    return np.clip(shift_round(value * multiplier, shift), grid.quant_min, grid.quant_max)
+def _onto(real: NDArray[np.float32], grid: Grid) -> Array:
+    """Values in units of a grid to its codes, ties to even."""
+    return np.clip(np.rint(real), grid.quant_min, grid.quant_max).astype(np.int64)
 
 
 def convolve(x: Array, weight: NDArray[np.int32], conv: Conv) -> Array:
@@ -80,9 +54,15 @@ def accumulate(conv: Conv, x: Array) -> Array:
     return convolve(x, conv.integer_weight, conv) + conv.bias.astype(np.int64).reshape(1, -1, 1, 1)
 
 
-def conv_unit(conv: Conv, input_scale: float) -> NDArray[np.float64]:
+def conv_unit(conv: Conv, input_scale: float) -> NDArray[np.float32]:
     """What one unit of each channel's sum stands for, ``(O,)``."""
-    return conv.scale.astype(np.float64) * input_scale
+    return np.float32(input_scale) * conv.scale
+
+
+def conv_multiplier(conv: Conv, input_scale: float) -> NDArray[np.float32]:
+    """What a sum is multiplied by, ``(O,)``: onto the codes of the output, or to the value that is predicted."""
+    unit = conv_unit(conv, input_scale)
+    return unit if conv.grid is None else unit / np.float32(conv.grid.scale)
 
 
 def execute(operation: Operation, inputs: list[Array], grids: Mapping[str, Grid]) -> NDArray[np.generic]:
@@ -105,19 +85,16 @@ def execute(operation: Operation, inputs: list[Array], grids: Mapping[str, Grid]
         ]
         return np.stack(channels, 1)
     if isinstance(operation, Conv):
-        sums = accumulate(operation, x)
-        unit = conv_unit(operation, grids[operation.input].scale)
-        if operation.grid is None:
-            return (sums * unit.reshape(1, -1, 1, 1)).astype(np.float32)
-        return _rescale(sums, unit / operation.grid.scale, operation.grid)
+        sums = accumulate(operation, x).astype(np.float32)
+        real = sums * conv_multiplier(operation, grids[operation.input].scale).reshape(1, -1, 1, 1)
+        return real if operation.grid is None else _onto(real, operation.grid)
     if isinstance(operation, Requantize):
-        return _rescale(x, np.array(grids[operation.input].scale / operation.grid.scale), operation.grid)
+        real = x.astype(np.float32) * np.float32(grids[operation.input].scale)
+        return _onto(real / np.float32(operation.grid.scale), operation.grid)
     if isinstance(operation, Add):
-        grid = operation.grid
-        ratios = [grids[name].scale / grid.scale for name in operation.inputs]
-        _, shift = as_multiplier(max(ratios))
-        total = sum(value * round(ratio * 2**shift) for value, ratio in zip(inputs, ratios, strict=True))
-        return np.clip(shift_round(np.asarray(total), shift), grid.quant_min, grid.quant_max)
+        total = sum(value * multiplier for value, multiplier in zip(inputs, operation.multipliers, strict=True))
+        rounded = (np.asarray(total) + (1 << (operation.shift - 1))) >> operation.shift
+        return np.clip(rounded, operation.grid.quant_min, operation.grid.quant_max)
     if isinstance(operation, MaxPool):
         return _max_pool(x, operation)
     return x.repeat(2, axis=2).repeat(2, axis=3)

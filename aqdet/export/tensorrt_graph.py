@@ -74,17 +74,19 @@ class _TensorRTBuilder(GraphBuilder):
     def zero_point(self, grid: Grid) -> str:
         return self.constant("zero_point", 0, np.int8)
 
-    def quantized(self, real: str, output: str) -> None:
+    def quantized(self, real: str, output: str, scale: float | None = None) -> None:
         grid = self.grids[output]
+        step = grid.scale if scale is None else scale
         if (grid.quant_min, grid.quant_max) != (INT8_MIN, INT8_MAX):
             codes = (grid.quant_min, grid.quant_max)
-            bounds = [self.constant(f"{output}.bound_{code}", code * grid.scale, np.float32) for code in codes]
+            bounds = [self.constant(f"{output}.bound_{code}", code * step, np.float32) for code in codes]
             real = self.node("Clip", [real, *bounds], f"{output}.clipped")
-        self.requantized(real, output)
+        self.requantized(real, output, step)
 
-    def requantized(self, real: str, output: str) -> None:
+    def requantized(self, real: str, output: str, step: float | None = None) -> None:
         """Real values that are within the grid of ``output`` onto it."""
-        scale = self.constant(f"{output}.scale", self.grids[output].scale, np.float32)
+        own = self.grids[output].scale if step is None else step
+        scale = self.constant(f"{output}.step", own, np.float32)
         self.node("QuantizeLinear", [real, scale, self.zero_point(self.grids[output])], output)
 
     def pad_image(self, operation: PadImage) -> None:

@@ -10,7 +10,7 @@ from programs import LSQPLUS, OVERRIDES, RELU, STD, image, shared, trained_like
 from torch import nn
 
 from aqdet.export.agreement import trained_values
-from aqdet.export.extract import extract, with_rounded_biases
+from aqdet.export.extract import extract, with_rounded_constants
 from aqdet.export.fold import fold as fold_conv
 from aqdet.export.program import Grid, PadImage, Requantize, inputs_of
 from aqdet.export.reference import run
@@ -155,9 +155,9 @@ def test_fcos_predicts_three_outputs_from_two_towers():
     assert len([conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]) == 5
 
 
-def test_rounded_biases_are_the_programs():
+def test_rounded_constants_are_the_programs():
     model, program = shared()
-    rounded = with_rounded_biases(model)
+    rounded = with_rounded_constants(model)
     again = extract(rounded)
     for ours, theirs in zip(again.convs(), program.convs(), strict=True):
         np.testing.assert_array_equal(ours.bias, theirs.bias)
@@ -320,5 +320,5 @@ def test_extraction_leaves_the_model_alone():
     model, _ = shared()
     before = copy.deepcopy(model.state_dict())
     extract(model)
-    with_rounded_biases(model)
+    with_rounded_constants(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -57,6 +57,9 @@ def test_predictions_are_the_references(overrides, optimize):
     names = outputs(program)
     for name, found in zip(names, session.run(names, {"image": batch}), strict=True):
         assert found.dtype == np.float32 and found.shape == reference[name].shape
+        if optimize:  # as it ships
+            np.testing.assert_array_equal(found, reference[name], name)
+            continue
         differ = np.abs(found - reference[name]) > 1e-5 * np.abs(reference[name]).max()
         assert differ.mean() < 0.05, name  # one code at a tie moves up to nine positions
 
@@ -149,7 +152,7 @@ def test_worst_pairs_of_products_are_exact_on_any_x86():
     assert len(np.unique(expected)) > 8
     for optimize in (False, True):
         (found,) = runtime_session(graph, optimize=optimize).run([wide.output], {"image": batch})
-        assert np.abs(found.astype(int) - expected).max() <= 1
+        assert np.abs(found.astype(int) - expected).max() <= (0 if optimize else 1)
 
 
 def test_per_level_convs_share_their_weights():
@@ -198,9 +201,8 @@ def test_a_prediction_of_any_geometry_is_the_integer_convolution(kernel, geometr
     program = one_level(conv)
     batch = generator.integers(0, 256, (2, 3, 11, 9), dtype=np.uint8)
     (found,) = runtime_session(build_onnx(program), optimize=True).run(["y"], {IMAGE: batch})
-    expected = accumulate(conv, batch.astype(np.int64)) * conv_unit(conv, 0.5).reshape(1, -1, 1, 1)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    sums = accumulate(conv, batch.astype(np.int64)).astype(np.float32)
+    np.testing.assert_array_equal(found, sums * conv_unit(conv, 0.5).reshape(1, -1, 1, 1))
 
 
 def test_a_prediction_with_groups_is_refused_by_name():

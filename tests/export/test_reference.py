@@ -1,7 +1,6 @@
 """The integer reference against hand-computed values and plain loops."""
 
 import itertools
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,37 +9,9 @@ import torch.nn.functional as F
 from programs import make_conv
 
 from aqdet.export.program import Add, Grid, MaxPool, PadImage, Requantize, Upsample
-from aqdet.export.reference import as_multiplier, execute, shift_round
+from aqdet.export.reference import conv_multiplier, execute
 
 U4, S8 = Grid(0.5, 0, 15), Grid(0.25, -127, 127)
-
-
-@pytest.mark.parametrize(
-    "value, shift, expected", [(5, 1, 2), (7, 1, 4), (-5, 1, -2), (-7, 1, -4), (6, 2, 2), (10, 2, 2)]
-)
-def test_ties_go_to_even(value, shift, expected):
-    assert shift_round(np.array([value]), shift)[0] == expected
-
-
-def test_shift_round_is_python_rounding_of_fractions():
-    values = np.arange(-300, 300)
-    for shift in (1, 3, 5):
-        assert shift_round(values, shift).tolist() == [round(Fraction(int(v), 2**shift)) for v in values]
-
-
-@pytest.mark.parametrize("ratio", [0.75, 1.0, 1 / 3, 3.7e-9, 12.5, 1e-12])
-def test_multiplier_has_31_bits(ratio):
-    multiplier, shift = as_multiplier(ratio)
-    assert 0 < multiplier <= 2**31 and 1 <= shift <= 62
-    # 1e-12 has a multiplier of few bits, and products that round to zero with it.
-    tolerance = Fraction(1, 2**31) if ratio > 1e-9 else Fraction(1, 2**20)
-    assert abs(Fraction(multiplier, 2**shift) / Fraction(ratio) - 1) <= tolerance
-    assert as_multiplier(0.75) == (0x60000000, 31)
-
-
-def test_a_multiplier_too_large_is_refused():
-    with pytest.raises(ValueError, match="less than 2"):
-        as_multiplier(2.0**40)
 
 
 def naive_conv(x, conv):
@@ -87,14 +58,32 @@ def test_conv_requantizes_by_channel():
     assert execute(signed, [x], {"x": Grid(0.5, 0, 15)}).flatten().tolist() == [3, -6]
 
 
+def test_a_multiplier_is_rounded_twice_to_float32():
+    conv = make_conv(np.ones((2, 1, 1, 1)), scale=[1 / 3, 1e-3], grid=Grid(0.7, 0, 255))
+    f32 = np.float32
+    expected = [f32(f32(f32(0.1) * f32(scale)) / f32(0.7)) for scale in (1 / 3, 1e-3)]
+    assert conv_multiplier(conv, 0.1).tolist() == expected and conv_multiplier(conv, 0.1).dtype == np.float32
+    prediction = make_conv(np.ones((1, 1, 1, 1)), scale=[1 / 3], grid=None)
+    assert conv_multiplier(prediction, 0.1).tolist() == [f32(0.1) * f32(1 / 3)]
+
+
+def test_a_sum_is_a_float32_before_it_is_multiplied():
+    # 2**24 + 1 is no float32; and half of an odd sum is a tie, to even.
+    conv = make_conv(np.ones((1, 1, 1, 1)), bias=[2**24], scale=[1.0], grid=None)
+    assert execute(conv, [np.full((1, 1, 1, 1), 1)], {"x": Grid(1.0, 0, 15)}).item() == 2.0**24
+    halved = make_conv(np.ones((1, 1, 1, 1)), scale=[0.5], grid=Grid(1.0, 0, 15))
+    x = np.arange(8).reshape(1, 1, 2, 4)
+    assert execute(halved, [x], {"x": Grid(1.0, 0, 15)}).flatten().tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
+
+
 def test_other_operations_by_hand():
     x = np.array([[[[1, 2, 3], [15, 5, 6]]]])
     grids = {"x": U4, "y": S8}
     assert execute(Requantize("z", "x", Grid(1.0, 0, 3)), [x], grids).flatten().tolist() == [0, 1, 2, 3, 2, 3]
     y = np.array([[[[-8, 1, 0], [-2, 2, 127]]]])
-    # 0.5 x + 0.25 y on the grid of 1.
-    added = execute(Add("z", ("x", "y"), Grid(1.0, 0, 255)), [x, y], grids)
-    assert added.flatten().tolist() == [0, 1, 2, 7, 3, 35]
+    # x 17/32 + y 8/32: sums of 32nds -47, 42, 51, 239, 101 and 1118.
+    added = execute(Add("z", ("x", "y"), Grid(1.0, 0, 30), (17, 8), 5), [x, y], grids)
+    assert added.flatten().tolist() == [0, 1, 2, 7, 3, 30]
     assert execute(Upsample("z", "x"), [x], grids)[0, 0].tolist() == np.kron(x[0, 0], np.ones((2, 2))).tolist()
     padded = execute(PadImage("z", "x", (1, 0), (7,), (7.2,)), [x], grids)
     assert padded[0, 0].tolist() == [[7, 7, 7], [1, 2, 3], [15, 5, 6], [7, 7, 7]]
