@@ -8,7 +8,7 @@ only runs exported detectors, ``aqdet.runtime`` needs neither, and asking for an
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registration import ImportAfter
+from .registration import ImportAfter, ImportWithout
 
 if TYPE_CHECKING:
     from . import data, modeling
@@ -26,7 +26,11 @@ _HOMES = {
     "modeling": "aqdet.modeling",
 }
 
-ImportAfter({"detectron2.data": "aqdet.data", "detectron2.modeling": "aqdet.modeling"}).install()
+ImportAfter({"detectron2.data": "aqdet.data.embedded.register", "detectron2.modeling": "aqdet.modeling"}).install()
+# These script functions while they are imported, which newer releases of PyTorch deprecate.
+ImportWithout(
+    "`torch.jit.script` is deprecated", ("detectron2.modeling.box_regression", "fvcore.nn.focal_loss")
+).install()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,53 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Collection, Container, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-class ImportAfter(MetaPathFinder):
+class _ImportHook(MetaPathFinder):
+    """Runs the import of some modules through :meth:`execute`.
+
+    Args:
+        names: full names of the modules; a name that is removed from here is imported as ever.
+    """
+
+    def __init__(self, names: Container[str]) -> None:
+        self._names = names
+        self._searching: set[str] = set()
+
+    def execute(self, module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+        """Imports a module.
+
+        Args:
+            module: new and empty.
+            execute: runs its code.
+        """
+        raise NotImplementedError
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The other finders' answer for a module that is waited for, its code run by :meth:`execute`."""
+        if fullname not in self._names or fullname in self._searching:
+            return None
+        self._searching.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.discard(fullname)
+        loader = spec.loader if spec is not None else None
+        if loader is not None:
+            theirs = loader.exec_module
+            # On this loader alone, which importlib made for this one module.
+            loader.exec_module = lambda module: self.execute(module, theirs)  # type: ignore[method-assign]
+        return spec
+
+
+class ImportAfter(_ImportHook):
     """Imports modules right after others that they extend.
 
     Args:
@@ -25,8 +65,8 @@ class ImportAfter(MetaPathFinder):
     """
 
     def __init__(self, followers: dict[str, str]) -> None:
+        super().__init__(followers)
         self._followers = followers
-        self._searching: set[str] = set()
 
     def install(self) -> None:
         """Imports what follows modules that are imported already, and waits for the others."""
@@ -36,31 +76,36 @@ class ImportAfter(MetaPathFinder):
         if self._followers:
             sys.meta_path.insert(0, self)
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The other finders' answer for a module that is waited for, its loader followed by the import."""
-        if fullname not in self._followers or fullname in self._searching:
-            return None
-        self._searching.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._searching.discard(fullname)
-        loader = spec.loader if spec is not None else None
-        if loader is not None:
-            execute = loader.exec_module
+    def execute(self, module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+        """Imports a module, then the one that follows it."""
+        execute(module)
+        # Only now: an import that fails may be tried again. A reload finds nothing to follow.
+        follower = self._followers.pop(module.__name__, None)
+        if follower is not None:
+            importlib.import_module(follower)
 
-            def execute_then_follow(module: ModuleType) -> None:
-                execute(module)
-                # Only now: an import that fails may be tried again. A reload finds nothing to follow.
-                follower = self._followers.pop(fullname, None)
-                if follower is not None:
-                    importlib.import_module(follower)
 
-            # On this loader alone, which importlib made for this one module.
-            loader.exec_module = execute_then_follow  # type: ignore[method-assign]
-        return spec
+class ImportWithout(_ImportHook):
+    """Hides one warning while some modules are imported, and nothing else.
+
+    Args:
+        message: regular expression that the start of the warning's text matches.
+        names: full names of the modules.
+    """
+
+    def __init__(self, message: str, names: Collection[str]) -> None:
+        super().__init__(names)
+        self._message = message
+
+    def install(self) -> None:
+        """Waits for the modules."""
+        sys.meta_path.insert(0, self)
+
+    def execute(self, module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+        """Imports a module without the warning."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=self._message)
+            execute(module)
 
 
 def _is_imported(name: str) -> bool:

@@ -5,12 +5,13 @@ import os
 import pkgutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from helpers import ROOT
 
 import aqdet
-from aqdet.registration import ImportAfter
+from aqdet.registration import ImportAfter, ImportWithout
 
 BUILDS = """
 import warnings
@@ -125,3 +126,21 @@ def test_an_absent_module_stays_absent(modules):
     with pytest.raises(ModuleNotFoundError, match="nowhere_rt"):
         importlib.import_module("nowhere_rt")
     assert "ours_rt" not in sys.modules
+
+
+def test_importing_detectron2_is_quiet_and_no_other_warning_is_hidden():
+    code = (
+        "import aqdet, detectron2.engine, detectron2.evaluation, warnings\n"
+        "print([f[1].pattern for f in warnings.filters if f[1] is not None and 'jit.script' in f[1].pattern])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_one_warning_is_hidden_while_a_module_is_imported(modules):
+    (modules / "theirs_rt.py").write_text("import warnings\nwarnings.warn('old: a')\nwarnings.warn('new: old: b')\n")
+    ImportWithout("old:", ("theirs_rt",)).install()
+    with pytest.warns() as shown:
+        importlib.import_module("theirs_rt")
+        warnings.warn("old: c", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["new: old: b", "old: c"]

@@ -10,6 +10,8 @@ after -- are for every run, as for train_net.py. What finished runs gave is kept
 that a grid can go on in another checkout; a run with another config, start or teacher is run anew.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -18,26 +20,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
+from aqdet.utils.arguments import Distinct, folder_to_write, integer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-
-from aqdet.config import load_config
-from aqdet.data.check.cache import write_aside
-from aqdet.engine.experiment import (
-    DONE,
-    LEFT_OUT,
-    Job,
-    kept_remark,
-    markdown_table,
-    mean_and_spread,
-    run_jobs,
-    write_section,
-)
+if TYPE_CHECKING:
+    from aqdet.engine.experiment import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
@@ -85,12 +73,12 @@ class Cell:
         return self.method.split("+")
 
     @property
-    def reference(self) -> "Cell":
+    def reference(self) -> Cell:
         """Full precision from the usual start, which its detector is compared with."""
         return Cell(self.detector, FLOAT, 32, BASELINE)
 
     @property
-    def teacher(self) -> "Cell":
+    def teacher(self) -> Cell:
         """What distillation learns from: full precision from the start that it has itself.
 
         Features of another start are another basis. With a teacher from the usual start, w2a2 of two stages ended at
@@ -98,7 +86,7 @@ class Cell:
         """
         return Cell(self.detector, FLOAT, 32, TWO_STAGE if TWO_STAGE in self.parts else BASELINE)
 
-    def start(self, taps: str) -> "Cell":
+    def start(self, taps: str) -> Cell:
         """What it starts from; ``taps`` are those of a two-stage run that has no auxiliary path itself."""
         method = BASELINE
         if TWO_STAGE in self.parts:
@@ -125,9 +113,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DATASETS, default="shapes")
     parser.add_argument("--bccd-root", default="BCCD", help="VOC folder of BCCD")
-    parser.add_argument("--output", default="output/ablation")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--output", type=folder_to_write, default="output/ablation")
+    parser.add_argument("--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2])
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, action=Distinct, default=list(BITS))
     part = "a part of the grid, with a table of its own"
     listed = "run these alone; others are in the table if they have run before"
     parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=part)
@@ -139,8 +127,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", choices=IMAGES["shapes"], default="val", help="what the detectors are evaluated on")
     lengths = "by dataset: " + ", ".join(f"{name} %s" for name in LENGTHS)
     starts, runs = zip(*LENGTHS.values(), strict=True)
-    parser.add_argument("--start-iterations", type=int, help=f"of a start ({lengths % starts})")
-    parser.add_argument("--iterations", type=int, help=f"of each run from a start ({lengths % runs})")
+    parser.add_argument("--start-iterations", type=integer(2), help=f"of a start ({lengths % starts})")
+    parser.add_argument("--iterations", type=integer(2), help=f"of each run from a start ({lengths % runs})")
     parser.add_argument("--results-only", action="store_true", help="rewrite table and plot and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the estimate and the commands and stop")
     parser.add_argument("--remark", default="", help="what to print below the table; the one that is there by default")
@@ -150,8 +138,6 @@ def parse_args() -> argparse.Namespace:
     for name, length in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, length)
-        elif getattr(args, name) < 2:
-            parser.error(f"--{name.replace('_', '-')} must be at least 2, got {getattr(args, name)}")
     if args.opts[:1] == ["--"]:
         del args.opts[0]
     for method in args.methods or []:
@@ -222,6 +208,9 @@ def declared(args: argparse.Namespace, *splits: str) -> list[str]:
 
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
     """The runs in their order: seed by seed, each detector's start before what starts from it."""
+    from aqdet.config import load_config
+    from aqdet.engine.experiment import Job
+
     data = declared(args, "train", "val")
     usual_start, usual_run = LENGTHS[args.dataset]
 
@@ -273,6 +262,8 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
 
 def evaluations(args: argparse.Namespace, jobs: dict[tuple[int, Cell], Job]) -> dict[tuple[int, Cell], Job]:
     """The evaluation of each run's detector on ``args.split``, where training has not evaluated it."""
+    from aqdet.engine.experiment import Job
+
     if args.split == "val":
         return {}
     name = f"{'bccd' if args.dataset == 'bccd' else 'aqdet_shapes'}_{args.split}"
@@ -319,6 +310,8 @@ def kept_runs() -> dict[str, dict[str, Any]]:
 
 def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """Adds the finished runs to what is kept, and returns it."""
+    from aqdet.data.check.cache import write_aside
+
     kept = kept_runs()
     for job in jobs:
         noted = job.finished()
@@ -335,6 +328,9 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
     What another run needs the weights of is run again where they are not there: starts, full-precision runs that
     distillation learns from, and what is still to be evaluated.
     """
+    from aqdet.data.check.cache import write_aside
+    from aqdet.engine.experiment import DONE
+
     kept = kept_runs()
 
     def recall(job: Job) -> None:
@@ -372,6 +368,7 @@ def make_rows(
     seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
 ) -> list[list[str]]:
     """Rows of the table from the metrics of finished runs; none for a cell without one."""
+    from aqdet.engine.experiment import mean_and_spread
 
     def values(cell: Cell, key: str = "AP") -> dict[int, float]:
         return {s: done[s, cell][key] for s in seeds if (s, cell) in done and done[s, cell][key] is not None}
@@ -407,6 +404,11 @@ def make_plot(
     path: str, seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
 ) -> None:
     """A panel for each detector and quantizer: AP by method, a dot a seed, a bar for the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     panels: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
         if cell.quantizer != FLOAT and any((s, cell) in done for s in seeds):
@@ -443,6 +445,8 @@ def make_plot(
 
 def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:
     """A clause with the optimizer and the learning rate of each kind of run."""
+    from aqdet.config import load_config
+
     kinds: dict[str, dict[str, None]] = {}
     several = len({cell.detector for _, cell in jobs}) > 1
     for (_, cell), job in jobs.items():
@@ -455,6 +459,10 @@ def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:
 
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
     """The section of RESULTS.md and the plot, from what has finished, here or before."""
+    import torch
+
+    from aqdet.engine.experiment import LEFT_OUT, kept_remark, markdown_table, mean_and_spread, write_section
+
     done, dates, machines = {}, set(), set()
     evaluated = evaluations(args, jobs)
     kept = keep_runs(args.dataset, [*jobs.values(), *evaluated.values()])
@@ -536,6 +544,8 @@ torch {torch.__version__}.
 
 def main() -> None:
     args = parse_args()
+    from aqdet.engine.experiment import run_jobs  # late, so that --help opens at once
+
     try:
         cells = part_of_grid(args, planned(args.dataset, args.taps, args.methods or ()))
         jobs = make_jobs(args, cells)

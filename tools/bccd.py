@@ -5,25 +5,19 @@ For each seed one full-precision start from scratch, and from it six runs of equ
 LSQ and DoReFa at 4 bits, each without and with the auxiliary path. Stop it at any time and run it again.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from aqdet.utils.arguments import Distinct, existing, folder_to_write, integer
 
-from aqdet.data.formats.voc import convert_voc
-from aqdet.engine.experiment import (
-    LEFT_OUT,
-    Job,
-    describe_machine,
-    kept_remark,
-    markdown_table,
-    mean_and_spread,
-    run_jobs,
-    write_section,
-)
+if TYPE_CHECKING:
+    from aqdet.engine.experiment import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "BCCD"
@@ -41,11 +35,11 @@ BATCH = 4
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bccd-root", required=True, help="VOC folder of BCCD")
-    parser.add_argument("--output", default="output/bccd")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--start-epochs", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=4, help="of each of the runs from the start")
+    parser.add_argument("--bccd-root", type=existing, required=True, help="VOC folder of BCCD")
+    parser.add_argument("--output", type=folder_to_write, default="output/bccd", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2])
+    parser.add_argument("--start-epochs", type=integer(1), default=10, help="of each start (default: %(default)s)")
+    parser.add_argument("--epochs", type=integer(1), default=4, help="of each of the runs from the start")
     parser.add_argument("--results-only", action="store_true", help="rewrite the table and stop")
     parser.add_argument("--remark", default="", help="what to print below the table; the one that is there by default")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
@@ -54,6 +48,8 @@ def parse_args() -> argparse.Namespace:
 
 def make_jobs(args: argparse.Namespace, num_train: int) -> dict[tuple[int, str], Job]:
     """The grid, in the order in which it runs."""
+    from aqdet.engine.experiment import Job
+
     images = os.path.join(args.bccd_root, "JPEGImages")
     declared = [
         {
@@ -86,6 +82,17 @@ def make_jobs(args: argparse.Namespace, num_train: int) -> dict[tuple[int, str],
 
 def write_results(args: argparse.Namespace, jobs: dict[tuple[int, str], Job]) -> None:
     """The BCCD section of RESULTS.md, from the metrics files of finished jobs."""
+    import torch
+
+    from aqdet.engine.experiment import (
+        LEFT_OUT,
+        describe_machine,
+        kept_remark,
+        markdown_table,
+        mean_and_spread,
+        write_section,
+    )
+
     done = {key: job for key, job in jobs.items() if job.finished() is not None}
     missing = [job.name for key, job in jobs.items() if key not in done]
     values = {key: job.metrics() for key, job in done.items()}
@@ -143,6 +150,10 @@ table written at commit {commit}, {describe_machine()}, torch {torch.__version__
 
 def main() -> None:
     args = parse_args()
+    # Late, so that --help opens at once.
+    from aqdet.data.formats.voc import convert_voc
+    from aqdet.engine.experiment import run_jobs
+
     try:
         num_train = 0
         for split in ("train", "val"):

@@ -4,23 +4,21 @@
 import argparse
 import os
 import sys
-import warnings
 
-from aqdet.checkpoint import load_weights_file, save_atomically
-from aqdet.checkpoint.torchvision import SCOPE, convert_torchvision_resnet
-from aqdet.config import load_config
+from aqdet.utils.arguments import file_to_read, file_to_write
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, choices=(18, 34, 50), required=True)
-    parser.add_argument("--input", required=True, help="torchvision's .pth file")
-    parser.add_argument("--output", required=True, help="checkpoint for MODEL.WEIGHTS")
+    parser.add_argument("--input", type=file_to_read, required=True, help="torchvision's .pth file")
+    parser.add_argument("--output", type=file_to_write, required=True, help="checkpoint for MODEL.WEIGHTS")
     args = parser.parse_args()
+    # Late, so that --help opens at once.
+    from aqdet.checkpoint import load_weights_file, save_atomically
+    from aqdet.checkpoint.torchvision import SCOPE, convert_torchvision_resnet
+
     try:
-        if not os.path.isfile(args.input):
-            raise FileNotFoundError(f"{args.input!r} does not exist")
         model, left_out = convert_torchvision_resnet(load_weights_file(args.input))
         expected = expected_keys(args.depth)
         wrong = sorted(set(model) ^ expected)
@@ -39,6 +37,8 @@ def expected_keys(depth: int) -> set[str]:
     """The keys of our backbone at that depth."""
     from detectron2.layers import ShapeSpec
 
+    from aqdet.checkpoint.torchvision import SCOPE
+    from aqdet.config import load_config
     from aqdet.modeling import build_quant_resnet_backbone
 
     overrides = [

@@ -3,18 +3,19 @@
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog
-from PIL import Image
-
-import aqdet  # noqa: F401  (registers the dataset)
-from aqdet.data import SHAPE_CLASSES
+from aqdet.utils.arguments import folder_to_write, integer, number
 
 
 def crop_objects(split: str, root: Path, size: int, margin: float) -> int:
     """Writes ``root/split/<class>/<number>.png``, the square around each box and a margin; returns how many."""
+    # Late, so that --help opens at once.
+    from detectron2.data import DatasetCatalog
+    from PIL import Image
+
+    from aqdet.data import SHAPE_CLASSES  # registers the dataset
+
     count = 0
     for record in DatasetCatalog.get(f"aqdet_shapes_{split}"):
         with Image.open(record["file_name"]) as image:
@@ -32,16 +33,25 @@ def crop_objects(split: str, root: Path, size: int, margin: float) -> int:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for train/ and val/, new or empty")
-    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels")
-    parser.add_argument("--margin", type=float, default=0.15, help="around the box, as a share of its longer side")
+    parser.add_argument(
+        "--output", type=folder_to_write, required=True, help="folder for train/ and val/, new or empty"
+    )
+    parser.add_argument(
+        "--size", type=integer(1, 4096), default=64, help="side of an image in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--margin",
+        type=number(0, 10),
+        default=0.15,
+        help="around the box, as a share of its longer side (default: %(default)s)",
+    )
     args = parser.parse_args()
-    if args.output.is_dir() and any(args.output.iterdir()):
-        sys.exit(f"error: --output {str(args.output)!r} is not empty")
+    root = Path(args.output)
+    if root.is_dir() and any(root.iterdir()):
+        sys.exit(f"error: --output {args.output!r} is not empty")
     for split in ("train", "val"):
-        print(f"{split}: {crop_objects(split, args.output, args.size, args.margin)} images in {args.output / split}")
+        print(f"{split}: {crop_objects(split, root, args.size, args.margin)} images in {root / split}")
 
 
 if __name__ == "__main__":

@@ -6,27 +6,29 @@
 The exit status is 1 if some input could not be read; its name is printed, and the others are done all the same.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import sys
-import warnings
+from typing import TYPE_CHECKING
 
-from aqdet.config import load_config
-from aqdet.data import complete_num_classes
-from aqdet.engine import check_config, fit_to_machine
-from aqdet.visualization.demo import Demo, Summary, find_sources, has_display, output_paths, run_on_files, run_on_webcam
+from aqdet.utils.arguments import file_to_read, number
+
+if TYPE_CHECKING:
+    from aqdet.visualization.demo import Summary
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", type=file_to_read, required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="images, videos, folders of them, or glob patterns")
-    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--video-input", type=file_to_read, metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera, shown in a window")
     parser.add_argument("--output", help="folder, or file for one input; without it a window is opened")
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.5, help="least score drawn (default: %(default)s)"
+        "--confidence-threshold", type=number(0, 1), default=0.5, help="least score drawn (default: %(default)s)"
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()
@@ -34,6 +36,12 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> Summary:
     """Checks everything that can be checked first, then runs."""
+    # Late, so that --help opens at once.
+    from aqdet.config import load_config
+    from aqdet.data import complete_num_classes
+    from aqdet.engine import check_config, fit_to_machine
+    from aqdet.visualization.demo import Demo, find_sources, has_display, output_paths, run_on_files, run_on_webcam
+
     if args.webcam and args.output:
         raise ValueError("--output is for files: --webcam is shown in a window")
     if not args.output and not has_display():
@@ -50,9 +58,8 @@ def run(args: argparse.Namespace) -> Summary:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     args = parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         summary = run(args)
     except (ValueError, OSError) as error:

@@ -1,21 +1,20 @@
 #!/usr/bin/env python
 """Exports a trained quantized detector: a folder that aqdet.runtime runs on integers, without PyTorch."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
-from detectron2.data.transforms import ResizeShortestEdge
+from aqdet.utils.arguments import folder_to_write, integer, regex
 
-from aqdet.config import load_config
-from aqdet.data import complete_num_classes
-from aqdet.engine import check_config, fit_to_machine
+if TYPE_CHECKING:
+    import numpy as np
+    from detectron2.config import CfgNode
 
 USER_ERROR = 2
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
@@ -25,12 +24,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", help="checkpoint of quantized training (default: MODEL.WEIGHTS)")
-    parser.add_argument("--output", required=True, help="folder to write; an exported detector there is replaced")
+    parser.add_argument(
+        "--output", type=folder_to_write, required=True, help="folder to write; an exported detector there is replaced"
+    )
     # Each may be given several times: what follows the last option is KEY VALUE pairs.
     parser.add_argument(
         "--images", action="append", default=[], metavar="PATH", help="image or folder to measure the agreement on"
     )
-    parser.add_argument("--max-images", type=int, default=2, help="at most so many of them (default: 2)")
+    parser.add_argument("--max-images", type=integer(1), default=2, help="at most so many of them (default: 2)")
     parser.add_argument("--int4", action="store_true", help="also write model.int4.onnx, for size")
     parser.add_argument(
         "--tensorrt",
@@ -39,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--allow-float",
+        type=regex,
         action="append",
         default=[],
         metavar="REGEX",
@@ -50,6 +52,9 @@ def parse_args() -> argparse.Namespace:
 
 def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
     """Images as the network reads them, each (3, H, W) uint8."""
+    from detectron2.data.detection_utils import read_image
+    from detectron2.data.transforms import ResizeShortestEdge
+
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -70,7 +75,6 @@ def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
     args = parse_args()
     start = time.monotonic()
 
@@ -78,7 +82,10 @@ def main() -> None:
         print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
 
     try:
-        # Late, since ONNX is an extra: its absence is to be a line as other errors are.
+        # Late, so that --help opens at once; and ONNX is an extra, whose absence is to be a line as other errors are.
+        from aqdet.config import load_config
+        from aqdet.data import complete_num_classes
+        from aqdet.engine import check_config, fit_to_machine
         from aqdet.export.folder import agreement_totals, export_detector
 
         cfg = load_config(args.config_file, args.opts)

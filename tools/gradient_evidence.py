@@ -7,6 +7,8 @@ head). Takes the config.yaml and a checkpoint from the middle of a run with such
 output/ablation/shapes/seed0/retinanet_lsq_w2a2_aux_backbone/{config.yaml,model_0000199.pth}.
 """
 
+from __future__ import annotations
+
 import argparse
 import itertools
 import math
@@ -15,20 +17,13 @@ import re
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
+from aqdet.utils.arguments import file_to_read, folder_to_write, integer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-
-from aqdet.config import load_config
-from aqdet.data import check_num_classes, register_declared
-from aqdet.engine import Trainer, build_checkpointer, check_config, fit_to_machine
-from aqdet.engine.experiment import describe_machine, kept_remark, markdown_table, write_section
-from aqdet.engine.gradients import Alignment, gradient_alignment
+if TYPE_CHECKING:
+    from aqdet.engine.gradients import Alignment
 
 COLUMNS = {
     "own": "own losses",
@@ -41,10 +36,14 @@ PART = re.compile(r"(stem|res\d|fpn_[a-z]+\d|p\d)")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--weights", required=True, help="checkpoint of quantized training, model_<iteration>.pth")
-    parser.add_argument("--batches", type=int, default=16, help="number of training batches")
-    parser.add_argument("--output", default="output/gradients", help="folder of the table and the plot")
+    parser.add_argument("--config-file", type=file_to_read, required=True)
+    parser.add_argument(
+        "--weights", type=file_to_read, required=True, help="checkpoint of quantized training, model_<iteration>.pth"
+    )
+    parser.add_argument("--batches", type=integer(1), default=16, help="number of training batches")
+    parser.add_argument(
+        "--output", type=folder_to_write, default="output/gradients", help="folder of the table and the plot"
+    )
     parser.add_argument("--section", help="also write the summary into RESULTS.md, under this name")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()
@@ -91,6 +90,8 @@ def gains(found: Sequence[Alignment]) -> list[float]:
 
 def make_table(found: Sequence[Alignment], summary: bool) -> str:
     """Mean cosines over batches: a row a layer, or for the summary a row a stage and one for what is reached."""
+    from aqdet.engine.experiment import markdown_table
+
     groups = {alignment.layer.removeprefix("backbone."): [alignment] for alignment in found}
     if summary:
         groups = {**by_part(found), "reached by added losses": reached(found)}
@@ -105,6 +106,11 @@ def make_table(found: Sequence[Alignment], summary: bool) -> str:
 
 def make_plot(found: Sequence[Alignment], path: str) -> None:
     """A line a column over the layers in the order of the trunk, with the standard error over batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     layers = [alignment for members in by_part(found).values() for alignment in members]
     names = [alignment.layer.removeprefix("backbone.").removeprefix("bottom_up.") for alignment in layers]
     figure, ax = plt.subplots(figsize=(max(8, 0.3 * len(names)), 5), layout="constrained")
@@ -124,8 +130,11 @@ def make_plot(found: Sequence[Alignment], path: str) -> None:
 
 def measure(args: argparse.Namespace) -> list[Alignment]:
     """Loads the run's model and compares gradients on batches of its training data."""
-    if args.batches < 1:
-        raise ValueError(f"--batches must be at least 1, got {args.batches}")
+    from aqdet.config import load_config
+    from aqdet.data import check_num_classes, register_declared
+    from aqdet.engine import Trainer, build_checkpointer, check_config, fit_to_machine
+    from aqdet.engine.gradients import gradient_alignment
+
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     fit_to_machine(cfg)
@@ -138,8 +147,12 @@ def measure(args: argparse.Namespace) -> list[Alignment]:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
     args = parse_args()
+    # Late, so that --help opens at once.
+    import torch
+
+    from aqdet.engine.experiment import describe_machine, kept_remark, write_section
+
     try:
         found = measure(args)
         os.makedirs(args.output, exist_ok=True)

@@ -311,6 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--constraint", help="pip constraints file for Detectron2's dependencies")
     constraint = parser.parse_args(arguments).constraint
+    if constraint and not Path(constraint).is_file():
+        parser.error(f"argument --constraint: {constraint!r} is no file")
     try:
         existing = existing_detectron2()
         if existing is not None:

@@ -6,30 +6,38 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 
-from detectron2.modeling import build_model
-from tabulate import tabulate
-
-from aqdet.config import load_config
-from aqdet.data import complete_num_classes
-from aqdet.engine import check_config, fit_to_machine
-from aqdet.engine.checks import our_architectures
-from aqdet.modeling.plan import make_plan, total
+from aqdet.utils.arguments import file_to_write, integer
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
-    parser.add_argument("--size", type=int, nargs=2, default=(640, 640), metavar=("H", "W"))
-    parser.add_argument("--json", help="also write the rows and totals to this file")
+    parser.add_argument(
+        "--size",
+        type=integer(32, multiple_of=32),
+        nargs=2,
+        default=(640, 640),
+        metavar=("H", "W"),
+        help="of the image (default: 640 640)",
+    )
+    parser.add_argument("--json", type=file_to_write, help="also write the rows and totals to this file")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
     args = parse_args()
+    # Late, so that --help opens at once.
+    from detectron2.modeling import build_model
+    from tabulate import tabulate
+
+    from aqdet.config import load_config
+    from aqdet.data import complete_num_classes
+    from aqdet.engine import check_config, fit_to_machine
+    from aqdet.engine.checks import our_architectures
+    from aqdet.modeling.plan import make_plan, total
+
     try:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
@@ -40,8 +48,6 @@ def main() -> None:
             )
         fit_to_machine(cfg)
         complete_num_classes(cfg)
-        if any(side % 32 or side <= 0 for side in args.size):
-            raise ValueError(f"--size must be positive multiples of 32, got {args.size}")
         rows = make_plan(build_model(cfg), tuple(args.size))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
@@ -78,6 +84,7 @@ def main() -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
             "totals": {name: dataclasses.asdict(t) for name, t in totals.items()},
         }
+        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
         with open(args.json + ".part", "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         os.replace(args.json + ".part", args.json)

@@ -1,25 +1,22 @@
 #!/usr/bin/env python
 """Trains three detectors on the embedded dataset and compares them in a table and a picture."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
-import numpy as np
-import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
+from aqdet.utils.arguments import folder_to_write
 
-from aqdet.config import load_config
-from aqdet.data import register_declared
-from aqdet.engine.experiment import Job, markdown_table, run_jobs
-from aqdet.evaluation.predictor import Predictor
-from aqdet.modeling.plan import make_plan, total
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aqdet.engine.experiment import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -40,6 +37,9 @@ def make_jobs(output: str, short: bool) -> dict[str, Job]:
 
     One start for all three: run by itself, the config with the auxiliary path starts from full precision with the path.
     """
+    from aqdet.config import load_config
+    from aqdet.engine.experiment import Job
+
     jobs = {}
     for key in ("start", *VARIANTS):
         config = ROOT / "configs" / "quickstart" / f"retinanet_r18_{'fp_bn' if key == 'start' else key}.yaml"
@@ -59,6 +59,11 @@ def make_jobs(output: str, short: bool) -> dict[str, Job]:
 
 def describe(key: str, job: Job) -> dict[str, Any]:
     """Metrics of a job, with parameters and packed weight bytes of the detector as shipped."""
+    from detectron2.modeling import build_model
+
+    from aqdet.config import load_config
+    from aqdet.modeling.plan import make_plan, total
+
     cfg = load_config(job.config, job.overrides)
     rows = make_plan(build_model(cfg), (192, 192))
     shipped = total(rows, "float", "quantized")
@@ -72,6 +77,9 @@ def describe(key: str, job: Job) -> dict[str, Any]:
 
 def draw(image: np.ndarray, boxes: np.ndarray, classes: list[int], scale: int = 2) -> np.ndarray:
     """The image, enlarged, with a box for each object in its class's colour."""
+    import cv2
+    import numpy as np
+
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     for box, index in zip(boxes, classes, strict=True):
         x0, y0, x1, y1 = (int(v) for v in (np.asarray(box) * scale).round())
@@ -81,6 +89,13 @@ def draw(image: np.ndarray, boxes: np.ndarray, classes: list[int], scale: int = 
 
 def make_picture(jobs: dict[str, Job], path: str) -> None:
     """Rows of images: ground truth and what each detector finds with a score of at least 0.5."""
+    import cv2
+    import numpy as np
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from aqdet.config import load_config
+    from aqdet.evaluation.predictor import Predictor
+
     records = DatasetCatalog.get("aqdet_shapes_val")[:NUM_PICTURES]
     predictors = [
         Predictor(
@@ -117,9 +132,18 @@ def make_picture(jobs: dict[str, Job], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="output/quickstart")
+    parser.add_argument(
+        "--output", type=folder_to_write, default="output/quickstart", help="folder of all files (default: %(default)s)"
+    )
     parser.add_argument("--short", action="store_true", help="a few iterations only, to see that it runs")
     args = parser.parse_args()
+    # Late, so that --help opens at once.
+    import torch
+
+    from aqdet.config import load_config
+    from aqdet.data import register_declared
+    from aqdet.engine.experiment import markdown_table, run_jobs
+
     start = time.monotonic()
     try:
         jobs = make_jobs(args.output, args.short)

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="$(bash tools/setup_env.sh)"
-exec "$python" -W ignore::FutureWarning tools/quickstart.py "$@"
+exec "$python" tools/quickstart.py "$@"

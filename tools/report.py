@@ -11,10 +11,8 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 
-from aqdet.engine import fit_to_machine
-from aqdet.visualization import load_runs, make_report
+from aqdet.utils.arguments import file_to_read, file_to_write, integer, number
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,30 +20,38 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="of a training; the first is the reference"
     )
-    parser.add_argument("--output", default="report.html", help="file to write (default: %(default)s)")
-    parser.add_argument("--config-file", default="", help="read in place of each folder's config.yaml")
-    parser.add_argument("--min-score", type=float, default=0.5, help="of detections in pictures (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=4, help="how many worst and best images (default: %(default)s)")
     parser.add_argument(
-        "--images", type=int, default=4, help="test images to observe activations on (default: %(default)s)"
+        "--output", type=file_to_write, default="report.html", help="file to write (default: %(default)s)"
+    )
+    parser.add_argument("--config-file", type=file_to_read, help="read in place of each folder's config.yaml")
+    parser.add_argument(
+        "--min-score", type=number(0, 1), default=0.5, help="of detections in pictures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=integer(0), default=4, help="how many worst and best images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=integer(0), default=4, help="test images to observe activations on (default: %(default)s)"
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for every config")
     return parser.parse_args()
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")
+    args = parse_args()
+    # Late, so that --help opens at once.
+    from aqdet.engine import fit_to_machine
+    from aqdet.visualization import load_runs, make_report
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("aqdet.visualization").setLevel(logging.INFO)
-    args = parse_args()
     try:
-        if args.pictures < 0 or args.images < 0:
-            raise ValueError(f"--pictures and --images must not be negative, got {args.pictures} and {args.images}")
-        runs = load_runs(args.output_dirs, config_file=args.config_file, overrides=args.opts)
+        runs = load_runs(args.output_dirs, config_file=args.config_file or "", overrides=args.opts)
         for run in runs:
             if run.cfg is not None:
                 fit_to_machine(run.cfg)
         text = make_report(runs, min_score=args.min_score, num_pictures=args.pictures, num_images=args.images)
+        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         with open(args.output + ".part", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(args.output + ".part", args.output)

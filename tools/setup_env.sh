@@ -104,7 +104,7 @@ step "installing Detectron2 where missing" \
     "$python" tools/install_detectron2.py --constraint constraints.txt
 step "installing aqdet and its other dependencies" \
     "${pip[@]}" --no-build-isolation --editable '.[dev,export]'
-step "checking the imports" "$python" -W ignore -P -c 'import torchvision, detectron2, aqdet'
+step "checking the imports" "$python" -P -c 'import torchvision, detectron2, aqdet'
 echo "$fingerprint" >"$stamp.new"
 mv "$stamp.new" "$stamp"
 say "done: $venv"

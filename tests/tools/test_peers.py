@@ -2,6 +2,7 @@ import math
 import sys
 
 import benchmark
+import benchmark_train
 import peers
 import pytest
 import torch
@@ -50,10 +51,10 @@ def test_replaces_what_aqdet_quantizes_at_the_same_widths(name):
 
 
 def step(name, make_conv=None):
-    variant = benchmark.build(name, 16, make_batch(2), make_conv)
+    variant = benchmark_train.build(name, 16, make_batch(2), make_conv)
     variant.step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in variant.model.parameters())
-    return benchmark.saved_bytes(variant), benchmark.peak_bytes(variant)
+    return benchmark_train.saved_bytes(variant), benchmark_train.peak_bytes(variant)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_brevitas_is_optional(monkeypatch, capsys, installed):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: installed or None)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", "--peers", "--threads", "1"])
     called = []
-    monkeypatch.setattr(benchmark, "train_one", lambda *arguments: called.append(list(arguments[-1])))
+    monkeypatch.setattr(benchmark_train, "train_one", lambda *arguments: called.append(list(arguments[-1])))
     benchmark.main()
     assert called == [[*TORCH_PEERS, *["Brevitas"] * installed]]
     assert ("pip install brevitas" in capsys.readouterr().out) is not installed

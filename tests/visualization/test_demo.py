@@ -12,6 +12,7 @@ from helpers import CLASSIFIER, QUANT, calibrated, make_batch, make_cfg, make_mo
 from PIL import Image
 from tiny_data import write_dataset
 
+from aqdet.config import load_config
 from aqdet.visualization import demo
 from aqdet.visualization.demo import find_sources, output_paths
 
@@ -116,7 +117,7 @@ def test_a_real_detector_on_one_image(inputs, command, detector, weights):
     assert code == 0 and " in 1 images and 0 videos" in printed
     assert Image.open(detector / "one.png").size == (64, 64)
     expected = int(printed.split()[0])
-    made = demo.Demo(tool.load_config("x.yaml", ["MODEL.WEIGHTS", str(weights / "x.pth")]), 0.0001)
+    made = demo.Demo(load_config("x.yaml", ["MODEL.WEIGHTS", str(weights / "x.pth")]), 0.0001)
     found = made.detect(demo.read_image(str(inputs / "a.jpg"), format="BGR"))
     assert len(found) == expected and (found.scores >= 0.0001).all()
 

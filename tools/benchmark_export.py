@@ -1,0 +1,248 @@
+"""Latency, memory and size of an exported detector beside its float model; run by ``benchmark.py export``."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from aqdet.checkpoint import load_detector
+from aqdet.config import load_config
+from aqdet.engine import fit_to_machine
+from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, saturating
+from aqdet.quantization import quantizers, set_quantization
+from aqdet.runtime import Detector, read_description, write_description
+from aqdet.runtime.detector import LevelOutputs
+from aqdet.runtime.folder import DESCRIPTION, MODEL, Description
+from aqdet.runtime.preprocess import make_batch as make_runtime_batch
+from aqdet.runtime.preprocess import read_image
+
+EAGER, ORT_FLOAT = "PyTorch eager", "ONNX Runtime float32"
+
+
+class Dense(nn.Module):
+    """A detector's image normalisation, backbone and head, as an exported graph has them.
+
+    Args:
+        model: a Detectron2 dense detector.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 ``(N, 3, H, W)`` to logits, deltas and, for FCOS, centerness of each level in turn."""
+        features = self.model.backbone((image - self.model.pixel_mean) / self.model.pixel_std)
+        outputs = self.model.head([features[name] for name in self.model.head_in_features])
+        return tuple(output for level in zip(*outputs, strict=True) for output in level)
+
+
+def load_float(config: str, weights: str, opts: list[str]) -> Dense:
+    """The detector of a checkpoint with its quantizers off."""
+    cfg = load_config(config, opts)
+    fit_to_machine(cfg)
+    model = load_detector(cfg, weights, device="cpu")
+    set_quantization(model, False)
+    return Dense(model).eval()
+
+
+def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -> None:
+    """Writes the float network of one input size as a folder for the runtime, with the decoding of ``exported``.
+
+    Each level's batch norm is folded into a copy of the head's convs, which makes the file larger than the weights.
+    """
+    content = json.loads((exported / DESCRIPTION).read_text())
+    names = [name for level in read_description(exported).levels for name in level.outputs]
+    torch.onnx.export(
+        dense,
+        (torch.from_numpy(batch),),
+        str(folder / MODEL),
+        input_names=["image"],
+        output_names=names,
+        opset_version=17,
+        dynamo=False,
+    )
+    write_description(folder, content, files=(MODEL,))
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the float32 detector's state dict as a file."""
+    prefixes = tuple(f"{name}." for name, _ in quantizers(model))
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.tell()
+
+
+def make_image(path: str | None, size: int) -> np.ndarray:
+    """A BGR image ``(size, size, 3)``: of a file, or of random blocks."""
+    if path:
+        return cv2.resize(read_image(path), (size, size), interpolation=cv2.INTER_AREA)
+    blocks = np.random.default_rng(0).integers(0, 256, (size // 16 + 1, size // 16 + 1, 3), dtype=np.uint8)
+    return np.ascontiguousarray(np.kron(blocks, np.ones((16, 16, 1), np.uint8))[:size, :size])
+
+
+class OpenVinoDetector(Detector):
+    """An exported detector whose network runs in OpenVINO."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import openvino
+
+        super().__init__(folder, threads=threads)
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        self._compiled = openvino.Core().compile_model(str(folder / MODEL), "CPU", settings)
+
+    def run(self, batch: np.ndarray) -> LevelOutputs:
+        """See :meth:`aqdet.runtime.Detector.run`."""
+        values = self._compiled(batch)
+        return [tuple(values[name] for name in level.outputs) for level in self.description.levels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A detector in the runtime, the folder it comes from, and the code that measures its memory."""
+
+    name: str
+    folder: Path
+    detector: Detector
+    memory_code: str
+
+
+# Each runs the network of a folder (1) on a batch (2) in some threads (3), without torch.
+ONNX_RUNTIME_MEMORY = """
+import sys
+sys.modules["detectron2"] = None
+import numpy
+from aqdet.runtime import Detector
+detector = Detector(sys.argv[1], threads=int(sys.argv[3]))
+for _ in range(5):
+    detector.run(numpy.load(sys.argv[2]))
+"""
+OPENVINO_MEMORY = """
+import sys
+import numpy, openvino
+settings = {"INFERENCE_NUM_THREADS": int(sys.argv[3]), "PERFORMANCE_HINT": "LATENCY"}
+compiled = openvino.Core().compile_model(sys.argv[1] + "/model.onnx", "CPU", settings)
+for _ in range(5):
+    compiled(numpy.load(sys.argv[2]))
+"""
+# The detector of a config (4), weights (5) and overrides (6 ...); the folder of this script is (1).
+EAGER_MEMORY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy, torch
+from benchmark_export import load_float
+torch.set_num_threads(int(sys.argv[3]))
+dense = load_float(sys.argv[4], sys.argv[5], sys.argv[6:])
+with torch.inference_mode():
+    for _ in range(5):
+        dense(torch.from_numpy(numpy.load(sys.argv[2])))
+"""
+
+
+def check_export(args: argparse.Namespace, description: Description) -> None:
+    """Refuses arguments that do not belong together."""
+    if args.size < 1 or args.size % description.size_divisibility:
+        raise ValueError(f"--size must be a multiple of {description.size_divisibility}, got {args.size}")
+    with open(args.weights, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != description.source["weights_sha256"]:
+            raise ValueError(f"{args.model} was exported from other weights than {args.weights}: name those")
+
+
+def make_forms(args: argparse.Namespace, float_folder: Path, exported: Detector) -> list[Form]:
+    """The forms that run in the runtime."""
+    folder = Path(args.model)
+    forms = [
+        Form(ORT_FLOAT, float_folder, Detector(float_folder, threads=args.threads), ONNX_RUNTIME_MEMORY),
+        Form("exported, ONNX Runtime", folder, exported, ONNX_RUNTIME_MEMORY),
+    ]
+    if importlib.util.find_spec("openvino"):
+        forms.append(Form("exported, OpenVINO", folder, OpenVinoDetector(folder, args.threads), OPENVINO_MEMORY))
+    else:
+        print("OpenVINO is not installed: left out")
+    return forms
+
+
+def export(args: argparse.Namespace) -> None:
+    """Latency, memory and size of an exported detector beside its float model."""
+    exported = Detector(args.model, threads=args.threads)
+    description = exported.description
+    check_export(args, description)
+    torch.set_num_threads(args.threads)
+    dense = load_float(args.config_file, args.weights, args.opts)
+    image = make_image(args.image, args.size)
+    # The image has its size already: its channels are ordered, but it is not resized.
+    as_it_is = dataclasses.replace(description, min_size=0)
+    batch, _ = make_runtime_batch([image], as_it_is)
+    inputs = [{"image": torch.from_numpy(batch[0]), "height": args.size, "width": args.size}]
+    networks: dict[str, Callable[[], object]] = {EAGER: lambda: dense(torch.from_numpy(batch))}
+    wholes: dict[str, Callable[[], object]] = {EAGER: lambda: dense.model(inputs)}
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        batch_file = str(Path(scratch) / "batch.npy")
+        np.save(batch_file, batch)
+        write_float(dense, Path(args.model), Path(scratch), batch)
+        forms = make_forms(args, Path(scratch), exported)
+        found = {EAGER: len(dense.model(inputs)[0]["instances"])}
+        for form in forms:
+            form.detector.description = as_it_is
+            networks[form.name] = lambda run=form.detector.run: run(batch)
+            wholes[form.name] = lambda detector=form.detector: detector(image)
+            found[form.name] = len(form.detector(image))
+        tasks = {("network", name): task for name, task in networks.items()}
+        times = interleave(tasks | {("all", name): task for name, task in wholes.items()}, args.rounds)
+        rest = [batch_file, str(args.threads)]
+        checkpoint = [args.config_file, args.weights, *args.opts]
+        memory = {EAGER: peak_memory(EAGER_MEMORY, str(Path(__file__).parent), *rest, *checkpoint)}
+        memory |= {form.name: peak_memory(form.memory_code, str(form.folder), *rest) for form in forms}
+        disk = {EAGER: float_bytes(dense.model)}
+        disk |= {form.name: (form.folder / MODEL).stat().st_size for form in forms}
+    rows = []
+    for name in networks:
+        row: list[Any] = [name]
+        for part in ("network", "all"):
+            own = times[part, name]
+            row += [own.median * 1e3, ratio(own, times[part, ORT_FLOAT]), ratio(own, times[part, EAGER])]
+        rows.append([*row, found[name], memory[name] and memory[name] / 1e6, disk[name] / 1e6])
+    machine = Machine.here()
+    print(
+        f"{args.size}x{args.size}, 1 image; {machine}; {args.threads} threads, torch {torch.__version__}; "
+        f"median of {args.rounds} rounds (range); speeds relative to ONNX Runtime float32 and to eager"
+    )
+    header = ["", "network, ms", "/ ORT", "/ eager", "image to boxes, ms", "/ ORT", "/ eager"]
+    print(tabulate(rows, [*header, "objects", "peak MB", "MB on disk"], floatfmt=".1f"))
+    packed = (Path(args.model) / "model.safetensors").stat().st_size
+    print(f"packed weights: {packed / 1e6:.2f} MB, 1/{disk[EAGER] / packed:.1f} of the float32 state dict")
+    print_saturation(machine, saturating(description.layers))
+
+
+def print_saturation(machine: Machine, layers: list[str]) -> None:
+    """Whether 8-bit sums are exact on this machine, and would be on one without VNNI."""
+    if not layers:
+        print("8-bit sums cannot saturate, with or without VNNI")
+    elif machine.vnni:
+        print(
+            f"8-bit sums are exact here; without VNNI those of {len(layers)} layers can saturate: {', '.join(layers)}"
+        )
+    else:
+        print(
+            f"WARNING: no VNNI: 8-bit sums of {len(layers)} layers can saturate in int16 and give other values than "
+            f"the reference: {', '.join(layers)}"
+        )
+
+
+def ratio(own: Times, other: Times) -> str:
+    """How many times as fast, with the range."""
+    middle, low, high = own.speed_up(other)
+    return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
