@@ -46,8 +46,10 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.QUANT.CALIBRATION.NUM_BATCHES = 8
     # "mse", "minmax", "percentile" or "mean"
     cfg.MODEL.QUANT.CALIBRATION.METHOD = "mse"
-    # Learning rate of scales and clipping ranges, relative to that of the weights. They get no weight decay.
-    cfg.MODEL.QUANT.SCALE_LR_FACTOR = 1.0
+    # Largest share by which an iteration changes a scale, clipping range, offset or threshold, at the peak of the
+    # schedule of SOLVER, with either optimizer and whatever SOLVER.BASE_LR. They get no weight decay.
+    cfg.MODEL.QUANT.SCALE_LR = 0.002
+    cfg.register_deprecated_key("MODEL.QUANT.SCALE_LR_FACTOR")
     # The L2 term of PACT's alpha.
     cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4
     # Weights that flip between two levels (2203.11086); for lsq, lsqplus and pact weights of at most 4 bits.

@@ -109,7 +109,7 @@ def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
 def _check_numbers(cfg: CfgNode) -> None:
     model = cfg.MODEL
     for key, value in (
-        ("QUANT.SCALE_LR_FACTOR", model.QUANT.SCALE_LR_FACTOR),
+        ("QUANT.SCALE_LR", model.QUANT.SCALE_LR),
         ("QUANT.PACT_ALPHA_DECAY", model.QUANT.PACT_ALPHA_DECAY),
         ("CLASSIFIER.NUM_CLASSES", model.CLASSIFIER.NUM_CLASSES),
         *((f"{node}.NUM_CLASSES", model[node].NUM_CLASSES) for node in DENSE),

@@ -1,72 +1,145 @@
-"""Parameter groups."""
+"""Parameter groups, and how what quantizers learn is stepped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import _create_gradient_clipper, get_default_optimizer_params
 from torch import Tensor, nn
 
 from ..quantization import quantizers
 
-OPTIMIZERS = ("SGD", "AdamW")
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
 
-class ScaledAdamW(torch.optim.AdamW):
-    """AdamW (1711.05101) that moves some parameters in steps of a size of their own.
+class RelativeStep(torch.optim.Optimizer):
+    """Mix-in of an optimizer that steps the parameters of quantizers by a share of their size.
 
-    Adam's step is about the learning rate whatever the parameter: a scale of 0.0003, as an 8-bit weight has, would
-    double in one iteration, and one of 3 stand still. In units of the scale both change by the same share.
+    A scale, a clipping range, an offset or a threshold ``p`` lies on an axis whose unit ``u`` is the quantizer's own
+    scale (or alpha). It is learned as ``p = u t``: Adam (1412.6980) on ``t``, whose gradient is ``u dL/dp``. So an
+    iteration changes a scale by at most the share ``lr``, whatever its size, its number of elements, its bit width,
+    the batch, the number of processes, and the optimizer of all other parameters. Plain steps differ by four orders of
+    magnitude between an 8-bit weight scale and the scale of a large input: one explodes where the other stands still.
+
+    Parameter groups with ``"relative": True`` get this rule, and all others that of the class mixed with.
 
     Args:
-        params: parameters or groups, see :class:`torch.optim.AdamW`, which the other options are for too.
-        units: parameter to the one whose value, where the step starts, its step is multiplied by: itself or another,
-            of the same shape or of one element. Weight decay is as ever.
+        params: parameter groups, each with a key ``"relative"``.
+        units: relative parameter to the one whose value, where the step starts, is its unit: itself or another, of the
+            same shape or of one element.
+        clip: clips the gradient of a parameter that is not relative, in place, before a step; None for no clipping.
+        options: those of the class mixed with.
     """
 
-    def __init__(self, params: Iterable[Any], *, units: dict[Tensor, Tensor], **options: Any) -> None:
+    betas = (0.9, 0.999)
+    eps = 1e-8
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        units: dict[Tensor, Tensor],
+        clip: Callable[[Tensor], Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(params, **options)
         self._units = units
+        self._clip = clip
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """See :meth:`torch.optim.Optimizer.step`."""
-        scaled = [
-            (parameter, parameter.detach() * (1 - group["lr"] * group["weight_decay"]), self._units[parameter])
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter in self._units and parameter.grad is not None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["relative"]]
+        try:
+            if self._clip is not None:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        self._clip(parameter)
+            result = super().step(closure)  # type: ignore[safe-super]
+        finally:
+            self.param_groups = groups
+        relative = [
+            (group, [p for p in group["params"] if p.grad is not None]) for group in groups if group["relative"]
         ]
-        sizes = [unit.detach().abs() for _, _, unit in scaled]
-        result = super().step(closure)
-        with torch.no_grad():
-            for (parameter, decayed, _), size in zip(scaled, sizes, strict=True):
-                parameter.sub_(decayed).mul_(size).add_(decayed)
+        # All before the first step: a unit may be in another group.
+        units = [[self._units[p].detach().abs().expand_as(p).clone() for p in params] for _, params in relative]
+        for (group, params), units_of_group in zip(relative, units, strict=True):
+            if params:
+                self._step_relative(group, params, units_of_group)
         return result
+
+    @torch.no_grad()
+    def _step_relative(self, group: dict[str, Any], params: list[Tensor], units: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        beta1, beta2 = self.betas
+        grads = torch._foreach_mul([cast(Tensor, p.grad) for p in params], units)
+        first, second = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_lerp_(second, torch._foreach_mul(grads, grads), 1 - beta2)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        counts = [step.item() for step in steps]  # on the CPU: nothing waits
+        sizes = torch._foreach_div(second, [1 - beta2**count for count in counts])
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_add_(sizes, self.eps)
+        shares = torch._foreach_div(first, [1 - beta1**count for count in counts])
+        torch._foreach_div_(shares, sizes)
+        # Adam's own bound is 3 times the learning rate, after gradients that were near zero.
+        torch._foreach_clamp_max_(shares, 1.0)
+        torch._foreach_clamp_min_(shares, -1.0)
+        torch._foreach_mul_(shares, units)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, shares, alpha=-group["lr"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        Raises:
+            ValueError: if the state was written by a version that stepped scales as it stepped weights.
+        """
+        if any("relative" not in group for group in state_dict["param_groups"]):
+            if any(group["relative"] for group in self.param_groups):
+                raise ValueError(
+                    "the checkpoint's optimizer state is of an older version of aqdet, which stepped scales as it "
+                    "stepped weights, and cannot be continued: start from its weights (MODEL.WEIGHTS, without --resume)"
+                )
+            groups = [{"relative": False, **group} for group in state_dict["param_groups"]]
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
+
+
+def with_relative_step(optimizer: type[torch.optim.Optimizer]) -> type[RelativeStep]:
+    """The class of an optimizer that gives quantizers' parameters the rule of :class:`RelativeStep`."""
+    return type(f"Relative{optimizer.__name__}", (RelativeStep, optimizer), {})
 
 
 def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Detectron2's parameter groups, with rules for what it does not know.
 
-    Scales and clipping ranges get ``SCALE_LR_FACTOR`` and no weight decay, except PACT's ``alpha``, which has
-    its own; the shared affine of one-BN-per-level lists decays like other norms. Every trainable parameter
-    is in exactly one group.
+    The parameters of quantizers step by a share of their size, at most ``MODEL.QUANT.SCALE_LR`` (:class:`RelativeStep`),
+    and have no weight decay, except PACT's ``alpha``, which has its own; the shared affine of one-BN-per-level lists
+    decays like other norms. Every trainable parameter is in exactly one group.
     """
     solver, quant = cfg.SOLVER, cfg.MODEL.QUANT
-    special: dict[nn.Parameter, dict[str, float]] = {}
+    special: dict[nn.Parameter, dict[str, Any]] = {}
     for _, quantizer in quantizers(model):
         for name, parameter in quantizer.named_parameters():
             special[parameter] = {
-                "lr": solver.BASE_LR * quant.SCALE_LR_FACTOR,
+                "lr": quant.SCALE_LR,
                 "weight_decay": quant.PACT_ALPHA_DECAY if name == "alpha" else 0.0,
+                "relative": True,
             }
     for module in model.modules():
         if isinstance(module, CycleBatchNormList) and solver.WEIGHT_DECAY_NORM is not None:
             for name, parameter in module.named_parameters(recurse=False):
-                values = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY_NORM}
+                values = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY_NORM, "relative": False}
                 if name == "bias":
                     values["lr"] *= solver.BIAS_LR_FACTOR
                     if solver.WEIGHT_DECAY_BIAS is not None:
@@ -84,43 +157,35 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     for group in groups:
         rest = [p for p in group["params"] if p not in special]
         if rest:
-            result.append({**group, "params": rest})
-    by_values: dict[tuple[float, float], list[nn.Parameter]] = {}
+            result.append({**group, "params": rest, "relative": False})
+    by_values: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter, values in special.items():
         if parameter.requires_grad:
-            by_values.setdefault((values["lr"], values["weight_decay"]), []).append(parameter)
-    for (lr, weight_decay), parameters in by_values.items():
-        result.append({"params": parameters, "lr": lr, "weight_decay": weight_decay})
+            by_values.setdefault(tuple(values.items()), []).append(parameter)
+    result.extend({"params": parameters, **dict(values)} for values, parameters in by_values.items())
     return result
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD as Detectron2 builds it, or :class:`ScaledAdamW`, over :func:`optimizer_groups`.
+    """SGD as Detectron2 builds it, or AdamW (1711.05101), over :func:`optimizer_groups`.
 
-    With AdamW a quantizer's parameters move in units of its scale or clipping range, so that the learning rate times
-    ``MODEL.QUANT.SCALE_LR_FACTOR`` is the share by which an iteration changes it. SGD needs no such units: the
-    gradient factor of LSQ (1902.08153) is made for it.
+    The parameters of quantizers have one rule with both, :class:`RelativeStep`.
 
     Raises:
         ValueError: for an unknown ``SOLVER.OPTIMIZER``.
     """
     solver = cfg.SOLVER
-    groups = optimizer_groups(cfg, model)
+    options: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZER == "SGD":
-        return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
-            groups,
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-            nesterov=solver.NESTEROV,
-            weight_decay=solver.WEIGHT_DECAY,
-        )
-    if solver.OPTIMIZER == "AdamW":
-        units = {}
-        for _, quantizer in quantizers(model):
-            # The first parameter of each is its scale or alpha; offsets and thresholds lie on the same axis.
-            learned = list(quantizer.parameters())
-            units.update({parameter: learned[0] for parameter in learned})
-        return maybe_add_gradient_clipping(cfg, ScaledAdamW)(
-            groups, units=units, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY
-        )
-    raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}, got {solver.OPTIMIZER!r}")
+        options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    elif solver.OPTIMIZER != "AdamW":
+        raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}, got {solver.OPTIMIZER!r}")
+    units: dict[Tensor, Tensor] = {}
+    for _, quantizer in quantizers(model):
+        # The first parameter of each is its scale or alpha; offsets and thresholds lie on the same axis.
+        learned = list(quantizer.parameters())
+        units.update({parameter: learned[0] for parameter in learned})
+    if solver.CLIP_GRADIENTS.ENABLED:
+        # Not by maybe_add_gradient_clipping, which would clip quantizers' gradients too: those are of any size.
+        options["clip"] = _create_gradient_clipper(solver.CLIP_GRADIENTS)
+    return with_relative_step(OPTIMIZERS[solver.OPTIMIZER])(optimizer_groups(cfg, model), units=units, **options)

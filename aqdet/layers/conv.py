@@ -112,7 +112,7 @@ class QuantConv2d(Conv2d):
         quantizer = self.input_quantizer
         grid = None
         if quantizer is not None and quantizer.is_active:
-            grid = quantizer.fused_grid(x.numel())
+            grid = quantizer.fused_grid()
         geometry = {
             "stride": self.stride,
             "padding": self.padding,

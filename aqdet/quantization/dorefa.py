@@ -100,6 +100,6 @@ class DoReFaInputQuantizer(Quantizer):
         """Sets the fixed ``scale``, see :func:`~aqdet.quantization.observer.initial_scale`."""
         self.scale.copy_(initial_scale(statistics, self.quant_min, self.quant_max, method))
 
-    def grid(self, num_shared: int | None = None) -> AffineGrid:
+    def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
         return AffineGrid(self.scale.float(), self.quant_min, self.quant_max, "pact")

@@ -138,22 +138,6 @@ def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.float64, device=values.device).scatter_add_(0, index, values.double())
 
 
-class _GradScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-def grad_scale(x: Tensor, factor: float) -> Tensor:
-    """Identity in forward; the gradient is multiplied by ``factor`` (LSQ, 1902.08153, section 2.2)."""
-    return _GradScale.apply(x, factor)
-
-
 class _FloorSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class LQNetQuantizer(Quantizer):
     ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a level there too; the first basis is, whatever the
     calibration method, the best of 32 with equidistant levels, refined by ten of the paper's alternations, of
     which the last takes all calibration values and the others a sample; activation statistics are summed over
-    ranks; a layer that runs on several pyramid levels updates on each. Weights have no level at zero.
+    ranks, and over the calls of an iteration where a layer runs on several pyramid levels, so that an iteration moves
+    the basis by a tenth of the way whatever the number of calls. Weights have no level at zero.
 
     Activation checkpointing computes a forward once more in backward: with the basis that it had, which does not
     move again. That of several forwards since the last backward is not known, and is refused.
@@ -52,7 +53,9 @@ class LQNetQuantizer(Quantizer):
         super().__init__(spec, num_channels)
         self.register_buffer("basis", self._uniform(torch.ones(self.num_scales)))
         self._num_moves = 0  # of the basis since the last backward
-        self._moved_from: Tensor | None = None
+        self._moved_from: Tensor | None = None  # the basis before the last move
+        # The basis before the first move since the last backward, and the number and sum of the values of each level.
+        self._started_from: tuple[Tensor, Tensor | int, Tensor | int] | None = None
         self._backward_ran = False
 
     @property
@@ -156,6 +159,8 @@ class LQNetQuantizer(Quantizer):
         y = replace_ste(clipped, values).to(x.dtype)
         if y.requires_grad:
             y.register_hook(self._note_backward)
+        elif moves:
+            self._backward_ran = True  # none will
         return y
 
     def _basis_for_call(self) -> tuple[Tensor, bool]:
@@ -164,6 +169,7 @@ class LQNetQuantizer(Quantizer):
         if not is_recomputing():
             if self._backward_ran:
                 self._num_moves, self._moved_from, self._backward_ran = 0, None, False
+                self._started_from = None
             return self.basis, moves
         self._backward_ran = True
         if self._num_moves > 1:
@@ -187,7 +193,10 @@ class LQNetQuantizer(Quantizer):
             dist.all_reduce(both)
             counts, sums = both
         self._moved_from, self._num_moves = self.basis.clone(), self._num_moves + 1
-        basis = self.basis.float()
+        start, earlier_counts, earlier_sums = self._started_from or (self._moved_from, 0, 0)
+        counts, sums = counts + earlier_counts, sums + earlier_sums
+        self._started_from = start, counts, sums
+        basis = start.float()
         self.basis.copy_(basis + (1 - MOMENTUM) * self._correction(basis, counts, sums))
 
 

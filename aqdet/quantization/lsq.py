@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
-from .functional import floor_scale, grad_scale, integer_range
+from .functional import floor_scale, integer_range
 from .observer import Statistics, initial_scale
 from .quantizer import AffineGrid, Quantizer
 from .spec import QuantSpec
@@ -16,10 +14,11 @@ from .spec import QuantSpec
 class LSQQuantizer(Quantizer):
     """``scale * round(clamp(x / scale, quant_min, quant_max))`` with a learned ``scale``.
 
-    The gradient of the scale is the paper's, times ``1 / sqrt(N quant_max)`` with N the number of elements
-    that share it. Deviations: for activations N counts the batch too, over all processes, where the paper counts
-    features; the first scale may come from any calibration method, not only ``2 mean|x| / sqrt(quant_max)``; the
-    scale acts as ``SCALE_EPS`` where training drove it lower; scales may be per channel.
+    The gradient of the scale is the paper's equation 3. Deviations: the paper's factor ``1 / sqrt(N quant_max)``, which
+    is to balance the steps of scales and weights under SGD, is left out: the optimizer steps scales by a share of their
+    size (:class:`aqdet.engine.solver.RelativeStep`), and a factor makes no difference to it. The first scale may come
+    from any calibration method, not only ``2 mean|x| / sqrt(quant_max)``; it acts as ``SCALE_EPS`` where training
+    drove it lower; scales may be per channel.
     """
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
@@ -31,10 +30,6 @@ class LSQQuantizer(Quantizer):
         """Sets ``scale`` in place, see :func:`~aqdet.quantization.observer.initial_scale`."""
         self.scale.copy_(initial_scale(statistics, self.quant_min, self.quant_max, method))
 
-    def grid(self, num_shared: int | None = None) -> AffineGrid:
+    def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
-        scale = floor_scale(self.scale)
-        if num_shared is not None:
-            count = max(self.count_over_ranks(num_shared), 1)
-            scale = grad_scale(scale, 1 / math.sqrt(count * self.quant_max))
-        return AffineGrid(scale, self.quant_min, self.quant_max, "lsq")
+        return AffineGrid(floor_scale(self.scale), self.quant_min, self.quant_max, "lsq")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import SCALE_EPS, floor_scale, grad_scale
+from .functional import SCALE_EPS, floor_scale
 from .lsq import LSQQuantizer
 from .observer import Statistics, initial_scale
 from .quantizer import AffineGrid
@@ -57,7 +57,6 @@ class LSQPlusQuantizer(LSQQuantizer):
       stays exact, and the integer form has an integer zero point.
     - Where a site is declared unsigned there is no offset, and this is LSQ: nothing below zero is to be
       represented, and an offset above zero would take zero off the grid.
-    - Scale and offset share LSQ's gradient factor, ``1 / sqrt(N (2^b - 1))``; the paper gives none.
     - The first range comes from the calibration method: ``"minmax"`` and ``"percentile"`` look at either side
       of zero apart, ``"mse"`` searches both bounds, ``"mean"`` starts from LSQ's symmetric range.
     """
@@ -91,25 +90,24 @@ class LSQPlusQuantizer(LSQQuantizer):
         assert self.offset is not None
         return (-self.offset.detach().float() / scale.detach()).round().clamp(0, self.largest).reshape(())
 
-    def grid(self, num_shared: int | None = None) -> AffineGrid:
+    def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`; the range is shifted so that the code of zero is 0."""
-        grid = super().grid(num_shared)
+        grid = super().grid()
         if self.offset is None:
             return grid
         zero_point = int(self._zero_point(grid.scale))
         return grid._replace(quant_min=-zero_point, quant_max=self.largest - zero_point)
 
-    def fused_grid(self, num_shared: int | None = None) -> AffineGrid | None:
+    def fused_grid(self) -> AffineGrid | None:
         """See :meth:`Quantizer.fused_grid`: with an offset, which a grid has no gradient for, there is none."""
-        return self.grid(num_shared) if self.offset is None else None
+        return self.grid() if self.offset is None else None
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See :meth:`Quantizer.fake_quantize`."""
         if self.offset is None:
             return super().fake_quantize(x)
-        factor = 1 / math.sqrt(max(self.count_over_ranks(x.numel()), 1) * self.largest)
-        scale = grad_scale(floor_scale(self.scale), factor).reshape(())
-        offset = grad_scale(self.offset.float(), factor).reshape(())
+        scale = floor_scale(self.scale).reshape(())
+        offset = self.offset.float().reshape(())
         return _FakeQuantizeOffset.apply(x, scale, offset, self._zero_point(scale), self.largest)
 
     @torch.no_grad()

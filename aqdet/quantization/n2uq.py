@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .functional import count_below, floor_scale, grad_scale, integer_range, sum_by_index
+from .functional import count_below, floor_scale, integer_range, sum_by_index
 from .observer import Statistics, initial_scale
 from .quantizer import Quantizer
 from .spec import IntegerTensor, QuantSpec
@@ -81,10 +80,9 @@ class N2UQQuantizer(Quantizer):
     ``scale / interval``, and accordingly for the interval lengths and the start; for the scale it is the code.
 
     Deviations: the paper also learns a factor of the input, which thresholds with a free start and free
-    lengths make redundant; it initialises to [0, 2], here calibration gives a uniform start; it trains with
-    Adam, here LSQ's factor ``1 / sqrt(N quant_max)`` scales the gradients of scale, start and lengths for SGD;
-    the floor of a length passes the gradient on; signed sites use the two's complement codes, unsigned ones
-    include the ReLU. Its weight quantizer and its biases around PReLU are left out.
+    lengths make redundant; it initialises to [0, 2], here calibration gives a uniform start; the floor of a length
+    passes the gradient on; signed sites use the two's complement codes, unsigned ones include the ReLU. Its weight
+    quantizer and its biases around PReLU are left out.
 
     An output is ``scale`` times an integer with zero point 0, so that the convolution after it is an integer
     one. But a code is not ``round(x / scale)``: a runtime has to compare with :meth:`thresholds`.
@@ -126,8 +124,7 @@ class N2UQQuantizer(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See :meth:`Quantizer.fake_quantize`."""
-        factor = 1 / math.sqrt(max(self.count_over_ranks(x.numel()), 1) * self.quant_max)
-        scale, start, intervals = (grad_scale(value, factor) for value in self._effective())
+        scale, start, intervals = self._effective()
         x = x if self.spec.signed else torch.relu(x)
         return _ThresholdQuantize.apply(x, scale, start, intervals, self.quant_min)
 

@@ -19,8 +19,8 @@ class PACTQuantizer(Quantizer):
 
     Deviations: the paper's method is for activations after ReLU. Signed sites and weights clip to
     ``[-alpha, alpha]`` with step ``alpha / (2^(b-1) - 1)``, where the gradient is -1 at ``x <= -alpha``; the
-    first alpha comes from calibration; alpha may be per channel for weights; under AdamW the decay is decoupled
-    from the gradient, where the paper's L2 term is part of it.
+    first alpha comes from calibration; alpha may be per channel for weights; the decay is decoupled from the
+    gradient, where the paper's L2 term is part of it.
     """
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
@@ -33,7 +33,7 @@ class PACTQuantizer(Quantizer):
         scale = initial_scale(statistics, self.quant_min, self.quant_max, method)
         self.alpha.copy_(scale * self.quant_max)
 
-    def grid(self, num_shared: int | None = None) -> AffineGrid:
+    def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
         scale = floor_scale(self.alpha.float() / self.quant_max)
         return AffineGrid(scale, self.quant_min, self.quant_max, "pact")

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .functional import RULES, broadcast_scale, fake_quantize, quantize, quantize_to_int8
@@ -175,31 +174,20 @@ class Quantizer(nn.Module):
 
     # --- quantization ---
 
-    def grid(self, num_shared: int | None = None) -> AffineGrid | None:
-        """The uniform grid as it stands; None for a method whose codes are not ``round(x / scale)``.
-
-        Args:
-            num_shared: number of elements on this rank that share a scale, for methods that normalise the
-                gradient of the scale by it; None when no gradient is needed.
-        """
+    def grid(self) -> AffineGrid | None:
+        """The uniform grid as it stands; None for a method whose codes are not ``round(x / scale)``."""
         return None
 
-    def fused_grid(self, num_shared: int | None = None) -> AffineGrid | None:
+    def fused_grid(self) -> AffineGrid | None:
         """The grid that a layer may quantize by itself, gradients included; None if it has to call the module."""
-        return self.grid(num_shared)
+        return self.grid()
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes ``x``; differentiable."""
-        grid = self.grid(x.numel() // self.num_scales)
+        grid = self.grid()
         assert grid is not None
         scale = broadcast_scale(grid.scale, x)
         return fake_quantize(x, scale, grid.quant_min, grid.quant_max, rule=grid.rule, note_codes=self.note_codes)
-
-    def count_over_ranks(self, number: int) -> int:
-        """Elements of the whole batch that share a scale, from those of this rank: a weight is on every rank whole."""
-        if self.spec.role == "input" and dist.is_available() and dist.is_initialized():
-            return number * dist.get_world_size()
-        return number
 
     @torch.no_grad()
     def to_integer(self, x: Tensor) -> IntegerTensor:

@@ -61,7 +61,7 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
         ("MODEL.FCOS.CENTER_SAMPLING_RADIUS", "0.0", "above 0"),
         ("MODEL.CLASSIFIER.NUM_CLASSES", "-1", "must not be negative"),
         ("MODEL.RETINANET.NUM_CLASSES", "-1", "must not be negative"),
-        ("MODEL.QUANT.SCALE_LR_FACTOR", "-1.0", "must not be negative"),
+        ("MODEL.QUANT.SCALE_LR", "-1.0", "must not be negative"),
         ("MODEL.QUANT.PACT_ALPHA_DECAY", "-1.0", "must not be negative"),
     ],
 )

@@ -28,7 +28,7 @@ def uniform(x: float, scale: float, low: int, high: int) -> tuple[int, float]:
 
 
 def lsq_gradients(xs: list[float], grads: list[float], scale: float, low: int, high: int) -> tuple[list[float], float]:
-    """LSQ (1902.08153), equations 3 and 5, with the gradient scale 1 / sqrt(N Qp)."""
+    """LSQ (1902.08153), equations 3 and 5, without the factor that balances scales and weights under SGD."""
     dx, dscale = [], 0.0
     for x, grad in zip(xs, grads, strict=True):
         ratio = x / scale
@@ -38,7 +38,7 @@ def lsq_gradients(xs: list[float], grads: list[float], scale: float, low: int, h
         else:
             dx.append(0.0)
             dscale += grad * (low if ratio <= low else high)
-    return dx, dscale / math.sqrt(len(xs) * high)
+    return dx, dscale
 
 
 def pact_gradients(xs: list[float], grads: list[float], alpha: float, signed: bool) -> tuple[list[float], float]:
@@ -87,7 +87,7 @@ def lsqplus(
 ) -> tuple[list[int], list[float], list[float], float, float]:
     """LSQ+ (2004.09576) with the offset at the nearest multiple of the step.
 
-    Returns codes from 0, values, and the gradients of x, scale and offset, the last two times 1 / sqrt(N p).
+    Returns codes from 0, values, and the gradients of x, scale and offset.
     """
     largest = 2**bits - 1
     zero_point = min(max(round(-offset / scale), 0), largest)
@@ -101,8 +101,7 @@ def lsqplus(
         dx.append(grad if inside else 0.0)
         dscale += grad * ((code - v) if inside else code)
         doffset += 0.0 if inside else grad
-    factor = math.sqrt(len(xs) * largest)
-    return codes, values, dx, dscale / factor, doffset / factor
+    return codes, values, dx, dscale, doffset
 
 
 def basis_levels(basis: list[float], signs: bool) -> list[tuple[float, list[int]]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from quantization import slow_reference as slow
 
-from aqdet.quantization import dequantize, fake_quantize, grad_scale, integer_range, quantize, round_ste
+from aqdet.quantization import dequantize, fake_quantize, integer_range, quantize, round_ste
 from aqdet.quantization.functional import SCALE_EPS, floor_scale, scale_gradients
 
 
@@ -14,14 +14,6 @@ def test_round_ste():
     y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert y.tolist() == [0, 2, 2, 0]
     assert x.grad.tolist() == [1, 2, 3, 4]
-
-
-def test_grad_scale():
-    x = torch.tensor([1.0, -2.0], requires_grad=True)
-    y = grad_scale(x, 0.25)
-    y.backward(torch.tensor([4.0, 8.0]))
-    assert torch.equal(y, x)
-    assert x.grad.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

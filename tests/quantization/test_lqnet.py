@@ -206,6 +206,20 @@ def test_a_head_over_levels_updates_its_weights_basis_once():
     assert len(calls) == 1
 
 
+def test_an_iteration_over_levels_moves_an_input_basis_once_by_the_data_of_all():
+    spec = QuantSpec("lqnet", 2, "input", signed=False)
+    levels, one = (ready(spec, randn(100)).train() for _ in range(2))
+    start = levels.basis.clone()
+    xs = [torch.full((2, 40 // 4**i), 0.3 * (i + 1), requires_grad=True) for i in range(3)]
+    for _ in range(2):
+        outputs = [levels(x) for x in xs]
+        one_output = one(torch.cat([x.flatten() for x in xs]))
+        # The codes are the same: all calls of the iteration moved the basis together, not one after the other.
+        torch.testing.assert_close(levels.basis, one.basis)
+        torch.cat([*(y.flatten() for y in outputs), one_output]).sum().backward()
+    assert not torch.allclose(levels.basis, start)
+
+
 def test_activations_update_by_the_data_of_all_ranks(monkeypatch):
     spec, sent = QuantSpec("lqnet", 2, "input"), []
     mine, theirs, one = (ready(spec, randn(100)) for _ in range(3))
