@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .functional import SCALE_EPS, count_below, integer_range, is_recomputing, replace_ste, sum_by_index
-from .observer import Statistics
+from .observer import Statistics, search_fractions
 from .quantizer import Quantizer
 from .spec import QuantSpec
 
 MOMENTUM = 0.9
 REGULARIZER = 1e-4
-_NUM_FRACTIONS = 32
 _CALIBRATION_STEPS = 10
 _NUM_SAMPLES = 2**18
 
@@ -35,7 +32,7 @@ class LQNetQuantizer(Quantizer):
 
     Deviations: that term for activations too; signed activation sites start from two's complement,
     ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a level there too; the first basis is, whatever the
-    calibration method, the best of 32 with equidistant levels, refined by ten of the paper's alternations, of
+    calibration method, the best with equidistant levels, refined by ten of the paper's alternations, of
     which the last takes all calibration values and the others a sample; activation statistics are summed over
     ranks, and over the calls of an iteration where a layer runs on several pyramid levels, so that an iteration moves
     the basis by a tenth of the way whatever the number of calls. Weights have no level at zero.
@@ -107,19 +104,19 @@ class LQNetQuantizer(Quantizer):
         self.basis.copy_(basis)
 
     def _best_uniform(self, values: Tensor, counts: Tensor, largest: Tensor) -> Tensor:
-        """The basis of least squared error among 32 of equidistant levels up to the largest value, by channel."""
+        """The basis of equidistant levels of least squared error, by channel."""
         quant_max = integer_range(self.spec.num_bits, self.spec.signed)[1]
         largest = torch.where(largest > SCALE_EPS, largest, torch.ones_like(largest))
-        best = self._uniform(largest / quant_max)
-        best_error = torch.full_like(largest, math.inf)
-        for fraction in torch.logspace(math.log10(0.02), math.log10(1.1), _NUM_FRACTIONS).tolist():
-            basis = self._uniform(largest * (fraction / quant_max))
-            levels = self._sorted_levels(basis)[0].float()
+
+        def basis_of(fractions: Tensor) -> Tensor:
+            return self._uniform(largest * (fractions / quant_max))
+
+        def errors(fractions: Tensor) -> Tensor:
+            levels = self._sorted_levels(basis_of(fractions))[0].float()
             difference = levels.gather(1, _nearest(values, levels)) - values
-            error = (difference.square() * counts).sum(dim=1)
-            best = torch.where((error < best_error)[:, None], basis, best)
-            best_error = torch.minimum(error, best_error)
-        return best
+            return (difference.square() * counts).sum(dim=1)
+
+        return basis_of(search_fractions(errors, largest))
 
     def _correction(self, basis: Tensor, counts: Tensor, sums: Tensor) -> Tensor:
         """``(C, b)`` way from the basis to the least-squares optimum for the codes.

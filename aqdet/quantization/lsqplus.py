@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .functional import SCALE_EPS, floor_scale
 from .lsq import LSQQuantizer
-from .observer import Statistics, initial_scale
+from .observer import SMALLEST_FRACTION, Statistics, initial_scale
 from .quantizer import AffineGrid
 from .spec import IntegerTensor, QuantSpec
 
-_NUM_FRACTIONS = 32
+_NUM_COARSE, _NUM_FINE = 40, 12
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
@@ -132,17 +132,20 @@ def _bounds(statistics: Statistics, method: str) -> tuple[Tensor, Tensor]:
 
 
 def _search_bounds(statistics: Statistics, low: Tensor, high: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """The pair of least squared error among 32 fractions of either bound."""
+    """The pair of bounds of least squared error, searched as by :func:`~aqdet.quantization.observer.search_fractions`."""
     values, counts = statistics.values, statistics.counts
-    fractions = torch.logspace(math.log10(0.05), 0, _NUM_FRACTIONS)
     best = (math.inf, low, high)
-    for lower in (fractions * low).unique():
-        upper = (fractions * high).unique()
-        scale = ((upper - lower) / largest).clamp(min=SCALE_EPS)[:, None]
-        zero_point = (-lower / scale).round().clamp(0, largest)
-        fake = _quantize(values, scale, zero_point, largest) * scale
-        errors = ((fake - values).square() * counts).sum(dim=1)
-        error, index = errors.min(dim=0)
-        if error.item() < best[0]:
-            best = (error.item(), lower, upper[index])
+    coarse = torch.logspace(math.log10(SMALLEST_FRACTION), 0, _NUM_COARSE)
+    fine = torch.logspace(-1, 1, _NUM_FINE, base=SMALLEST_FRACTION ** (-1 / (_NUM_COARSE - 1)))
+    for stage in (coarse, fine):
+        centre = (low, high) if stage is coarse else best[1:]
+        for lower in (stage * centre[0]).clamp(min=low.item()).unique():
+            upper = (stage * centre[1]).clamp(max=high.item()).unique()
+            scale = ((upper - lower) / largest).clamp(min=SCALE_EPS)[:, None]
+            zero_point = (-lower / scale).round().clamp(0, largest)
+            fake = _quantize(values, scale, zero_point, largest) * scale
+            errors = ((fake - values).square() * counts).sum(dim=1)
+            error, index = errors.min(dim=0)
+            if error.item() < best[0]:
+                best = (error.item(), lower, upper[index])
     return best[1], best[2]
