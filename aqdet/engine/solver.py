@@ -123,7 +123,7 @@ def with_relative_step(optimizer: type[torch.optim.Optimizer]) -> type[RelativeS
 def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Detectron2's parameter groups, with rules for what it does not know.
 
-    The parameters of quantizers step by a share of their size (:class:`RelativeStep`), ``MODEL.QUANT.SCALE_LR`` at most,
+    The parameters of quantizers step by a share of their size (:class:`RelativeStep`), at most ``QUANT.SCALE_LR``,
     and have no weight decay, except PACT's ``alpha``, which has its own; the shared affine of one-BN-per-level lists
     decays like other norms. Every trainable parameter is in exactly one group.
     """

@@ -132,7 +132,7 @@ def _bounds(statistics: Statistics, method: str) -> tuple[Tensor, Tensor]:
 
 
 def _search_bounds(statistics: Statistics, low: Tensor, high: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """The pair of bounds of least squared error, searched as by :func:`~aqdet.quantization.observer.search_fractions`."""
+    """The pair of bounds of least squared error, searched over the decades that ``search_fractions`` searches."""
     values, counts = statistics.values, statistics.counts
     best = (math.inf, low, high)
     coarse = torch.logspace(math.log10(SMALLEST_FRACTION), 0, _NUM_COARSE)
