@@ -6,6 +6,7 @@ As in kill_runs, everything is imported once and forked. Prints a JSON report as
 import copy
 import json
 import os
+import statistics
 import shutil
 import signal
 import sys
@@ -249,13 +250,16 @@ def compare(folder, run):
     os.waitpid(fork(run, single), 0)
     one = torch.load(single / "rank0.pth")
     two = [torch.load(folder / "two" / f"rank{rank}.pth") for rank in range(2)]
+    # The gradient of a scale is a sum that cancels: where next to nothing is left of it, its rounding is that of the
+    # summands. So an error counts relative to a tenth of what such gradients typically are, at least.
+    largest = {name: g.abs().max().item() for name, g in one["gradients"].items()}
+    learned = [name for name in largest if "_quantizer." in name or ".quantizer." in name]
+    floor = 0.1 * statistics.median(largest[name] for name in learned if largest[name])
     return {
         "statuses": statuses,
         "names": list(one["gradients"]),
-        # The gradient of a scale is a sum that cancels, typically 1e-6 here: where next to nothing is left of it, its
-        # rounding is that of the summands.
         "gradient_error": max(
-            ((g - r["gradients"][name]).abs().max() / g.abs().max().clamp(min=1e-7)).item()
+            (g - r["gradients"][name]).abs().max().item() / max(largest[name], floor if name in learned else 1e-7)
             for r in two
             for name, g in one["gradients"].items()
         ),

@@ -170,8 +170,9 @@ def test_resume_continues_with_optimizer_and_calibration(entry, float_weights, t
     for a, b in zip(first.optimizer.param_groups, second.optimizer.param_groups, strict=True):
         assert a["lr"] == b["lr"] and a["weight_decay"] == b["weight_decay"]
         for p, q in zip(a["params"], b["params"], strict=True):
-            momentum = [t.optimizer.state[r]["momentum_buffer"] for t, r in ((first, p), (second, q))]
-            assert torch.equal(*momentum)
+            one, other = (t.optimizer.state[r] for t, r in ((first, p), (second, q)))
+            keys = ("step", "exp_avg", "exp_avg_sq") if a["relative"] else ("momentum_buffer",)
+            assert all(torch.equal(one[key], other[key]) for key in keys)
 
     def recalibrates(*args, **kwargs):
         raise AssertionError("calibrated again")
