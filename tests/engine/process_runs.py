@@ -6,9 +6,9 @@ As in kill_runs, everything is imported once and forked. Prints a JSON report as
 import copy
 import json
 import os
-import statistics
 import shutil
 import signal
+import statistics
 import sys
 import time
 import traceback
