@@ -2,6 +2,8 @@
 
 import importlib.util
 
+from .. import runtime  # noqa: F401  (turns ONNX Runtime's telemetry off, which has to be before its import)
+
 _missing = [name for name in ("onnx", "onnxruntime", "safetensors") if importlib.util.find_spec(name) is None]
 if _missing:
     raise ModuleNotFoundError(

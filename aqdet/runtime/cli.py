@@ -18,7 +18,7 @@ import numpy as np
 
 from .detector import Detector
 from .draw import draw
-from .preprocess import read_image
+from .image import read_image
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")

@@ -11,7 +11,8 @@ import onnxruntime
 
 from .decode import Detections, decode
 from .folder import DESCRIPTION, MODEL, Description, read_description
-from .preprocess import make_batch, read_image
+from .image import read_image
+from .preprocess import make_batch
 
 Image = np.ndarray | str | os.PathLike[str]
 LevelOutputs = list[tuple[np.ndarray, ...]]

@@ -1,41 +1,13 @@
-"""From a file or pixels to the network's input, pixel for pixel as Detectron2 does at test time."""
+"""From pixels to the network's input, pixel for pixel as Detectron2 does at test time."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from .folder import Description
-
-# Bits behind the point of Pillow's 8-bit resampling coefficients.
-_PRECISION_BITS = 22
-# Values that are filtered at a time, to stay in the processor's cache.
-_BLOCK = 1 << 16
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Decodes an image file, turned as its EXIF orientation says.
-
-    Returns:
-        ``(H, W, 3)`` uint8, BGR; grey is repeated, transparency and depth beyond 8 bits are dropped. As training
-        reads it, but for a CMYK file, whose values OpenCV and Pillow round differently: one level apart.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if it is not an image that can be read whole.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    data = path.read_bytes()
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    if image is None:
-        raise ValueError(f"{path}: not an image that OpenCV can read")
-    return image
 
 
 def output_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -55,61 +27,19 @@ def output_size(height: int, width: int, min_size: int, max_size: int) -> tuple[
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's bilinear resize, bit for bit.
-
-    A triangle filter that widens with the reduction, in two passes, each with coefficients rounded to 22 bits
-    and a result rounded to 8; an axis that keeps its length has no pass. Along the width first, or, as Pillow
-    does since version 13, along the height first where that loses more than twice as many pixels.
-    ``cv2.resize`` reads two pixels an axis whatever the reduction, which gives other values.
+    """Resizes with Pillow's bilinear filter, which Detectron2 uses; ``cv2.resize`` gives other values.
 
     Args:
-        image: ``(H, W, C)`` uint8.
+        image: ``(H, W, 3)`` uint8.
         height, width: of the result, at least 1.
 
     Returns:
-        ``(height, width, C)`` uint8.
+        An ``(height, width, 3)`` uint8 array.
     """
-    lost_height, lost_width = image.shape[0] - height, image.shape[1] - width
-    passes = [(1, width), (0, height)]
-    if lost_height > 0 and lost_height > 2 * lost_width:
-        passes.reverse()
-    for axis, length in passes:
-        if image.shape[axis] != length:
-            image = _resample(image.swapaxes(0, axis), length).swapaxes(0, axis)
-    return np.ascontiguousarray(image)
-
-
-def _resample(image: np.ndarray, length: int) -> np.ndarray:
-    """Filters the first axis of an ``(L, M, C)`` image to ``length``."""
-    first, coefficients = _coefficients(image.shape[0], length)
-    rows = image.astype(np.int32, order="C")
-    result = np.empty((length, *image.shape[1:]), np.uint8)
-    step = max(_BLOCK // rows[0].size, 1)
-    for start in range(0, length, step):
-        block = slice(start, start + step)
-        total = np.full(result[block].shape, 1 << (_PRECISION_BITS - 1), np.int32)
-        for tap in range(coefficients.shape[1]):
-            part = rows[np.minimum(first[block] + tap, len(rows) - 1)]
-            part *= coefficients[block, tap, None, None]
-            total += part
-        total >>= _PRECISION_BITS
-        result[block] = total
-    return result
-
-
-def _coefficients(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel ``(new_length,)`` and weights ``(new_length, taps)`` int32 of each output pixel."""
-    scale = length / new_length
-    support = max(scale, 1.0)
-    centre = (np.arange(new_length) + 0.5) * scale
-    # A cast truncates as C's does.
-    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
-    stop = np.minimum((centre + support + 0.5).astype(np.int64), length)
-    pixel = first[:, None] + np.arange((stop - first).max())
-    weights = 1.0 - np.abs((pixel - centre[:, None] + 0.5) * (1.0 / support))
-    weights[(weights < 0) | (pixel >= stop[:, None])] = 0.0
-    weights /= np.cumsum(weights, axis=1)[:, -1:]  # added in order, as Pillow does
-    return first, (weights * (1 << _PRECISION_BITS) + 0.5).astype(np.int32)
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 def make_batch(images: Sequence[np.ndarray], description: Description) -> tuple[np.ndarray, list[tuple[int, int]]]:

@@ -19,9 +19,10 @@ import stat
 import unicodedata
 from collections.abc import Sequence
 
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
+
+from ...runtime.image import decode_image
 
 __all__ = ["IMAGE_ENDINGS", "ImageFolder", "ScannedImage", "scan_images"]
 
@@ -189,7 +190,7 @@ def _scan(path: str, depth: str) -> ScannedImage:
             width, height = image.size[::-1] if turned else image.size
         digest = ""
         if depth == "pixels" and not any(kind == "image-mode" for kind, _ in findings):
-            pixels = read_image(path, "RGB")
+            pixels = decode_image(path, "RGB")
             height, width = pixels.shape[:2]
             digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
     except Exception as error:  # a damaged file can raise anything in a decoder
