@@ -182,7 +182,7 @@ def test_draw_leaves_its_input_alone():
 def test_as_a_module_without_torch(folder, photos, tmp_path):
     code = (
         "import runpy, sys\n"
-        "for name in ('torch', 'detectron2', 'torchvision', 'PIL', 'tqdm'): sys.modules[name] = None\n"
+        "for name in ('torch', 'detectron2', 'torchvision', 'tqdm'): sys.modules[name] = None\n"
         "runpy.run_module('aqdet.runtime', run_name='__main__')"
     )
     arguments = [folder, photos, "--output", tmp_path / "out", "--threads", "1"]
