@@ -30,6 +30,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "Pillow>=10",
+        "defusedxml>=0.7",
         "fvcore>=0.1.5",
         "iopath>=0.1.7",
         "matplotlib>=3.7",
@@ -56,6 +57,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "types-PyYAML",
+            "types-defusedxml",
             "types-tabulate",
             "types-tqdm",
         ],

@@ -37,6 +37,7 @@ class Declaration:
         split: name of a split of the format's own; ``""`` for none.
         classes: names in the order of their ids; None for those in the annotations. Of image folders, the folders.
         difficult_as_crowd: whether ``difficult`` objects of VOC become crowd regions.
+        class_key: name of the attribute of VIA's regions that is their class; ``""`` to find it.
         share: the part of the images that is used; None for all.
     """
 
@@ -48,6 +49,7 @@ class Declaration:
     classes: tuple[str, ...] | None = None
     difficult_as_crowd: bool = False
     share: Share | None = None
+    class_key: str = ""
 
 
 def parse_declared(entries: Any, only: Collection[str] | None = None) -> dict[str, Declaration]:
@@ -140,7 +142,7 @@ def _declaration(entry: Any, where: str) -> Declaration:
         raise ValueError(f"{where}.format must be one of {', '.join(FORMATS)}, got {name!r}")
     form = FORMATS[name]
     _check_fields(form, entry, where)
-    for field in {"name", *form.paths} & set(entry):
+    for field in {"name", "class_key", *form.paths} & set(entry):
         _check_text(entry, field, where)
     classes, difficult = entry.get("classes"), entry.get("difficult_as_crowd", False)
     if classes is not None and not _are_names(classes):
@@ -163,6 +165,7 @@ def _declaration(entry: Any, where: str) -> Declaration:
         classes=None if classes is None else tuple(classes),
         difficult_as_crowd=difficult,
         share=share,
+        class_key=entry.get("class_key", ""),
     )
 
 

@@ -69,7 +69,7 @@ KINDS: dict[str, Kind] = {
         box_not_finite="a box with NaN or infinity in it",
         boxes_normalised="all boxes lie within 0 and 1: pixels are needed",
         boxes_corners="boxes seem to be x1, y1, x2, y2: x, y, width, height is needed",
-        object_malformed="a VOC object without a name or four finite numbers",
+        object_malformed="an object without a class, or without numbers that give its box",
         label_line="a YOLO line that is neither class cx cy w h nor class x1 y1 x2 y2 x3 y3 ...",
         label_not_normalised="a YOLO line with a number outside 0 to 1: pixels, or another format",
         labels_absent="no image of a YOLO folder has a label file",
@@ -77,7 +77,8 @@ KINDS: dict[str, Kind] = {
     **_kinds(
         "repaired",
         changes=True,
-        file_bom="a byte order mark before the JSON: skipped",
+        file_bom="a byte order mark before the text: skipped",
+        file_encoding="a text file in UTF-16 or UTF-32, as its byte order mark says: read as such",
         image_id_type="an id of an image, as text or as a float: made an integer",
         image_path="a file name with backslashes, from an absolute path, or in another Unicode form: the file's used",
         image_size_absent="an image without a usable width and height: the file's used",
@@ -98,6 +99,8 @@ KINDS: dict[str, Kind] = {
         annotation_nowhere="an annotation of an image that is not in the dataset",
         box_empty="a box without width or height",
         box_negative="a box that ends before it starts",
+        shape_without_area="a point, a line or another shape that has no box",
+        object_not_in_image="an object that is marked as outside of its image",
         box_outside="a box outside its image",
         line_repeated="a line of a split file that came before",
     ),
@@ -111,7 +114,7 @@ KINDS: dict[str, Kind] = {
         label_shared="a YOLO label file that two images share",
         label_without_image="a YOLO label file without an image",
         file_skipped="a VOC annotation outside the split that cannot be parsed: not searched for classes",
-        file_ignored="a file among the images whose ending is not that of an image",
+        file_ignored="a file among those of the dataset that is neither an image nor an annotation of its format",
     ),
     **_kinds(
         "note",
@@ -124,7 +127,9 @@ KINDS: dict[str, Kind] = {
         class_without_boxes="a class without objects; a predictor for it is still trained",
         crowd="a crowd region: not trained on, detections in it are not counted",
         difficult="a difficult object, kept as an object",
+        occluded="an object that another one covers in part, kept as an object",
         box_thin="a box of at most one pixel in width or height, kept",
+        file_junk="a file that a system or a tool leaves beside others (._0.jpg, Thumbs.db): passed over",
         label_file_absent="a YOLO image without a label file: a negative",
     ),
     **_kinds(
@@ -133,8 +138,10 @@ KINDS: dict[str, Kind] = {
         area_absent="no area: the box's used",
         crowd_absent="no iscrowd: 0",
         ignore_region="an object marked ignore or, where asked for, difficult: made a crowd region",
+        parts_joined="shapes of one label and one group: parts of one object",
+        class_implied="objects without a class where one class is declared: of that one",
         box_edge="a box that reaches at most a pixel outside its image: clipped",
-        box_from_polygon="an object given by a polygon: its box used",
+        box_from_polygon="an object given by a polygon, an ellipse, a turned box or a mask: its box used",
     ),
 }
 

@@ -97,7 +97,7 @@ class ImageRecords:
         return place, key, found, self._stated_size(place, raw)
 
     def _stated_size(self, place: tuple[str, str], raw: dict[str, Any]) -> tuple[int, int] | None:
-        if self.source.normalised:
+        if self.source.normalised or not self.source.states_sizes:
             return None
         sides = []
         for field in ("width", "height"):

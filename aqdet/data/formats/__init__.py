@@ -15,7 +15,11 @@ from collections.abc import Callable, Mapping
 from ..check.findings import Report
 from ..declaration import Declaration
 from .coco import read_coco
+from .csv_table import read_csv
+from .cvat import read_cvat
+from .labelme import read_labelme
 from .source import Source
+from .via import read_via
 from .voc import read_voc
 from .yolo import read_yolo
 
@@ -64,6 +68,12 @@ def _locate_voc(paths: Mapping[str, str], split: str) -> tuple[str, str]:
     return paths["root"], os.path.join(paths["root"], "JPEGImages")
 
 
+def _locate_exported(paths: Mapping[str, str], split: str) -> tuple[str, str]:
+    """Of a labelling tool: one of the two may be absent, for annotations and images in one folder."""
+    file = paths.get("annotations") or paths["images"]
+    return file, paths.get("images") or os.path.dirname(file) or "."
+
+
 FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
@@ -98,6 +108,49 @@ FORMATS: dict[str, Format] = {
             paths={"yaml": "file", "image_root": "folder"},
             locate=_beside("yaml"),
             has_named_splits=True,
+        ),
+        Format(
+            name="labelme",
+            layout="a folder of images with a JSON file (shapes, imagePath) for each, or the JSON files in another one",
+            example="{name: mine, format: labelme, images: DIR}",
+            read=read_labelme,
+            needed=(("name", "format", "images"),),
+            optional=("annotations", "classes", "difficult_as_crowd", "split"),
+            paths={"images": "folder", "annotations": "folder"},
+            locate=_locate_exported,
+        ),
+        Format(
+            name="via",
+            layout="a project of VGG Image Annotator 2, or its annotations exported as JSON or CSV",
+            example="{name: mine, format: via, annotations: via_project.json, images: DIR}",
+            read=read_via,
+            needed=(("name", "format", "annotations"),),
+            optional=("images", "classes", "class_key", "difficult_as_crowd", "split"),
+            paths={"annotations": "file", "images": "folder"},
+            locate=_locate_exported,
+        ),
+        Format(
+            name="cvat",
+            layout="annotations.xml of CVAT for images 1.1 (<annotations> with an <image> each)",
+            example="{name: mine, format: cvat, annotations: annotations.xml, images: DIR}",
+            read=read_cvat,
+            needed=(("name", "format", "annotations"),),
+            optional=("images", "classes", "difficult_as_crowd", "split"),
+            paths={"annotations": "file", "images": "folder"},
+            locate=_locate_exported,
+        ),
+        Format(
+            name="csv",
+            layout=(
+                "a table, a row a box: filename,width,height,class,xmin,ymin,xmax,ymax in columns that a header names, "
+                "or path,x1,y1,x2,y2,class without one"
+            ),
+            example="{name: mine, format: csv, annotations: boxes.csv, images: DIR}",
+            read=read_csv,
+            needed=(("name", "format", "annotations"),),
+            optional=("images", "classes", "difficult_as_crowd", "split"),
+            paths={"annotations": "file", "images": "folder"},
+            locate=_locate_exported,
         ),
     )
 }

@@ -23,6 +23,7 @@ class Source:
         image_places, annotation_places: (file, record) of each entry, where not `file` and the id.
         inputs: files and folders that were read, for the cache's fingerprint.
         normalised: whether boxes are relative to the size of the image.
+        states_sizes: whether the format states the sizes of images, so that a missing one is a fault.
     """
 
     format: str
@@ -35,3 +36,4 @@ class Source:
     annotation_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     inputs: set[str] = dataclasses.field(default_factory=set)
     normalised: bool = False
+    states_sizes: bool = True
