@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.evaluation import DatasetEvaluator
@@ -23,8 +23,7 @@ from torch import nn
 from ..checkpoint import AqdetCheckpointer, check_calibrated
 from ..data import build_mapper
 from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
-from ..data.registry import EVALUATOR_TYPE
-from ..evaluation import COCOEvaluator, TopKEvaluator
+from ..evaluation import build_evaluator, check_evaluator
 from ..modeling.scaffold.auxiliary import detached_auxiliary
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
@@ -102,6 +101,8 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        for name in cfg.DATASETS.TEST:
+            check_evaluator(cfg, name)
         model = self.build_model(cfg)
         if cfg.MODEL.DISTILL.ENABLED:
             model.distillation = build_distillation(cfg)
@@ -323,16 +324,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO AP by ``TEST.COCO_EVAL``, or top-1 and top-5 of image folders, into ``OUTPUT_DIR/inference``.
+        """See :func:`aqdet.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``.
 
-        Each of several sets into a folder there.
+        Each of several sets has a folder there.
         """
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             output_dir = os.path.join(output_dir, dataset_name)
-        if MetadataCatalog.get(dataset_name).get("evaluator_type") == EVALUATOR_TYPE:
-            return TopKEvaluator(output_dir=output_dir)
-        return COCOEvaluator(dataset_name, output_dir=output_dir, coco_eval=cfg.TEST.COCO_EVAL)
+        return build_evaluator(cfg, dataset_name, output_dir)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:

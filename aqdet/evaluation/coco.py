@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from detectron2 import evaluation
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -24,6 +25,10 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Of object areas in pixels, as COCO has them.
 SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
 COCO_EVALS = ("pycocotools", "faster-coco-eval")
+COCO_LIMIT = 100
+"""Detections of an image that count, the best first, in COCO's own evaluation."""
+LIMIT_KEY = "max_dets_per_image"
+"""Name of another limit in ``metrics.json``."""
 
 
 def check_coco_eval(name: str) -> None:
@@ -65,20 +70,54 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     AP, AP50 and AP75 are always numbers: a detector that finds nothing, or data without boxes, is 0. So is
     a size band or a class that has objects of which none is found; one without objects is NaN, null in the
-    file. Results are also written to ``metrics.json``.
+    file. Results are also written to ``metrics.json``, with the limit of detections if it is not the usual one.
 
     Args:
         dataset_name: a registered dataset.
         output_dir: folder of ``metrics.json`` and Detectron2's own files.
         coco_eval: ``"pycocotools"`` or ``"faster-coco-eval"``, which agree to 1e-9.
+        max_dets_per_image: how many detections of an image and class count, the best first. Figures with another
+            limit than COCO's 100 are not comparable with published ones.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: str, coco_eval: str = "pycocotools") -> None:
+    metrics: tuple[str, ...] = METRICS
+    usual_limit = COCO_LIMIT
+
+    def __init__(
+        self,
+        dataset_name: str,
+        *,
+        output_dir: str,
+        coco_eval: str = "pycocotools",
+        max_dets_per_image: int = COCO_LIMIT,
+    ) -> None:
         check_coco_eval(coco_eval)
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
         self._coco_eval = coco_eval
+        # COCO's evaluation sorts its three limits and takes AP with the last.
+        self._max_dets_per_image = [min(1, max_dets_per_image), min(10, max_dets_per_image), max_dets_per_image]
         self._per_class: dict[str, dict[str, float]] = {}
         fill_in(self._coco_api, self._metadata.name)
+        self._warn_of_crowded_images()
+
+    @property
+    def limit(self) -> int:
+        """How many detections of an image count."""
+        return self._max_dets_per_image[-1]
+
+    def _warn_of_crowded_images(self) -> None:
+        annotations = self._coco_api.dataset.get("annotations", ())
+        objects = collections.Counter(a["image_id"] for a in annotations if not a.get("iscrowd"))
+        crowded = [count for count in objects.values() if count > self.limit]
+        if crowded:
+            logger.warning(
+                "%d images of %s have more objects than the %d detections of an image that count, one of them %d: "
+                "no detector finds them all; TEST.DETECTIONS_PER_IMAGE raises the limit",
+                len(crowded),
+                self._metadata.name,
+                self.limit,
+                max(crowded),
+            )
 
     def reset(self) -> None:
         """Forgets all detections."""
@@ -97,8 +136,14 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         ]
         values = self._complete(results.get("bbox") or {}, objects)
         counts = collections.Counter(a["category_id"] for a in objects)
-        logger.info("AP by class of %s:\n%s", self._metadata.name, self._class_table(values, counts))
-        self._write("metrics.json", {key: v if math.isfinite(v) else None for key, v in values.items()}, indent=1)
+        table = self._class_table(values, counts)
+        logger.info(
+            "AP by class of %s, of the best %d detections of an image:\n%s", self._metadata.name, self.limit, table
+        )
+        written = {key: v if math.isfinite(v) else None for key, v in values.items()}
+        if self.limit != self.usual_limit:
+            written[LIMIT_KEY] = self.limit
+        self._write("metrics.json", written, indent=1)
         return {"bbox": values}
 
     def _write(self, name: str, content: Any, indent: int | None = None) -> None:
@@ -120,7 +165,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         if not self._do_evaluation:
             logger.info("%s has no annotations to evaluate with", self._metadata.name)
             return
-        logger.info("Evaluating %d detections with %s", len(found), self._coco_eval)
+        logger.info(
+            "Evaluating %d detections with %s, the best %d of an image", len(found), self._coco_eval, self.limit
+        )
         evaluated = self._evaluated(found, img_ids) if found else None
         self._results["bbox"] = self._derive_coco_results(evaluated, "bbox")
         if evaluated is not None:
@@ -136,7 +183,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
                 ground_truth, ground_truth.loadRes(found), "bbox", print_function=print
             )
         else:
-            evaluated = COCOeval(self._coco_api, self._coco_api.loadRes(found), "bbox")
+            # COCO's own summary is for its own limit.
+            implementation = COCOeval if self.limit == COCO_LIMIT else COCOevalMaxDets
+            evaluated = implementation(self._coco_api, self._coco_api.loadRes(found), "bbox")
         evaluated.params.maxDets = list(self._max_dets_per_image)
         if img_ids is not None:
             evaluated.params.imgIds = list(img_ids)
@@ -171,7 +220,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def _complete(self, found: dict[str, float], objects: list[dict[str, Any]]) -> dict[str, float]:
         """All metrics: those found, with 0 for what is left out although there are objects."""
-        exists = {key: True for key in METRICS}
+        exists = {key: True for key in self.metrics}
         for key, (low, high) in SIZE_BANDS.items():
             exists[key] = any(low <= a["area"] <= high for a in objects)
         used = {a["category_id"] for a in objects}

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import logging
 import math
 import os
 
@@ -13,6 +14,7 @@ from helpers import make_cfg
 from tiny_data import CLASSES, write_dataset
 
 from aqdet.data import register_declared
+from aqdet.engine import Trainer
 from aqdet.evaluation import COCOEvaluator, check_coco_eval
 
 
@@ -225,3 +227,61 @@ def test_unknown_or_missing_implementations_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match="TEST.COCO_EVAL: 'faster-coco-eval' is not installed"):
         check_coco_eval("faster-coco-eval")
     check_coco_eval("pycocotools")
+
+
+@pytest.fixture
+def crowded(tmp_path, caplog):
+    """Function of a limit, detections and an implementation: results for an image of 150 objects in rows of ten."""
+    boxes = [[20.0 * (i % 10), 20.0 * (i // 10), 10.0, 10.0] for i in range(150)]
+    name = f"crowded_{tmp_path.name}"
+    annotations = [{"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)]
+    annotations += [{**annotations[0], "id": 200 + i, "iscrowd": 1} for i in range(60)]
+    image = {"id": 1, "file_name": "a.png", "width": 200, "height": 300}
+    content = {"images": [image], "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_instances(name, {}, str(tmp_path / "a.json"), str(tmp_path))
+    DatasetCatalog.get(name)
+
+    def run(found, coco_eval, **limit):
+        caplog.clear()
+        evaluator = COCOEvaluator(name, output_dir=str(tmp_path / "out"), coco_eval=coco_eval, **limit)
+        evaluator.reset()
+        instances = Instances((300, 200))
+        instances.pred_boxes = Boxes(torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes[:found]]))
+        instances.scores = torch.linspace(1, 0.5, found)
+        instances.pred_classes = torch.zeros(found).long()
+        evaluator.process([{"image_id": 1}], [{"instances": instances}])
+        return evaluator.evaluate()["bbox"], json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    yield run
+    DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name)
+
+
+@pytest.mark.parametrize("coco_eval", ["pycocotools", "faster-coco-eval"])
+@pytest.mark.parametrize(
+    "limit, found, correct",
+    [(0, 150, 100), (100, 150, 100), (99, 150, 99), (150, 150, 150), (200, 120, 120), (7, 9, 7), (1, 9, 1)],
+)
+def test_only_the_best_detections_of_an_image_count(crowded, caplog, coco_eval, limit, found, correct):
+    if coco_eval == "faster-coco-eval":
+        pytest.importorskip("faster_coco_eval")
+    with caplog.at_level(logging.INFO, "aqdet"):
+        result, written = crowded(found, coco_eval, **({"max_dets_per_image": limit} if limit else {}))
+    # All that count are right: precision is 1 at the recall levels 0, 0.01 ... that are reached, 0 at the others.
+    expected = 100 * sum(level / 100 <= correct / 150 for level in range(101)) / 101
+    for key in ("AP", "AP50", "AP75", "APs", "AP-a"):
+        assert result[key] == written[key] == pytest.approx(expected)
+    limit = limit or 100
+    assert written.get("max_dets_per_image", 100) == limit and ("max_dets_per_image" in written) == (limit != 100)
+    assert f"the best {limit} detections of an image" in caplog.text
+    warned = "1 images of crowded_test_only_the_best_detections" in caplog.text
+    assert warned == (limit < 150) == ("one of them 150: no detector finds them all" in caplog.text)
+
+
+def test_the_limit_is_the_configs(crowded, tmp_path):
+    name = f"crowded_{tmp_path.name}"
+    cfg = make_cfg("DATASETS.TEST", f"('{name}',)", "OUTPUT_DIR", str(tmp_path))
+    assert Trainer.build_evaluator(cfg, name).limit == 100
+    cfg.TEST.DETECTIONS_PER_IMAGE = 200
+    assert Trainer.build_evaluator(cfg, name).limit == 200
