@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,12 +24,18 @@ class Detector:
     """Image in, boxes out.
 
     Args:
-        folder: written by ``tools/export_model.py``. Every file in it is checked first.
+        folder: written by ``tools/export_model.py``. Of the files that ``detector.json`` names, those that are there
+            are checked first; only ``model.onnx`` has to be.
         threads: that the network runs on; None leaves the number to ONNX Runtime.
         provider: of ONNX Runtime.
+        score_threshold: Detections with a lower score are left out; None for the folder's own, as with what follows.
+        nms_threshold: Intersection over union with a better box of its class above which a box is left out.
+        max_detections: Largest number of detections of an image.
+        size: Length in pixels that the shorter edge of an image is resized to, the limit of the longer edge in
+            proportion; or a pair of both. 0 leaves images as they are.
 
     Raises:
-        FileNotFoundError: if the folder or a file of it is missing.
+        FileNotFoundError: if the folder or a file that it needs is missing.
         ValueError: in one line, if it is damaged or mixed from two exports, does not fit this version, or
             an argument is not valid.
     """
@@ -38,22 +46,34 @@ class Detector:
         *,
         threads: int | None = None,
         provider: str = "CPUExecutionProvider",
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        max_detections: int | None = None,
+        size: int | tuple[int, int] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise ValueError(f"provider must be one of {', '.join(available)}, got {provider!r}")
-        self.description: Description = read_description(folder)
-        path = Path(folder) / MODEL
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        self.description: Description = _override(
+            read_description(folder), score_threshold, nms_threshold, max_detections, size
+        )
+        self._path = Path(folder) / MODEL
+        self._provider = provider
+        self._options = onnxruntime.SessionOptions()
+        self._options.intra_op_num_threads = threads or 0
+        self._session = self._load(str(self._path))
+        self._check_graph(self._path)
+
+    def _load(self, model: str | bytes) -> onnxruntime.InferenceSession:
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            return onnxruntime.InferenceSession(model, self._options, providers=[self._provider])
         except Exception as error:  # ONNX Runtime's own classes have no public base
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}") from error
-        self._check_graph(path)
+            raise ValueError(
+                f"{self._path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}"
+            ) from error
 
     def _check_graph(self, path: Path) -> None:
         """That the graph has the input and the outputs of the description."""
@@ -106,3 +126,65 @@ class Detector:
         names = [name for level in levels for name in level]
         values = iter(self._session.run(names, {self._session.get_inputs()[0].name: batch}))
         return [tuple(next(values) for _ in level) for level in levels]
+
+    def tensors(self, names: Sequence[str], batch: np.ndarray) -> list[np.ndarray]:
+        """Values of tensors inside the network, to compare machines; the graph is loaded again for them.
+
+        Args:
+            names: of tensors of ``model.onnx``.
+            batch: as for :meth:`run`.
+
+        Raises:
+            ValueError: if the graph has no such tensor.
+        """
+        session = self._load(_with_outputs(self._path.read_bytes(), names))
+        return list(session.run(list(names), {session.get_inputs()[0].name: batch}))
+
+
+def _override(
+    description: Description,
+    score_threshold: float | None,
+    nms_threshold: float | None,
+    max_detections: int | None,
+    size: int | tuple[int, int] | None,
+) -> Description:
+    """The description with what the caller asks for in its place."""
+    changes: dict[str, Any] = {}
+    for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
+        if value is not None:
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+            changes[name] = float(value)
+    if max_detections is not None:
+        if max_detections < 1:
+            raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+        changes["max_detections"] = int(max_detections)
+    if size is not None:
+        if isinstance(size, int):
+            scale = size / description.min_size if description.min_size else 0
+            shorter, longer = size, round(description.max_size * scale) if scale else description.max_size
+        else:
+            shorter, longer = size
+        if shorter < 0 or longer < shorter:
+            raise ValueError(f"size must be at least 0, or a pair of a shorter and a longer edge, got {size}")
+        changes |= {"min_size": int(shorter), "max_size": int(longer)}
+    return dataclasses.replace(description, **changes)
+
+
+def _with_outputs(model: bytes, names: Sequence[str]) -> bytes:
+    """A serialized graph with tensors added to its outputs.
+
+    Serialized messages that follow each other are merged, by the rules of Protocol Buffers: what is appended here is
+    a ``ModelProto`` of which nothing is set but ``graph.output[].name``.
+    """
+    return model + _field(7, b"".join(_field(12, _field(1, name.encode())) for name in names))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a Protocol Buffers message that holds bytes: its tag, the length as a varint, and the content."""
+    length, size = bytearray(), len(content)
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return bytes([number << 3 | 2, *length]) + content

@@ -54,6 +54,30 @@ def test_one_image(model, folder, size):
     assert_same(Detector(folder, threads=1)(image), theirs(model, [image])[0])
 
 
+def resized(model, image, shorter, longer):
+    """Detections of Detectron2 in an image, which is resized to these edges."""
+    pixels = T.ResizeShortestEdge(shorter, longer).get_transform(image).apply_image(image) if shorter else image
+    tensor = torch.as_tensor(pixels.transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        return model([{"image": tensor, "height": image.shape[0], "width": image.shape[1]}])[0]["instances"]
+
+
+@pytest.mark.parametrize(
+    "size, edges", [(96, (96, 150)), ((80, 90), (80, 90)), (0, (0, 0)), (32, (32, 50)), (None, (64, 100))]
+)
+def test_another_size(model, folder, size, edges):
+    image = make_photo(90, 170)
+    assert_same(Detector(folder, size=size)(image), resized(model, image, *edges))
+
+
+def test_other_thresholds(folder):
+    image, arguments = make_photo(), {"test_score_thresh": 0.055, "test_nms_thresh": 0.2}
+    found = Detector(folder, score_threshold=0.055, nms_threshold=0.2, max_detections=5)(image)
+    expected = theirs(make_twin(**arguments, max_detections_per_image=5), [image])[0]
+    assert_same(found, expected)
+    assert len(found) == 5 < len(Detector(folder)(image))
+
+
 def test_a_batch_of_several_sizes(model, folder):
     images = [make_photo(90, 120), make_photo(120, 90, seed=1), make_photo(50, 51, seed=2)]
     found = Detector(folder).detect(images)

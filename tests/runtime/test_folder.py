@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from tiny_export import RATIOS, SIZES, make_content, make_twin, write_folder
+from tiny_export import RATIOS, SIZES, make_content, make_photo, make_twin, write_folder
 
 from aqdet.runtime import Detector, read_description, write_description
 
@@ -81,10 +81,16 @@ def test_a_file_of_another_model_is_refused(folder, tmp_path, name):
     assert "of another model than detector.json" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "detector.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "detector.json"])
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()
     assert f"{name} does not exist" in refused(folder, FileNotFoundError)
+
+
+def test_only_what_is_executed_has_to_be_there(folder, original):
+    (folder / "model.safetensors").unlink()
+    image = make_photo()
+    np.testing.assert_array_equal(Detector(folder)(image).boxes, Detector(original)(image).boxes)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -161,6 +167,11 @@ def test_files_outside_the_folder_are_refused(folder, tmp_path):
     [
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"provider": "Quick"}, "provider must be one of .*CPU.*'Quick'"),
+        ({"score_threshold": 1.5}, "score_threshold must be from 0 to 1, got 1.5"),
+        ({"nms_threshold": float("nan")}, "nms_threshold must be from 0 to 1, got nan"),
+        ({"max_detections": 0}, "max_detections must be at least 1, got 0"),
+        ({"size": -1}, "size must be at least 0, .* got -1"),
+        ({"size": (100, 64)}, r"size must be .* got \(100, 64\)"),
     ],
 )
 def test_arguments(folder, arguments, words):
