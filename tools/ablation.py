@@ -310,7 +310,7 @@ def kept_runs() -> dict[str, dict[str, Any]]:
 
 def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """Adds the finished runs to what is kept, and returns it."""
-    from aqdet.data.check.cache import write_aside
+    from aqdet.utils.files import write_text
 
     kept = kept_runs()
     for job in jobs:
@@ -318,7 +318,7 @@ def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         if noted is not None:
             noted.pop("command")
             kept[f"{dataset} {job.name}"] = {**noted, "metrics": job.metrics()}
-    write_aside(ROOT / "tools" / RUNS, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    write_text(ROOT / "tools" / RUNS, json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return kept
 
 
@@ -328,8 +328,8 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
     What another run needs the weights of is run again where they are not there: starts, full-precision runs that
     distillation learns from, and what is still to be evaluated.
     """
-    from aqdet.data.check.cache import write_aside
     from aqdet.engine.experiment import DONE
+    from aqdet.utils.files import write_text
 
     kept = kept_runs()
 
@@ -337,9 +337,9 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
         noted = kept.get(f"{dataset} {job.name}")
         if job.finished() is None and noted is not None and noted["fingerprint"] == job.fingerprint():
             folder = Path(job.output_dir)
-            write_aside(folder / "inference" / "metrics.json", json.dumps(noted["metrics"]))
+            write_text(folder / "inference" / "metrics.json", json.dumps(noted["metrics"]))
             facts = {key: value for key, value in noted.items() if key != "metrics"}
-            write_aside(folder / DONE, json.dumps({**facts, "command": " ".join(job.command("tools/train_net.py"))}))
+            write_text(folder / DONE, json.dumps({**facts, "command": " ".join(job.command("tools/train_net.py"))}))
 
     for job in jobs:
         recall(job)

@@ -16,11 +16,12 @@ from pathlib import Path
 import yaml
 
 from aqdet.config import load_config
-from aqdet.data.check.cache import check_declaration, write_aside
+from aqdet.data.check.cache import check_declaration
 from aqdet.data.check.findings import reports_as_json
 from aqdet.data.check.records import find_shared_images
 from aqdet.data.declaration import Declaration, parse_declared, parse_image_folders
 from aqdet.data.formats.yolo import SPLITS
+from aqdet.utils.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -92,7 +93,7 @@ def main() -> None:
         print(report.text(args.examples), end="\n\n")
     if args.json:
         try:
-            write_aside(Path(args.json), reports_as_json(reports, strict))
+            write_text(Path(args.json), reports_as_json(reports, strict))
         except OSError as error:
             sys.exit(f"error: --json {args.json}: {error.strerror}")
     refused = sum(report.refused(strict) for report in reports)

@@ -16,9 +16,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 
-from .check.cache import checked, write_aside
+from ..utils.files import IMAGE_ENDINGS, write_text
+from .check.cache import checked
 from .check.findings import Report, reports_as_json
-from .check.images import IMAGE_ENDINGS
 from .check.records import find_shared_images
 from .declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
 from .embedded.register import set_cache_dir
@@ -119,8 +119,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
             logger.info("Dataset %s is not of DATASETS.DECLARED or IMAGE_FOLDERS: not checked", name)
     if reports and comm.is_main_process():
         folder = Path(cfg.OUTPUT_DIR)
-        write_aside(folder / "dataset_check.txt", "\n\n".join(r.text() for r in reports.values()) + "\n")
-        write_aside(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT))
+        write_text(folder / "dataset_check.txt", "\n\n".join(r.text() for r in reports.values()) + "\n", shared=True)
+        write_text(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT))
     for report in reports.values():
         _refuse(report, f"dataset {report.name}", cfg.DATASETS.STRICT)
 

@@ -105,6 +105,16 @@ def renamed(on_disk, in_json):
     return change
 
 
+def another(name):
+    """Another image file, which no record names."""
+    return lambda content, folder: shutil.copy(folder / "images/1.png", _made(folder / "images" / name) / "0.png")
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
+
+
 def link(target):
     def change(content, folder):
         path = folder / "images/0.png"
@@ -185,15 +195,55 @@ VARIANTS = {
     "second file missing": (add("images", id=9, file_name="9.png"), {"image-missing": 1}),
     # Where files lie
     "absolute path outside": (image(file_name="/etc/hostname"), {"image-outside": 1}),
-    "dots that lead outside": (image(file_name="../images/0.png"), {"image-outside": 1}),
-    "dots that lead outside and back": (image(file_name="x/../../images/0.png"), {"image-outside": 1}),
-    "drive letter": (image(file_name="C:\\data\\0.png"), {"image-outside": 1}),
+    "dots that lead outside": (image(file_name="../images/9.png"), {"image-outside": 1}),
+    "drive letter": (image(file_name="C:\\data\\9.png"), {"image-outside": 1}),
     "null byte": (image(file_name="0.png\0.jpg"), {"image-outside": 1}),
     "link to the outside": (link("elsewhere.png"), {"image-outside": 1}),
     "link within": (link("images/elsewhere.bin"), {}),
     "absolute path inside": (renamed("x/0.png", "ROOT/x/0.png"), {"image-path": 1}),
     "backslashes": (renamed("x/y/0.png", "x\\y\\0.png"), {"image-path": 1}),
     "dots that stay inside": (renamed("x/0.png", "x/../x/0.png"), {}),
+    # Names from labelling tools
+    "dots that lead outside and back": (image(file_name="x/../../images/0.png"), {"image-elsewhere": 1}),
+    "folders of another machine": (image(file_name="C:\\data\\0.png"), {"image-elsewhere": 1}),
+    "an upload of a labelling server": (image(file_name="..\\..\\media\\upload\\4\\0.png"), {"image-elsewhere": 1}),
+    "a server's address": (
+        image(file_name="/data/local-files/?d=images/0.png"),
+        {"image-elsewhere": 1},
+    ),
+    "an address": (renamed("ü 0.png", "https://host/a/%C3%BC%200.png?token=1"), {"image-elsewhere": 1}),
+    "in a sub-folder": (renamed("Train/Data/0.png", "0.png"), {"image-elsewhere": 1}),
+    "with the root's own folder": (renamed("Train/0.png", "images/Train/0.png"), {"image-elsewhere": 1}),
+    "of another image": (image(file_name="x/1.png"), {"image-missing": 1}),
+    "the longer name of two": (
+        both(
+            renamed("a/0.png", "images/a/0.png"),
+            lambda c, f: shutil.copy(f / "images/1.png", _made(f / "images/b") / "0.png"),
+        ),
+        {"image-elsewhere": 1},
+    ),
+    "two of the base name": (
+        both(
+            renamed("a/0.png", "x/0.png"), lambda c, f: shutil.copy(f / "images/1.png", _made(f / "images/b") / "0.png")
+        ),
+        {"image-missing": 1},
+    ),
+    "gone from a folder that is there": (
+        both(renamed("a/0.png", "b/0.png"), lambda c, f: _made(f / "images/b")),
+        {"image-missing": 1},
+    ),
+    "two names of one file": (
+        both(image(file_name="x/0.png"), add("images", id=9, file_name="y/0.png")),
+        {"image-missing": 2},
+    ),
+    "a link of the base name that leads outside": (
+        both(link("elsewhere.png"), image(file_name="x/0.png")),
+        {"image-missing": 1},
+    ),
+    "the mac's own file beside": (
+        both(renamed("a/0.png", "x/0.png"), lambda c, f: (_made(f / "images/__MACOSX") / "0.png").write_bytes(b"x")),
+        {"image-elsewhere": 1},
+    ),
     "sub-folder, spaces and unicode": (renamed("über uns/naïve 猫 1.png", "über uns/naïve 猫 1.png"), {}),
     "other normal form of unicode": (renamed("u\u0308.png", "\u00fc.png"), {"image-path": 1}),
     "other case": (renamed("A.PNG", "a.png"), {"image-missing": 1}),
@@ -370,6 +420,15 @@ def test_without_images_only_their_files_are_looked_for(broken):
     content["images"][2]["file_name"] = "gone.png"
     report, _ = check(folder, content, pixels=False)
     assert report.counts == {"image-empty": 1, "image-missing": 1}
+
+
+def test_candidates_are_named(broken):
+    folder, content = broken
+    for name in "abcdef":
+        shutil.copy(folder / "images/0.png", _made(folder / "images" / name) / "x.png")
+    content["images"][0]["file_name"] = "upload/x.png"
+    report, _ = check(folder, content)
+    assert report.findings[0].value == "upload/x.png (there are a/x.png, b/x.png, c/x.png and 3 more)"
 
 
 @pytest.mark.parametrize("name, near", [("1.PNG", "1.png"), ("data/images/1.png", "1.png"), ("none.png", None)])

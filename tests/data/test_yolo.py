@@ -146,8 +146,10 @@ def test_a_wrong_layout_is_an_error(tmp_path):
 def test_a_list_cannot_lead_outside(tmp_path):
     write_yolo(tmp_path / "mine", train="list.txt")
     write_yolo(tmp_path / "theirs")
-    outside = "../theirs/images/train/bild ü 0.png"
-    (tmp_path / "mine/list.txt").write_text(f"{outside}\n{tmp_path}/theirs/images/train/bild ü 1.png\n")
+    for path in [*(tmp_path / "theirs").rglob("*.png"), *(tmp_path / "theirs/labels").rglob("*.txt")]:
+        path.rename(path.with_name(f"their {path.name}"))
+    outside = "../theirs/images/train/their bild ü 0.png"
+    (tmp_path / "mine/list.txt").write_text(f"{outside}\n{tmp_path}/theirs/images/train/their bild ü 1.png\n")
     report, _ = check(tmp_path / "mine")
     assert report.counts["image-outside"] == 2
     # A wider root is the declaration's to give, not the file's.

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...utils.files import write_text
 from ..cache_folder import cache_dir
 from ..declaration import IMAGE_FOLDER, Declaration
 from ..formats import FORMATS, Source
@@ -18,7 +19,7 @@ from ..formats.folders import read_folders
 from .findings import Report
 from .records import check_labelled_images, check_source
 
-__all__ = ["check_declaration", "checked", "write_aside"]
+__all__ = ["check_declaration", "checked"]
 
 
 def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report, dict[str, Any], Source]:
@@ -73,21 +74,13 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
     noted = {"inputs": _stamps(source.inputs), "is_copied": is_copied, "report": report.as_dict()}
     try:
         if is_copied:
-            write_aside(usable, json.dumps(content))
-        write_aside(report_file, json.dumps(noted))
+            write_text(usable, json.dumps(content), shared=True, errors="surrogatepass")
+        write_text(report_file, json.dumps(noted), shared=True, errors="surrogatepass")
     except OSError as error:
         raise ValueError(
             f"DATASETS.CACHE_DIR: the check of {declaration.name} cannot be kept in {str(entry.parent)!r}: {error}"
         ) from error
     return report, json_file
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf-8", errors="surrogatepass")
-    os.replace(aside, path)
 
 
 def _read_cache(path: Path, declaration: Declaration) -> tuple[Report, bool] | None:

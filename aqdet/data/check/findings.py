@@ -81,6 +81,7 @@ KINDS: dict[str, Kind] = {
         file_encoding="a text file in UTF-16 or UTF-32, as its byte order mark says: read as such",
         image_id_type="an id of an image, as text or as a float: made an integer",
         image_path="a file name with backslashes, from an absolute path, or in another Unicode form: the file's used",
+        image_elsewhere="a file name that is not there: the only file of its base name below the image root used",
         image_size_absent="an image without a usable width and height: the file's used",
         image_size_type="a width or height as text or as a float: made an integer",
         annotation_id="an annotation whose id is absent, no integer, or 0, which COCO's code takes for none: a new one",

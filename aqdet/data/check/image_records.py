@@ -8,7 +8,8 @@ from typing import Any
 
 from ..formats.source import Source
 from .findings import Report
-from .images import ImageFolder, ScannedImage, scan_images
+from .image_files import ScannedImage, scan_images
+from .images import ImageFolder
 from .values import integer_of, whole_number
 
 __all__ = ["ImageRecords", "UsableImage"]
@@ -46,20 +47,27 @@ class ImageRecords:
 
     def check(self) -> list[dict[str, Any]]:
         """Checks all images; returns the usable ones."""
+        named = [entry for index, raw in enumerate(self.source.images) if (entry := self._named(index, raw))]
         entries = []
-        for index, raw in enumerate(self.source.images):
-            entry = self._image_entry(index, raw)
-            if entry is not None:
-                entries.append(entry)
+        for (place, key, name, raw), (found, kind) in zip(
+            named, self.folder.find_all([name for _, _, name, _ in named]), strict=True
+        ):
+            if kind in ("image-missing", "image-outside"):
+                self.report.add(kind, *place, "file_name", found)
+                self.known[key] = UsableImage(name, None)
+                continue
+            if kind:
+                self.report.add(kind, *place, "file_name", name if kind == "image-path" else f"{name} -> {found}")
+            entries.append((place, key, found, self._stated_size(place, raw)))
         paths = [os.path.join(self.source.image_root, name) for _, _, name, _ in entries]
         depths = [self._depth(stated) for *_, stated in entries]
         self.source.inputs.update(paths)
         scanned = scan_images(paths, depths, title=f"images of {self.report.name}")
         usable = []
-        for (place, key, name, stated), found in zip(entries, scanned, strict=True):
-            size = self._image_size(place, name, stated, found)
+        for (place, key, name, stated), file in zip(entries, scanned, strict=True):
+            size = self._image_size(place, name, stated, file)
             self.known[key] = UsableImage(name, size)
-            self.report.images[name] = found.digest or self.folder.real_path(name)
+            self.report.images[name] = file.digest or self.folder.real_path(name)
             width, height = size or (0, 0)
             usable.append({"id": key, "file_name": name, "width": width, "height": height})
         self._same_pixels()
@@ -67,8 +75,8 @@ class ImageRecords:
             self.report.add("no-images", self.source.file)
         return usable
 
-    def _image_entry(self, index: int, raw: Any) -> tuple[tuple[str, str], int, str, Any] | None:
-        """(place, id, file name, stated (width, height) or None) of an image whose file exists."""
+    def _named(self, index: int, raw: Any) -> tuple[tuple[str, str], int, str, dict[str, Any]] | None:
+        """(place, id, file name, record) of an image that has an id and a file name."""
         add = self.report.add
         if not isinstance(raw, dict):
             add("record-malformed", self.source.file, f"images[{index}]", value=raw)
@@ -88,13 +96,7 @@ class ImageRecords:
             add("image-id-twice", *place, "file_name", name)
             return None
         self._ids.add(key)
-        found, kind = self.folder.find(name)
-        if kind:
-            add(kind, *place, "file_name", name if kind == "image-path" else found)
-        if kind and kind != "image-path":
-            self.known[key] = UsableImage(name, None)
-            return None
-        return place, key, found, self._stated_size(place, raw)
+        return place, key, name, raw
 
     def _stated_size(self, place: tuple[str, str], raw: dict[str, Any]) -> tuple[int, int] | None:
         if self.source.normalised or not self.source.states_sizes:

@@ -1,44 +1,32 @@
 """
-Image files: where they may lie, and what Detectron2's reader makes of them.
+Where image files lie, and which file the name in an annotation means.
 
 Policy. A file is used if, with all links followed, it lies under the image root; the root itself may be a link,
-and an absolute name may point into it. Detectron2 turns an image as its EXIF orientation says before it
-compares sizes, and so does this. Every mode that Pillow converts to RGB without clipping is used: grey is put
-into three channels, a palette is looked up, alpha is dropped, CMYK is converted without a colour profile, and
-colour of 16 bits a channel keeps its upper 8. Grey of 16 or 32 bits and floats would be clipped: refused.
+and an absolute name may point into it. A name whose folders are not there, as labelling tools write them, means the
+only file of its base name below the root that no other record names.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
-import hashlib
+import collections
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Iterator, Sequence
 
-from PIL import Image
-from tqdm import tqdm
+__all__ = ["ImageFolder", "is_junk"]
 
-from ...runtime.image import decode_image
+_JUNK_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
+_JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+_SHOWN_CANDIDATES = 3
 
-__all__ = ["IMAGE_ENDINGS", "ImageFolder", "ScannedImage", "scan_images"]
 
-# Of the files that are taken for images in a folder; a name in an annotation file may have any.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
-USABLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-EXIF_ORIENTATION = 0x0112
-_ENDINGS_OF_FORMAT = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".jpg", ".jpeg", ".mpo"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "GIF": (".gif",),
-}
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is one that a system or a tool leaves beside others: hidden, ``Thumbs.db``, a cache."""
+    lower = os.path.basename(name).lower()
+    return lower.startswith(".") or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
 
 
 class ImageFolder:
@@ -49,6 +37,43 @@ class ImageFolder:
         self._real_root = os.path.realpath(root)
         self._inside: dict[str, bool] = {}
         self._listings: dict[str, dict[str, str]] = {}
+        self._by_base_name: dict[str, list[str]] | None = None
+
+    def find_all(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """
+        The files that the names of a dataset's images mean.
+
+        Args:
+            names: as the annotations give them.
+
+        Returns:
+            for each as :meth:`find`, or a file and ``"image-elsewhere"`` if the name is not there and the only file of
+            its base name below the root is meant by no other name. The names of several such files are in what was
+            looked for.
+        """
+        found = [self.find(name) for name in names]
+        lost = [index for index, (_, kind) in enumerate(found) if kind in ("image-missing", "image-outside")]
+        if not lost:
+            return found
+        taken = {os.path.normpath(name) for name, kind in found if kind in ("", "image-path")}
+        only: dict[int, str] = {}
+        for index in lost:
+            is_meant, candidates = self._elsewhere(names[index])
+            free = [candidate for candidate in candidates if candidate not in taken]
+            if is_meant and len(candidates) == len(free) == 1:
+                only[index] = free[0]
+            elif len(free) > 1:
+                found[index] = (f"{names[index]} (there are {_listed(free)})", found[index][1])
+            elif free:
+                found[index] = (f"{names[index]} (there is {free[0]})", found[index][1])
+        names_of: dict[str, set[str]] = collections.defaultdict(set)
+        for index, candidate in only.items():
+            names_of[candidate].add(names[index])
+        for index, candidate in only.items():
+            others = len(names_of[candidate]) - 1
+            hint = f"{names[index]} (there is {candidate}, which {others} other name{'s'[: others > 1]} could mean too)"
+            found[index] = (hint, found[index][1]) if others else (candidate, "image-elsewhere")
+        return found
 
     def find(self, name: str) -> tuple[str, str]:
         """
@@ -131,95 +156,58 @@ class ImageFolder:
         near = near or self._listings[folder].get(os.path.basename(name).lower())
         return f"{name} (there is {near})" if near else name
 
+    def _elsewhere(self, name: str) -> tuple[bool, list[str]]:
+        """Files that a name may mean that is not there, and whether a single one of them is meant for sure."""
+        if "\0" in name:
+            return False, []
+        for form in _without_address(name.replace("\\", "/")):
+            folder = os.path.dirname(form)
+            inside = self._relative(folder) if folder else None
+            # In a folder that is there the file is lost, and one of its name elsewhere is another image.
+            path = os.path.join(self.root, inside or "")
+            is_meant = not (inside and os.path.isdir(path) and self.contains(path))
+            parts = [part for part in form.split("/") if part not in ("", ".", "..")]
+            for index in range(len(parts) - 1):
+                relative = "/".join(parts[index:])
+                mode = self._mode(relative)
+                if mode is not None and stat.S_ISREG(mode) and self._is_inside(relative, False):
+                    return is_meant, [relative]
+            candidates = self._index().get(unicodedata.normalize("NFC", parts[-1]), []) if parts else []
+            if candidates:
+                return is_meant, candidates
+        return False, []
 
-@dataclasses.dataclass(frozen=True)
-class ScannedImage:
-    """
-    An image file as Detectron2's reader sees it.
-
-    Attributes:
-        width, height: in pixels after the turn that EXIF asks for; 0 if the file was not opened.
-        turned: whether that turn swaps width and height.
-        digest: of the decoded pixels; empty if they were not read.
-        findings: pairs of a kind and a value.
-    """
-
-    width: int = 0
-    height: int = 0
-    turned: bool = False
-    digest: str = ""
-    findings: tuple[tuple[str, str], ...] = ()
-
-
-def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> list[ScannedImage]:
-    """
-    Looks at image files in parallel, with a progress bar on a terminal.
-
-    Args:
-        paths: of the files.
-        depths: for each, ``"stat"``: its length; ``"header"``: also its size and mode; ``"pixels"``: also
-            whether it decodes.
-        title: of the progress bar.
-
-    Returns:
-        what was found, in the order of `paths`.
-    """
-    if not set(depths) - {"stat"}:
-        return [_scan(path, "stat") for path in paths]
-    # Decoding and hashing release the interpreter's lock.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = pool.map(_scan, paths, depths)
-        try:
-            # None: no bar where the output is a file.
-            return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=None))
-        except BaseException:
-            # An interrupt does not wait for the images that are left.
-            pool.shutdown(cancel_futures=True)
-            raise
+    def _index(self) -> dict[str, list[str]]:
+        """Files below the root by their base name; links to folders are not followed."""
+        if self._by_base_name is None:
+            self._by_base_name = {}
+            for path, folders, files in os.walk(self.root):
+                folders[:] = sorted(folder for folder in folders if not is_junk(folder))
+                for file in sorted(files):
+                    relative = os.path.relpath(os.path.join(path, file), self.root).replace(os.sep, "/")
+                    is_link = os.path.islink(os.path.join(path, file))
+                    if not is_junk(file) and self._is_inside(relative, is_link):
+                        key = unicodedata.normalize("NFC", file)
+                        self._by_base_name.setdefault(key, []).append(relative)
+        return self._by_base_name
 
 
-def _scan(path: str, depth: str) -> ScannedImage:
+def _without_address(name: str) -> Iterator[str]:
+    """The forms that a name can have as a path: itself, and without what an address has around it."""
+    yield name
+    if "://" not in name and not {"?", "%"} & set(name):
+        return
     try:
-        if os.stat(path).st_size == 0:
-            return ScannedImage(findings=(("image-empty", "0 bytes"),))
-        if depth == "stat":
-            return ScannedImage()
-        with Image.open(path) as image:
-            findings = _header_findings(image, path)
-            turned = _orientation(image, depth) in (5, 6, 7, 8)
-            width, height = image.size[::-1] if turned else image.size
-        digest = ""
-        if depth == "pixels" and not any(kind == "image-mode" for kind, _ in findings):
-            pixels = decode_image(path, "RGB")
-            height, width = pixels.shape[:2]
-            digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
-    except Exception as error:  # a damaged file can raise anything in a decoder
-        return ScannedImage(findings=(("image-unreadable", f"{type(error).__name__}: {error}"),))
-    if turned:
-        findings.append(("image-turned", f"{width}x{height}"))
-    return ScannedImage(width, height, turned, digest, tuple(findings))
+        address = urllib.parse.urlsplit(name)
+        local = urllib.parse.parse_qs(address.query).get("d", [])
+    except ValueError:
+        return
+    # Label Studio serves local files as /data/local-files/?d=PATH.
+    yield from (path.replace("\\", "/") for path in local)
+    yield urllib.parse.unquote(address.path)
 
 
-def _orientation(image: Image.Image, depth: str) -> int:
-    """The EXIF orientation; that of a PNG which has it after its pixels is seen only where these are read."""
-    try:
-        exif = image.getexif() if depth == "pixels" else Image.Image.getexif(image)
-    except Exception:  # Detectron2 then takes the image as it is
-        return 1
-    return exif.get(EXIF_ORIENTATION, 1)
-
-
-def _header_findings(image: Image.Image, path: str) -> list[tuple[str, str]]:
-    if image.mode not in USABLE_MODES:
-        return [("image-mode", image.mode)]
-    found = []
-    if image.mode != "RGB":
-        found.append(("image-converted", image.mode))
-    if ";16" in repr(getattr(image, "tile", "")):
-        found.append(("image-sixteen", image.mode))
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        found.append(("image-frames", str(getattr(image, "n_frames", 1))))
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in _ENDINGS_OF_FORMAT.get(image.format or "", (ending,)):
-        found.append(("image-ending", f"{image.format} in {ending or 'a file without one'}"))
-    return found
+def _listed(names: Sequence[str]) -> str:
+    shown = list(names[:_SHOWN_CANDIDATES])
+    rest = len(names) - len(shown)
+    return f"{', '.join(shown)} and {rest} more" if rest else f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -14,8 +14,8 @@ from typing import Any
 from ..formats.source import Source
 from .annotation_records import AnnotationRecords
 from .findings import Report
+from .image_files import scan_images
 from .image_records import ImageRecords
-from .images import scan_images
 
 __all__ = ["check_labelled_images", "check_source", "find_shared_images"]
 

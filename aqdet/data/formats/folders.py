@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
-from ..check.images import IMAGE_ENDINGS
 from ..declaration import Declaration
 from .source import Source
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
-from ..check.images import IMAGE_ENDINGS, ImageFolder
+from ..check.images import ImageFolder
 from ..declaration import Declaration
 from .collect import Collector, says_yes
 from .outlines import Outline, of_corners, of_ellipse, of_mask, of_polygon, points_of

@@ -29,8 +29,9 @@ from xml.parsers import expat
 from PIL import Image
 from tabulate import tabulate
 
+from ...runtime.image import EXIF_ORIENTATION
+from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
-from ..check.images import EXIF_ORIENTATION, IMAGE_ENDINGS
 from ..declaration import Declaration
 from .source import Source
 
@@ -213,7 +214,7 @@ def read_voc(declaration: Declaration, report: Report) -> Source:
     for image_id, stem in enumerate(stems, 1):
         path = str(root / "Annotations" / f"{stem}.xml")
         source.inputs.add(path)
-        found = images.get(stem, [f"{stem}{IMAGE_ENDINGS[0]}"])
+        found = images.get(stem, [f"{stem}.jpg"])
         if len(found) > 1:
             report.add("label-shared", path, value=" and ".join(found))
         entry: dict[str, Any] = {"id": image_id, "file_name": found[0]}
@@ -296,7 +297,7 @@ def _find_images(root: Path, stems: Sequence[str]) -> dict[str, str]:
     folder = root / "JPEGImages"
     found = _index_images(folder)
     missing = [f"Annotations/{s}.xml" for s in stems if not (root / "Annotations" / f"{s}.xml").is_file()]
-    missing += [f"JPEGImages/{s}{IMAGE_ENDINGS[0]}" for s in stems if s not in found]
+    missing += [f"JPEGImages/{s}.jpg" for s in stems if s not in found]
     if missing:
         raise ValueError(f"{len(missing)} files are missing in {str(root)!r}: {_listed(missing)}")
     several = [" and ".join(found[s]) for s in stems if len(found[s]) > 1]

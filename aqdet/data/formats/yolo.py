@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
+from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
-from ..check.images import IMAGE_ENDINGS, ImageFolder
+from ..check.images import ImageFolder
 from ..declaration import Declaration
 from .source import Source
 
@@ -46,8 +47,9 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
         return source
     source.categories = _categories(content, yaml_file, report)
     reader = _Reader(source, content, report)
-    for name in reader.images_of(declaration.split):
-        reader.read_image(name)
+    names = reader.images_of(declaration.split)
+    for name, (found, kind) in zip(names, reader.folder.find_all(names), strict=True):
+        reader.read_image(name, "" if kind in ("image-missing", "image-outside") else found)
     reader.check_label_files()
     return source
 
@@ -180,14 +182,14 @@ class _Reader:
 
     # --- Their labels ---
 
-    def read_image(self, name: str) -> None:
-        """Adds an image and the objects of its label file."""
+    def read_image(self, name: str, found: str) -> None:
+        """Adds an image, and the objects of its label file if its own file was found."""
         image_id = len(self.source.images) + 1
         self.source.images.append({"id": image_id, "file_name": name})
         self.source.image_places.append((os.path.join(self.source.image_root, name), ""))
-        if self.folder.find(name)[1] not in ("", "image-path"):
+        if not found:
             return
-        label = _label_name(name)
+        label = _label_name(found)
         path = os.path.join(self.source.image_root, label)
         if label in self.label_files:
             self.report.add("label-shared", path, value=f"{self.label_files[label]} and {name}")
