@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+from detectron2.config.compat import guess_version
+
+from .config_files import read_config_file
 
 
 def add_aqdet_config(cfg: CfgNode) -> None:
@@ -193,7 +195,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Reads a config file with its ``_BASE_`` files, then applies ``KEY VALUE`` overrides.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of one in Detectron2's model zoo, see
+            :func:`aqdet.config_files.read_config_file`; ``""`` for the defaults.
         overrides: flat list ``[KEY, VALUE, ...]``.
 
     Returns:
@@ -201,23 +204,16 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises:
         FileNotFoundError: if the file or a base of it does not exist.
-        ValueError: in one line, for YAML with object tags, other malformed YAML, or an unknown key.
+        ValueError: in one line, for YAML with object tags other than of arithmetic, other malformed YAML, or an
+            unknown key.
     """
     cfg = get_cfg()
     add_aqdet_config(cfg)
     path = os.fspath(path)
     if path:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"config file {path!r} does not exist")
+        content = read_config_file(path)
         try:
-            cfg.merge_from_file(path, allow_unsafe=False)
-        except yaml.constructor.ConstructorError as error:
-            raise ValueError(
-                f"{path}: refused, it (or a _BASE_ of it) has an object tag that could run code: "
-                f"{error.problem}; write the value out as plain YAML"
-            ) from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+            cfg = _merged(cfg, CfgNode(content), path)
         except (KeyError, AssertionError, ValueError) as error:
             raise ValueError(f"{path}: {_explained(cfg, error)}") from error
     if len(overrides) % 2:
@@ -227,6 +223,19 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"override: {_explained(cfg, error)}") from error
     return cfg
+
+
+def _merged(cfg: CfgNode, loaded: CfgNode, path: str) -> CfgNode:
+    """A config with a file's values, of Detectron2's first version of config files too."""
+    version = loaded.get("VERSION") or guess_version(loaded, path)
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(loaded)
+        return cfg
+    if version not in range(1, cfg.VERSION):
+        raise ValueError(f"VERSION {version!r} is not known, the latest is {cfg.VERSION}")
+    old = downgrade_config(cfg, to_version=version)
+    old.merge_from_other_cfg(loaded)
+    return upgrade_config(old)
 
 
 def _explained(cfg: CfgNode, error: Exception) -> str:

@@ -73,7 +73,7 @@ def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
             load_config(path, overrides)
         assert "\n" not in str(error.value)
 
-    check("SEED: !!python/object/apply:eval ['1+1']", [], "c.yaml: refused, .*object tag")
+    check("SEED: !!python/object/apply:eval ['int(1)']", [], "c.yaml, line 1: refused, .*object tag")
     check("NO_SUCH: 1", [], "c.yaml: Non-existent config key: NO_SUCH")
     check("MODEL: {AUX: {TAP: both}}", [], r"Non-existent config key: MODEL.AUX.TAP; did you mean MODEL.AUX.TAPS or")
     check("SEED: 1", ["MODEL.AUX.TAP", "both"], r"Non-existent key: MODEL.AUX.TAP; did you mean MODEL.AUX.TAPS or")

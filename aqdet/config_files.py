@@ -1,0 +1,143 @@
+"""Config files with their bases: plain YAML, Detectron2's own files and the names of its model zoo included."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.utils.file_io import Detectron2Handler, PathManager
+from fvcore.common.config import BASE_KEY
+
+from .utils.arithmetic import evaluate
+
+EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
+_REMOTE = ("http://", "https://")
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also computes the arithmetic that Detectron2's own files have."""
+
+
+def _construct_arithmetic(loader: _ConfigLoader, node: yaml.Node) -> Any:
+    try:
+        arguments = loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else []
+        if len(arguments) != 1 or not isinstance(arguments[0], str):
+            raise ValueError("eval takes one text")
+        return evaluate(arguments[0])
+    except ValueError as error:
+        problem = f"eval of more than arithmetic: {error}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+_ConfigLoader.add_constructor(EVAL_TAG, _construct_arithmetic)
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """Reads a config file and, below it, its ``_BASE_`` files.
+
+    Args:
+        path: a file, or the name of one in Detectron2's model zoo, with or without ``detectron2://``. A ``_BASE_`` may
+            be either too; a relative one is looked up beside the file that names it, then in the zoo.
+
+    Returns:
+        The merged content, plain values only.
+
+    Raises:
+        FileNotFoundError: in one line, if a file does not exist.
+        ValueError: in one line, for a file that is no YAML, has object tags other than of arithmetic, or names itself
+            as a base.
+    """
+    return _read(find_config_file(path), ())
+
+
+def find_config_file(name: str, beside: str = "") -> str:
+    """Finds a config file by its path or by its name in Detectron2's model zoo.
+
+    Args:
+        name: the path or name.
+        beside: file that names it, for relative paths; ``""`` for the current folder.
+
+    Raises:
+        FileNotFoundError: in one line, if there is none.
+        ValueError: in one line, if it is a folder.
+    """
+    source = f" (a {BASE_KEY} of {beside})" if beside else ""
+    if name.startswith(_REMOTE):
+        return name
+    if name.startswith(Detectron2Handler.PREFIX):
+        path, name = "", name.removeprefix(Detectron2Handler.PREFIX)
+    else:
+        path = os.path.join(os.path.dirname(beside), os.path.expanduser(name))
+    if path and os.path.isdir(path):
+        raise ValueError(f"config file {path!r}{source} is a folder: name a file in it")
+    if path and os.path.isfile(path):
+        return path
+    if not os.path.isabs(name):
+        zoo = _zoo()
+        if name in zoo:
+            return str(zoo[name])
+        close = difflib.get_close_matches(name, zoo, 2, cutoff=0.75)
+        did_you_mean = f"; did you mean {' or '.join(close)} of Detectron2's model zoo?" if close else ""
+        raise FileNotFoundError(f"config file {name!r}{source} does not exist{did_you_mean}")
+    raise FileNotFoundError(f"config file {name!r}{source} does not exist")
+
+
+def _zoo() -> dict[str, Path]:
+    """YAML files of Detectron2's model zoo by their names."""
+    from detectron2 import model_zoo  # builds on Detectron2's models: only where a name is looked up
+
+    folder = Path(model_zoo.__file__).parent / "configs"
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+
+
+def _read(path: str, above: tuple[str, ...]) -> dict[str, Any]:
+    if path in above:
+        raise ValueError(f"{path}: it is a {BASE_KEY} of itself, by way of {' and '.join(above)}")
+    content = _parse(path)
+    bases = content.pop(BASE_KEY, [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: {BASE_KEY} must be a file name or a list of them, got {bases!r:.80}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        _merge(_read(find_config_file(base, path), (*above, path)), merged, path)
+    _merge(content, merged, path)
+    return merged
+
+
+def _parse(path: str) -> dict[str, Any]:
+    try:
+        with PathManager.open(path, "r", encoding="utf-8") as file:
+            content = yaml.load(file, _ConfigLoader)  # a safe loader
+    except yaml.constructor.ConstructorError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(
+            f"{path}{place}: refused, it has an object tag that could run code: {error.problem}; write the value out "
+            "as plain YAML"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid YAML, it is no text in UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid YAML, it is nested too deeply") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: it must hold KEY: VALUE, and is a {type(content).__name__}")
+    return content
+
+
+def _merge(values: dict[str, Any], into: dict[str, Any], path: str, prefix: str = "") -> None:
+    """Puts values over those of a base, key by key."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key in into:
+            if not isinstance(into[key], dict):
+                raise ValueError(f"{path}: {prefix}{key} has keys below it, and is a value in the {BASE_KEY}")
+            _merge(value, into[key], path, f"{prefix}{key}.")
+        else:
+            into[key] = value
