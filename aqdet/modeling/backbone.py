@@ -20,17 +20,28 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, CNNBlockBase, ResNet
 from torch import Tensor, nn
 
 from ..layers import QuantAdd, StreamQuantizer, declare_site, max_pool2d, relu_before
+from ..quantization import quantizers
 from .policy import QuantPolicy
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STAGES = ["res2", "res3", "res4", "res5"]
 
 
-class QuantStem(BasicStem):
+class _FreezesQuantizers(CNNBlockBase):
+    """A block whose quantizers stay as they are calibrated once it is frozen, as its weights and norms do."""
+
+    def freeze(self) -> Any:
+        """Freezes the block; see Detectron2's. Its quantizers are still calibrated where they are not yet."""
+        for _, quantizer in quantizers(self):
+            quantizer.frozen = True
+        return super().freeze()
+
+
+class QuantStem(_FreezesQuantizers, BasicStem):
     """7x7 conv, max pool, ReLU; reads the uint8 image and puts the residual stream on its grid.
 
     ReLU and quantizer come after the pooling, which gives the same values as before it (the maximum of
@@ -69,7 +80,7 @@ class _ResidualMixin(nn.Module):
         return self.output_stream(self.residual_add(out, x))
 
 
-class QuantBasicBlock(BasicBlock, _ResidualMixin):
+class QuantBasicBlock(_FreezesQuantizers, BasicBlock, _ResidualMixin):
     """ResNet-18/34 block. Its tap point is the sum before ReLU and quantization."""
 
     conv1: nn.Conv2d
@@ -87,7 +98,7 @@ class QuantBasicBlock(BasicBlock, _ResidualMixin):
         return self._finish(self.conv2(out), x)
 
 
-class QuantBottleneckBlock(BottleneckBlock, _ResidualMixin):
+class QuantBottleneckBlock(_FreezesQuantizers, BottleneckBlock, _ResidualMixin):
     """ResNet-50/101 block. Its tap point is the sum before ReLU and quantization."""
 
     conv1: nn.Conv2d
@@ -274,15 +285,21 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             )
         )
         in_channels = out_channels << index
-    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES)
+
+
+def _quantize_and_freeze(cfg: CfgNode, backbone: Backbone, bottom_up: ResNet) -> None:
+    """Quantizes a backbone by ``MODEL.QUANT`` if enabled, then freezes its first stages, quantizers included."""
+    if cfg.MODEL.QUANT.ENABLED:
+        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 @BACKBONE_REGISTRY.register()
 def build_quant_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """ResNet-18/34/50/101, quantized by ``MODEL.QUANT`` if enabled; Detectron2's keys otherwise."""
     backbone = _build_resnet(cfg, input_shape)
-    if cfg.MODEL.QUANT.ENABLED:
-        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    _quantize_and_freeze(cfg, backbone, backbone)
     return backbone
 
 
@@ -312,9 +329,9 @@ def build_quant_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Bot
 
     Its layers have the names that they have in a detector, for rules and for checkpoints.
     """
-    backbone = BottomUp(_build_resnet(cfg, input_shape))
-    if cfg.MODEL.QUANT.ENABLED:
-        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    bottom_up = _build_resnet(cfg, input_shape)
+    backbone = BottomUp(bottom_up)
+    _quantize_and_freeze(cfg, backbone, bottom_up)
     return backbone
 
 
@@ -327,8 +344,7 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     """
     bottom_up = _build_resnet(cfg, input_shape)
     backbone = build_fpn(cfg, bottom_up, norm=cfg.MODEL.FPN.NORM)
-    if cfg.MODEL.QUANT.ENABLED:
-        QuantPolicy.from_config(cfg).apply(backbone, "backbone.")
+    _quantize_and_freeze(cfg, backbone, bottom_up)
     return backbone
 
 

@@ -168,9 +168,9 @@ class QuantPolicy:
         """Checks that every rule wins for at least one layer of the whole model, and that rules reach all of it.
 
         Raises:
-            ValueError: in one line, naming the rule and listing the layers that rules can match; naming a rule
-                for the input of nothing but the stem; or naming a layer that has no site, as those of a
-                backbone that is not ours.
+            ValueError: in one line, naming the rule and the earlier ones that decide for all that it matches, or
+                listing the layers that rules can match; naming a rule for the input of nothing but the stem; or
+                naming a layer that has no site, as those of a backbone that is not ours.
         """
         sites: dict[str, Site] = {path: layer.quant_site for path, layer in quantizable_layers(model)}  # type: ignore[misc]
         paths = list(sites)
@@ -189,6 +189,15 @@ class QuantPolicy:
                     "which reads the uint8 image and has no input quantizer"
                 )
             if not decided:
+                matched = [path for path in paths if rule.pattern.search(path)]
+                if matched:
+                    winners = sorted({winner for path in matched if (winner := self.winning_rule(path)) is not None})
+                    named = ", ".join(f"RULES[{winner}] {self.rules[winner].pattern.pattern!r}" for winner in winners)
+                    raise ValueError(
+                        f"MODEL.QUANT.RULES[{index}] {rule.pattern.pattern!r} decides for no layer: of the "
+                        f"{len(matched)} that it matches, {matched[0]} the first, it is shadowed by {named}; the first "
+                        "rule that matches wins, so put the narrower one before"
+                    )
                 shown = ", ".join(paths[:12])
                 more = f" and {len(paths) - 12} more (tools/plan.py lists them)" * (len(paths) > 12)
                 raise ValueError(

@@ -162,7 +162,7 @@ class LQNetQuantizer(Quantizer):
 
     def _basis_for_call(self) -> tuple[Tensor, bool]:
         """The basis that a call of forward quantizes with, and whether it then moves."""
-        moves = self.training and torch.is_grad_enabled()
+        moves = self.training and torch.is_grad_enabled() and not self.frozen
         if not is_recomputing():
             if self._backward_ran:
                 self._num_moves, self._moved_from, self._backward_ran = 0, None, False

@@ -41,6 +41,8 @@ class Quantizer(nn.Module):
 
     Attributes:
         enabled: set to False, the quantizer returns its input unchanged.
+        frozen: set to True, a training forward leaves the state as it is calibrated, for methods that change it there.
+            Parameters are frozen by ``requires_grad_(False)``.
         path: dotted name in the model, for messages.
         note_codes: set to True where several layers read the result, see :func:`fake_quantize`.
         updates_in_forward: whether a training forward changes the state, so that backward must not repeat it.
@@ -58,6 +60,7 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.num_scales = num_channels if spec.per_channel else 1
         self.enabled = True
+        self.frozen = False
         self.path = ""
         self.note_codes = False
         self._ready = False

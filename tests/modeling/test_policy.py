@@ -70,9 +70,20 @@ def test_an_undeclared_convolution_is_an_error():
         policy.apply(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), "x.")
 
 
-def test_a_rule_that_never_wins_is_an_error_even_if_it_matches():
-    with pytest.raises(ValueError, match=r"RULES\[1\] 'res5' decides for no layer"):
-        build_model(with_rules(("res", {"WEIGHT.NUM_BITS": 3}), ("res5", {"WEIGHT.NUM_BITS": 2})))
+@pytest.mark.parametrize(
+    "patterns, shadows",
+    [
+        (("res", "res5"), "RULES[0] 'res'"),
+        (("res4", "res", "res5"), "RULES[1] 'res'"),
+        (("conv1", "conv2", "shortcut", "res5"), "RULES[0] 'conv1', RULES[1] 'conv2', RULES[2] 'shortcut'"),
+    ],
+)
+def test_a_rule_that_never_wins_names_those_that_shadow_it(patterns, shadows):
+    with pytest.raises(ValueError) as error:
+        build_model(with_rules(*((pattern, {"WEIGHT.NUM_BITS": 3}) for pattern in patterns)))
+    message = str(error.value)
+    assert f"RULES[{len(patterns) - 1}] 'res5' decides for no layer: of the 5 that it matches, backbone." in message
+    assert f"it is shadowed by {shadows};" in message and "\n" not in message
 
 
 def test_a_rule_for_the_input_of_the_stem_alone_is_an_error():
