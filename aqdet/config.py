@@ -70,10 +70,10 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # --- The full-precision auxiliary path; training only ---
     cfg.MODEL.AUX = CfgNode()
     cfg.MODEL.AUX.ENABLED = False
-    # What it reads. "fpn": the pyramid levels, of any backbone and for the least memory. "backbone": the sum of every
-    # residual block and the stem, aggregated into a float pyramid of its own (image classifiers: without the
-    # pyramid); keeps every sum for backward. "both": the mean of the two.
-    cfg.MODEL.AUX.TAPS = "fpn"
+    # What it reads. "backbone": the sum of every residual block and the stem, aggregated into a float pyramid of its
+    # own (image classifiers: without the pyramid); keeps every sum for backward. "fpn": the pyramid levels, of any
+    # backbone and for the least memory. "both": the mean of the two.
+    cfg.MODEL.AUX.TAPS = "backbone"
     # Factor of the auxiliary losses.
     cfg.MODEL.AUX.LOSS_WEIGHT = 1.0
     # How that factor changes over training: "constant", or down to 0 at the end by "linear" or "cosine".

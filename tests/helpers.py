@@ -13,7 +13,7 @@ from aqdet.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANT = ("MODEL.QUANT.ENABLED", "True")
-AUX = ("MODEL.AUX.ENABLED", "True")
+AUX = ("MODEL.AUX.ENABLED", "True", "MODEL.AUX.TAPS", "fpn")
 SMALL = (
     "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 "
     "MODEL.RESNETS.OUT_FEATURES ['res3','res4','res5'] MODEL.FPN.IN_FEATURES ['res3','res4','res5'] "

@@ -95,9 +95,10 @@ class Cell:
 
     def overrides(self, start: str, teacher: str) -> list[str]:
         """``KEY VALUE ...`` of a run from the checkpoint ``start``; ``teacher`` is what distillation learns from."""
-        found = [] if self.quantizer == START else ["MODEL.WEIGHTS", start]
-        if self.quantizer not in (START, FLOAT):
-            found += ["MODEL.QUANT.ENABLED", "True"]
+        found = ["MODEL.WEIGHTS", "" if self.quantizer == START else start]
+        is_float = self.quantizer in (START, FLOAT)
+        found += ["MODEL.QUANT.ENABLED", str(not is_float), "MODEL.AUX.ENABLED", "False"]
+        if not is_float:
             for tensor in ("WEIGHT", "INPUT"):
                 found += [f"MODEL.QUANT.{tensor}.QUANTIZER", self.quantizer]
                 found += [f"MODEL.QUANT.{tensor}.NUM_BITS", str(self.bits)]
@@ -161,7 +162,9 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
     rows += [method for method in methods if method not in rows]
     cells = [Cell("retinanet", FLOAT, 32, method) for method in (BASELINE, TWO_STAGE)]
     cells += [Cell("retinanet", "lsq", bits, method) for bits in BITS for method in rows]
-    if dataset == "shapes":
+    if dataset == "bccd":
+        cells += [Cell("retinanet", "dorefa", 4, method) for method in (BASELINE, best)]
+    else:
         cells += [Cell("retinanet", name, 2, method) for name in OTHERS for method in (BASELINE, best)]
         cells += [Cell("fcos", FLOAT, 32, BASELINE), *(Cell("fcos", "lsq", 2, method) for method in (BASELINE, best))]
     return cells
@@ -206,9 +209,15 @@ def declared(args: argparse.Namespace, *splits: str) -> list[str]:
     return ["DATASETS.DECLARED", str(entries)]
 
 
+def config_of(dataset: str, cell: Cell) -> Path:
+    """The shipped config that a cell is trained with, by its stage and bits; full precision has that of 4 bits."""
+    folder = ROOT / "configs" / DATASETS[dataset]
+    kinds = ["fp_bn_aux"] if cell.quantizer == START else ["lsq_w2a2_aux"] * (cell.bits == 2) + ["lsq_w4a4_aux"]
+    return next(path for kind in kinds if (path := folder / f"{cell.detector}_r18_{kind}.yaml").is_file())
+
+
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
     """The runs in their order: seed by seed, each detector's start before what starts from it."""
-    from aqdet.config import load_config
     from aqdet.engine.experiment import Job
 
     data = declared(args, "train", "val")
@@ -235,18 +244,20 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
         weights, teacher = (
             os.path.join(sources[name].output_dir, name) if name in sources else "" for name in (STATE, STRIPPED)
         )
-        stem = ROOT / "configs" / DATASETS[args.dataset] / f"{cell.detector}_r18"
-        kind = "fp_bn" if is_start else "lsq_w2a2" if cell.bits == 2 else "lsq_w4a4"
-        solver = load_config(f"{stem}_{kind}.yaml").SOLVER
         iterations = args.start_iterations if is_start else args.iterations
-        overrides = [*data, "SEED", str(seed)]
-        for key in ("OPTIMIZER", "BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS"):
-            overrides += [f"SOLVER.{key}", str(solver[key])]
-        overrides += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(iterations // 2)]
+        overrides = [
+            *data,
+            "SEED",
+            str(seed),
+            "SOLVER.MAX_ITER",
+            str(iterations),
+            "SOLVER.CHECKPOINT_PERIOD",
+            str(iterations // 2),
+        ]
         overrides += [*cell.overrides(weights, teacher), *args.opts]
         jobs[seed, cell] = Job(
             name=f"seed {seed} {name_of(cell)}",
-            config=os.path.relpath(f"{stem}_fp_bn.yaml"),
+            config=os.path.relpath(config_of(args.dataset, cell)),
             overrides=tuple(overrides),
             output_dir=os.path.join(folder, name_of(cell)),
             iterations=iterations,

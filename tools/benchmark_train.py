@@ -27,13 +27,14 @@ from aqdet.quantization import calibrate
 from aqdet.quantization.integer import largest_integer_weight
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "BCCD"
+DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
 VARIANTS = {
     "float": "fp_bn",
     "float, channels last": "fp_bn",
     "LSQ w4a4": "lsq_w4a4",
     "LSQ w4a4 + auxiliary": "lsq_w4a4_aux",
-    "DoReFa w4a4": "dorefa_w4a4",
-    "DoReFa w4a4 + auxiliary": "dorefa_w4a4_aux",
+    "DoReFa w4a4": "lsq_w4a4",
+    "DoReFa w4a4 + auxiliary": "lsq_w4a4_aux",
 }
 PEERS_FROM, PEERS_LIKE = "fp_bn", "lsq_w4a4"
 
@@ -76,16 +77,17 @@ class Variant:
         self.processor.append(time.process_time() - start[1])
 
 
-def load(config: str, fpn_channels: int) -> CfgNode:
+def load(config: str, fpn_channels: int, *overrides: str) -> CfgNode:
     """The config of a variant."""
-    overrides = ["MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(fpn_channels)]
+    overrides = (*overrides, "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(fpn_channels))
     return load_config(CONFIGS / f"retinanet_r18_{config}.yaml", overrides)
 
 
 def build(name: str, fpn_channels: int, batch: list[dict[str, Any]], make_conv: MakeConv | None = None) -> Variant:
     """A calibrated detector and its batch; that of a peer if there is a ``make_conv``."""
     torch.manual_seed(0)
-    model = build_model(load(PEERS_FROM if make_conv else VARIANTS[name], fpn_channels))
+    method = DOREFA if name.startswith("DoReFa") else ()
+    model = build_model(load(PEERS_FROM if make_conv else VARIANTS[name], fpn_channels, *method))
     if make_conv:
         convert(model, load(PEERS_LIKE, fpn_channels), make_conv)
     if name.endswith("channels last"):

@@ -18,7 +18,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.sta
 def test_config_builds_plans_and_steps(path):
     cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""])
     fit_to_machine(cfg)
-    match = re.search(r"_(?:fp(?:_bn(?:_continued)?)?|(lsq|dorefa)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
+    match = re.search(r"_(?:fp(?:_bn(?:_continued)?)?|(lsq)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
     assert match, "configs are named ..._lsq_w4a4_aux"
     method, weight_bits, input_bits, aux, distill = match.groups()
     quant = cfg.MODEL.QUANT
@@ -85,3 +85,13 @@ def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
     check("SEED: 1", ["SEED"], "KEY VALUE pairs")
     with pytest.raises(FileNotFoundError, match="'none.yaml' does not exist"):
         load_config("none.yaml")
+
+
+def test_the_readme_of_the_configs_has_a_row_for_each_and_no_other():
+    section, found = "", set()
+    for line in (ROOT / "configs" / "README.md").read_text().splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ").partition(":")[0]
+        elif line.startswith("| ") and not line.startswith("| config"):
+            found |= {f"{section}/{name.strip()}" for name in line.split("|")[1].split(",")}
+    assert found == {f"{path.parent.name}/{path.stem}" for path in CONFIGS}

@@ -41,7 +41,7 @@ def finish(job, ap):
 
 def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(tool, parse):
     seen = set()
-    for dataset, count in (("shapes", 33), ("bccd", 14)):
+    for dataset, count in (("shapes", 33), ("bccd", 16)):
         args = parse("--dataset", dataset, "--seeds", "3", "--taps", "fpn")
         cells = tool.planned(dataset, "fpn", ())
         jobs = tool.make_jobs(args, cells)
@@ -74,7 +74,7 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             seen.add(job.output_dir)
         order = [cell for _, cell in jobs]
         assert all(order.index(tool.Cell(d, tool.START, 32, tool.BASELINE)) == 0 or d == "fcos" for d in detectors)
-    assert len(seen) == 33 + 3 + 14 + 2
+    assert len(seen) == 33 + 3 + 16 + 2
 
 
 def test_options_leave_out_but_never_full_precision(tool, parse):
