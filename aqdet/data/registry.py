@@ -17,6 +17,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 
 from ..utils.files import IMAGE_ENDINGS, write_text
+from .check.advice import advise
 from .check.cache import checked
 from .check.findings import Report, reports_as_json
 from .check.records import find_shared_images
@@ -93,7 +94,8 @@ def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str,
 
 def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     """
-    Checks the declared datasets before step 0 and logs what was repaired, dropped or found.
+    Checks the declared datasets before step 0 and logs what was repaired, dropped or found, and what in the data as a
+    whole is likely to make the training fail (:mod:`aqdet.data.check.advice`).
 
     Images are decoded unless ``DATASETS.CHECK_IMAGES`` is False; a check is not repeated while nothing that it
     read has changed. The report goes to ``OUTPUT_DIR/dataset_check.txt`` and ``.json``. Of the processes on a
@@ -117,10 +119,14 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
             _log(reports[name], cfg)
         else:
             logger.info("Dataset %s is not of DATASETS.DECLARED or IMAGE_FOLDERS: not checked", name)
+    advice = advise(cfg, reports)
+    for line in advice:
+        logger.warning(line)
     if reports and comm.is_main_process():
         folder = Path(cfg.OUTPUT_DIR)
-        write_text(folder / "dataset_check.txt", "\n\n".join(r.text() for r in reports.values()) + "\n", shared=True)
-        write_text(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT))
+        text = "\n\n".join([*(r.text() for r in reports.values()), *(f"advice: {line}" for line in advice)])
+        write_text(folder / "dataset_check.txt", f"{text}\n", shared=True)
+        write_text(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT, advice))
     for report in reports.values():
         _refuse(report, f"dataset {report.name}", cfg.DATASETS.STRICT)
 

@@ -23,6 +23,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .statistics import Statistics
+
 __all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report", "reports_as_json"]
 
 SEVERITIES = ("error", "repaired", "dropped", "warning", "note")
@@ -174,6 +176,7 @@ class Report:
         facts: what else is printed, e.g. numbers of images and boxes.
         categories: the dataset's id of a class -> its name, in the order of the contiguous ids.
         images: file name -> digest of the pixels, or the file's real path where pixels were not read.
+        statistics: what the images and objects are like; None where they were not looked at.
     """
 
     def __init__(self, name: str) -> None:
@@ -183,6 +186,7 @@ class Report:
         self.facts: dict[str, Any] = {}
         self.categories: dict[int, str] = {}
         self.images: dict[str, str] = {}
+        self.statistics: Statistics | None = None
 
     def add(self, kind: str, file: str, record: str = "", field: str = "", value: Any = "") -> None:
         """Counts a finding; `value` is shown as JSON would, cut where long."""
@@ -243,6 +247,7 @@ class Report:
                 {"severity": KINDS[finding.kind].severity, **dataclasses.asdict(finding)} for finding in self.findings
             ],
             "images": self.images,
+            "statistics": None if self.statistics is None else dataclasses.asdict(self.statistics),
         }
 
     @classmethod
@@ -253,16 +258,19 @@ class Report:
         report.categories = {item["id"]: item["name"] for item in content["categories"]}
         report.counts.update(content["counts"])
         report.images = content["images"]
+        if content["statistics"] is not None:
+            report.statistics = Statistics(**content["statistics"])
         for item in content["findings"]:
             report.findings.append(Finding(**{k: v for k, v in item.items() if k != "severity"}))
         return report
 
 
-def reports_as_json(reports: Sequence[Report], strict: bool) -> str:
-    """The reports as JSON text: all findings, and how many of them stop a training."""
-    datasets = [{k: v for k, v in report.as_dict().items() if k != "images"} for report in reports]
+def reports_as_json(reports: Sequence[Report], strict: bool, advice: Sequence[str] = ()) -> str:
+    """The reports as JSON text: all findings, how many of them stop a training, and advice on the data as a whole."""
+    left_out = ("images", "statistics")
+    datasets = [{k: v for k, v in report.as_dict().items() if k not in left_out} for report in reports]
     refused = sum(report.refused(strict) for report in reports)
-    content = {"refused": refused, "strict": strict, "datasets": datasets}
+    content = {"refused": refused, "strict": strict, "advice": list(advice), "datasets": datasets}
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 

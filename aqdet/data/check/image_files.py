@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...runtime.image import EXIF_ORIENTATION, decode_image
+from .statistics import colours_of
 
 __all__ = ["ScannedImage", "scan_images"]
 
@@ -43,6 +44,7 @@ class ScannedImage:
         width, height: in pixels after the turn that EXIF asks for; 0 if the file was not opened.
         turned: whether that turn swaps width and height.
         digest: of the decoded pixels; empty if they were not read.
+        colours: as :func:`aqdet.data.check.statistics.colours_of` gives them; empty if pixels were not read.
         findings: pairs of a kind and a value.
     """
 
@@ -51,6 +53,7 @@ class ScannedImage:
     turned: bool = False
     digest: str = ""
     findings: tuple[tuple[str, str], ...] = ()
+    colours: tuple[float, ...] = ()
 
 
 def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> list[ScannedImage]:
@@ -90,16 +93,17 @@ def _scan(path: str, depth: str) -> ScannedImage:
             findings = _header_findings(image, path)
             turned = _orientation(image, depth) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
-        digest = ""
+        digest, colours = "", tuple[float, ...]()
         if depth == "pixels" and not any(kind == "image-mode" for kind, _ in findings):
             pixels = decode_image(path, "RGB")
             height, width = pixels.shape[:2]
             digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+            colours = colours_of(pixels)
     except Exception as error:  # a damaged file can raise anything in a decoder
         return ScannedImage(findings=(("image-unreadable", f"{type(error).__name__}: {error}"),))
     if turned:
         findings.append(("image-turned", f"{width}x{height}"))
-    return ScannedImage(width, height, turned, digest, tuple(findings))
+    return ScannedImage(width, height, turned, digest, tuple(findings), colours)
 
 
 def _orientation(image: Image.Image, depth: str) -> int:

@@ -35,6 +35,7 @@ class ImageRecords:
 
     Attributes:
         known: the usable images by their id.
+        colours: what :func:`aqdet.data.check.statistics.colours_of` says of each image whose pixels were read.
     """
 
     def __init__(self, source: Source, report: Report, *, pixels: bool) -> None:
@@ -43,6 +44,7 @@ class ImageRecords:
         self.pixels = pixels
         self.folder = ImageFolder(source.image_root)
         self.known: dict[int, UsableImage] = {}
+        self.colours: list[tuple[float, ...]] = []
         self._ids: set[int] = set()
 
     def check(self) -> list[dict[str, Any]]:
@@ -68,6 +70,8 @@ class ImageRecords:
             size = self._image_size(place, name, stated, file)
             self.known[key] = UsableImage(name, size)
             self.report.images[name] = file.digest or self.folder.real_path(name)
+            if file.colours:
+                self.colours.append(file.colours)
             width, height = size or (0, 0)
             usable.append({"id": key, "file_name": name, "width": width, "height": height})
         self._same_pixels()

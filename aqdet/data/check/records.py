@@ -16,6 +16,7 @@ from .annotation_records import AnnotationRecords
 from .findings import Report
 from .image_files import scan_images
 from .image_records import ImageRecords
+from .statistics import Statistics
 
 __all__ = ["check_labelled_images", "check_source", "find_shared_images"]
 
@@ -53,7 +54,9 @@ def check_source(source: Source, report: Report, *, pixels: bool) -> dict[str, A
         "boxes": sum(not a["iscrowd"] for a in usable_annotations),
         "crowd regions": sum(a["iscrowd"] for a in usable_annotations),
     }
-    return {"images": usable_images, "annotations": usable_annotations, "categories": categories}
+    content = {"images": usable_images, "annotations": usable_annotations, "categories": categories}
+    report.statistics = Statistics.of(content, images.colours)
+    return content
 
 
 def check_labelled_images(source: Source, report: Report, *, pixels: bool) -> None:

@@ -1,0 +1,183 @@
+"""
+Which objects a detector can learn: what its config's anchors, or points, reach after the config's resize.
+
+Shape shorthand:
+    N: objects
+    L: levels of the pyramid that the head reads
+    A: anchors at a location
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+
+__all__ = ["Matcher", "resize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """A level's stride, and the (width, height) of its anchors at each location: (A, 2); both in pixels."""
+
+    stride: int
+    shapes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Matcher:
+    """
+    The places that a detector predicts boxes from, and how near an object has to be to one.
+
+    Attributes:
+        levels: of the pyramid, the finest first.
+        offset: of the first location, in strides.
+        threshold: IoU below which an anchor is background for an object, but for the one that overlaps it best; None
+            for a detector of points (FCOS).
+        radius: how far a point may be from an object's centre, in strides.
+    """
+
+    levels: tuple[_Level, ...]
+    offset: float
+    threshold: float | None
+    radius: float = 0.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, *, scale: float = 1.0, ratios: Sequence[float] | None = None) -> Matcher | None:
+        """
+        Reads a config.
+
+        Args:
+            cfg: the config.
+            scale: factor of the anchors' sizes, to try others.
+            ratios: heights by widths of the anchors; None for the config's.
+
+        Returns:
+            the matcher; None for an architecture without boxes, or whose levels the names do not tell.
+        """
+        model = cfg.MODEL
+        name = model.META_ARCHITECTURE.removeprefix("Quant")
+        if name not in ("RetinaNet", "FCOS", "GeneralizedRCNN", "ProposalNetwork"):
+            return None
+        if name != "FCOS" and model.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
+            return None
+        node = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(name, "RPN")
+        strides = [_stride(feature) for feature in model[node].IN_FEATURES]
+        if None in strides:
+            return None
+        if name == "FCOS":
+            levels = tuple(_Level(stride, np.full((1, 2), stride)) for stride in strides if stride)
+            return cls(levels, 0.5, None, model.FCOS.CENTER_SAMPLING_RADIUS)
+        anchors = model.ANCHOR_GENERATOR
+        sizes = _per_level(anchors.SIZES, len(strides))
+        all_ratios = [list(ratios)] * len(strides) if ratios else _per_level(anchors.ASPECT_RATIOS, len(strides))
+        levels = tuple(
+            _Level(stride, _anchor_shapes([scale * size for size in level_sizes], level_ratios))
+            for stride, level_sizes, level_ratios in zip(strides, sizes, all_ratios, strict=True)
+            if stride
+        )
+        return cls(levels, anchors.OFFSET, model[node].IOU_THRESHOLDS[0])
+
+    def is_matched(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """
+        Tells which objects the detector can learn.
+
+        Args:
+            boxes: x, y, width, height in pixels of the network's input: (N, 4).
+            sizes: width and height of their images: (N, 2).
+
+        Returns:
+            whether an anchor overlaps the object by the threshold, or a point is given it: (N,).
+        """
+        if self.threshold is not None:
+            return self.best_overlap(boxes, sizes) >= self.threshold
+        return self._has_point(boxes, sizes)
+
+    def best_overlap(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """The largest IoU of each object with an anchor: (N,)."""
+        best = np.zeros(len(boxes))
+        centers = boxes[:, :2] + boxes[:, 2:] / 2
+        for level in self.levels:
+            # Of anchors of one shape the one whose centre is nearest overlaps most: sides are independent.
+            cells = np.clip(np.round(centers / level.stride - self.offset), 0, np.ceil(sizes / level.stride) - 1)
+            away = np.abs((cells + self.offset) * level.stride - centers)
+            for shape in level.shapes:
+                inner = np.minimum((shape + boxes[:, 2:]) / 2 - away, np.minimum(shape, boxes[:, 2:])).clip(0)
+                shared = inner.prod(axis=1)
+                best = np.maximum(best, shared / (shape.prod() + boxes[:, 2:].prod(axis=1) - shared))
+        return best
+
+    def _has_point(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Whether FCOS (as Detectron2 has it) gives an object a point, were it alone in its image: (N,)."""
+        found = np.zeros(len(boxes), dtype=bool)
+        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+        reach = math.ceil(self.radius)
+        for index, level in enumerate(self.levels):
+            stride = level.stride
+            nearest = np.round((low + high) / 2 / stride - self.offset)
+            for dx in range(-reach, reach + 1):
+                for dy in range(-reach, reach + 1):
+                    cells = nearest + (dx, dy)
+                    points = (cells + self.offset) * stride
+                    far = np.abs(points - (low + high) / 2).max(axis=1)
+                    sides = np.concatenate([points - low, high - points], axis=1)
+                    longest = sides.max(axis=1)
+                    fits = (far < self.radius * stride) & (sides.min(axis=1) > 0)
+                    fits &= ((cells >= 0) & (cells < np.ceil(sizes / stride))).all(axis=1)
+                    # The finest level has all smaller objects, the coarsest all larger ones.
+                    fits &= (longest > (4 * stride if index else 0)) & (
+                        (longest < 8 * stride) if index + 1 < len(self.levels) else True
+                    )
+                    found |= fits
+        return found
+
+
+def resize(boxes: np.ndarray, sizes: np.ndarray, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Applies the rule of Detectron2's ``ResizeShortestEdge``.
+
+    Args:
+        boxes: x, y, width, height: (N, 4).
+        sizes: width and height of their images: (N, 2).
+        shortest: that the shorter side becomes; 0 leaves images as they are.
+        longest: that the longer side is at most, even if the shorter one then is less.
+
+    Returns:
+        boxes and sizes in pixels of the network's input.
+    """
+    if not shortest:
+        return boxes, sizes
+    scale = shortest / sizes.min(axis=1)
+    scale = np.minimum(scale, longest / sizes.max(axis=1))
+    resized = np.floor(sizes * scale[:, None] + 0.5).clip(1)
+    factors = resized / sizes
+    return boxes * np.concatenate([factors, factors], axis=1), resized
+
+
+def _stride(feature: str) -> int | None:
+    """The stride of ``p3`` is 8, that of ``res4`` is 16; None for other names."""
+    found = re.fullmatch(r"(p|res)([1-9])", feature)
+    return None if found is None else 2 ** int(found[2])
+
+
+def _per_level(values: Sequence, num_levels: int) -> list[list[float]]:
+    """Detectron2's rule for SIZES and ASPECT_RATIOS: a list a level, one for all, or a plain list for all."""
+    if not isinstance(values[0], list | tuple):
+        return [list(values)] * num_levels
+    if len(values) == 1:
+        return [list(values[0])] * num_levels
+    if len(values) != num_levels:
+        raise ValueError(
+            f"MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS need one list, or {num_levels} as there are levels, got "
+            f"{len(values)}"
+        )
+    return [list(level) for level in values]
+
+
+def _anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
+    shapes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for size in sizes for ratio in ratios]
+    return np.array(shapes, dtype=np.float64).reshape(-1, 2)
