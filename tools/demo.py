@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 from aqdet.utils.arguments import file_to_read, number
 
 if TYPE_CHECKING:
-    from aqdet.visualization.demo import Summary
+    from aqdet.runtime.media import Summary
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", type=file_to_read, required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help="images, videos, folders of them, or glob patterns")
+    source.add_argument("--input", nargs="+", help="images, videos, folders of them, glob patterns, URLs of streams")
     source.add_argument("--video-input", type=file_to_read, metavar="FILE", help="a video")
-    source.add_argument("--webcam", action="store_true", help="the first camera, shown in a window")
+    source.add_argument("--webcam", action="store_true", help="the first camera; Escape or Ctrl-C ends it")
     parser.add_argument("--output", help="folder, or file for one input; without it a window is opened")
     parser.add_argument(
         "--confidence-threshold", type=number(0, 1), default=0.5, help="least score drawn (default: %(default)s)"
@@ -40,21 +40,21 @@ def run(args: argparse.Namespace) -> Summary:
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes
     from aqdet.engine import check_config, fit_to_machine
-    from aqdet.visualization.demo import Demo, find_sources, has_display, output_paths, run_on_files, run_on_webcam
+    from aqdet.runtime.media import MediaLoop, has_display
+    from aqdet.runtime.sources import find_sources, output_paths
+    from aqdet.visualization.demo import Demo
 
-    if args.webcam and args.output:
-        raise ValueError("--output is for files: --webcam is shown in a window")
     if not args.output and not has_display():
         raise ValueError("there is no display to open a window on: say where to write with --output")
+    inputs = ["0"] if args.webcam else [args.video_input] if args.video_input else args.input
+    sources, _ = find_sources(inputs, args.output)
+    outputs = output_paths(sources, args.output) if args.output else None
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     fit_to_machine(cfg)
     complete_num_classes(cfg)
-    if args.webcam:
-        return run_on_webcam(Demo(cfg, args.confidence_threshold))
-    sources = find_sources([args.video_input] if args.video_input else args.input, args.output)
-    outputs = output_paths(sources, args.output) if args.output else None
-    return run_on_files(Demo(cfg, args.confidence_threshold), sources, outputs)
+    loop = MediaLoop(Demo(cfg), threshold=args.confidence_threshold, show=outputs is None)
+    return loop.run(sources, outputs)
 
 
 def main() -> None:
@@ -71,9 +71,11 @@ def main() -> None:
         f"{summary.detections} detections in {summary.images} images and {summary.videos} videos "
         f"({summary.frames} frames){where}"
     )
+    for note in summary.notes:
+        print(f"note: {note}")
     if summary.unreadable:
         lines = "\n".join(f"  {line}" for line in summary.unreadable)
-        sys.exit(f"{len(summary.unreadable)} inputs could not be read, or not whole:\n{lines}")
+        sys.exit(f"{len(summary.unreadable)} inputs could not be read:\n{lines}")
 
 
 if __name__ == "__main__":

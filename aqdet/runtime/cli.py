@@ -1,263 +1,201 @@
-"""Draws what an exported detector finds in images, folders of images and videos."""
+"""Runs an exported detector on images, folders of images, videos, cameras and network streams.
+
+Draws what it finds (--output, --show), and writes it as COCO results (--json) and as a table (--csv). A camera is
+given by its number, a stream by its URL (rtsp://..., http://...); Ctrl-C ends it. The exit status is 1 if something
+could not be read, or a self-test failed, and 2 if the request cannot be met.
+"""
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
-import dataclasses
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
-from .detector import Detector
-from .draw import draw
-from .image import read_image
+from ..utils.arguments import file_to_read, file_to_write, integer, number
 
-IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+if TYPE_CHECKING:
+    from .decode import Detections
+    from .detector import Detector
+    from .media import Draw, Records, Summary
+    from .sources import Source
+
 UNREADABLE = 1
 USER_ERROR = 2
-_SECONDS_BETWEEN_LINES = 5.0
-_DEFAULT_THRESHOLD = 0.5
-_DEFAULT_FPS = 25.0
+STOPPED = 130
+DEFAULT_THRESHOLD = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A file to read and the one to write."""
+class DrawnDetector:
+    """An exported detector as the media loop takes it."""
 
-    source: Path
-    target: Path
+    def __init__(self, detector: Detector) -> None:
+        self._detector = detector
 
-    @property
-    def is_video(self) -> bool:
-        return self.source.suffix.lower() in VIDEO_ENDINGS
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """Finds objects in images."""
+        return self._detector.detect(images)
 
+    def drawer(self, is_video: bool) -> Draw:
+        """Returns the function that draws detections into an image."""
+        from .draw import draw
 
-class Lines:
-    """Progress in plain lines, where tqdm is not installed."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._start = self._printed = time.monotonic()
-
-    def update(self, steps: int = 1) -> None:
-        """Counts steps; a line now and then."""
-        self._done += steps
-        now = time.monotonic()
-        if now - self._printed < _SECONDS_BETWEEN_LINES:
-            return
-        self._printed = now
-        left = max(self._total - self._done, 0) * (now - self._start) / self._done
-        print(f"{self._done} of {self._total}, ETA {int(left) // 60}:{int(left) % 60:02d} min", file=sys.stderr)
-
-    def close(self) -> None:
-        """Nothing is held."""
+        return lambda image, found: draw(image, found, self._detector.classes)
 
 
-def make_progress(total: int) -> Any:
-    """tqdm's bar if it is installed, else :class:`Lines`."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return Lines(total)
-    return tqdm(total=total, unit="image", file=sys.stderr)
-
-
-def plan_jobs(inputs: Sequence[str], output: str) -> tuple[list[Job], int]:
-    """What to read and where to write it.
-
-    ``output`` is a file if there is one input file and it has the ending of an image or a video, else a
-    folder, which keeps the structure of input folders. Videos become ``.mp4``.
-
-    Returns:
-        the jobs, and the number of files in input folders that are neither image nor video.
-
-    Raises:
-        FileNotFoundError: if an input does not exist.
-        ValueError: if there is nothing to do, two inputs would be written to one file, or a result would
-            replace an input or be one the next time.
-    """
-    target, jobs, others = Path(output), [], 0
-    known = IMAGE_ENDINGS + VIDEO_ENDINGS
-    for given in map(Path, inputs):
-        if given.is_dir():
-            if target.resolve().is_relative_to(given.resolve()):
-                raise ValueError(f"--output {target} lies in the input {given}: choose a place outside it")
-            files = sorted(path for path in given.rglob("*") if path.is_file())
-            media = [path for path in files if path.suffix.lower() in known]
-            others += len(files) - len(media)
-            jobs += [_make_job(path, target / path.relative_to(given)) for path in media]
-        elif given.is_file():
-            jobs.append(_make_job(given, target / given.name))
-        else:
-            raise FileNotFoundError(f"{given} does not exist")
-    if not jobs:
-        raise ValueError(f"no image or video in {', '.join(inputs)} (endings: {' '.join(known)})")
-    if len(jobs) == 1 and Path(inputs[0]).is_file() and target.suffix.lower() in known and not target.is_dir():
-        jobs = [Job(jobs[0].source, target)]
-        if jobs[0].is_video != (target.suffix.lower() in VIDEO_ENDINGS):
-            raise ValueError(f"--output {target}: {jobs[0].source} is {'a video' if jobs[0].is_video else 'an image'}")
-    _check_targets(jobs)
-    return jobs, others
-
-
-def _make_job(source: Path, target: Path) -> Job:
-    ending = source.suffix.lower()
-    if ending in VIDEO_ENDINGS:
-        return Job(source, target.with_suffix(".mp4"))
-    return Job(source, target if ending in IMAGE_ENDINGS else target.with_suffix(".png"))
-
-
-def _check_targets(jobs: Sequence[Job]) -> None:
-    count = collections.Counter(job.target.resolve() for job in jobs)
-    sources = {(stat.st_dev, stat.st_ino): job.source for job in jobs for stat in [job.source.stat()]}
-    for job in jobs:
-        if count[job.target.resolve()] > 1:
-            raise ValueError(f"several inputs would be written to {job.target}, {job.source} among them: rename one")
-        if job.target.exists():
-            stat = job.target.stat()
-            if (stat.st_dev, stat.st_ino) in sources:
-                raise ValueError(f"--output would replace the input {job.target}: choose another place")
-
-
-def draw_image(job: Job, annotate: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Reads an image and writes the annotated one aside, then in place.
-
-    Raises:
-        ValueError: if the image cannot be read.
-    """
-    image = annotate(read_image(job.source))
-    encoded, data = cv2.imencode(job.target.suffix, image)
-    if not encoded:
-        raise OSError(f"{job.target}: OpenCV cannot write {job.target.suffix}")
-    aside = job.target.with_name(job.target.name + ".part")
-    aside.write_bytes(data.tobytes())
-    os.replace(aside, job.target)
-
-
-def draw_video(job: Job, annotate: Callable[[np.ndarray], np.ndarray]) -> int:
-    """Reads a video and writes the annotated one, without sound, aside, then in place.
-
-    Returns:
-        the number of frames.
-
-    Raises:
-        ValueError: if the video cannot be read.
-    """
-    capture = cv2.VideoCapture(str(job.source))
-    there, frame = capture.read()
-    if not there:
-        raise ValueError(f"{job.source}: not a video that OpenCV can read")
-    aside = job.target.with_name(f"{job.target.stem}.part{job.target.suffix}")
-    fps = capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_FPS
-    codec = cv2.VideoWriter.fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(aside), codec, fps, (frame.shape[1], frame.shape[0]))
-    if not writer.isOpened():
-        raise OSError(f"{job.target}: OpenCV cannot write this video: name an .mp4 file")
-    frames = 0
-    try:
-        while there:
-            writer.write(annotate(frame))
-            frames += 1
-            there, frame = capture.read()
-    except BaseException:
-        writer.release()
-        aside.unlink()
-        raise
-    finally:
-        capture.release()
-    writer.release()
-    os.replace(aside, job.target)
-    return frames
-
-
-def count_frames(job: Job) -> int:
-    """Frames that a video's header states, 1 for an image."""
-    if not job.is_video:
-        return 1
-    capture = cv2.VideoCapture(str(job.source))
-    frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    capture.release()
-    return max(frames, 1)
-
-
-def run(detector: Detector, jobs: Sequence[Job], threshold: float) -> list[str]:
-    """Does all jobs; prints progress and a summary.
-
-    Args:
-        detector: to run.
-        jobs: what to read and write.
-        threshold: score from which a box is drawn.
-
-    Returns:
-        a line for each file that could not be read.
-    """
-    for job in jobs:
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-    frames_of = [count_frames(job) for job in jobs]
-    unreadable, notes, drawn, highest = [], [], 0, 0.0
-
-    def annotate(image: np.ndarray) -> np.ndarray:
-        nonlocal drawn, highest
-        found = detector(image)
-        highest = max([highest, *found.scores.tolist()])
-        found = found.select(found.scores >= threshold)
-        drawn += len(found)
-        progress.update(1)
-        return draw(image, found, detector.classes)
-
-    with contextlib.closing(make_progress(sum(frames_of))) as progress:
-        for job, expected in zip(jobs, frames_of, strict=True):
-            try:
-                if not job.is_video:
-                    draw_image(job, annotate)
-                elif (frames := draw_video(job, annotate)) < expected:
-                    notes.append(f"{job.source}: read {frames} of the {expected} frames that its header states")
-            except ValueError as error:
-                unreadable.append(str(error))
-                progress.update(expected)
-    print(f"{len(jobs) - len(unreadable)} of {len(jobs)} files, {drawn} objects with a score of at least {threshold:g}")
-    if not drawn and len(unreadable) < len(jobs):
-        print(f"nothing was drawn: the highest score was {highest:.3f}, see --threshold")
-    for note in notes:
-        print(f"note: {note}")
-    return unreadable
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 1 if a file could not be read, with 2 if the request cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m aqdet.runtime", description=__doc__)
+def make_parser(prog: str = "python -m aqdet.runtime") -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", metavar="DIR", help="exported detector")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, video, or folder (with its subfolders)")
-    parser.add_argument("--output", required=True, help="file for one image or video (.mp4), folder for several")
-    parser.add_argument("--threshold", type=float, help=f"lowest score to draw, default {_DEFAULT_THRESHOLD}")
-    parser.add_argument("--threads", type=int, help="of the network; ONNX Runtime chooses if absent")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="image, video, folder (with its subfolders), pattern, camera, URL"
+    )
+    parser.add_argument("--self-test", action="store_true", help="compare this machine with the export, and end")
+    out = parser.add_argument_group("output (at least one)")
+    out.add_argument("--output", metavar="PATH", help="drawn pictures: a folder, or a file for one input")
+    out.add_argument("--show", action="store_true", help="drawn pictures in a window; Escape stops")
+    out.add_argument("--json", type=file_to_write, metavar="FILE", help="detections as COCO results")
+    out.add_argument("--csv", type=file_to_write, metavar="FILE", help="detections as a table, a row each")
+    out.add_argument(
+        "--annotations", type=file_to_read, metavar="FILE", help="COCO annotations with the image ids for --json"
+    )
+    how = parser.add_argument_group("detection (by default as exported)")
+    how.add_argument(
+        "--threshold",
+        type=number(0, 1),
+        help=f"lowest score, default {DEFAULT_THRESHOLD}; for --json that of the export, as evaluation needs it",
+    )
+    how.add_argument("--nms-threshold", type=number(0, 1), metavar="IOU", help="overlap above which a box is left out")
+    how.add_argument("--max-detections", type=integer(1), metavar="N", help="of an image")
+    how.add_argument(
+        "--size", type=integer(0), metavar="PIXELS", help="of the shorter edge; 0 leaves images as they are"
+    )
+    run = parser.add_argument_group("execution")
+    run.add_argument("--batch", type=integer(1), default=1, metavar="N", help="images at once (default: %(default)s)")
+    run.add_argument("--threads", type=integer(1), metavar="N", help="of the network; ONNX Runtime chooses if absent")
+    run.add_argument(
+        "--provider", default="CPUExecutionProvider", help="of ONNX Runtime (default: %(default)s)", metavar="NAME"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m aqdet.runtime") -> None:
+    """The command line; ends the process with the status that the module's text states unless all is well."""
+    parser = make_parser(prog)
     args = parser.parse_args(arguments)
+    if not args.self_test:
+        _check_arguments(parser, args)
     try:
-        detector = Detector(args.folder, threads=args.threads)
-        lowest = detector.description.score_threshold
-        threshold = max(_DEFAULT_THRESHOLD, lowest) if args.threshold is None else args.threshold
-        if not lowest <= threshold <= 1:
-            raise ValueError(
-                f"--threshold must be from {lowest:g}, below which {args.folder} finds nothing, to 1, got {threshold:g}"
-            )
-        jobs, others = plan_jobs(args.inputs, args.output)
-        if others:
-            print(f"{others} files that are neither image nor video are passed over")
-        unreadable = run(detector, jobs, threshold)
+        status = _self_test(args) if args.self_test else _detect(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    if len(unreadable) < len(jobs):
-        print(f"written to {args.output}")
-    if unreadable:
-        print(f"error: {len(unreadable)} files could not be read:", *unreadable, sep="\n  ", file=sys.stderr)
-        sys.exit(UNREADABLE)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(STOPPED)
+    if status:
+        sys.exit(status)
+
+
+def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.inputs:
+        parser.error("INPUT: name an image, video, folder, camera or URL")
+    if not (args.output or args.show or args.json or args.csv):
+        parser.error("nothing would come out: give --output, --show, --json or --csv")
+    if args.annotations and not args.json:
+        parser.error("--annotations has the image ids for --json, which is not given")
+
+
+def _self_test(args: argparse.Namespace) -> int:
+    """Prints a line a comparison; the exit status."""
+    from .golden import self_test
+
+    checks = self_test(args.folder, threads=args.threads, provider=args.provider)
+    for check in checks:
+        print(f"{'ok    ' if check.passed else 'FAILED'} {check.what}: {check.text}")
+    failed = sum(not check.passed for check in checks)
+    print(f"{len(checks) - failed} of {len(checks)} checks passed")
+    return UNREADABLE if failed else 0
+
+
+def _detect(args: argparse.Namespace) -> int:
+    """Detects, writes, and prints a summary; the exit status."""
+    from .media import MediaLoop, has_display
+    from .sources import find_sources, output_paths
+
+    sources, others = find_sources(args.inputs, args.output)
+    outputs = output_paths(sources, args.output) if args.output else None
+    if args.show and not has_display():
+        raise ValueError("--show: there is no display to open a window on")
+    detector = _load(args)
+    threshold = DEFAULT_THRESHOLD if args.threshold is None else args.threshold
+    if others:
+        print(f"{others} files that are neither image nor video are passed over")
+    with contextlib.ExitStack() as stack:
+        records = _open_records(args, detector, sources, threshold, stack)
+        loop = MediaLoop(
+            DrawnDetector(detector), threshold=threshold, show=args.show, records=records, batch=args.batch
+        )
+        summary = loop.run(sources, outputs)
+    _print_summary(summary, len(sources), threshold, args)
+    return UNREADABLE if summary.unreadable else 0
+
+
+def _load(args: argparse.Namespace) -> Detector:
+    from .detector import Detector
+    from .folder import read_description
+
+    # Lower than the export's where that is asked for; what is higher is filtered later, and its highest score known.
+    lowest = None
+    if args.threshold is not None and args.threshold < read_description(args.folder).score_threshold:
+        lowest = args.threshold
+    return Detector(
+        args.folder,
+        threads=args.threads,
+        provider=args.provider,
+        score_threshold=lowest,
+        nms_threshold=args.nms_threshold,
+        max_detections=args.max_detections,
+        size=args.size,
+    )
+
+
+def _open_records(
+    args: argparse.Namespace,
+    detector: Detector,
+    sources: Sequence[Source],
+    threshold: float,
+    stack: contextlib.ExitStack,
+) -> list[Records]:
+    from .records import coco_results, csv_rows, read_image_ids
+
+    records: list[Records] = []
+    if args.json:
+        ids = read_image_ids(args.annotations, sources) if args.annotations else {}
+        lowest = args.threshold or 0.0
+        records.append(stack.enter_context(coco_results(args.json, detector.description, lowest, ids)))
+    if args.csv:
+        records.append(stack.enter_context(csv_rows(args.csv, detector.description, threshold)))
+    return records
+
+
+def _print_summary(summary: Summary, number_of_sources: int, threshold: float, args: argparse.Namespace) -> None:
+    print(
+        f"{summary.images + summary.videos} of {number_of_sources} inputs, {summary.images + summary.frames} images, "
+        f"{summary.detections} objects with a score of at least {threshold:g}"
+    )
+    if not summary.detections and summary.images + summary.frames:
+        print(f"nothing was found: the highest score was {summary.highest:.3f}, see --threshold")
+    for note in summary.notes:
+        print(f"note: {note}")
+    written = [place for place in (args.output, args.json, args.csv) if place]
+    if written and summary.images + summary.frames:
+        print(f"written to {', '.join(written)}")
+    if summary.unreadable:
+        lines = summary.unreadable
+        print(f"error: {len(lines)} inputs could not be read:", *lines, sep="\n  ", file=sys.stderr)

@@ -32,8 +32,12 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __getitem__(self, index: np.ndarray) -> Detections:
+        """The detections at indices or where a mask holds."""
+        return self.select(index)
+
     def select(self, index: np.ndarray) -> Detections:
-        """Those at indices or where a mask holds."""
+        """The detections at indices or where a mask holds."""
         return Detections(self.boxes[index], self.scores[index], self.classes[index])
 
 

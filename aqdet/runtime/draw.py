@@ -5,8 +5,8 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from .decode import Detections
 
@@ -16,22 +16,24 @@ _GOLDEN_RATIO = 0.618034
 
 def draw(image: np.ndarray, detections: Detections, classes: Sequence[str]) -> np.ndarray:
     """A copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and its score; the surest on top."""
-    canvas = np.ascontiguousarray(image).copy()
+    canvas = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+    pen = ImageDraw.Draw(canvas)
     unit = max(min(image.shape[:2]) / 500, 0.6)
-    thickness = max(round(2 * unit), 1)
+    font = ImageFont.load_default(15 * unit)
     for index in reversed(range(len(detections))):
         name, score = classes[detections.classes[index]], detections.scores[index]
+        # Pillow refuses corners in the wrong order, and a box may be as thin as a rounding.
         x1, y1, x2, y2 = (round(float(edge)) for edge in detections.boxes[index])
         colour = _colour(int(detections.classes[index]))
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness)
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=max(round(2 * unit), 1))
         text = f"{name} {score:.2f}"
-        (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5 * unit, 1)
-        bottom = max(y1, height + below)
-        cv2.rectangle(canvas, (x1, bottom - height - below), (x1 + width, bottom), colour, -1)
-        cv2.putText(canvas, text, (x1, bottom - below), cv2.FONT_HERSHEY_SIMPLEX, 0.5 * unit, (0, 0, 0), 1, cv2.LINE_AA)
-    return canvas
+        _, _, right, bottom = (round(edge) for edge in pen.textbbox((0, 0), text, font=font))
+        y = max(y1 - bottom, 0)
+        pen.rectangle((x1, y, x1 + right, y + bottom), fill=colour)
+        pen.text((x1, y), text, fill=(0, 0, 0), font=font)
+    return np.ascontiguousarray(np.asarray(canvas)[:, :, ::-1])
 
 
 def _colour(cls: int) -> tuple[int, int, int]:
     red, green, blue = colorsys.hsv_to_rgb(cls * _GOLDEN_RATIO % 1, 0.7, 1)
-    return round(255 * blue), round(255 * green), round(255 * red)
+    return round(255 * red), round(255 * green), round(255 * blue)

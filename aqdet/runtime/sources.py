@@ -1,0 +1,153 @@
+"""Where pictures come from and go to: images, folders of them, videos, cameras and network streams."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from ..utils.files import IMAGE_ENDINGS
+
+VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+WRITTEN_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+WRITTEN_VIDEO = ".mp4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Something to read pictures from.
+
+    Attributes:
+        name: Path of a file, URL of a stream, or number of a camera, as it was given.
+        kind: A video ends and each of its frames counts; a live stream goes on until it is stopped, and frames that
+            come while the detector is busy are passed over.
+        target: Where its picture goes, relative to the output folder.
+    """
+
+    name: str
+    kind: Literal["image", "video", "stream"]
+    target: Path
+
+
+def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list[Source], int]:
+    """Finds what the inputs name: files, folders with what is below them, glob patterns, URLs and cameras, each once.
+
+    Args:
+        inputs: A whole number that is no file is a camera.
+        output: Where pictures are written. If it lies in a folder that is read, it is passed over, since it may hold
+            the pictures of an earlier run.
+
+    Returns:
+        The sources, and the number of files in input folders that are neither images nor videos by their names.
+
+    Raises:
+        ValueError: in one line, if an input leads to nothing, or two would be written to one file.
+    """
+    found: dict[str, Source] = {}
+    others = 0
+    for text in inputs:
+        live = _stream(text)
+        if live is not None:
+            found.setdefault(text, live)
+            continue
+        path = Path(text).expanduser()
+        if path.is_dir():
+            pairs, left_out = _in_folder(path, output)
+            others += left_out
+        else:
+            matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
+            pairs = [(p, Path(p.name)) for p in matches if p.is_file()]
+            if not pairs:
+                raise ValueError(f"input {text!r}: no such file or folder, and no match as a pattern")
+        for file, target in pairs:
+            found.setdefault(str(file.resolve()), _file(file, target))
+    if not found:
+        endings = " ".join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
+        raise ValueError(f"no image or video in {', '.join(inputs)} (endings: {endings})")
+    sources = list(found.values())
+    taken: dict[Path, Source] = {}
+    for source in sources:
+        other = taken.setdefault(source.target, source)
+        if other is not source:
+            raise ValueError(
+                f"inputs {other.name!r} and {source.name!r} would both be written to {str(source.target)!r}: run each "
+                "with an --output of its own"
+            )
+    return sources, others
+
+
+def _stream(text: str) -> Source | None:
+    """A camera or a network stream; None if the text is the name of a file."""
+    if re.fullmatch(r"\d+", text) and not os.path.exists(text):
+        return Source(text, "stream", Path(f"camera_{text}{WRITTEN_VIDEO}"))
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        return None
+    url = urlsplit(text)
+    path = Path(url.path)
+    # A file that is fetched over the network ends, and is not watched live.
+    kind: Literal["video", "stream"] = "video" if path.suffix.lower() in VIDEO_ENDINGS else "stream"
+    stem = re.sub(r"[^\w.-]+", "_", f"{url.hostname or ''}_{path.stem}").strip("_")
+    return Source(text, kind, Path(f"{stem or 'stream'}{WRITTEN_VIDEO}"))
+
+
+def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]], int]:
+    """Images and videos below a folder with their paths in it, and the number of other files."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    if output is not None and folder.resolve() in Path(output).resolve().parents:
+        written = Path(output).resolve()
+        files = [path for path in files if not path.resolve().is_relative_to(written)]
+    media = [path for path in files if path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS)]
+    return [(path, path.relative_to(folder)) for path in media], len(files) - len(media)
+
+
+def _file(path: Path, target: Path) -> Source:
+    if path.suffix.lower() in VIDEO_ENDINGS:
+        return Source(str(path), "video", target.with_suffix(WRITTEN_VIDEO))
+    keeps = target.suffix.lower() in WRITTEN_IMAGES
+    return Source(str(path), "image", target if keeps else target.with_suffix(".png"))
+
+
+def output_paths(sources: Sequence[Source], output: str) -> list[Path]:
+    """Where the picture of each source is written: below a folder, or, for a single source, a file.
+
+    A name with an ending is a file unless a folder of that name exists or a slash follows it.
+
+    Raises:
+        ValueError: in one line, if the file cannot be written in that format, there are several sources for it, or an
+            input would be replaced.
+    """
+    target = Path(output)
+    ending = target.suffix.lower()
+    is_file = bool(re.fullmatch(r"\.[a-z][a-z0-9]{1,4}", ending)) and not (output.endswith("/") or target.is_dir())
+    if is_file:
+        if ending not in (*WRITTEN_IMAGES, WRITTEN_VIDEO):
+            raise ValueError(
+                f"--output {output!r}: pictures are written as {', '.join(WRITTEN_IMAGES)}, videos as .mp4"
+            )
+        if len(sources) > 1:
+            raise ValueError(f"--output {output!r} is one file, for {len(sources)} inputs: name a folder")
+        if (sources[0].kind == "image") == (ending == WRITTEN_VIDEO):
+            raise ValueError(f"--output {output!r}: {sources[0].name} is {_a(sources[0].kind)}")
+    paths = [target] if is_file else [target / source.target for source in sources]
+    read = collections.defaultdict(str, {_identity(s.name): s.name for s in sources if os.path.isfile(s.name)})
+    for path in paths:
+        if path.exists() and read[_identity(path)]:
+            raise ValueError(f"--output {output!r} would replace the input {str(path)!r}: name another place")
+    return paths
+
+
+def _a(kind: str) -> str:
+    return {"image": "an image, which is not written as .mp4", "video": "a video, which is written as .mp4"}.get(
+        kind, "a stream, which is written as .mp4"
+    )
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
