@@ -25,8 +25,8 @@ from aqdet.quantization import quantizers, set_quantization
 from aqdet.runtime import Detector, read_description, write_description
 from aqdet.runtime.detector import LevelOutputs
 from aqdet.runtime.folder import DESCRIPTION, MODEL, Description
+from aqdet.runtime.image import read_image
 from aqdet.runtime.preprocess import make_batch as make_runtime_batch
-from aqdet.runtime.preprocess import read_image
 
 EAGER, ORT_FLOAT = "PyTorch eager", "ONNX Runtime float32"
 
