@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .dorefa import DoReFaInputQuantizer, DoReFaWeightQuantizer
-from .lqnet import LQNetQuantizer
-from .lsq import LSQQuantizer
-from .lsqplus import LSQPlusQuantizer
-from .n2uq import N2UQQuantizer
-from .pact import PACTQuantizer
+from .methods.dorefa import DoReFaInputQuantizer, DoReFaWeightQuantizer
+from .methods.lqnet import LQNetQuantizer
+from .methods.lsq import LSQQuantizer
+from .methods.lsqplus import LSQPlusQuantizer
+from .methods.n2uq import N2UQQuantizer
+from .methods.pact import PACTQuantizer
 from .quantizer import Quantizer
 from .spec import QuantSpec
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import SCALE_EPS, floor_scale
+from ..functional import SCALE_EPS, floor_scale
+from ..observer import SMALLEST_FRACTION, Statistics, initial_scale
+from ..quantizer import AffineGrid
+from ..spec import IntegerTensor, QuantSpec
 from .lsq import LSQQuantizer
-from .observer import SMALLEST_FRACTION, Statistics, initial_scale
-from .quantizer import AffineGrid
-from .spec import IntegerTensor, QuantSpec
 
 _NUM_COARSE, _NUM_FINE = 40, 12
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from aqdet.layers import QuantConv2d
 from aqdet.quantization import QuantSpec, build_quantizer, calibrate
-from aqdet.quantization.n2uq import MIN_INTERVAL
+from aqdet.quantization.methods.n2uq import MIN_INTERVAL
 
 signedness = pytest.mark.parametrize("signed", (True, False))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .functional import floor_scale, integer_range
-from .observer import Statistics, initial_scale
-from .quantizer import AffineGrid, Quantizer
-from .spec import QuantSpec
+from ..functional import floor_scale, integer_range
+from ..observer import Statistics, initial_scale
+from ..quantizer import AffineGrid, Quantizer
+from ..spec import QuantSpec
 
 
 class LSQQuantizer(Quantizer):

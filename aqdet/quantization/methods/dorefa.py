@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import SCALE_EPS, broadcast_scale, integer_range
-from .integer import IntegerWeight
-from .observer import Statistics, initial_scale
-from .origin import split_parts
-from .quantizer import AffineGrid, Quantizer
-from .spec import IntegerTensor, QuantSpec
+from ..functional import SCALE_EPS, broadcast_scale, integer_range
+from ..integer import IntegerWeight
+from ..observer import Statistics, initial_scale
+from ..origin import split_parts
+from ..quantizer import AffineGrid, Quantizer
+from ..spec import IntegerTensor, QuantSpec
 
 
 def _levels(w: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> tuple[Tensor, Tensor]:

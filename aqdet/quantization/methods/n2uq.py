@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .functional import count_below, floor_scale, integer_range, sum_by_index
-from .observer import Statistics, initial_scale
-from .quantizer import Quantizer
-from .spec import IntegerTensor, QuantSpec
+from ..functional import count_below, floor_scale, integer_range, sum_by_index
+from ..observer import Statistics, initial_scale
+from ..quantizer import Quantizer
+from ..spec import IntegerTensor, QuantSpec
 
 MIN_INTERVAL = 1e-3
 """Shortest interval, in output steps."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from aqdet.layers import QuantConv2d
 from aqdet.quantization import QuantSpec, build_quantizer, calibrate
-from aqdet.quantization.lsq import LSQQuantizer
+from aqdet.quantization.methods.lsq import LSQQuantizer
 
 
 def signed(bits=4):

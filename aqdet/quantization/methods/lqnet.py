@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import SCALE_EPS, count_below, integer_range, is_recomputing, replace_ste, sum_by_index
-from .observer import Statistics, search_fractions
-from .quantizer import Quantizer
-from .spec import QuantSpec
+from ..functional import SCALE_EPS, count_below, integer_range, is_recomputing, replace_ste, sum_by_index
+from ..observer import Statistics, search_fractions
+from ..quantizer import Quantizer
+from ..spec import QuantSpec
 
 MOMENTUM = 0.9
 REGULARIZER = 1e-4
