@@ -1,10 +1,10 @@
 """Layers of the low-precision detector."""
 
+from ..quantization.lean.norm import normalize
+from ..quantization.lean.pool import max_pool2d
 from .add import QuantAdd, StreamQuantizer, relu_before
 from .conv import QuantConv2d, Site, declare_site, forget_sites, shared_weights
 from .linear import QuantLinear
-from .norm import normalize
-from .pool import max_pool2d
 
 __all__ = [
     "QuantAdd",

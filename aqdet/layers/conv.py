@@ -12,8 +12,8 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from ..quantization import AffineGrid, Quantizer, QuantSpec, build_quantizer, conv2d_fake_quantized
-from ..quantization.integer import IntegerWeight, largest_integer_weight, pack_weight
-from .norm import normalize
+from ..quantization.lean.integer import IntegerWeight, largest_integer_weight, pack_weight
+from ..quantization.lean.norm import normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .integer import IntegerWeight, integer_conv2d
-from .origin import Origin, note_origin, origin_of, split_parts
+from .lean.integer import IntegerWeight, integer_conv2d
+from .lean.recipe import Origin, note_origin, origin_of, split_parts
 
 SCALE_EPS = float(torch.finfo(torch.float32).eps)
 """Floor of every step size: a scale that training drives to zero or below acts as this one."""
@@ -163,7 +163,7 @@ def _reduce_to(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _total(sums: list[Tensor], scale: Tensor) -> Tensor:
-    """The sum for each element of ``scale`` from those of its :func:`~aqdet.quantization.origin.split_parts`."""
+    """The sum for each element of ``scale`` from those of its :func:`~aqdet.quantization.lean.recipe.split_parts`."""
     if len(sums) == 1:
         return sums[0]
     return torch.stack(sums).sum() if scale.dim() == 0 else torch.cat(sums)
@@ -495,7 +495,7 @@ def conv2d_fake_quantized(
         quantize_weight: differentiable function that quantizes ``weight``, called once more in backward
             and therefore without side effects; None if ``weight`` is quantized already.
         weight_parameters: the tensors, besides the weight, with respect to which it is differentiable.
-        integer_weight: the quantized weight from :func:`~aqdet.quantization.integer.pack_weight`, for a float32
+        integer_weight: the quantized weight from :func:`~aqdet.quantization.lean.integer.pack_weight`, for a float32
             convolution in integer arithmetic; equal to the float one but for its rounding.
 
     Returns:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import RULES, broadcast_scale, fake_quantize, quantize, quantize_to_int8
-from .integer import IntegerWeight
+from .lean.integer import IntegerWeight
 from .observer import HistogramObserver, Statistics, tensor_statistics
 from .spec import IntegerTensor, QuantSpec
 

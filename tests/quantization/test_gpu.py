@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.test_norm import METHODS, Block, plain_forward
+from quantization.lean.test_block import METHODS, Block, plain_forward
 from quantization.specs import FOUR_BITS, LATER_FOUR_BITS, LATER_SPECS, SPECS, data, ident, is_uniform, ready
 from torch.utils.checkpoint import checkpoint
 

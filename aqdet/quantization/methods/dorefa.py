@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..functional import SCALE_EPS, broadcast_scale, integer_range
-from ..integer import IntegerWeight
+from ..lean.integer import IntegerWeight
+from ..lean.recipe import split_parts
 from ..observer import Statistics, initial_scale
-from ..origin import split_parts
 from ..quantizer import AffineGrid, Quantizer
 from ..spec import IntegerTensor, QuantSpec
 

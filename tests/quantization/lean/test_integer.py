@@ -5,14 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
+from quantization.lean.test_conv import GEOMETRIES, operands
 from quantization.specs import NUM_CHANNELS, SPECS, data, ident, ready
-from quantization.test_conv import GEOMETRIES, operands
 
 from aqdet.layers import QuantConv2d, conv
 from aqdet.quantization import QuantSpec, calibrate, conv2d_fake_quantized, fake_quantize
-from aqdet.quantization import integer as kernels
 from aqdet.quantization.functional import quantize_to_bytes
-from aqdet.quantization.integer import (
+from aqdet.quantization.lean import integer as kernels
+from aqdet.quantization.lean.integer import (
     IntegerWeight,
     integer_conv2d,
     largest_integer_weight,

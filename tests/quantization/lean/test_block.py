@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aqdet.layers import QuantConv2d, StreamQuantizer, conv, max_pool2d, normalize, relu_before
 from aqdet.quantization import QuantSpec, calibrate, fake_quantize
-from aqdet.quantization.origin import Origin, note_origin, origin_of
+from aqdet.quantization.lean.recipe import Origin, note_origin, origin_of
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 SHAPES = {"small": (2, 6, 5, 7), "in parts": (3, 16, 90, 80)}

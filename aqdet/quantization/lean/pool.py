@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization.origin import origin_of
+from .recipe import origin_of
 
 
 class _MaxPool2d(torch.autograd.Function):

@@ -8,8 +8,8 @@ import torch
 from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
-from ..quantization.functional import is_recomputing
-from ..quantization.origin import Origin, note_origin
+from ..functional import is_recomputing
+from .recipe import Origin, note_origin
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""The same values for less memory and time."""
