@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from aqdet.config import load_config
 from aqdet.modeling.plan import make_plan
 from aqdet.quantization import calibrate
-from aqdet.quantization.integer import largest_integer_weight
+from aqdet.quantization.lean.integer import largest_integer_weight
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "BCCD"
 DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")

@@ -224,7 +224,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         if path.startswith(TRAINING_ONLY):
             continue
         if isinstance(quantizer, Quantizer) and quantizer.spec.num_bits <= MAX_BITS:
-            if quantizer.fused_grid() is None:
+            if quantizer.grid() is None:
                 left_out.append(f"{path} ({quantizer.spec.quantizer})")
             else:
                 layers[path] = module

@@ -1,21 +1,26 @@
 """Layers of the low-precision detector."""
 
-from ..quantization.lean.norm import normalize
-from ..quantization.lean.pool import max_pool2d
 from .add import QuantAdd, StreamQuantizer, relu_before
-from .conv import QuantConv2d, Site, declare_site, forget_sites, shared_weights
+from .conv import QuantConv2d, shared_weights
+from .deconv import QuantConvTranspose2d
 from .linear import QuantLinear
+from .pool import max_pool2d
+from .site import LAYER_KINDS, Layer, Site, declare_site, forget_sites, quantized_form, weighted_layers
 
 __all__ = [
+    "LAYER_KINDS",
+    "Layer",
     "QuantAdd",
     "QuantConv2d",
+    "QuantConvTranspose2d",
     "QuantLinear",
     "Site",
     "StreamQuantizer",
     "declare_site",
     "forget_sites",
     "max_pool2d",
-    "normalize",
+    "quantized_form",
     "relu_before",
     "shared_weights",
+    "weighted_layers",
 ]

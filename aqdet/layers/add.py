@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec, build_quantizer
+from ..quantization.kernels import replaceable
 
 
+@replaceable("relu_before")
 def relu_before(quantizer: Quantizer | None, x: Tensor, inplace: bool = False) -> Tensor:
-    """ReLU of a tensor that only ``quantizer`` reads; one that clips at zero is the ReLU itself."""
-    if quantizer is not None and quantizer.is_relu:
-        return x
+    """Applies the ReLU before a quantizer.
+
+    Args:
+        quantizer: the only reader of the result; None if it is read in float.
+        x: any shape.
+        inplace: whether ``x`` may be changed.
+    """
     return torch.relu_(x) if inplace else torch.relu(x)
 
 
@@ -37,15 +43,13 @@ class StreamQuantizer(nn.Module):
         self.signed = signed and not relu
         self.quantizer = None
 
-    def quantize(self, name: str, num_bits: int, path: str) -> None:
+    def quantize(self, quantizer: str, num_bits: int) -> None:
         """Adds an uncalibrated quantizer of the given method and bit width."""
-        spec = QuantSpec(name, num_bits, "input", signed=self.signed)
-        self.quantizer = build_quantizer(spec)
-        self.quantizer.path = f"{path}.quantizer"
-        self.quantizer.note_codes = True
+        self.quantizer = build_quantizer(QuantSpec(quantizer, num_bits, "input", signed=self.signed))
 
+    @replaceable("stream")
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same. The quantizer of a ReLU's output clips at zero, which is the ReLU."""
+        """Maps any shape to the same."""
         if self.relu:
             x = relu_before(self.quantizer, x)
         return x if self.quantizer is None else self.quantizer(x)
@@ -65,16 +69,14 @@ class QuantAdd(nn.Module):
         self.x_quantizer: Quantizer | None = None
         self.y_quantizer: Quantizer | None = None
 
-    def quantize(self, name: str, num_bits: int, path: str) -> None:
+    def quantize(self, quantizer: str, num_bits: int) -> None:
         """Adds uncalibrated quantizers of the given method and bit width."""
         for key, signed in zip(("x_quantizer", "y_quantizer"), self.signed, strict=True):
             if signed is not None:
-                quantizer = build_quantizer(QuantSpec(name, num_bits, "input", signed=signed))
-                quantizer.path = f"{path}.{key}"
-                setattr(self, key, quantizer)
+                setattr(self, key, build_quantizer(QuantSpec(quantizer, num_bits, "input", signed=signed)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Two tensors of one shape to their sum, before any activation."""
+        """Adds two tensors of one shape, before any activation."""
         if self.x_quantizer is not None:
             x = self.x_quantizer(x)
         if self.y_quantizer is not None:

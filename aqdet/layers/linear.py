@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec, build_quantizer
@@ -17,28 +18,27 @@ class QuantLinear(nn.Linear):
     input_quantizer: Quantizer | None
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, weight: QuantSpec, input: QuantSpec | None, path: str = "") -> QuantLinear:
+    def from_float(cls, linear: nn.Linear, weight: QuantSpec, input: QuantSpec | None) -> QuantLinear:
         """Builds a quantized layer around the parameters of a float one (shared, not copied).
 
         Args:
             linear: the float layer.
             weight: spec of the weight quantizer.
             input: spec of the input quantizer; None where the input is exact.
-            path: dotted name of the layer in the model, for messages.
         """
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         layer.weight = linear.weight
         layer.bias = linear.bias
         layer.weight_quantizer = build_quantizer(weight, num_channels=linear.out_features)
-        layer.weight_quantizer.path = f"{path}.weight_quantizer"
-        layer.input_quantizer = None
-        if input is not None:
-            layer.input_quantizer = build_quantizer(input)
-            layer.input_quantizer.path = f"{path}.input_quantizer"
+        layer.input_quantizer = None if input is None else build_quantizer(input)
         return layer.train(linear.training)
 
+    def quantized_weight(self) -> Tensor:
+        """Returns the fake-quantized weight, ``(out_features, in_features)``."""
+        return self.weight_quantizer(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_features)`` to ``(N, out_features)``."""
+        """Maps ``(N, in_features)`` to ``(N, out_features)``."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return nn.functional.linear(x, self.weight_quantizer(self.weight), self.bias)
+        return F.linear(x, self.quantized_weight(), self.bias)

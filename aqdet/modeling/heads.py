@@ -11,20 +11,15 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..layers import QuantConv2d, declare_site, normalize, relu_before, shared_weights
+from ..layers import declare_site, shared_weights
+from ..quantization.kernels import replaceable
 
 
+@replaceable("tower")
 def run_tower(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Convolutions, norms and ReLUs in sequence, keeping nothing that a quantized convolution can do without."""
-    previous: nn.Module | None = None
-    for layer, following in zip(layers, (*layers[1:], None), strict=True):
-        if isinstance(layer, nn.ReLU):
-            x = relu_before(getattr(following, "input_quantizer", None), x)
-        elif isinstance(previous, QuantConv2d) and previous.weight_quantizer.is_active:
-            x = normalize(layer, x)
-        else:
-            x = layer(x)
-        previous = layer
+    """Applies convolutions, norms and ReLUs in sequence."""
+    for layer in layers:
+        x = layer(x)
     return x
 
 
@@ -44,7 +39,7 @@ def _group_norm(channels: int) -> nn.Module:
 
 
 def _head_norm(norm: Any) -> Any:
-    """What Detectron2's heads take as their ``norm``: they try it with one channel, which 32 groups do not divide."""
+    """Returns the ``norm`` for Detectron2's heads, which try it with one channel, which 32 groups do not divide."""
     return _group_norm if norm == "GN" else norm
 
 

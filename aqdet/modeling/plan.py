@@ -11,14 +11,14 @@ import torch
 from detectron2.layers import CycleBatchNormList
 from torch import nn
 
-from ..layers import QuantAdd, QuantConv2d, QuantLinear, StreamQuantizer
+from ..layers import LAYER_KINDS, Layer, QuantAdd, StreamQuantizer, quantized_form, weighted_layers
 from ..quantization import Quantizer
 from .backbone import tapped_sums
 from .scaffold.auxiliary import TRAINING_ONLY
 
 FLOAT_BITS = 32
 IMAGE_BITS = 8
-LAYERS = (nn.Conv2d, nn.Linear)
+KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.ConvTranspose2d: "deconv", nn.Linear: "linear"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PlanRow:
     """One layer, or one tensor that several layers read.
 
     Attributes:
-        path: dotted name. kind: ``"conv"``, ``"linear"``, ``"sum"`` or ``"stream"``. part: ``"float"``,
+        path: dotted name. kind: ``"conv"``, ``"deconv"``, ``"linear"``, ``"sum"`` or ``"stream"``. part: ``"float"``,
             ``"quantized"`` or ``"auxiliary"``, which is what only training has.
         weight, input: quantizer, bits, signedness and granularity, as text.
         norm: class of the norm after it, with the number of levels where there are several; or ``"-"``.
@@ -76,20 +76,26 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return norms
 
 
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """Returns the layers with a weight by name; refuses one of a class that the plan does not know."""
+    layers = dict(weighted_layers(model))
+    for path, layer in layers.items():
+        if quantized_form(layer) is None:
+            raise ValueError(f"layer {path} ({type(layer).__name__}) has a weight, and there is no plan of its class")
+    return layers
+
+
 @contextlib.contextmanager
 def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
     def count(path: str) -> Any:
-        def hook(layer: nn.Conv2d | nn.Linear, _: Any, output: torch.Tensor) -> None:
-            per_output = layer.weight[0].numel()
-            macs[path] = macs.get(path, 0) + output[0].numel() * per_output
+        def hook(layer: Layer, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            # A transposed convolution multiplies every input, the others add up to every output.
+            values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+            macs[path] = macs.get(path, 0) + values[0].numel() * layer.weight[0].numel()
 
         return hook
 
-    handles = [
-        module.register_forward_hook(count(path))
-        for path, module in model.named_modules()
-        if isinstance(module, LAYERS)
-    ]
+    handles = [layer.register_forward_hook(count(path)) for path, layer in _layers(model).items()]
     try:
         yield
     finally:
@@ -127,8 +133,9 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
             quantizer.enabled = state
     following = _following_norms(model)
     rows = []
+    layers = _layers(model)
     for path, module in model.named_modules():
-        if isinstance(module, LAYERS):
+        if path in layers:
             rows.append(_layer_row(path, module, following.get(module), macs.get(path, 0)))
         elif path.startswith(TRAINING_ONLY):
             continue  # sums in float
@@ -143,11 +150,11 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     return rows
 
 
-def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | None, macs: int) -> PlanRow:
+def _layer_row(path: str, layer: Layer, following: nn.Module | None, macs: int) -> PlanRow:
     norm = getattr(layer, "norm", None) or following
     extra = list(norm.parameters()) + [b for b in norm.buffers() if b.dim()] if norm else []
     rest = sum(t.numel() for t in extra) + (0 if layer.bias is None else layer.bias.numel())
-    quantized = isinstance(layer, (QuantConv2d, QuantLinear))
+    quantized = isinstance(layer, tuple(LAYER_KINDS.values()))
     weight_quantizer: Quantizer | None = getattr(layer, "weight_quantizer", None)
     input_quantizer: Quantizer | None = getattr(layer, "input_quantizer", None)
     weight_bits = weight_quantizer.spec.num_bits if weight_quantizer else FLOAT_BITS
@@ -161,7 +168,7 @@ def _layer_row(path: str, layer: nn.Conv2d | nn.Linear, following: nn.Module | N
     parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
     return PlanRow(
         path,
-        "conv" if isinstance(layer, nn.Conv2d) else "linear",
+        next(kind for layer_class, kind in KINDS.items() if isinstance(layer, layer_class)),
         part,
         _describe(weight_quantizer, "float 32"),
         _describe(input_quantizer, "image u8" if is_image else "float 32"),
@@ -195,7 +202,7 @@ def total(rows: list[PlanRow], *parts: str) -> PlanTotal:
     """Totals of the rows in the given parts."""
     chosen = [row for row in rows if row.part in parts]
     return PlanTotal(
-        sum(row.kind in ("conv", "linear") for row in chosen),
+        sum(row.kind in KINDS.values() for row in chosen),
         sum(row.parameters for row in chosen),
         sum(row.weight_bits for row in chosen) // 8,
         sum(row.macs for row in chosen),

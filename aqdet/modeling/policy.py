@@ -1,4 +1,4 @@
-"""Which layer gets which quantizers: defaults by role, exceptions by rules on the module path."""
+"""The choice of quantizers for each layer: defaults by role, exceptions by rules on the module's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..layers import QuantAdd, QuantConv2d, QuantLinear, Site, StreamQuantizer
+from ..layers import LAYER_KINDS, QuantAdd, Site, StreamQuantizer, quantized_form, weighted_layers
 from ..quantization import QuantSpec
 from ..quantization.spec import MAX_BITS, MIN_BITS
 
@@ -25,7 +25,7 @@ RULE_KEYS = {
     "INPUT.QUANTIZER": str,
     "INPUT.NUM_BITS": int,
 }
-"""What a rule can set, and of which type."""
+"""Key that a rule can set -> type of its value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class QuantPolicy:
         defaults: values for the keys in :data:`RULE_KEYS`, for inner layers.
         boundary_num_bits: bits of the stem's weights and of the prediction convs.
         rules: first match wins.
-        stream: method and bits of tensors that several layers read.
+        residual: method and bits of sums, and of tensors that several layers read.
     """
 
     defaults: dict[str, Any]
     boundary_num_bits: int
     rules: tuple[Rule, ...]
-    stream: tuple[str, int]
+    residual: tuple[str, int]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> QuantPolicy:
@@ -88,32 +88,37 @@ class QuantPolicy:
             "INPUT.QUANTIZER": quant.INPUT.QUANTIZER,
             "INPUT.NUM_BITS": quant.INPUT.NUM_BITS,
         }
-        stream = (quant.RESIDUAL_QUANTIZER, quant.RESIDUAL_NUM_BITS)
-        return cls(defaults, quant.BOUNDARY_NUM_BITS, tuple(rules), stream)
+        residual = (quant.RESIDUAL_QUANTIZER, quant.RESIDUAL_NUM_BITS)
+        return cls(defaults, quant.BOUNDARY_NUM_BITS, tuple(rules), residual)
 
-    def winning_rule(self, path: str) -> int | None:
-        """Index of the first rule whose pattern is found in ``path``, or None."""
+    def winning_rule(self, name: str) -> int | None:
+        """Returns the index of the first rule whose pattern is found in a layer's name, or None."""
         for index, rule in enumerate(self.rules):
-            if rule.pattern.search(path):
+            if rule.pattern.search(name):
                 return index
         return None
 
-    def specs(self, path: str, site: Site) -> tuple[QuantSpec, QuantSpec | None] | None:
-        """Specs of weight and input quantizer of a layer; None to leave it in float.
+    def leaves_in_float(self, name: str) -> bool:
+        """Returns whether a rule switches the quantization of a layer off."""
+        index = self.winning_rule(name)
+        return index is not None and not self.rules[index].overrides.get("ENABLED", True)
+
+    def specs(self, name: str, site: Site) -> tuple[QuantSpec, QuantSpec | None] | None:
+        """Returns the specs of weight and input quantizer of a layer; None to leave it in float.
 
         The input spec is None for the stem, which reads the uint8 image.
 
         Raises:
             ValueError: in one line, naming the layer.
         """
+        if self.leaves_in_float(name):
+            return None
         values = dict(self.defaults)
         if site.role != "inner":
             values["WEIGHT.NUM_BITS"] = values["INPUT.NUM_BITS"] = self.boundary_num_bits
-        index = self.winning_rule(path)
+        index = self.winning_rule(name)
         if index is not None:
             values.update(self.rules[index].overrides)
-        if not values["ENABLED"]:
-            return None
         try:
             weight = QuantSpec(
                 values["WEIGHT.QUANTIZER"],
@@ -125,44 +130,52 @@ class QuantPolicy:
                 return weight, None
             input = QuantSpec(values["INPUT.QUANTIZER"], values["INPUT.NUM_BITS"], "input", signed=site.signed)
         except ValueError as error:
-            raise ValueError(f"MODEL.QUANT for layer {path}: {error}") from error
+            raise ValueError(f"MODEL.QUANT for layer {name}: {error}") from error
         return weight, input
 
     def apply(self, module: nn.Module, prefix: str) -> None:
-        """Converts a module in place: its declared layers, sums and streams.
+        """Converts a module in place: its sums, its shared tensors, and every layer with a weight.
 
         Args:
-            module: part of a model whose convolutions and fully connected layers all have a declared site.
-            prefix: dotted path of the part in the model, ending in a dot.
+            module: part of a model whose layers with a weight all have a declared site and a quantized form, but
+                for those that a rule leaves in float.
+            prefix: dotted name of the part in the model, ending in a dot.
 
         Raises:
-            ValueError: naming the layer, if one has no site or a spec is not valid.
+            ValueError: naming the layer, if one has no site or no quantized form, or a spec is not valid.
         """
-        for name, child in list(module.named_modules()):
-            path = prefix + name
+        for name, child in module.named_modules():
             if isinstance(child, (QuantAdd, StreamQuantizer)):
                 try:
-                    child.quantize(*self.stream, path)
+                    child.quantize(*self.residual)
                 except ValueError as error:
-                    raise ValueError(f"MODEL.QUANT.RESIDUAL for {path}: {error}") from error
-            elif isinstance(child, (nn.Conv2d, nn.Linear)):
-                site = getattr(child, "quant_site", None)
-                if site is None:
-                    raise ValueError(f"layer {path} ({type(child).__name__}) has no declared quantization site")
-                specs = self.specs(path, site)
-                if specs is None:
-                    logger.warning("%s stays in float by MODEL.QUANT.RULES", path)
-                    continue
-                try:
-                    if isinstance(child, nn.Conv2d):
-                        layer: nn.Module = QuantConv2d.from_float(child, *specs, path=path)
-                    else:
-                        layer = QuantLinear.from_float(child, *specs, path=path)
-                except ValueError as error:
-                    raise ValueError(f"MODEL.QUANT for layer {path}: {error}") from error
-                layer.quant_site = site  # type: ignore[assignment]
-                parent = module.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], layer)
+                    raise ValueError(f"MODEL.QUANT.RESIDUAL for {prefix}{name}: {error}") from error
+        for name, layer in list(weighted_layers(module)):
+            if self.leaves_in_float(prefix + name):
+                logger.warning("%s stays in float by MODEL.QUANT.RULES", prefix + name)
+                continue
+            parent = module.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], self._converted(layer, prefix + name))
+
+    def _converted(self, layer: nn.Module, name: str) -> nn.Module:
+        form = quantized_form(layer)
+        if form is None:
+            kinds = ", ".join(kind.__name__ for kind in LAYER_KINDS)
+            raise ValueError(
+                f"layer {name} ({type(layer).__name__}) has a weight and no quantized form, which {kinds} have: "
+                "MODEL.QUANT.RULES with ENABLED False leaves it in float"
+            )
+        site: Site | None = getattr(layer, "quant_site", None)
+        if site is None:
+            raise ValueError(f"layer {name} ({type(layer).__name__}) has no declared quantization site")
+        specs = self.specs(name, site)
+        assert specs is not None
+        try:
+            converted = form.from_float(layer, *specs)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"MODEL.QUANT for layer {name}: {error}") from error
+        converted.quant_site = site  # type: ignore[assignment]
+        return converted
 
     def check_rules(self, model: nn.Module) -> None:
         """Checks that every rule wins for at least one layer of the whole model, and that rules reach all of it.
@@ -172,42 +185,44 @@ class QuantPolicy:
                 listing the layers that rules can match; naming a rule for the input of nothing but the stem; or
                 naming a layer that has no site, as those of a backbone that is not ours.
         """
-        sites: dict[str, Site] = {path: layer.quant_site for path, layer in quantizable_layers(model)}  # type: ignore[misc]
-        paths = list(sites)
-        for path, module in model.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and path not in paths:
+        sites: dict[str, Site | None] = {}
+        for name, layer in weighted_layers(model):
+            sites[name] = getattr(layer, "quant_site", None)
+            if sites[name] is None and not self.leaves_in_float(name):
                 raise ValueError(
-                    f"MODEL.QUANT.ENABLED is True but layer {path} ({type(module).__name__}) has no declared "
+                    f"MODEL.QUANT.ENABLED is True but layer {name} ({type(layer).__name__}) has no declared "
                     "quantization site: MODEL.BACKBONE.NAME must be a build_quant_* one"
                 )
+        names = list(sites)
         for index, rule in enumerate(self.rules):
-            decided = [path for path in paths if self.winning_rule(path) == index]
-            reads_image = bool(decided) and all(sites[path].role == "stem" for path in decided)
+            decided = [name for name in names if self.winning_rule(name) == index]
+            decided_sites = [sites[name] for name in decided]
+            reads_image = bool(decided) and all(site is not None and site.role == "stem" for site in decided_sites)
             if reads_image and any(key.startswith("INPUT.") for key in rule.overrides):
                 raise ValueError(
                     f"MODEL.QUANT.RULES[{index}] {rule.pattern.pattern!r} sets INPUT keys for {decided[0]} alone, "
                     "which reads the uint8 image and has no input quantizer"
                 )
             if not decided:
-                matched = [path for path in paths if rule.pattern.search(path)]
+                matched = [name for name in names if rule.pattern.search(name)]
                 if matched:
-                    winners = sorted({winner for path in matched if (winner := self.winning_rule(path)) is not None})
+                    winners = sorted({winner for name in matched if (winner := self.winning_rule(name)) is not None})
                     named = ", ".join(f"RULES[{winner}] {self.rules[winner].pattern.pattern!r}" for winner in winners)
                     raise ValueError(
                         f"MODEL.QUANT.RULES[{index}] {rule.pattern.pattern!r} decides for no layer: of the "
                         f"{len(matched)} that it matches, {matched[0]} the first, it is shadowed by {named}; the first "
                         "rule that matches wins, so put the narrower one before"
                     )
-                shown = ", ".join(paths[:12])
-                more = f" and {len(paths) - 12} more (tools/plan.py lists them)" * (len(paths) > 12)
+                shown = ", ".join(names[:12])
+                more = f" and {len(names) - 12} more (tools/plan.py lists them)" * (len(names) > 12)
                 raise ValueError(
                     f"MODEL.QUANT.RULES[{index}] {rule.pattern.pattern!r} decides for no layer; "
                     f"layers are {shown}{more}"
                 )
 
 
-def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
-    """Convolutions and fully connected layers with a declared site, converted or not, with their paths."""
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and hasattr(module, "quant_site"):
-            yield path, module
+def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the layers with a declared site, converted or not, with their names."""
+    for name, layer in weighted_layers(model):
+        if hasattr(layer, "quant_site"):
+            yield name, layer

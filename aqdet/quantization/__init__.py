@@ -1,21 +1,21 @@
 """Quantizers, in torch alone."""
 
+from . import lean
 from .build import QUANTIZER_REGISTRY, build_quantizer
 from .calibration import calibrate
-from .functional import (
-    conv2d_fake_quantized,
-    dequantize,
-    fake_quantize,
-    integer_range,
-    quantize,
-    round_ste,
-)
+from .functional import dequantize, integer_range, quantize, round_ste
+from .kernels import KERNELS, fake_quantize, register_kernels, set_kernels, use_kernels
 from .observer import CALIBRATION_METHODS
-from .quantizer import AffineGrid, Quantizer, quantizers, set_quantization
+from .quantizer import AffineGrid, Quantizer, name_quantizers, quantizers, set_quantization
 from .spec import IntegerTensor, QuantSpec
+
+# The one place that knows of lean: without these two lines and its folder everything is computed plainly.
+register_kernels("lean", lean.KERNELS)
+set_kernels("lean")
 
 __all__ = [
     "CALIBRATION_METHODS",
+    "KERNELS",
     "QUANTIZER_REGISTRY",
     "AffineGrid",
     "IntegerTensor",
@@ -23,12 +23,15 @@ __all__ = [
     "Quantizer",
     "build_quantizer",
     "calibrate",
-    "conv2d_fake_quantized",
     "dequantize",
     "fake_quantize",
     "integer_range",
+    "name_quantizers",
     "quantize",
     "quantizers",
+    "register_kernels",
     "round_ste",
+    "set_kernels",
     "set_quantization",
+    "use_kernels",
 ]

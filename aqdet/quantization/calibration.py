@@ -1,17 +1,66 @@
-"""Calibration as an explicit step before training."""
+"""Calibration as an explicit step before training: observing activations and weights, and the first ranges."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from .observer import check_method
-from .quantizer import quantizers
+from .observer import HistogramObserver, Statistics, check_method, tensor_statistics
+from .quantizer import Quantizer, quantizers
 
 logger = logging.getLogger(__name__)
+
+
+class _Observation:
+    """Observes what a quantizer reads, which passes through it meanwhile.
+
+    Args:
+        quantizer: uncalibrated and enabled; switched off until :meth:`stop`.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+        self._observer = HistogramObserver() if quantizer.spec.role == "input" else None
+        self._weight: Statistics | None = None
+        self._handle = quantizer.register_forward_pre_hook(self._observe)
+        quantizer.enabled = False
+
+    def _observe(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0]
+        if x.numel() == 0:
+            return
+        if not torch.isfinite(x).all():
+            raise ValueError(f"quantizer '{self._quantizer.name}' saw values that are not finite during calibration")
+        if self._observer is not None:
+            self._observer.update(x)
+        elif self._weight is None:
+            # Weights do not change during calibration, so one observation is enough.
+            self._weight = tensor_statistics(x, self._quantizer.spec.per_channel)
+
+    def stop(self) -> None:
+        """Leaves the quantizer as it was found, but for a range that it got."""
+        self._handle.remove()
+        self._quantizer.enabled = True
+
+    def statistics(self) -> Statistics:
+        """Returns the statistics of all processes.
+
+        Raises:
+            RuntimeError: if nothing was observed in any of them.
+        """
+        statistics = self._weight
+        if self._observer is not None:
+            self._observer.synchronize(self._quantizer.calibrated.device)
+            if not self._observer.is_empty:
+                statistics = self._observer.statistics()
+        if statistics is None:
+            raise RuntimeError(f"quantizer '{self._quantizer.name}' saw no data during calibration")
+        return statistics
 
 
 def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse") -> dict[str, float]:
@@ -30,23 +79,25 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
 
     Raises:
         RuntimeError: naming the first quantizer that ``run`` did not reach, or the rank where ``run`` failed.
-        ValueError: if the method is unknown, before anything runs.
+        ValueError: if the method is unknown, before anything runs, or if a value is not finite.
     """
     check_method(method)
     pending = {name: q for name, q in quantizers(model) if q.enabled and not q.is_calibrated}
     if not pending:
         return {}
     for name, quantizer in pending.items():
-        quantizer.path = quantizer.path or name
-        quantizer.start_observing()
+        quantizer.name = quantizer.name or name
+    observations = {name: _Observation(quantizer) for name, quantizer in pending.items()}
     shares = {}
     try:
         run_on_all_ranks(run)
-        for name, quantizer in pending.items():
-            shares[name] = quantizer.finish_calibration(method)
+        for name, observation in observations.items():
+            statistics = observation.statistics()
+            pending[name].set_range(statistics, method)
+            shares[name] = statistics.negative_share
     finally:
-        for quantizer in pending.values():
-            quantizer.stop_observing()
+        for observation in observations.values():
+            observation.stop()
     for name, share in shares.items():
         if share > 0 and not pending[name].spec.signed:
             logger.warning(

@@ -1,13 +1,16 @@
-"""What one quantizer is: method, bit width, signedness, granularity."""
+"""The description of a quantizer: method, bit width, signedness, granularity."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
+_NAME_BYTES = 7
+"""How much of a method's name fits into an int64; all of it for the methods that there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,18 @@ class QuantSpec:
         if self.role == "input" and self.per_channel:
             raise ValueError("per-channel scales are for weights: an integer convolution sums channels")
 
+    def identity(self) -> Tensor:
+        """Returns what a checkpoint tells quantizers apart by: bits, signed, per channel, name, as int64 ``(4,)``."""
+        name = int.from_bytes(self.quantizer.encode()[:_NAME_BYTES], "little")
+        return torch.tensor([self.num_bits, self.signed, self.per_channel, name])
+
+    @staticmethod
+    def fields_of(identity: Tensor) -> dict[str, Any]:
+        """Returns the fields of a spec that an :meth:`identity` tells."""
+        num_bits, signed, per_channel, name = identity.tolist()
+        text = name.to_bytes(8, "little").rstrip(b"\0").decode(errors="replace")
+        return {"num_bits": num_bits, "signed": bool(signed), "per_channel": bool(per_channel), "quantizer": text}
+
 
 class IntegerTensor(NamedTuple):
     """A quantized tensor as integers: ``value = (codes - zero_point) * scale``, exactly.
@@ -56,5 +71,5 @@ class IntegerTensor(NamedTuple):
     zero_point: int
 
     def dequantize(self) -> Tensor:
-        """The float32 tensor that these integers stand for."""
+        """Returns the float32 tensor that these integers stand for."""
         return (self.codes - self.zero_point).float() * self.scale

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from helpers import AUX, QUANT, calibrated, make_batch, make_model
 
 from aqdet.checkpoint import AqdetCheckpointer, load_pickled_arrays
@@ -113,11 +114,36 @@ def test_quantized_checkpoints(folder):
     one_line(error)
     # One line for all layers, with their number.
     assert str(error.value).count("in the checkpoint and") == 1
-    others = sum(q.num_bits == 4 for name, q in quantizers(model) if "input_quantizer" in name) - 1
+    others = sum(q.spec.num_bits == 4 for name, q in quantizers(model) if "input_quantizer" in name) - 1
     assert f" (and {others} more)" in str(error.value)
     save(model, "partial.pth", lambda s: s.pop("head.cls_score.input_quantizer.scale"))
     with pytest.raises(ValueError, match="missing head.cls_score.input_quantizer.scale"):
         AqdetCheckpointer(make_model(*QUANT)).load("partial.pth")
+
+
+def test_a_quantized_checkpoint_of_before(folder):
+    """Quantizers had their identity in three buffers; such a file loads with nothing missing."""
+    model = calibrated(make_model(*QUANT), make_batch())
+    state = model.state_dict()
+    for name, quantizer in quantizers(model):
+        spec = quantizer.spec
+        kind = spec.quantizer + "/channel" * spec.per_channel
+        del state[f"{name}._extra_state"]
+        state[f"{name}.num_bits"], state[f"{name}.signed"] = torch.tensor(spec.num_bits), torch.tensor(spec.signed)
+        state[f"{name}.kind"] = torch.tensor(list(kind.encode().ljust(24)), dtype=torch.uint8)
+    torch.save({"model": state}, "old.pth")
+    other = make_model(*QUANT, seed=1)
+    AqdetCheckpointer(other).load("old.pth")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+    with pytest.raises(ValueError, match="quantizer is lsq in the checkpoint and pact in the model"):
+        AqdetCheckpointer(make_model(*QUANT, "MODEL.QUANT.INPUT.QUANTIZER", "pact")).load("old.pth")
+
+
+def test_detectron2s_own_checkpointer_reads_a_quantized_checkpoint(folder):
+    model, other = calibrated(make_model(*QUANT), make_batch()), make_model(*QUANT, seed=1)
+    save(model, "a.pth")
+    DetectionCheckpointer(other).load("a.pth")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
 
 
 def test_a_backbone_of_declared_scope(folder):

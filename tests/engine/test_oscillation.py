@@ -64,7 +64,7 @@ def quantized_model(method="lsq", bits=2):
     conv = nn.Conv2d(2, 3, 3, bias=False)
     nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(0))
     weight = QuantSpec(method, bits, "weight", per_channel=True)
-    model = nn.Sequential(QuantConv2d.from_float(conv, weight, QuantSpec("lsq", 8, "input"), "0"))
+    model = nn.Sequential(QuantConv2d.from_float(conv, weight, QuantSpec("lsq", 8, "input")))
     calibrate(model, lambda: model(torch.rand(1, 2, 4, 4)))
     return model
 

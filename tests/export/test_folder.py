@@ -235,7 +235,7 @@ def test_wrong_input_gets_one_line(tmp_path, monkeypatch, capsys, arguments, wor
         (("MODEL.QUANT.WEIGHT.NUM_BITS", "3"), "weight_quantizer.num_bits is 4 in the checkpoint and 3 in the model"),
         (
             ("MODEL.QUANT.INPUT.QUANTIZER", "pact"),
-            "input_quantizer.kind is lsq in the checkpoint and pact in the model",
+            "input_quantizer.quantizer is lsq in the checkpoint and pact in the model",
         ),
         (("MODEL.FPN.OUT_CHANNELS", "24"), "does not fit the model"),
     ],

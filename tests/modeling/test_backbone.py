@@ -134,7 +134,7 @@ def test_pyramid_with_relu_is_the_written_formula():
 
 def test_stem_quantizes_after_pooling_what_it_could_before():
     stem = QuantStem(in_channels=3, out_channels=8, norm="BN").eval()
-    stem.output_stream.quantize("lsq", 3, "s")
+    stem.output_stream.quantize("lsq", 3)
     calibrate(stem, lambda: stem(IMAGE))
     before = stem.output_stream(stem.conv1(IMAGE).relu())
     assert torch.equal(stem(IMAGE), nn.functional.max_pool2d(before, 3, 2, 1))

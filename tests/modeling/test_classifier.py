@@ -86,7 +86,7 @@ def test_quantized_linear_by_hand():
     torch.manual_seed(0)
     float_layer = torch.nn.Linear(6, 4)
     specs = QuantSpec("lsq", 4, "weight", per_channel=True), QuantSpec("lsq", 4, "input", signed=False)
-    layer = QuantLinear.from_float(float_layer, *specs, path="fc")
+    layer = QuantLinear.from_float(float_layer, *specs)
     assert layer.weight is float_layer.weight and layer.bias is float_layer.bias
     x = torch.rand(5, 6)
     calibrate(layer, lambda: layer(x), method="minmax")

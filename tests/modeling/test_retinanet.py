@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_model
 
-from aqdet.layers import QuantConv2d, conv
+from aqdet.layers import QuantConv2d
 from aqdet.modeling import detached_auxiliary
 from aqdet.quantization import set_quantization
 
@@ -89,7 +89,9 @@ def test_in_training_only_the_auxiliary_path_convolves_in_float(model, monkeypat
         seen.add((running[-1], isinstance(layer, QuantConv2d)))
         return real(x, weight, *args, **kwargs)
 
-    monkeypatch.setattr(conv, "largest_integer_weight", lambda _: 0)  # another operator, on the same values
+    monkeypatch.setattr(
+        "aqdet.quantization.lean.conv.largest_integer_weight", lambda _: 0
+    )  # another operator, on the same values
     monkeypatch.setattr(torch, "conv2d", spy)
     monkeypatch.setattr(torch.nn.functional, "conv2d", spy)
     losses_of(model, BATCH)

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from aqdet.quantization import Quantizer, QuantSpec, build_quantizer
+from aqdet.quantization import Quantizer, QuantSpec, build_quantizer, calibrate
 
 METHODS = ("lsq", "pact", "dorefa")
 KINDS = (  # role, signed, per_channel
@@ -52,9 +52,8 @@ def data(spec: QuantSpec, seed: int = 0) -> Tensor:
 def ready(spec: QuantSpec, x: Tensor | None = None, method: str = "mse") -> Quantizer:
     """A calibrated quantizer."""
     quantizer = build_quantizer(spec, num_channels=NUM_CHANNELS)
-    quantizer.start_observing()
-    quantizer(data(spec) if x is None else x)
-    quantizer.finish_calibration(method)
+    x = data(spec) if x is None else x
+    calibrate(quantizer, lambda: quantizer(x), method=method)
     return quantizer
 
 

@@ -76,9 +76,7 @@ def test_calibration_is_deterministic_and_as_good_as_on_the_cpu(spec, method):
     try:
         for _ in range(2):
             there = build_quantizer(spec, num_channels=len(x)).cuda()
-            there.start_observing()
-            there(x.cuda())
-            there.finish_calibration(method)
+            calibrate(there, lambda q=there: q(x.cuda()), method=method)
             states.append(copy.deepcopy(there.state_dict()))
             step(there, x.cuda())
     finally:

@@ -273,20 +273,19 @@ def test_a_model_cast_to_bfloat16_keeps_float32_arithmetic(spec):
 
 
 def test_states():
-    quantizer = build_quantizer(QuantSpec("lsq", 4, "input"))
+    quantizer, seen = build_quantizer(QuantSpec("lsq", 4, "input")), []
     x = torch.randn(5)
     assert not quantizer.is_calibrated and not quantizer.is_active
     with pytest.raises(RuntimeError, match=r"'LSQQuantizer' is not calibrated: call aqdet\.quantization\.cal"):
         quantizer(x)
-    quantizer.path = "backbone.conv1.input_quantizer"
+    quantizer.name = "backbone.conv1.input_quantizer"
     with pytest.raises(RuntimeError, match=r"'backbone\.conv1\.input_quantizer' is not calibrated"):
         quantizer(x)
     quantizer.enabled = False
     assert quantizer(x) is x
     quantizer.enabled = True
-    quantizer.start_observing()
-    assert quantizer(x) is x and not quantizer.is_active
-    quantizer.finish_calibration("mse")
+    calibrate(quantizer, lambda: seen.append((quantizer(x) is x, quantizer.is_active)))
+    assert seen == [(True, False)] and not quantizer._forward_pre_hooks
     assert quantizer.is_calibrated and quantizer.is_active
     assert not torch.equal(quantizer(x), x)
 
@@ -345,11 +344,15 @@ def test_a_checkpoint_of_another_grid_is_refused(wrong, words):
 @pytest.mark.parametrize(
     "stored, own, words",
     [
-        (QuantSpec("lsq", 4, "input"), QuantSpec("dorefa", 4, "input"), "kind is lsq in .* and dorefa in the model"),
+        (
+            QuantSpec("lsq", 4, "input"),
+            QuantSpec("dorefa", 4, "input"),
+            "quantizer is lsq in the checkpoint and dorefa in the model",
+        ),
         (
             QuantSpec("dorefa", 4, "weight", per_channel=True),
             QuantSpec("dorefa", 4, "weight"),
-            "kind is dorefa/channel in .* and dorefa in the model",
+            "per_channel is True in the checkpoint and False in the model",
         ),
     ],
 )
@@ -357,6 +360,42 @@ def test_a_checkpoint_of_another_method_is_refused(stored, own, words):
     state = ready(stored).state_dict()
     with pytest.raises(RuntimeError, match=words):
         build_quantizer(own).load_state_dict(state, strict=False)
+
+
+def as_of_version_1(spec, state):
+    """A state as it was written before, with the identity of the quantizer in three buffers."""
+    kind = spec.quantizer + "/channel" * spec.per_channel
+    identity = {
+        "num_bits": torch.tensor(spec.num_bits),
+        "signed": torch.tensor(spec.signed),
+        "kind": torch.tensor(list(kind.encode().ljust(24)), dtype=torch.uint8),
+    }
+    return {**{key: value for key, value in state.items() if key != "_extra_state"}, **identity}
+
+
+@every_spec
+def test_a_checkpoint_of_before_loads_strictly(spec):
+    quantizer = ready(spec).eval()
+    other = build_quantizer(spec, num_channels=NUM_CHANNELS).eval()
+    other.load_state_dict(as_of_version_1(spec, quantizer.state_dict()))
+    assert other.is_calibrated and torch.equal(other(data(spec, 5)), quantizer(data(spec, 5)))
+
+
+@pytest.mark.parametrize(
+    "stored, words",
+    [
+        (QuantSpec("lsq", 3, "weight"), "num_bits is 3 in the checkpoint and 4 in the model"),
+        (QuantSpec("pact", 4, "weight"), "quantizer is pact in the checkpoint and lsq in the model"),
+        (QuantSpec("lsq", 4, "weight", per_channel=True), "per_channel is True in the checkpoint and False"),
+        (QuantSpec("lsq", 4, "input", signed=False), "signed is False in the checkpoint and True"),
+    ],
+)
+def test_a_checkpoint_of_before_of_another_quantizer_is_refused(stored, words):
+    state = as_of_version_1(stored, ready(stored).state_dict())
+    quantizer = build_quantizer(QuantSpec("lsq", 4, "weight"))
+    with pytest.raises(RuntimeError, match=words):
+        quantizer.load_state_dict(state, strict=False)
+    assert not quantizer.is_calibrated
 
 
 def test_a_partial_checkpoint_does_not_count_as_calibrated():

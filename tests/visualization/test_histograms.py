@@ -20,7 +20,7 @@ def make_layer(weight=("lsq", 4), signed=True, per_channel=True):
         QuantSpec(*weight, "weight", per_channel=per_channel),
         QuantSpec("lsq", 3, "input", signed=signed),
     )
-    model = nn.Sequential(QuantConv2d.from_float(Conv2d(3, 5, 3), *specs, "0"))
+    model = nn.Sequential(QuantConv2d.from_float(Conv2d(3, 5, 3), *specs))
     x = torch.randn(2, 3, 6, 6)
     calibrate(model, lambda: model(x / 2), method="mean")
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_method_without_a_grid_is_shown_on_its_own_levels(per_channel):
 def test_learned_levels_and_thresholds(method):
     torch.manual_seed(0)
     stream = StreamQuantizer(relu=False, signed=True)
-    stream.quantize(method, 2, "s")
+    stream.quantize(method, 2)
     model, x = nn.Sequential(stream), torch.randn(50)
     calibrate(model, lambda: model(x))
     histogram = activation_histograms(model.eval(), lambda: model(x))["0.quantizer"]
@@ -107,8 +107,8 @@ def test_sums_and_streams_are_read_before_their_quantizer():
         def __init__(self):
             super().__init__()
             self.add, self.stream = QuantAdd(signed=(True, False)), StreamQuantizer(relu=True)
-            self.add.quantize("pact", 8, "add")
-            self.stream.quantize("pact", 8, "stream")
+            self.add.quantize("pact", 8)
+            self.stream.quantize("pact", 8)
 
         def forward(self, x, y):
             return self.stream(self.add(x, y))

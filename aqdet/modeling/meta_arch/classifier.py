@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...layers import declare_site
+from ...quantization import name_quantizers
 from ..backbone import tapped_sums
 from ..policy import QuantPolicy
 from ..scaffold.auxiliary import AuxiliaryPath, build_auxiliary
@@ -77,6 +78,7 @@ class QuantClassifier(nn.Module):
         self.head_in_features = [FEATURE]
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        name_quantizers(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

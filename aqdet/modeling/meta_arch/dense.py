@@ -17,7 +17,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...layers import forget_sites
-from ...quantization import quantizers
+from ...quantization import name_quantizers
 from ..backbone import tapped_sums
 from ..policy import QuantPolicy
 from ..scaffold.auxiliary import AuxiliaryPath, build_auxiliary
@@ -64,6 +64,7 @@ class LowPrecisionDense(DenseDetector):
         self.extra_head = extra_head
         self.extra_loss_weight = extra_loss_weight
         self.distillation = None
+        name_quantizers(self)
         self._normalizer_held = False
         self._sums: list[Tensor] = []  # of a forward in progress, which hands forward_training the features only
 
@@ -191,7 +192,5 @@ def _build_extra_head(cfg: CfgNode, head: nn.Module) -> nn.Module:
         raise ValueError(f"MODEL.EXTRA_LOSS.LOSS_WEIGHT must not be negative, got {cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT}")
     if cfg.MODEL.QUANT.ENABLED:
         QuantPolicy.from_config(cfg).apply(head, "head.")  # its rules are those of the detector's head
-        for name, quantizer in quantizers(head):
-            quantizer.path = f"extra_head.{name}"
     forget_sites(head)
     return head

@@ -1,1 +1,34 @@
-"""The same values for less memory and time."""
+"""Kernels that compute the values of the plain operations for less memory and, on a CPU, less time.
+
+- A convolution of quantized operands keeps the operands before quantization for backward, which are kept anyway, and
+  quantizes them again there (:mod:`.conv`). On a CPU that has instructions for it, its forward multiplies integers
+  (:mod:`.integer`).
+- What an activation can be computed from again stands in for it: the convolution's output for the batch norm's, a byte
+  for a quantized value (:mod:`.recipe`, :mod:`.norm`, :mod:`.pool`).
+- Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
+- A quantizer that clips at zero is the ReLU before it (:mod:`.activation`).
+- Element-wise arithmetic runs on parts of a tensor that stay in a CPU's cache (:mod:`.parts`).
+
+Nothing depends on this folder but one line of :mod:`aqdet.quantization`, which registers :data:`KERNELS`. Outputs and
+gradients equal those of the plain operations, but for the rounding of sums whose terms are added in another order: of
+a scale's gradient, of an integer convolution against a float one, and of a batch norm's statistics.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from .activation import relu_before, stream, tower
+from .conv import conv2d
+from .elementwise import fake_quantize
+from .pool import max_pool2d
+from .weight import dorefa_weight
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "conv2d": conv2d,
+    "dorefa_weight": dorefa_weight,
+    "fake_quantize": fake_quantize,
+    "max_pool2d": max_pool2d,
+    "relu_before": relu_before,
+    "stream": stream,
+    "tower": tower,
+}

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
-from ..functional import is_recomputing
-from .recipe import Origin, note_origin
+from ..graph import is_recomputing
+from .recipe import Recipe, note_recipe
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Normalization with the batch's statistics; results are the output and what it is computed with."""
+    """Normalizes with the batch's statistics; returns the output and the scale and shift that it is computed with."""
 
     @staticmethod
     def forward(
@@ -23,8 +22,8 @@ class _BatchNorm(torch.autograd.Function):
         scale = weight * inverse
         shift = bias - mean * scale
         out = torch.empty_like(x)
-        for part, (out_part,) in Origin(x, scale, shift).parts(out):
-            part.derive(out_part)
+        for part, (out_part,) in Recipe(x, scale, shift).parts(out):
+            part.compute(out_part)
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.eps = eps
         ctx.mark_non_differentiable(scale, shift)
@@ -41,17 +40,19 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, which in training is not kept where a quantizer reads it.
+    """Computes ``norm(x)``, which in training is not kept where a quantizer reads it.
 
-    A batch norm in training notes from what its output can be computed again. Any other norm is called.
-    The shared affine of a :class:`CycleBatchNormList` is applied with the normalization of the level. Where activation
-    checkpointing computes it once more, running statistics and position stay as the first forward has left them.
+    A batch norm in training notes from what its output can be computed again. Any other module is called.
+    The shared affine of Detectron2's ``CycleBatchNormList`` is applied with the normalization of the level. Where
+    activation checkpointing computes it once more, running statistics and position stay as the first forward has left
+    them.
 
     Args:
         norm: any module.
         x: ``(N, C, H, W)``.
     """
-    cycle = norm if isinstance(norm, CycleBatchNormList) else None
+    # A list of norms with a position is a CycleBatchNormList; nothing in this package knows Detectron2.
+    cycle: Any = norm if isinstance(norm, nn.ModuleList) and hasattr(norm, "_pos") else None
     own: nn.Module = norm if cycle is None else cycle[cycle._pos]
     weight, bias = (getattr(norm, key, None) for key in ("weight", "bias"))
     if not (
@@ -76,4 +77,4 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         mean, var = torch.batch_norm_update_stats(x, *running, own.momentum)
     y, scale, shift = _BatchNorm.apply(x, weight, bias, mean, var, own.eps)
-    return note_origin(y, Origin(x.detach(), scale, shift))
+    return note_recipe(y, Recipe(x.detach(), scale, shift))

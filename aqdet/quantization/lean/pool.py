@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recipe import origin_of
+from .recipe import recipe_of
 
 
 class _MaxPool2d(torch.autograd.Function):
@@ -29,8 +29,8 @@ class _MaxPool2d(torch.autograd.Function):
 
 
 def max_pool2d(x: Tensor, *, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """``torch.max_pool2d`` of ``(N, C, H, W)``, which keeps for backward what ``x`` comes from in its place."""
-    like = origin_of(x).base
+    """Computes ``torch.max_pool2d`` of ``(N, C, H, W)`` and keeps the recipe of ``x`` in its place."""
+    like = recipe_of(x).base
     if like is x:
         return torch.max_pool2d(x, kernel_size, stride, padding)
     return _MaxPool2d.apply(x, like, (kernel_size, stride, padding))

@@ -1,4 +1,4 @@
-"""LQ-Nets: quantization levels from a learned basis (Zhang et al., ECCV 2018, arXiv 1807.10029)."""
+"""LQ-Nets: quantized values from a learned basis (Zhang et al., ECCV 2018, arXiv 1807.10029)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..functional import SCALE_EPS, count_below, integer_range, is_recomputing, replace_ste, sum_by_index
+from ..functional import SCALE_EPS, count_below, integer_range, replace_ste, sum_by_index
+from ..graph import is_recomputing
 from ..observer import Statistics, search_fractions
 from ..quantizer import Quantizer
 from ..spec import QuantSpec
@@ -18,12 +19,12 @@ _NUM_SAMPLES = 2**18
 
 
 class LQNetQuantizer(Quantizer):
-    """Levels are the combinations ``B v`` of a learned basis v of b values; x goes to the nearest one.
+    """Quantized values are the combinations ``B v`` of a learned basis v of b values; x goes to the nearest one.
 
     Weights combine the basis with signs, activations with zeros and ones. The basis is no parameter: each
     training forward moves it to the least-squares optimum for the codes at hand,
     ``v <- 0.9 v + 0.1 (B'B)^-1 B'x``, after quantizing with the basis as it was. The gradient is
-    straight-through: everywhere for weights, between the outer levels for activations. A site that is declared
+    straight-through: everywhere for weights, between the outer values for activations. A site that is declared
     unsigned includes the ReLU.
 
     ``B'B`` is singular where codes do not tell the basis values apart, as for constant weights. As in the
@@ -31,19 +32,18 @@ class LQNetQuantizer(Quantizer):
     the data does not determine as it is.
 
     Deviations: that term for activations too; signed activation sites start from two's complement,
-    ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a level there too; the first basis is, whatever the
-    calibration method, the best with equidistant levels, refined by ten of the paper's alternations, of
+    ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a value there too; the first basis is, whatever the
+    calibration method, the best with equidistant values, refined by ten of the paper's alternations, of
     which the last takes all calibration values and the others a sample; activation statistics are summed over
     ranks, and over the calls of an iteration where a layer runs on several pyramid levels, so that an iteration moves
-    the basis by a tenth of the way whatever the number of calls. Weights have no level at zero.
+    the basis by a tenth of the way whatever the number of calls. Weights have no value at zero.
 
     Activation checkpointing computes a forward once more in backward: with the basis that it had, which does not
     move again. That of several forwards since the last backward is not known, and is refused.
 
-    The levels are not equidistant, so that there is no integer form.
+    The values are not equidistant, so that there is no integer form.
     """
 
-    updates_in_forward = True
     basis: Tensor
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
@@ -51,7 +51,7 @@ class LQNetQuantizer(Quantizer):
         self.register_buffer("basis", self._uniform(torch.ones(self.num_scales)))
         self._num_moves = 0  # of the basis since the last backward
         self._moved_from: Tensor | None = None  # the basis before the last move
-        # The basis before the first move since the last backward, and the number and sum of the values of each level.
+        # The basis before the first move since the last backward, and the number and sum of what went to each value.
         self._started_from: tuple[Tensor, Tensor | int, Tensor | int] | None = None
         self._backward_ran = False
 
@@ -61,7 +61,7 @@ class LQNetQuantizer(Quantizer):
         return self.basis.numel()
 
     def _uniform(self, scale: Tensor) -> Tensor:
-        """``(C, b)`` basis of equidistant levels with step ``scale``, shape ``(C,)``."""
+        """Returns the ``(C, b)`` basis of equidistant values with step ``scale``, shape ``(C,)``."""
         basis = scale[:, None] * 2.0 ** torch.arange(self.spec.num_bits, device=scale.device)
         if self.spec.role == "weight":
             return basis / 2
@@ -70,22 +70,22 @@ class LQNetQuantizer(Quantizer):
         return basis
 
     def _bits(self) -> Tensor:
-        """``(2^b, b)`` factors of the basis: -1 and 1 for weights, 0 and 1 for activations."""
+        """Returns the ``(2^b, b)`` factors of the basis: -1 and 1 for weights, 0 and 1 for activations."""
         index = torch.arange(2**self.spec.num_bits, device=self.basis.device)[:, None]
         bits = (index >> torch.arange(self.spec.num_bits, device=self.basis.device) & 1).double()
         return 2 * bits - 1 if self.spec.role == "weight" else bits
 
-    def _sorted_levels(self, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """``(C, 2^b)`` ascending levels, float64, and ``(C, 2^b, b)`` their factors."""
+    def _sorted_grid(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``(C, 2^b)`` ascending values, float64, and ``(C, 2^b, b)`` their factors."""
         bits = self._bits()
-        levels, order = (bits * basis.double()[:, None]).sum(dim=2).sort(dim=1)
-        return levels, bits[order]
+        grid, order = (bits * basis.double()[:, None]).sum(dim=2).sort(dim=1)
+        return grid, bits[order]
 
-    def levels(self) -> Tensor:
-        """``(C, 2^b)`` ascending float32 levels."""
-        return self._sorted_levels(self.basis)[0].float()
+    def grid_values(self) -> Tensor:
+        """Returns the ``(C, 2^b)`` ascending quantized values, float32."""
+        return self._sorted_grid(self.basis)[0].float()
 
-    def set_range(self, statistics: Statistics, method: str) -> None:
+    def _set_range(self, statistics: Statistics, method: str) -> None:
         """Sets the basis in place, see the class; ``method`` makes no difference."""
         # Those of activations are on the CPU.
         values, counts = (t.to(self.basis.device) for t in (statistics.values, statistics.counts))
@@ -99,12 +99,12 @@ class LQNetQuantizer(Quantizer):
             few = values[:, sample], counts[:, sample]
         basis = self._best_uniform(*few, values.abs().amax(dim=1))
         for some_values, some_counts in [few] * (_CALIBRATION_STEPS - 1) + [(values, counts)]:
-            index = _nearest(some_values, self._sorted_levels(basis)[0].float())
+            index = _nearest(some_values, self._sorted_grid(basis)[0].float())
             basis = basis + self._correction(basis, *_histogram(index, some_values, some_counts, self.spec.num_bits))
         self.basis.copy_(basis)
 
     def _best_uniform(self, values: Tensor, counts: Tensor, largest: Tensor) -> Tensor:
-        """The basis of equidistant levels of least squared error, by channel."""
+        """Returns the basis of equidistant values of least squared error, by channel."""
         quant_max = integer_range(self.spec.num_bits, self.spec.signed)[1]
         largest = torch.where(largest > SCALE_EPS, largest, torch.ones_like(largest))
 
@@ -112,24 +112,24 @@ class LQNetQuantizer(Quantizer):
             return self._uniform(largest * (fractions / quant_max))
 
         def errors(fractions: Tensor) -> Tensor:
-            levels = self._sorted_levels(basis_of(fractions))[0].float()
-            difference = levels.gather(1, _nearest(values, levels)) - values
+            grid = self._sorted_grid(basis_of(fractions))[0].float()
+            difference = grid.gather(1, _nearest(values, grid)) - values
             return (difference.square() * counts).sum(dim=1)
 
         return basis_of(search_fractions(errors, largest))
 
     def _correction(self, basis: Tensor, counts: Tensor, sums: Tensor) -> Tensor:
-        """``(C, b)`` way from the basis to the least-squares optimum for the codes.
+        """Returns the ``(C, b)`` way from the basis to the least-squares optimum for the codes.
 
         Args:
             basis: ``(C, b)``.
-            counts, sums: ``(C, 2^b)`` float64, how many values each level got, and their sum.
+            counts, sums: ``(C, 2^b)`` float64, how many inputs each quantized value got, and their sum.
         """
-        levels, bits = self._sorted_levels(basis)
+        grid, bits = self._sorted_grid(basis)
         weighted = bits * counts[..., None]
         gram = weighted.transpose(1, 2) @ bits
         gram += REGULARIZER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        residual = ((sums - counts * levels)[..., None] * bits).sum(dim=1)
+        residual = ((sums - counts * grid)[..., None] * bits).sum(dim=1)
         correction, _ = torch.linalg.solve_ex(gram, residual)  # without a check that a GPU would wait for
         return torch.where(correction.isfinite(), correction, 0.0).to(basis.dtype)
 
@@ -140,20 +140,20 @@ class LQNetQuantizer(Quantizer):
             RuntimeError: naming the quantizer, if it cannot be computed again as activation checkpointing asks for.
         """
         basis, moves = self._basis_for_call()
-        levels = self._sorted_levels(basis)[0].float()
+        grid = self._sorted_grid(basis)[0].float()
         x32 = x.float()
         if self.spec.role == "input":
             x32 = x32 if self.spec.signed else torch.relu(x32)
-            clipped = x32.clamp(levels[0, 0], levels[0, -1])
+            clipped = x32.clamp(grid[0, 0], grid[0, -1])
         else:
             clipped = x32
         with torch.no_grad():
             rows = x32.reshape(self.num_scales, x.numel() // self.num_scales)
-            index = _nearest(rows, levels)
-            values = levels.gather(1, index).view_as(x)
+            index = _nearest(rows, grid)
+            quantized = grid.gather(1, index).view_as(x)
         if moves:
             self._update(rows, index)
-        y = replace_ste(clipped, values).to(x.dtype)
+        y = replace_ste(clipped, quantized).to(x.dtype)
         if y.requires_grad:
             y.register_hook(self._note_backward)
         elif moves:
@@ -161,7 +161,7 @@ class LQNetQuantizer(Quantizer):
         return y
 
     def _basis_for_call(self) -> tuple[Tensor, bool]:
-        """The basis that a call of forward quantizes with, and whether it then moves."""
+        """Returns the basis that a call of forward quantizes with, and whether it then moves."""
         moves = self.training and torch.is_grad_enabled() and not self.frozen
         if not is_recomputing():
             if self._backward_ran:
@@ -171,7 +171,7 @@ class LQNetQuantizer(Quantizer):
         self._backward_ran = True
         if self._num_moves > 1:
             raise RuntimeError(
-                f"quantizer '{self.path}' (lqnet) moved its basis {self._num_moves} times since the last backward, and "
+                f"quantizer '{self.name}' (lqnet) moved its basis {self._num_moves} times since the last backward, and "
                 "activation checkpointing cannot compute one of these forwards again: leave its layer out of it, or "
                 f"use another MODEL.QUANT.{self.spec.role.upper()}.QUANTIZER"
             )
@@ -197,18 +197,19 @@ class LQNetQuantizer(Quantizer):
         self.basis.copy_(basis + (1 - MOMENTUM) * self._correction(basis, counts, sums))
 
 
-def _nearest(rows: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest of the ascending levels; half-way between two, the lower one.
+def _nearest(rows: Tensor, grid: Tensor) -> Tensor:
+    """Returns the index of the nearest of the ascending values; half-way between two, the lower one.
 
     Args:
-        rows: ``(C, K)`` float32. levels: ``(C, 2^b)`` float32.
+        rows: ``(C, K)`` float32.
+        grid: ``(C, 2^b)`` float32.
     """
-    thresholds = (levels[:, 1:] + levels[:, :-1]) / 2
+    thresholds = (grid[:, 1:] + grid[:, :-1]) / 2
     return count_below(rows, thresholds)
 
 
 def _histogram(index: Tensor, rows: Tensor, counts: Tensor | None, num_bits: int) -> tuple[Tensor, Tensor]:
-    """Number and sum of the values at each level, ``(C, 2^b)`` float64; ``counts`` weights the values."""
+    """Returns number and sum, ``(C, 2^b)`` float64, of the inputs at each value, which ``counts`` weights."""
     channels, size = len(rows), 2**num_bits
     flat = (index + size * torch.arange(channels, device=index.device)[:, None]).flatten()
     weights = torch.ones_like(rows) if counts is None else counts

@@ -21,15 +21,17 @@ class LSQQuantizer(Quantizer):
     drove it lower; scales may be per channel.
     """
 
+    gradient: str | None = "lsq"
+
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__(spec, num_channels)
         self.quant_min, self.quant_max = integer_range(spec.num_bits, spec.signed)
         self.scale = nn.Parameter(torch.ones(self.num_scales))
 
-    def set_range(self, statistics: Statistics, method: str) -> None:
+    def _set_range(self, statistics: Statistics, method: str) -> None:
         """Sets ``scale`` in place, see :func:`~aqdet.quantization.observer.initial_scale`."""
         self.scale.copy_(initial_scale(statistics, self.quant_min, self.quant_max, method))
 
     def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
-        return AffineGrid(floor_scale(self.scale), self.quant_min, self.quant_max, "lsq")
+        return AffineGrid(floor_scale(self.scale), self.quant_min, self.quant_max)

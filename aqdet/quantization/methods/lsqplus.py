@@ -18,7 +18,7 @@ _NUM_COARSE, _NUM_FINE = 40, 12
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
-    """``clamp(round(x / scale) + zero_point, 0, largest) - zero_point``, float32."""
+    """Computes ``clamp(round(x / scale) + zero_point, 0, largest) - zero_point``, float32."""
     return (x.float() / scale).round_().clamp_(-zero_point, largest - zero_point)
 
 
@@ -36,9 +36,9 @@ class _FakeQuantizeOffset(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         grad = grad.float()
         ratio = x.float() / scale + zero_point
-        dx = torch.ops.aten.hardtanh_backward(grad, ratio, 0, ctx.largest)
+        dx = grad.masked_fill((ratio <= 0) | (ratio >= ctx.largest), 0)
         clipped = grad - dx
-        above = torch.ops.aten.threshold_backward(clipped, ratio, ctx.largest / 2).sum()
+        above = clipped.masked_fill(ratio <= ctx.largest / 2, 0).sum()
         residual = _quantize(x, scale, zero_point, ctx.largest).add_(zero_point).sub_(ratio)
         dscale = (residual * dx).sum() + above * ctx.largest
         return dx.to(x.dtype), dscale, clipped.sum(), None, None
@@ -65,15 +65,17 @@ class LSQPlusQuantizer(LSQQuantizer):
         super().__init__(spec, num_channels)
         self.largest = 2**spec.num_bits - 1
         self.offset: nn.Parameter | None = nn.Parameter(torch.zeros(1)) if spec.signed else None
+        if spec.signed:
+            self.gradient = None
 
     @property
     def num_constants(self) -> int:
         """See :attr:`Quantizer.num_constants`."""
         return self.num_scales + (self.offset is not None)
 
-    def set_range(self, statistics: Statistics, method: str) -> None:
+    def _set_range(self, statistics: Statistics, method: str) -> None:
         """Sets ``scale`` and ``offset`` in place, see the class."""
-        super().set_range(statistics, method)
+        super()._set_range(statistics, method)
         if self.offset is None:
             return
         if method != "mean":
@@ -98,10 +100,6 @@ class LSQPlusQuantizer(LSQQuantizer):
         zero_point = int(self._zero_point(grid.scale))
         return grid._replace(quant_min=-zero_point, quant_max=self.largest - zero_point)
 
-    def fused_grid(self) -> AffineGrid | None:
-        """See :meth:`Quantizer.fused_grid`: with an offset, which a grid has no gradient for, there is none."""
-        return self.grid() if self.offset is None else None
-
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See :meth:`Quantizer.fake_quantize`."""
         if self.offset is None:
@@ -122,7 +120,7 @@ class LSQPlusQuantizer(LSQQuantizer):
 
 
 def _bounds(statistics: Statistics, method: str) -> tuple[Tensor, Tensor]:
-    """Bounds at or around zero by ``"minmax"`` or ``"percentile"``, each side alone."""
+    """Returns bounds at or around zero by ``"minmax"`` or ``"percentile"``, each side alone."""
     bounds = []
     for sign in (-1, 1):
         side = Statistics(statistics.values * sign, statistics.counts, 0.0)
@@ -132,7 +130,7 @@ def _bounds(statistics: Statistics, method: str) -> tuple[Tensor, Tensor]:
 
 
 def _search_bounds(statistics: Statistics, low: Tensor, high: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """The pair of bounds of least squared error, searched over the decades that ``search_fractions`` searches."""
+    """Returns the pair of bounds of least squared error over the decades that ``search_fractions`` searches."""
     values, counts = statistics.values, statistics.counts
     best = (math.inf, low, high)
     coarse = torch.logspace(math.log10(SMALLEST_FRACTION), 0, _NUM_COARSE)

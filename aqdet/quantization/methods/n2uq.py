@@ -1,4 +1,4 @@
-"""N2UQ: learned input thresholds, uniform output levels (Liu et al., CVPR 2022, arXiv 2111.14826)."""
+"""N2UQ: learned input thresholds, uniform output values (Liu et al., CVPR 2022, arXiv 2111.14826)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_INTERVAL = 1e-3
 
 
 class _ThresholdQuantize(torch.autograd.Function):
-    """``scale * (quant_min + number of thresholds below x)``, with the generalized straight-through gradient.
+    """Computes ``scale * (quant_min + number of thresholds below x)``, with the generalized straight-through gradient.
 
     Backward differentiates the piecewise linear function that rises by one step over each interval, the
     expectation of a stochastic quantizer, in place of the stairs.
@@ -52,17 +52,17 @@ class _ThresholdQuantize(torch.autograd.Function):
 
 
 def _running_sums(values: Tensor) -> Tensor:
-    """``cumsum`` of a short vector, which torch's own is not deterministic for on a GPU."""
+    """Computes the ``cumsum`` of a short vector, which torch's own is not deterministic for on a GPU."""
     return (values * torch.ones_like(values).expand(len(values), -1).tril()).sum(dim=1)
 
 
 def _knots(start: Tensor, intervals: Tensor) -> Tensor:
-    """``(n + 1,)`` ends of the intervals, ascending."""
+    """Returns the ``(n + 1,)`` ends of the intervals, ascending."""
     return torch.cat([start.reshape(1), start + _running_sums(intervals)])
 
 
 def _thresholds(start: Tensor, intervals: Tensor) -> Tensor:
-    """``(n,)`` middles of the intervals, where the output steps up."""
+    """Returns the ``(n,)`` middles of the intervals, where the output steps up."""
     knots = _knots(start, intervals)
     return (knots[1:] + knots[:-1]) / 2
 
@@ -73,7 +73,7 @@ def _codes(x: Tensor, thresholds: Tensor, quant_min: int) -> Tensor:
 
 
 class N2UQQuantizer(Quantizer):
-    """Uniform levels ``scale * code``; the code steps up at ``2^b - 1`` learned thresholds. For activations.
+    """Uniform values ``scale * code``; the code steps up at ``2^b - 1`` learned thresholds. For activations.
 
     The thresholds are the middles of consecutive intervals of learned lengths ``intervals`` from ``start`` on.
     The gradient is that of the piecewise linear function through the interval ends (G-STE): for x
@@ -100,7 +100,7 @@ class N2UQQuantizer(Quantizer):
         """See :attr:`Quantizer.num_constants`."""
         return 1 + self.intervals.numel()
 
-    def set_range(self, statistics: Statistics, method: str) -> None:
+    def _set_range(self, statistics: Statistics, method: str) -> None:
         """Starts as the uniform quantizer of :func:`~aqdet.quantization.observer.initial_scale`."""
         scale = initial_scale(statistics, self.quant_min, self.quant_max, method)
         self.scale.copy_(scale)
@@ -108,7 +108,7 @@ class N2UQQuantizer(Quantizer):
         self.intervals.copy_(scale.expand_as(self.intervals))
 
     def _effective(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale and start, 0-dim, and the interval lengths, as forward uses them."""
+        """Returns scale and start, 0-dim, and the interval lengths, as forward uses them."""
         scale = floor_scale(self.scale).reshape(())
         shortest = MIN_INTERVAL * scale.detach()
         # Straight-through above a floor that is in units of the step.
@@ -118,7 +118,7 @@ class N2UQQuantizer(Quantizer):
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
-        """``(2^b - 1,)`` ascending; the code is ``quant_min`` plus the number of those below x."""
+        """Returns ``(2^b - 1,)`` ascending thresholds; the code is ``quant_min`` plus the number of those below x."""
         _, start, intervals = self._effective()
         return _thresholds(start, intervals)
 

@@ -23,12 +23,14 @@ class PACTQuantizer(Quantizer):
     gradient, where the paper's L2 term is part of it.
     """
 
+    gradient: str | None = "pact"
+
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
         super().__init__(spec, num_channels)
         self.quant_min, self.quant_max = integer_range(spec.num_bits, spec.signed, True)
         self.alpha = nn.Parameter(torch.ones(self.num_scales))
 
-    def set_range(self, statistics: Statistics, method: str) -> None:
+    def _set_range(self, statistics: Statistics, method: str) -> None:
         """Sets ``alpha`` in place, see :func:`~aqdet.quantization.observer.initial_scale`."""
         scale = initial_scale(statistics, self.quant_min, self.quant_max, method)
         self.alpha.copy_(scale * self.quant_max)
@@ -36,4 +38,4 @@ class PACTQuantizer(Quantizer):
     def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`."""
         scale = floor_scale(self.alpha.float() / self.quant_max)
-        return AffineGrid(scale, self.quant_min, self.quant_max, "pact")
+        return AffineGrid(scale, self.quant_min, self.quant_max)

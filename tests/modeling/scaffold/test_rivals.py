@@ -39,7 +39,7 @@ def test_the_extra_head_is_quantized_as_the_head_and_named_apart(arch):
     own = {n: q for n, q in quantizers(model.extra_head)}
     assert {n: q.spec for n, q in own.items()} == {n: q.spec for n, q in quantizers(model.head)}
     assert any(q.spec.num_bits == 3 for q in own.values())
-    assert all(q.path == f"extra_head.{n}" for n, q in own.items())
+    assert all(q.name == f"extra_head.{n}" for n, q in own.items())
     assert not isinstance(model.extra_head.bbox_pred, QuantConv2d)
     names = set(model.state_dict())
     bare = make_model(*arch, *QUANT, "MODEL.QUANT.RULES", rule)

@@ -1,4 +1,4 @@
-"""Norms, pooling and the notes of origin: the same values and gradients as plain layers, less memory."""
+"""Norms, pooling and recipes: the same values and gradients as plain layers, less memory."""
 
 import copy
 import pickle
@@ -10,9 +10,11 @@ from detectron2.layers import Conv2d, CycleBatchNormList
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aqdet.layers import QuantConv2d, StreamQuantizer, conv, max_pool2d, normalize, relu_before
+from aqdet.layers import QuantConv2d, StreamQuantizer, max_pool2d, relu_before
 from aqdet.quantization import QuantSpec, calibrate, fake_quantize
-from aqdet.quantization.lean.recipe import Origin, note_origin, origin_of
+from aqdet.quantization.lean import conv
+from aqdet.quantization.lean.norm import normalize
+from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 SHAPES = {"small": (2, 6, 5, 7), "in parts": (3, 16, 90, 80)}
@@ -55,7 +57,7 @@ def test_normalize_is_the_norm(layout, shape, cycle):
         close(ours, theirs)
         close(x.grad, y.grad)
         # The note gives the output back to the bit.
-        base, scale, shift = origin_of(ours)
+        base, scale, shift = recipe_of(ours)
         assert base.data_ptr() == x.data_ptr()
         assert torch.equal(base * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1), ours)
     for a, b in zip(norm.parameters(), other.parameters(), strict=True):
@@ -79,10 +81,10 @@ def test_normalize_is_the_norm(layout, shape, cycle):
 def test_any_other_norm_is_called(norm):
     x = activation("small", "contiguous")
     y = normalize(norm, x)
-    assert origin_of(y).base is y and torch.equal(y, copy.deepcopy(norm)(x))
+    assert recipe_of(y).base is y and torch.equal(y, copy.deepcopy(norm)(x))
     with torch.no_grad():
         y = normalize(batch_norm(6), x)
-    assert origin_of(y).base is y
+    assert recipe_of(y).base is y
 
 
 def test_one_value_a_channel_is_refused_as_ever():
@@ -90,41 +92,41 @@ def test_one_value_a_channel_is_refused_as_ever():
         normalize(batch_norm(6), torch.randn(1, 6, 1, 1, requires_grad=True))
 
 
-def test_a_change_in_place_ends_an_origin():
+def test_a_change_in_place_ends_a_recipe():
     x = torch.randn(4, requires_grad=True)
-    y = note_origin(x * 2, Origin(x.detach(), torch.tensor(2.0)))
-    assert origin_of(y).base is not y
+    y = note_recipe(x * 2, Recipe(x.detach(), torch.tensor(2.0)))
+    assert recipe_of(y).base is not y
     y.relu_()
-    assert origin_of(y).base is y
-    assert origin_of(copy.copy(x)).base is not x and origin_of(x).base is x
+    assert recipe_of(y).base is y
+    assert recipe_of(copy.copy(x)).base is not x and recipe_of(x).base is x
 
 
 @all_layouts
 @all_shapes
-@pytest.mark.parametrize("rule", ("lsq", "pact"))
+@pytest.mark.parametrize("gradient", ("lsq", "pact"))
 @pytest.mark.parametrize("low, high", [(0, 15), (-8, 7)])
-def test_gradients_from_an_origin_are_those_from_the_tensor(layout, shape, rule, low, high):
+def test_gradients_from_a_recipe_are_those_from_the_tensor(layout, shape, gradient, low, high):
     """To the bit: what is computed again is what was there. By channel, and from bytes."""
     generator = torch.Generator().manual_seed(0)
     channels = SHAPES[shape][1]
     scale, shift = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
     z = activation(shape, layout).detach()
     codes = (z * 20).round().clamp(-128, 127).to(torch.int8)
-    for origin in (Origin(z, scale, shift), Origin(codes, torch.tensor(0.07))):
-        view = (lambda t: t) if origin.shift is None else (lambda t: t.view(1, -1, 1, 1))
-        x = origin.base * view(origin.scale)
-        x = x if origin.shift is None else x + view(origin.shift)
+    for recipe in (Recipe(z, scale, shift), Recipe(codes, torch.tensor(0.07))):
+        view = (lambda t: t) if recipe.shift is None else (lambda t: t.view(1, -1, 1, 1))
+        x = recipe.base * view(recipe.scale)
+        x = x if recipe.shift is None else x + view(recipe.shift)
         grad = torch.randn(x.shape, generator=generator).contiguous(memory_format=LAYOUTS[layout])
         results = []
         for noted in (False, True):
             leaf, step = x.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
             node = leaf.view_as(leaf)
             if noted:
-                note_origin(node, origin)
+                note_recipe(node, recipe)
             kept = []
             with torch.autograd.graph.saved_tensors_hooks(lambda t, to=kept: to.append(t.data_ptr()) or t, lambda t: t):
-                y = fake_quantize(node, step, low, high, rule=rule)
-            assert (node.data_ptr() in kept) == (rule == "lsq" and not noted)
+                y = fake_quantize(node, step, low, high, gradient=gradient)
+            assert (node.data_ptr() in kept) == (gradient == "lsq" and not noted)
             y.backward(grad)
             results.append((y, leaf.grad, step.grad))
         assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
@@ -132,7 +134,7 @@ def test_gradients_from_an_origin_are_those_from_the_tensor(layout, shape, rule,
 
 
 @all_layouts
-def test_pooling_keeps_the_origin_instead_of_its_input(layout):
+def test_pooling_keeps_the_recipe_instead_of_its_input(layout):
     z = activation("small", layout)
     norm = batch_norm(6)
     x = normalize(norm, z)
@@ -158,11 +160,11 @@ class Block(nn.Module):
 
         def layer(signed):
             specs = QuantSpec(method, 4, "weight", per_channel=True), QuantSpec(method, 4, "input", signed=signed)
-            return QuantConv2d.from_float(Conv2d(4, 4, 3, padding=1, bias=False, norm=batch_norm(4)), *specs, "x")
+            return QuantConv2d.from_float(Conv2d(4, 4, 3, padding=1, bias=False, norm=batch_norm(4)), *specs)
 
         self.first, self.second, self.third, self.fourth = (layer(signed) for signed in (True, False, False, False))
         self.stream = StreamQuantizer(relu=True)
-        self.stream.quantize("pact", 8, "stream")
+        self.stream.quantize("pact", 8)
 
     def forward(self, x):
         x = relu_before(self.second.input_quantizer, self.first(x), inplace=True)

@@ -1,4 +1,3 @@
-import functools
 import itertools
 
 import pytest
@@ -7,7 +6,9 @@ import torch.nn.functional as F
 from quantization.specs import ready
 from torch.utils.checkpoint import checkpoint
 
-from aqdet.quantization import QuantSpec, conv2d_fake_quantized, fake_quantize
+from aqdet.quantization import AffineGrid, QuantSpec, fake_quantize
+from aqdet.quantization.lean.conv import Geometry, quantized_conv2d
+from aqdet.quantization.lean.weight import recipe_of_weight
 
 GEOMETRIES = {
     "3x3": {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1},
@@ -34,13 +35,19 @@ def operands(groups=1, dtype=torch.float32, batch=2, needed=OPERANDS, bias=True)
     return values
 
 
-def run(values, rule, geometry, fused, low=0, high=15, **options):
+def fused(x, scale, weight, bias, low=0, high=15, *, gradient="lsq", geometry=PLAIN, **options):
+    return quantized_conv2d(
+        x, AffineGrid(scale, low, high), weight, bias, Geometry(**geometry), gradient=gradient, **options
+    )
+
+
+def run(values, rule, geometry, is_fused, low=0, high=15, **options):
     """Output and gradients of the convolution, fused or from its two parts."""
     x, scale, weight, bias = values.values()
-    if fused:
-        y = conv2d_fake_quantized(x, scale, weight, bias, low, high, rule=rule, **geometry, **options)
+    if is_fused:
+        y = fused(x, scale, weight, bias, low, high, gradient=rule, geometry=geometry, **options)
     else:
-        y = F.conv2d(fake_quantize(x, scale, low, high, rule=rule).to(weight.dtype), weight, bias, **geometry)
+        y = F.conv2d(fake_quantize(x, scale, low, high, gradient=rule).to(weight.dtype), weight, bias, **geometry)
     y.float().square().sum().backward()
     return {"y": y, **{name: None if v is None else v.grad for name, v in values.items()}}
 
@@ -68,7 +75,7 @@ both_rules = pytest.mark.parametrize("rule", ("lsq", "pact"))
 def test_equals_fake_quantize_then_conv_bit_for_bit(rule, geometry, bias, low, high, dtype):
     geometry = GEOMETRIES[geometry]
     expected, actual = (
-        run(operands(geometry["groups"], dtype, bias=bias), rule, geometry, fused, low, high) for fused in (False, True)
+        run(operands(geometry["groups"], dtype, bias=bias), rule, geometry, f, low, high) for f in (False, True)
     )
     assert actual["y"].dtype == dtype
     check_equal(actual, expected, rule)
@@ -81,7 +88,7 @@ def test_equals_fake_quantize_then_conv_bit_for_bit(rule, geometry, bias, low, h
     ids="+".join,
 )
 def test_any_operand_may_be_frozen(rule, needed):
-    expected, actual = (run(operands(needed=needed), rule, PLAIN, fused) for fused in (False, True))
+    expected, actual = (run(operands(needed=needed), rule, PLAIN, f) for f in (False, True))
     assert {name for name in OPERANDS if actual[name] is not None} == set(needed)
     check_equal(actual, expected, rule)
 
@@ -90,10 +97,10 @@ def test_any_operand_may_be_frozen(rule, needed):
 @pytest.mark.parametrize("batch", (0, 1))
 def test_memory_layouts_and_an_empty_batch(layout, batch):
     results = []
-    for fused in (False, True):
+    for is_fused in (False, True):
         values = operands(batch=batch)
         values["x"] = values["x"].detach().contiguous(memory_format=layout).requires_grad_()
-        results.append(run(values, "lsq", PLAIN, fused))
+        results.append(run(values, "lsq", PLAIN, is_fused))
     assert results[1]["y"].shape == (batch, 8, 9, 8)
     for name, want in results[0].items():
         torch.testing.assert_close(results[1][name], want, rtol=1e-5, atol=1e-4)
@@ -117,38 +124,37 @@ def test_half_precision_input_is_quantized_in_float32():
     values = operands()
     x, scale, weight, bias = values.values()
     half = x.detach().half().requires_grad_()
-    y = conv2d_fake_quantized(half, scale, weight, bias, 0, 15, rule="lsq", **PLAIN)
+    y = fused(half, scale, weight, bias)
     assert torch.equal(y, F.conv2d(fake_quantize(half.float(), scale, 0, 15), weight, bias, padding=1))
     y.sum().backward()
     assert half.grad.dtype == torch.float16
 
 
-def weights_inside(name, needed=OPERANDS):
-    quantizer = ready(QuantSpec(name, 4, "weight"), operands()["weight"])
-    inside = {"quantize_weight": quantizer, "weight_parameters": tuple(quantizer.parameters())}
-    return quantizer, functools.partial(conv2d_fake_quantized, rule="lsq", **PLAIN, **inside)
+def with_quantized_weight(quantizer, x, scale, weight, bias):
+    """The convolution with a weight that is quantized, and that backward quantizes again."""
+    return fused(x, scale, quantizer(weight), bias, weight_recipe=recipe_of_weight(quantizer, weight))
 
 
 @pytest.mark.parametrize("name", ("lsq", "pact", "dorefa"))
 @pytest.mark.parametrize("through", ("plain", "checkpoint", "hooks"))
 @pytest.mark.parametrize("needed", (OPERANDS, ("x",), ("weight",)), ids="+".join)
-def test_weights_quantized_inside_have_the_same_gradients(name, through, needed):
+def test_weights_that_are_quantized_again_have_the_same_gradients(name, through, needed):
     """Also where something else looks after what backward needs: checkpointing, saved-tensor hooks."""
-    quantizer, fused = weights_inside(name)
+    quantizer = ready(QuantSpec(name, 4, "weight"), operands()["weight"])
     results = []
-    for inside in (False, True):
+    for is_fused in (False, True):
         values = operands(needed=needed)
         x, scale, weight, bias = values.values()
         quantizer.zero_grad()
-        if not inside:
+        if not is_fused:
             y = F.conv2d(fake_quantize(x, scale, 0, 15), quantizer(weight), bias, padding=1)
         elif through == "checkpoint":
-            y = checkpoint(fused, x, scale, weight, bias, 0, 15, use_reentrant=False)
+            y = checkpoint(with_quantized_weight, quantizer, x, scale, weight, bias, use_reentrant=False)
         elif through == "hooks":
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
-                y = fused(x, scale, weight, bias, 0, 15)
+                y = with_quantized_weight(quantizer, x, scale, weight, bias)
         else:
-            y = fused(x, scale, weight, bias, 0, 15)
+            y = with_quantized_weight(quantizer, x, scale, weight, bias)
         y.square().sum().backward()
         grads = {f"quantizer.{n}": p.grad.clone() for n, p in quantizer.named_parameters()}
         results.append({"y": y, **{n: v.grad for n, v in values.items()}, **grads})
@@ -156,40 +162,57 @@ def test_weights_quantized_inside_have_the_same_gradients(name, through, needed)
 
 
 def test_a_frozen_weight_quantizer_gets_no_gradient():
-    quantizer, fused = weights_inside("lsq")
-    quantizer.requires_grad_(False)
     values = operands()
-    fused(*values.values(), 0, 15).sum().backward()
+    quantizer = ready(QuantSpec("lsq", 4, "weight"), values["weight"].detach()).requires_grad_(False)
+    with_quantized_weight(quantizer, *values.values()).sum().backward()
     assert quantizer.scale.grad is None and values["weight"].grad.abs().sum() > 0
 
 
-def test_changing_an_operand_before_backward_is_an_error():
-    quantizer, fused = weights_inside("lsq")
-    y = fused(*operands().values(), 0, 15)
+def test_changing_the_weight_before_backward_is_an_error():
+    values = operands()
+    quantizer = ready(QuantSpec("lsq", 4, "weight"), values["weight"].detach())
+    y = with_quantized_weight(quantizer, *values.values())
     with torch.no_grad():
-        quantizer.scale.mul_(2)
+        values["weight"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-@both_rules
-def test_only_the_operands_are_kept_for_backward(rule):
+@pytest.mark.parametrize("name", ("lsq", "pact", "dorefa"))
+def test_only_the_operands_are_kept_for_backward(name):
     values = operands()
-    quantizer, fused = weights_inside("lsq")
-    for extra in ((), (quantizer.scale,)):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=kept: to.append(t) or t, lambda t: t):
-            if extra:
-                fused(*values.values(), 0, 15)
-            else:
-                conv2d_fake_quantized(*values.values(), 0, 15, rule=rule, **PLAIN)
-        allowed = (values["x"], values["scale"], values["weight"], *extra)
-        assert {t.untyped_storage().data_ptr() for t in kept} == {t.untyped_storage().data_ptr() for t in allowed}
+    values["weight"] = torch.nn.Parameter(values["weight"].detach())
+    quantizer = ready(QuantSpec(name, 4, "weight"), values["weight"].detach())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with_quantized_weight(quantizer, *values.values())
+    large = {t.untyped_storage().data_ptr() for t in kept if t.numel() > 1}
+    assert large == {values[key].untyped_storage().data_ptr() for key in ("x", "weight")}
 
 
 def test_padding_is_exactly_zero():
     scale, weight = torch.tensor(0.3), torch.full((1, 1, 3, 3), 100.0)
     weight[..., 1, 1] = 1
     for low, high in ((-8, 7), (0, 15)):
-        y = conv2d_fake_quantized(torch.ones(1, 1, 1, 1), scale, weight, None, low, high, rule="lsq", **PLAIN)
+        y = fused(torch.ones(1, 1, 1, 1), scale, weight, None, low, high)
         assert y.item() == 3 * scale.item()
+
+
+@both_rules
+@pytest.mark.parametrize("quantized_again", (False, True))
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=str)
+def test_the_convolution_runs_in_the_dtype_it_is_given(rule, dtype, quantized_again):
+    """Autocast changes nothing; the backward runs outside of it, as it should."""
+    results = []
+    for autocast in (False, True):
+        x, scale, weight, bias = operands().values()
+        quantizer = ready(QuantSpec("lsq", 4, "weight"), weight.detach())
+        options = {"weight_recipe": recipe_of_weight(quantizer, weight)} if quantized_again else {}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = fused(x, scale, quantizer(weight), bias, -8, 7, gradient=rule, dtype=dtype, **options)
+        y.float().square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in (x, scale, weight, bias, quantizer.scale))])
+    plain, cast = results
+    assert cast[0].dtype == (dtype or torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
+    assert all(grad.dtype == torch.float32 for grad in cast[1:])

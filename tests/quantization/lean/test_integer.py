@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
-from quantization.lean.test_conv import GEOMETRIES, operands
+from quantization.lean.test_conv import GEOMETRIES, fused, operands
 from quantization.specs import NUM_CHANNELS, SPECS, data, ident, ready
 
-from aqdet.layers import QuantConv2d, conv
-from aqdet.quantization import QuantSpec, calibrate, conv2d_fake_quantized, fake_quantize
-from aqdet.quantization.functional import quantize_to_bytes
+from aqdet.layers import QuantConv2d
+from aqdet.quantization import QuantSpec, calibrate
+from aqdet.quantization.lean import conv
 from aqdet.quantization.lean import integer as kernels
 from aqdet.quantization.lean.integer import (
     IntegerWeight,
@@ -18,6 +18,7 @@ from aqdet.quantization.lean.integer import (
     largest_integer_weight,
     pack_weight,
 )
+from aqdet.quantization.lean.weight import integer_weight, recipe_of_weight
 
 needs_integer = pytest.mark.skipif(not largest_integer_weight(255), reason="no integer convolution on this CPU")
 
@@ -42,21 +43,11 @@ def test_integers_convolve_exactly(geometry, zero_point, layout, largest_input):
     assert empty.shape == (0, *y.shape[1:])
 
 
-@pytest.mark.parametrize("low, high", [(0, 3), (0, 127), (0, 255), (-8, 7), (-7, 7), (-128, 127)])
-@pytest.mark.parametrize("size", (60, 600_000))
-def test_codes_as_bytes(low, high, size):
-    x, scale = torch.randn(2, size // 2) * 0.4 * high, torch.tensor(0.5)
-    x[0, :2] = torch.tensor([-1e9, 1e9])
-    expected = (x / scale).round().clamp(low, high) - low
-    assert torch.equal(quantize_to_bytes(x, scale, low, high).float(), expected)
-    assert torch.equal(quantize_to_bytes(x.t(), scale, low, high).float(), expected.t())
-
-
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.role == "weight"], ids=ident)
 def test_the_integer_weight_is_the_fake_quantized_one(spec):
     quantizer = ready(spec)
     w = data(spec, 3)
-    integer = quantizer.integer_weight(w)
+    integer = integer_weight(quantizer, w)
     if spec.quantizer == "dorefa" and spec.num_bits == 8:  # odd codes up to 255
         assert integer is None
         return
@@ -64,10 +55,10 @@ def test_the_integer_weight_is_the_fake_quantized_one(spec):
     assert torch.equal(integer.codes * integer.scale.view(-1, 1, 1, 1), quantizer(w))
     half = 2 ** (spec.num_bits - 1)
     largest = {"dorefa": 2 * half - 1, "pact": half - 1}.get(spec.quantizer, half)
-    assert torch.equal(quantizer.integer_weight(w, largest).codes, integer.codes)
-    assert quantizer.integer_weight(w, largest - 1) is None
+    assert torch.equal(integer_weight(quantizer, w, largest).codes, integer.codes)
+    assert integer_weight(quantizer, w, largest - 1) is None
     quantizer.enabled = False
-    assert quantizer.integer_weight(w) is None
+    assert integer_weight(quantizer, w) is None
 
 
 @pytest.mark.parametrize(
@@ -106,15 +97,14 @@ def test_gradients_are_those_of_the_float_convolution(rule, low, high):
     for integer in (False, True):
         values = operands()
         quantizer.zero_grad()
-        options = {"quantize_weight": quantizer, "weight_parameters": (quantizer.scale,), **GEOMETRIES["3x3"]}
+        x, scale, weight, bias = values.values()
+        options = {"gradient": rule, "weight_recipe": recipe_of_weight(quantizer, weight)}
         if integer:
-            weight = quantizer.integer_weight(values["weight"])
-            options["integer_weight"] = pack_weight(weight, values["x"].shape, **GEOMETRIES["3x3"])
-            alive = weakref.ref(options["integer_weight"].codes)
-        y = conv2d_fake_quantized(*values.values(), low, high, rule=rule, **options)
+            options["packed"] = pack_weight(integer_weight(quantizer, weight), x.shape, **GEOMETRIES["3x3"])
+            alive = weakref.ref(options["packed"].codes)
+        y = fused(x, scale, quantizer(weight), bias, low, high, **options)
         if integer:
-            weight = None
-            del options["integer_weight"]
+            del options["packed"]
             gc.collect()
             assert alive() is None  # not kept for backward
         y.backward(grad)
@@ -125,7 +115,7 @@ def test_gradients_are_those_of_the_float_convolution(rule, low, high):
 
 def layer(weight="lsq"):
     specs = QuantSpec(weight, 4, "weight", per_channel=True), QuantSpec("lsq", 4, "input", signed=False)
-    layer = QuantConv2d.from_float(Conv2d(3, 4, 3, padding=1), *specs, "x")
+    layer = QuantConv2d.from_float(Conv2d(3, 4, 3, padding=1), *specs)
     x = torch.rand(2, 3, 6, 6)
     calibrate(layer, lambda: layer(x))
     return layer, x
@@ -153,27 +143,3 @@ def test_a_layer_uses_integers_in_float32_training_alone(method, monkeypatch):
 def quantized(convolution, x):
     convolution.float()
     return (convolution.input_quantizer, x), (convolution.weight_quantizer, convolution.weight)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 150, 170), (700, 14, 6, 7)], ids=str)
-@pytest.mark.parametrize("rule", ("lsq", "pact"))
-@pytest.mark.parametrize("layout", ("contiguous", "channels last", "with gaps", "mixed"))
-def test_large_tensors_in_parts_follow_the_formula(shape, rule, layout):
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    if layout != "contiguous":
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    if layout == "channels last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    elif layout == "with gaps":
-        x, grad = x[..., 1:], grad[..., 1:]
-    for scale in (torch.tensor(0.25), 2.0 ** torch.randint(-4, 1, (shape[0], 1, 1, 1), generator=generator)):
-        leaf, bound = x.detach().requires_grad_(), scale.clone().requires_grad_()
-        y = fake_quantize(leaf, bound, -8, 7, rule=rule)
-        y.backward(grad)
-        ratio = x / scale
-        codes = ratio.round().clamp(-8, 7)
-        inside = (ratio > -8) & (ratio < 7)
-        assert torch.equal(y, codes * scale) and torch.equal(leaf.grad, grad * inside)
-        slope = torch.where(inside, codes - ratio if rule == "lsq" else 0.0, codes)
-        torch.testing.assert_close(bound.grad, (grad * slope).sum_to_size(scale.shape), rtol=1e-4, atol=2e-2)

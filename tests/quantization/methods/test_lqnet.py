@@ -47,7 +47,7 @@ def test_forward_and_the_update_are_the_papers_formulas(spec):
 def test_gradients_are_straight_through(spec):
     quantizer = ready(spec)
     x = (data(spec, 2) * 2).requires_grad_()
-    levels = quantizer.levels()
+    levels = quantizer.grid_values()
     grad = randn(*x.shape, seed=3)
     quantizer(x).backward(grad)
     expected = grad
@@ -60,7 +60,7 @@ def test_gradients_are_straight_through(spec):
 
 def test_weights_by_hand():
     quantizer = with_basis(QuantSpec("lqnet", 2, "weight"), [[1.0, 3.0]])
-    assert quantizer.levels().tolist() == [[-4, -2, 2, 4]]
+    assert quantizer.grid_values().tolist() == [[-4, -2, 2, 4]]
     x = torch.tensor([-9.0, -3.0, -2.9, 0.0, 0.1, 3.0, 3.1])
     assert quantizer(x).tolist() == [-4, -4, -2, -2, 2, 2, 4]
     # B'B = [[7, 1], [1, 7]], B'x = (9 - 3 + ...): by the formula, least squares of the codes.
@@ -73,10 +73,10 @@ def test_weights_by_hand():
 def test_zero_is_a_level_of_activations_and_padding_is_zero(signed):
     spec = QuantSpec("lqnet", 3, "input", signed=signed)
     quantizer = with_basis(spec, [[0.31, 0.77, -1.9 if signed else 1.9]])
-    assert 0.0 in quantizer.levels()[0].tolist()
+    assert 0.0 in quantizer.grid_values()[0].tolist()
     assert quantizer(torch.zeros(4)).tolist() == [0] * 4
     conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
-    layer = QuantConv2d.from_float(conv, QuantSpec("lsq", 8, "weight"), spec, "conv")
+    layer = QuantConv2d.from_float(conv, QuantSpec("lsq", 8, "weight"), spec)
     calibrate(layer, lambda: layer(torch.ones(1, 1, 1, 1)))
     nn.init.constant_(layer.weight, 100.0)
     layer.weight.data[..., 1, 1] = 0
@@ -162,7 +162,7 @@ def test_values_that_are_not_finite_do_not_stay(spec):
 
 def test_there_is_no_integer_form():
     quantizer = ready(QuantSpec("lqnet", 2, "input"))
-    quantizer.path = "head.cls_subnet.0.input_quantizer"
+    quantizer.name = "head.cls_subnet.0.input_quantizer"
     assert quantizer.grid() is None
     words = r"'head\.cls_subnet\.0\.input_quantizer' \(lqnet\) has no uniform integer form: train this layer with lsq"
     with pytest.raises(ValueError, match=words):
@@ -173,7 +173,7 @@ def test_there_is_no_integer_form():
 def test_in_a_convolution_the_basis_moves_once_a_step(input_method):
     conv = nn.Conv2d(3, 4, 3, padding=1)
     weight = QuantSpec("lqnet", 3, "weight", per_channel=True)
-    layer = QuantConv2d.from_float(conv, weight, QuantSpec(input_method, 3, "input"), "conv")
+    layer = QuantConv2d.from_float(conv, weight, QuantSpec(input_method, 3, "input"))
     x = randn(2, 3, 6, 6).requires_grad_()
     calibrate(layer, lambda: layer(x))
     layer.weight.data.mul_(1.3)
@@ -194,7 +194,7 @@ def test_in_a_convolution_the_basis_moves_once_a_step(input_method):
 
 def test_a_head_over_levels_updates_its_weights_basis_once():
     conv = nn.Conv2d(3, 4, 3, padding=1)
-    layer = QuantConv2d.from_float(conv, QuantSpec("lqnet", 2, "weight"), QuantSpec("lqnet", 2, "input"), "conv")
+    layer = QuantConv2d.from_float(conv, QuantSpec("lqnet", 2, "weight"), QuantSpec("lqnet", 2, "input"))
     x = randn(1, 3, 4, 4)
     calibrate(layer, lambda: layer(x))
     calls = []
@@ -223,6 +223,7 @@ def test_an_iteration_over_levels_moves_an_input_basis_once_by_the_data_of_all()
 def test_activations_update_by_the_data_of_all_ranks(monkeypatch):
     spec, sent = QuantSpec("lqnet", 2, "input"), []
     mine, theirs, one = (ready(spec, randn(100)) for _ in range(3))
+    weight = ready(QuantSpec("lqnet", 2, "weight"), randn(100))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.clone()))
     theirs(randn(80, seed=1))
@@ -230,7 +231,7 @@ def test_activations_update_by_the_data_of_all_ranks(monkeypatch):
     mine(randn(50, seed=0))
     # Weights are the same on all ranks.
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: pytest.fail("sent weights"))
-    ready(QuantSpec("lqnet", 2, "weight"), randn(100))(randn(100))
+    weight(randn(100))
     monkeypatch.undo()
     one(torch.cat([randn(50, seed=0), randn(80, seed=1)]))
     torch.testing.assert_close(mine.basis, one.basis)
@@ -241,7 +242,7 @@ def lqnet_layers():
     """Two convolutions, calibrated, and their input."""
     specs = QuantSpec("lqnet", 2, "weight", per_channel=True), QuantSpec("lqnet", 2, "input")
     torch.manual_seed(0)
-    layers = nn.Sequential(*(QuantConv2d.from_float(nn.Conv2d(3, 3, 3, padding=1), *specs, str(i)) for i in range(2)))
+    layers = nn.Sequential(*(QuantConv2d.from_float(nn.Conv2d(3, 3, 3, padding=1), *specs) for i in range(2)))
     x = randn(2, 3, 6, 6)
     calibrate(layers, lambda: layers(x))
     return layers, x

@@ -87,7 +87,8 @@ def test_an_unsigned_site_is_lsq_and_runs_fused():
     assert [name for name, _ in quantizer.named_parameters()] == ["scale"]
     x = randn(2, 3, 4, 4)
     assert torch.equal(quantizer(x), lsq(x))
-    assert quantizer.fused_grid() == lsq.fused_grid()
+    assert quantizer.grid() == lsq.grid() and quantizer.gradient == lsq.gradient
+    assert ready(QuantSpec("lsqplus", 4, "input")).gradient is None
     assert type(build_quantizer(QuantSpec("lsqplus", 4, "weight"))) is LSQQuantizer
 
 
@@ -119,7 +120,7 @@ def test_minmax_by_hand_and_one_sided_data():
 
 def test_a_convolution_calls_the_module_and_trains_its_offset():
     conv = nn.Conv2d(3, 4, 3, padding=1)
-    layer = QuantConv2d.from_float(conv, QuantSpec("lsqplus", 4, "weight"), signed(), "conv")
+    layer = QuantConv2d.from_float(conv, QuantSpec("lsqplus", 4, "weight"), signed())
     x = randn(2, 3, 6, 6) - 0.5
     calibrate(layer, lambda: layer(x))
     y = layer(x)

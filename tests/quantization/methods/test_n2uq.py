@@ -163,7 +163,7 @@ def test_it_is_for_activations():
 
 def test_in_a_convolution():
     conv = nn.Conv2d(3, 4, 3, padding=1)
-    layer = QuantConv2d.from_float(conv, QuantSpec("lsq", 4, "weight"), spec(4), "conv")
+    layer = QuantConv2d.from_float(conv, QuantSpec("lsq", 4, "weight"), spec(4))
     x = randn(2, 3, 6, 6)
     calibrate(layer, lambda: layer(x))
     y = layer(x)

@@ -1,0 +1,75 @@
+"""Transposed convolution whose weight and input are quantized."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantization import Quantizer, QuantSpec, build_quantizer
+
+
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` with ``weight_quantizer`` and ``input_quantizer``.
+
+    Parameter names are the float layer's. Made by :meth:`from_float`.
+    """
+
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    @classmethod
+    def from_float(cls, deconv: nn.ConvTranspose2d, weight: QuantSpec, input: QuantSpec | None) -> QuantConvTranspose2d:
+        """Builds a quantized layer around the parameters of a float one (shared, not copied).
+
+        Args:
+            deconv: the float layer.
+            weight: spec of the weight quantizer.
+            input: spec of the input quantizer; None where the input is exact.
+
+        Raises:
+            ValueError: for groups, whose output channels lie in two axes of the weight.
+        """
+        if deconv.groups != 1:
+            raise ValueError(f"a transposed convolution with {deconv.groups} groups cannot be quantized")
+        layer = cls(
+            deconv.in_channels,
+            deconv.out_channels,
+            deconv.kernel_size,  # type: ignore[arg-type]
+            stride=deconv.stride,  # type: ignore[arg-type]
+            padding=deconv.padding,  # type: ignore[arg-type]
+            output_padding=deconv.output_padding,  # type: ignore[arg-type]
+            dilation=deconv.dilation,  # type: ignore[arg-type]
+            bias=deconv.bias is not None,
+            device="meta",
+        )
+        layer.weight = deconv.weight
+        layer.bias = deconv.bias
+        layer.weight_quantizer = build_quantizer(weight, num_channels=deconv.out_channels)
+        layer.input_quantizer = None if input is None else build_quantizer(input)
+        return layer.train(deconv.training)
+
+    def quantized_weight(self) -> Tensor:
+        """Returns the fake-quantized weight, ``(C, O, kH, kW)``; quantizers take output channels for the first axis."""
+        return self.weight_quantizer(self.weight.transpose(0, 1)).transpose(0, 1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Maps ``(N, C, H, W)`` to ``(N, O, H', W')``.
+
+        Raises:
+            ValueError: for an ``output_size``, which is given by ``output_padding`` here.
+        """
+        if output_size is not None:
+            raise ValueError(f"output_size must be None, got {output_size}")
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        weight = self.quantized_weight()
+        return F.conv_transpose2d(
+            x,
+            weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
