@@ -47,7 +47,7 @@ setup(
     ],
     extras_require={
         "eval": ["faster-coco-eval>=1.6"],
-        "export": ["onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4"],
+        "export": ["onnx>=1.16", "onnxruntime>=1.20"],
         "openvino": ["openvino>=2024.0"],
         "dev": [
             "faster-coco-eval>=1.6",

@@ -222,8 +222,8 @@ def export(args: argparse.Namespace) -> None:
     )
     header = ["", "network, ms", "/ ORT", "/ eager", "image to boxes, ms", "/ ORT", "/ eager"]
     print(tabulate(rows, [*header, "objects", "peak MB", "MB on disk"], floatfmt=".1f"))
-    packed = (Path(args.model) / "model.safetensors").stat().st_size
-    print(f"packed weights: {packed / 1e6:.2f} MB, 1/{disk[EAGER] / packed:.1f} of the float32 state dict")
+    packed = (Path(args.model) / MODEL).stat().st_size
+    print(f"exported file: {packed / 1e6:.2f} MB, 1/{disk[EAGER] / packed:.1f} of the float32 state dict")
     print_saturation(machine, saturating(description.layers))
 
 

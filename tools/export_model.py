@@ -32,11 +32,11 @@ def parse_args() -> argparse.Namespace:
         "--images", action="append", default=[], metavar="PATH", help="image or folder to measure the agreement on"
     )
     parser.add_argument("--max-images", type=integer(1), default=2, help="at most so many of them (default: 2)")
-    parser.add_argument("--int4", action="store_true", help="also write model.int4.onnx, for size")
     parser.add_argument(
         "--tensorrt",
         action="store_true",
-        help="also write model.tensorrt.onnx: signed 8 bits, zero points 0; checked in ONNX Runtime",
+        help="experimental: also write model.tensorrt.onnx, signed 8 bits with zero points 0; checked in ONNX Runtime, "
+        "never run in TensorRT",
     )
     parser.add_argument(
         "--allow-float",
@@ -86,7 +86,8 @@ def main() -> None:
         from aqdet.config import load_config
         from aqdet.data import complete_num_classes
         from aqdet.engine import check_config, fit_to_machine
-        from aqdet.export.folder import agreement_totals, export_detector
+        from aqdet.export.folder import export_detector
+        from aqdet.export.report import agreement_totals
 
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
@@ -100,7 +101,6 @@ def main() -> None:
             weights,
             args.output,
             images=read_images(cfg, args.images, args.max_images),
-            int4=args.int4,
             tensorrt=args.tensorrt,
             allow_float=args.allow_float,
             config_name=os.path.basename(args.config_file),
@@ -121,7 +121,7 @@ def main() -> None:
     print(f"Tightest int32 sum: {layer}, at most {worst['accumulator_bound']:,}")
     sizes = report["sizes"]
     for name, size in sizes.items():
-        if name != "packed_ratio":
+        if name != "ratio":
             print(f"  {size / 1e6:8.2f} MB  1/{sizes['float32_state_dict'] / size:.2f}  {name}")
     say(f"done: {args.output} (detector.json, report.md, report.json)")
 

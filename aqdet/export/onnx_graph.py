@@ -10,6 +10,7 @@ Written for ONNX Runtime on x86, which runs it on integers alone:
   leave the convolution in float;
 - a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes
   (``QLinearLeakyRelu``); a bare DequantizeLinear / QuantizeLinear pair would compute in float;
+- weights are packed into the bits that they were trained with, see :mod:`~aqdet.export.packed_weights`;
 - a sum (``QLinearAdd``) is in codes of its result, by ratios that no machine rounds differently;
 - pooling, upsampling and padding work on the uint8 tensor itself;
 - a prediction keeps the precision of its int32 sums; only their unit is float. It is a MatMulInteger over the
@@ -19,6 +20,7 @@ Written for ONNX Runtime on x86, which runs it on integers alone:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,46 +28,55 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from .. import __version__
 from .containers import int8_parts
+from .packed_weights import packed_bits, write_weight
 from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
 
-OPSET, INT4_OPSET = 17, 21
-_IR_VERSION, _INT4_IR_VERSION = 8, 10
+OPSET = 21
+"""The first with INT4 tensors."""
+_IR_VERSION = 10
+DESCRIPTION = (
+    "The network of an object detector on integers: a uint8 image to predictions at each level of a pyramid. Decoding, "
+    "thresholds and non-maximum suppression are not in it; metadata_props say how, and aqdet.runtime does it."
+)
 
 
-def build_onnx(program: Program, *, int4: bool = False, extra_outputs: bool = False) -> onnx.ModelProto:
+def build_onnx(
+    program: Program, *, extra_outputs: bool = False, metadata: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
     """The program as an ONNX model.
 
     Args:
         program: what to write.
-        int4: weights whose codes fit are INT4 tensors, for size: opset 21, the same values.
         extra_outputs: makes every integer value an output, for comparing layer by layer.
+        metadata: what the file says of itself, by key (ONNX's ``metadata_props``).
 
     Returns:
         A checked model. Input ``image``, uint8 ``(N, 3, H, W)``; outputs float32, see :class:`Program`.
     """
-    return GraphBuilder(program, int4).build(extra_outputs)
+    return GraphBuilder(program).build(extra_outputs, metadata)
 
 
 class GraphBuilder:
     """Writes a program node by node.
 
     Args:
-        program, int4: see :func:`build_onnx`.
+        program: what to write.
     """
 
     value_type = TensorProto.UINT8
     """Of the integer values."""
 
-    def __init__(self, program: Program, int4: bool = False) -> None:
+    def __init__(self, program: Program) -> None:
         self.program = program
         self.grids = program.grids()
-        self.int4 = int4
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.written_weights: dict[tuple[str, bytes, bytes], str] = {}
         self._by_content: dict[bytes, str] = {}
 
-    def build(self, extra_outputs: bool) -> onnx.ModelProto:
+    def build(self, extra_outputs: bool, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
         """See :func:`build_onnx`."""
         for operation in self.program.operations:
             if isinstance(operation, PadImage):
@@ -83,7 +94,7 @@ class GraphBuilder:
                 self.max_pool(operation)
             else:
                 self.upsample(operation.input, operation.output)
-        return self.model(extra_outputs)
+        return self.model(extra_outputs, metadata or {})
 
     # --- parts ---
 
@@ -93,14 +104,17 @@ class GraphBuilder:
 
     def constant(self, name: str, value: Any, dtype: Any) -> str:
         """An initializer, shared with any other of the same content."""
-        return self._initializer(name, numpy_helper.from_array(np.array(value, dtype, order="C"), name))
+        return self.initializer(numpy_helper.from_array(np.array(value, dtype, order="C"), name))
 
-    def _initializer(self, name: str, tensor: TensorProto) -> str:
+    def initializer(self, tensor: TensorProto) -> str:
+        """See :meth:`constant`."""
         content = f"{tensor.data_type} {list(tensor.dims)} ".encode() + tensor.raw_data
         digest = hashlib.sha256(content).digest()
         if digest not in self._by_content:
-            self._by_content[digest] = name
-            self.initializers[name] = tensor
+            while tensor.name in self.initializers:  # of other content, as a level's own weights would be
+                tensor.name += "_"
+            self._by_content[digest] = tensor.name
+            self.initializers[tensor.name] = tensor
         return self._by_content[digest]
 
     def zero_point(self, grid: Grid) -> str:
@@ -131,15 +145,21 @@ class GraphBuilder:
             bounds = [self.constant(f"code_{code}", code, np.uint8) for code in (low, high)]
             self.node("Clip", [name, *bounds], output)
 
-    def copies(self, operation: Conv) -> tuple[str, NDArray[np.int32]]:
-        """Input and weight of a convolution, repeated along the channels where one int8 part does not do."""
+    def copies(self, operation: Conv) -> tuple[str, str]:
+        """Input and int8 weight of a convolution, repeated along the channels where one int8 part does not do."""
         parts = int8_parts(operation, self.grids[operation.input])
-        source = operation.input
-        if len(parts) > 1:
-            source = f"{operation.output}.copies"
-            self.node("Concat", [operation.input] * len(parts), source, axis=1)
-            self.grids[source] = self.grids[operation.input]
-        return source, np.concatenate(parts, 1).astype(np.int32)
+        if len(parts) == 1:
+            return operation.input, write_weight(self, operation)
+        source = f"{operation.output}.copies"
+        self.node("Concat", [operation.input] * len(parts), source, axis=1)
+        self.grids[source] = self.grids[operation.input]
+        return source, self.constant(self.weight_name(operation), np.concatenate(parts, 1), np.int8)
+
+    def real_constant(self, name: str, integers: str, scale: NDArray[np.float32], dtype: Any) -> str:
+        """Integers times a scale for each slice of their first axis, with the zero points that other tools need."""
+        zeros = self.constant(f"zeros_{len(scale)}_{np.dtype(dtype)}", np.zeros(len(scale)), dtype)
+        inputs = [integers, self.constant(f"{name}_scale", scale, np.float32), zeros]
+        return self.node("DequantizeLinear", inputs, name, axis=0)
 
     @staticmethod
     def geometry(operation: Conv) -> dict[str, Any]:
@@ -170,46 +190,37 @@ class GraphBuilder:
         self.node("Concat", padded, operation.output, axis=1)
 
     def _split(self, source: str, names: list[str], axis: int) -> onnx.NodeProto:
-        # Equal parts by default, which opset 18 wants to be told in number.
-        count: dict[str, Any] = {"num_outputs": len(names)} if self.int4 else {}
-        return helper.make_node("Split", [source], names, name=f"{source}_split", axis=axis, **count)
+        return helper.make_node("Split", [source], names, name=f"{source}_split", axis=axis, num_outputs=len(names))
 
     @staticmethod
     def weight_name(operation: Conv) -> str:
         return f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
 
-    def int8_weight(self, operation: Conv, weight: NDArray[np.int32]) -> tuple[str, NDArray[np.float32]]:
-        """Name of an integer weight tensor and the scale of its unit; INT4 where asked for and it fits."""
-        name = self.weight_name(operation)
-        if self.int4:
-            codes = operation.weight.astype(np.int32) * operation.sign.reshape(-1, 1, 1, 1)
-            if -8 <= codes.min() and codes.max() <= 7:
-                tensor = helper.make_tensor(name, TensorProto.INT4, codes.shape, pack_int4(codes), raw=True)
-                return self._initializer(name, tensor), operation.scale * operation.multiple
-        return self.constant(name, weight, np.int8), operation.scale
-
     def conv(self, operation: Conv) -> None:
         name = operation.output
-        source, integers = self.copies(operation)
-        weight, scale = self.int8_weight(operation, integers)
-        scale_name = self.constant(f"{name}.weight_scale", scale, np.float32)
-        real_weight = self.node("DequantizeLinear", [weight, scale_name], f"{name}.weight", axis=0)
+        source, weight = self.copies(operation)
         unit = np.float32(self.grids[source].scale) * operation.scale
-        bias_inputs = [
-            self.constant(f"{name}.bias", operation.bias, np.int32),
-            self.constant(f"{name}.bias_scale", unit, np.float32),
+        bias = self.constant(f"{name}.bias", operation.bias, np.int32)
+        inputs = [
+            self.dequantized(source, name),
+            self.real_constant(f"{name}.weight", weight, operation.scale, np.int8),
+            self.real_constant(f"{name}.real_bias", bias, unit, np.int32),
         ]
-        bias = self.node("DequantizeLinear", bias_inputs, f"{name}.real_bias", axis=0)
-        inputs = [self.dequantized(source, name), real_weight, bias]
         self.node("Conv", inputs, f"{name}.real", **self.geometry(operation))
         self.quantized(f"{name}.real", name)
 
     def predict(self, operation: Conv) -> None:
         name, grid = operation.output, self.grids[operation.input]
         parts = int8_parts(operation, grid)
-        # Parts are columns of one product: the patches are read once.
-        columns = [part.transpose(2, 3, 1, 0).reshape(-1, len(part)) for part in parts]
-        weight = self.constant(self.weight_name(operation), np.concatenate(columns, 1), np.int8)
+        if len(parts) == 1 and packed_bits(operation) < 8:
+            columns_of = f"{name}.columns"
+            self.node("Transpose", [write_weight(self, operation)], f"{columns_of}_first", perm=[2, 3, 1, 0])
+            shape = self.constant(f"{columns_of}_shape", [-1, len(operation.weight)], np.int64)
+            weight = self.node("Reshape", [f"{columns_of}_first", shape], columns_of)
+        else:
+            # Parts are columns of one product: the patches are read once.
+            columns = [part.transpose(2, 3, 1, 0).reshape(-1, len(part)) for part in parts]
+            weight = self.constant(self.weight_name(operation), np.concatenate(columns, 1), np.int8)
         rows = self.patches(operation, grid.zero_point)
         sums = self.node("MatMulInteger", [rows, weight, self.zero_point(grid)], f"{name}.products")
         if len(parts) > 1:
@@ -286,14 +297,17 @@ class GraphBuilder:
 
     # --- model ---
 
-    def model(self, extra_outputs: bool) -> onnx.ModelProto:
-        image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", 3, "H", "W"])
+    def model(self, extra_outputs: bool, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        step = self.program.size_divisibility
+        about = f"pixels of N images as they are, 0 to 255; H and W multiples of {step}"
+        image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", 3, "H", "W"], about)
         channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
         outputs = []
         for output in self.program.outputs:
-            for name in output.names:
+            for name, about in zip(output.names, ("logits", "box deltas", "centerness logits"), strict=False):
+                about = f"{about} of level {output.level}, a location every {output.stride} pixels"
                 shape: list[str | int] = ["N", channels[name], f"h_{output.level}", f"w_{output.level}"]
-                outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+                outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape, about))
         if extra_outputs:
             known = {info.name for info in outputs}
             written = {name for node in self.nodes for name in node.output}
@@ -302,18 +316,18 @@ class GraphBuilder:
                 for operation in self.program.operations
                 if operation.output in written - known
             ]
-        graph = helper.make_graph(self.nodes, "aqdet", [image], outputs, list(self.initializers.values()))
-        opset, ir_version = (INT4_OPSET, _INT4_IR_VERSION) if self.int4 else (OPSET, _IR_VERSION)
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="aqdet"
+        graph = helper.make_graph(
+            self.nodes, "aqdet", [image], outputs, list(self.initializers.values()), doc_string=DESCRIPTION
         )
+        opsets = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(
+            graph,
+            opset_imports=opsets,
+            ir_version=_IR_VERSION,
+            producer_name="aqdet",
+            producer_version=__version__,
+            doc_string=DESCRIPTION,
+        )
+        helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         return model
-
-
-def pack_int4(codes: NDArray[np.integer]) -> bytes:
-    """Two 4-bit two's complement codes a byte, the first in the low half."""
-    flat = codes.astype(np.int8).reshape(-1) & 0xF
-    if flat.size % 2:
-        flat = np.append(flat, np.int8(0))
-    return (flat[::2] | (flat[1::2] << 4)).astype(np.uint8).tobytes()

@@ -112,10 +112,8 @@ class _TensorRTBuilder(GraphBuilder):
         if f"{source}.signed" in self.grids:
             assert operation.padding == (0, 0), operation.path
             source, sums = f"{source}.signed", sums + _IMAGE_SHIFT * weight.sum((1, 2, 3), dtype=np.int64)
-        codes, scale = self.int8_weight(operation, weight)
-        inputs = [codes, self.constant(f"{operation.output}.weight_scale", scale, np.float32)]
-        inputs.append(self.constant(f"zero_points_{len(scale)}", np.zeros(len(scale)), np.int8))
-        real_weight = self.node("DequantizeLinear", inputs, f"{operation.output}.weight", axis=0)
+        codes = self.constant(self.weight_name(operation), weight, np.int8)
+        real_weight = self.real_constant(f"{operation.output}.weight", codes, operation.scale, np.int8)
         unit: NDArray[Any] = operation.scale.astype(np.float64) * self.grids[source].scale
         bias = self.constant(f"{operation.output}.bias", sums * unit, np.float32)
         inputs = [self.dequantized(source, operation.output), real_weight, bias]

@@ -16,11 +16,14 @@ from PIL import Image
 from programs import OVERRIDES, RELU, SEVEN_BITS, STD, image, shared, trained_like
 from tiny_data import CLASSES, write_dataset
 
+from aqdet.checkpoint import load_detector
+from aqdet.export import description
 from aqdet.export import folder as module
 from aqdet.export.agreement import TENSORRT
+from aqdet.export.extract import extract
 from aqdet.export.folder import export_detector
-from aqdet.export.packing import load_program
 from aqdet.export.reference import run
+from aqdet.export.report import agreement_totals
 from aqdet.runtime.folder import read_description
 
 AUX = ("MODEL.AUX.ENABLED", "True")
@@ -43,7 +46,6 @@ def exported(checkpoint, tmp_path_factory):
         checkpoint,
         output,
         images=list(image(40, 56)),
-        int4=True,
         config_name="mine.yaml",
         progress=lines.append,
     )
@@ -52,15 +54,15 @@ def exported(checkpoint, tmp_path_factory):
 
 def test_the_folder(exported):
     output, report, lines = exported
-    names = {"detector.json", "model.onnx", "model.int4.onnx", "model.safetensors", "report.json", "report.md"}
+    names = {"detector.json", "model.onnx", "report.json", "report.md"}
     assert {path.name for path in output.iterdir()} == names
     assert list(output.parent.iterdir()) == [output]
-    description = read_description(output)
-    assert description.classes == ("class_0", "class_1", "class_2") and description.pad_value == (104, 116, 124)
+    read = read_description(output)
+    assert read.classes == ("class_0", "class_1", "class_2") and read.pad_value == (104, 116, 124)
     assert any("class_0 to class_2" in line for line in lines)
-    assert [level.stride for level in description.levels] == [8, 16, 32, 64, 128]
+    assert [level.stride for level in read.levels] == [8, 16, 32, 64, 128]
     content = json.loads((output / "detector.json").read_text())
-    assert set(content["files"]) == {"model.onnx", "model.int4.onnx", "model.safetensors"}
+    assert set(content["files"]) == {"model.onnx"}
     assert content["source"]["config"] == "mine.yaml" and len(content["source"]["weights_sha256"]) == 64
     assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report))
     assert not any("auxiliary" in path.read_bytes().decode("latin1") for path in output.iterdir())
@@ -69,20 +71,37 @@ def test_the_folder(exported):
 def test_sizes(exported):
     output, report, _ = exported
     sizes = report["sizes"]
-    assert sizes["model.safetensors"] == (output / "model.safetensors").stat().st_size
+    assert sizes["model.onnx"] == (output / "model.onnx").stat().st_size
     model = make_model(*STD, *RELU)
     assert sizes["float32_state_dict"] == sum(4 * value.numel() for value in model.state_dict().values())
-    assert sizes["packed_ratio"] > 7
+    assert sizes["ratio"] > 7
 
 
-def test_packed_file_and_graph_are_the_same_detector(exported):
+def test_the_graph_is_the_detectors_and_says_so(exported, checkpoint):
     output, _, _ = exported
-    program = load_program(output / "model.safetensors")
+    program = extract(load_detector(make_cfg(*OVERRIDES, *AUX), checkpoint, device="cpu"))
     batch = image(32, 32)
     values = run(program, batch)
     session = onnxruntime.InferenceSession(output / "model.onnx", providers=["CPUExecutionProvider"])
     for info, found in zip(session.get_outputs(), session.run(None, {"image": batch}), strict=True):
         np.testing.assert_array_equal(found, values[info.name], info.name)
+    said = session.get_modelmeta().custom_metadata_map
+    content = json.loads((output / "detector.json").read_text())
+    for key in ("classes", "decode", "anchors", "input", "outputs", "source"):
+        assert json.loads(said[key]) == content[key], key
+    assert said["strides"] == "[8, 16, 32, 64, 128]" and "Pillow" in said["preprocessing"]
+    assert said["architecture"] == "RetinaNet" and said["aqdet_version"]
+
+
+def test_others_may_read_it(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
+    before = os.umask(0o077)
+    try:
+        export_detector(make_cfg(*OVERRIDES), checkpoint, tmp_path / "detector")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "detector").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "detector").iterdir()} == {0o644}
 
 
 def test_the_report_names_the_tightest_layer(exported):
@@ -110,7 +129,7 @@ def test_an_export_is_replaced_and_nothing_else(checkpoint, tmp_path, monkeypatc
     assert (other / "mine.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize("step", ["save_program", "write_description", "_publish"])
+@pytest.mark.parametrize("step", ["write_text", "write_description", "_publish"])
 def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, step):
     def fail(*args):
         raise OSError("disk full")
@@ -148,7 +167,7 @@ def test_classes_are_those_of_the_test_set_where_there_is_no_other(tmp_path):
     gone = {"name": "gone", "json": "gone.json", "image_root": "."}
     cfg = make_cfg("DATASETS.DECLARED", str([gone, entry]), "DATASETS.TRAIN", "('gone',)")
     cfg.DATASETS.TEST = (entry["name"],)
-    names, ids = module._classes(cfg, 3, pytest.fail)
+    names, ids = description._classes(cfg, 3, pytest.fail)
     assert names == list(CLASSES) and None not in ids
 
 
@@ -158,8 +177,8 @@ def test_tensorrts_flavour(tmp_path):
     cfg = make_cfg(*OVERRIDES, *SEVEN_BITS)
     report = export_detector(cfg, str(path), tmp_path / "detector", images=list(image(32, 32)), tensorrt=True)
     content = json.loads((tmp_path / "detector" / "detector.json").read_text())
-    assert set(content["files"]) == {"model.onnx", "model.tensorrt.onnx", "model.safetensors"}
-    totals = {total["execution"]: total for total in module.agreement_totals(report["agreement"])}
+    assert set(content["files"]) == {"model.onnx", "model.tensorrt.onnx"}
+    totals = {total["execution"]: total for total in agreement_totals(report["agreement"])}
     assert len(totals) == 5 and totals[TENSORRT]["codes"] > 50_000 and totals[TENSORRT]["unexplained"] == 0
     text = (tmp_path / "detector" / "report.md").read_text()
     assert f"| {TENSORRT} |" in text and "| model.tensorrt.onnx |" in text
@@ -188,10 +207,10 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     export_model(monkeypatch, *arguments, *small, *data)
     out = capsys.readouterr().out
     assert "  trained: " in out and out.count(", 0 of them not at a rounding tie") == 4
-    assert "Tightest int32 sum: " in out and "model.safetensors" in out
+    assert "Tightest int32 sum: " in out and "model.onnx" in out
     assert out.strip().splitlines()[-1].endswith("done: out (detector.json, report.md, report.json)")
-    description = read_description("out")
-    assert (description.min_size, description.channels, description.classes) == (24, "BGR", CLASSES)
+    read = read_description("out")
+    assert (read.min_size, read.channels, read.classes) == (24, "BGR", CLASSES)
 
 
 def test_without_onnx_the_command_says_what_to_install(checkpoint, tmp_path, monkeypatch, capsys):
@@ -275,4 +294,4 @@ def test_other_anchors_are_refused():
     model, program = shared()
     cfg.MODEL.ANCHOR_GENERATOR.NAME = "RotatedAnchorGenerator"
     with pytest.raises(ValueError, match="MODEL.ANCHOR_GENERATOR.NAME must be DefaultAnchorGenerator"):
-        module.describe_detector(cfg, model, program, [], print)
+        description.describe_detector(cfg, model, program, [], print)

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 from programs import LSQPLUS, image, make_conv, shared
 
 from aqdet.export.agreement import runtime_session
-from aqdet.export.folder import check_integer
-from aqdet.export.onnx_graph import build_onnx, pack_int4
+from aqdet.export.integer_graph import check_integer
+from aqdet.export.onnx_graph import build_onnx
 from aqdet.export.program import IMAGE, Grid, Output, Program
 from aqdet.export.reference import accumulate, conv_unit, run
 
@@ -88,39 +88,27 @@ def test_shapes_are_dynamic_and_images_independent():
             np.testing.assert_array_equal(together[-1:], single)
 
 
-def test_int4_weights_dequantize_to_the_same_values():
+def test_every_dequantize_has_a_zero_point():
     _, program = shared()
-    plain, small = build_onnx(program), build_onnx(program, int4=True)
-    assert small.opset_import[0].version >= 21 and small.ByteSize() < 0.6 * plain.ByteSize()
-
-    def weights(model):
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        found = {}
-        for node in model.graph.node:
-            if node.op_type == "DequantizeLinear" and node.output[0].endswith(".weight"):
-                codes, scale, *zero = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in node.input)
-                codes -= zero[0].reshape(-1, 1, 1, 1) if zero else 0
-                found[node.output[0]] = codes * scale.reshape(-1, 1, 1, 1)
-        return found, tensors
-
-    theirs, ours = weights(plain)[0], weights(small)[0]
-    assert theirs.keys() == ours.keys()
-    for name, value in theirs.items():
-        # The same codes; scale and multiple are two float32 numbers in one and their product in the other.
-        np.testing.assert_allclose(ours[name], value, rtol=2e-7)
-    kinds = {name: tensor.data_type for name, tensor in weights(small)[1].items()}
-    inner = [kinds[name] for name in kinds if ".weight" in name and "res" in name and "scale" not in name]
-    assert inner and set(inner) == {TensorProto.INT4}
-    batch = image()
-    names = outputs(program)
-    expected = runtime_session(plain, optimize=False).run(names, {"image": batch})
-    found = runtime_session(small, optimize=False).run(names, {"image": batch})
-    for a, b in zip(expected, found, strict=True):
-        assert (np.abs(a - b) > 1e-5 * np.abs(a).max()).mean() < 0.05
+    graph = build_onnx(program).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+            scale, zero_point = (constants[name] for name in node.input[1:])
+            assert list(zero_point.dims) == list(scale.dims), node.name
 
 
-def test_pack_int4_by_hand():
-    assert pack_int4(np.array([1, -1, 7, -8, 3])) == bytes([0xF1, 0x87, 0x03])
+def test_the_graph_says_what_it_is():
+    _, program = shared()
+    model = build_onnx(program, metadata={"classes": '["a", "b"]'})
+    assert [(entry.key, entry.value) for entry in model.metadata_props] == [("classes", '["a", "b"]')]
+    assert model.opset_import[0].version == 21 and model.producer_version
+    assert "object detector" in model.doc_string and model.doc_string == model.graph.doc_string
+    assert "multiples of 32" in model.graph.input[0].doc_string
+    assert [info.doc_string.split(",")[0] for info in model.graph.output[:2]] == [
+        "logits of level p3",
+        "box deltas of level p3",
+    ]
 
 
 def test_dorefa_at_8_bits_reads_its_input_four_times():
@@ -162,7 +150,9 @@ def test_per_level_convs_share_their_weights():
     tower = [conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]
     distinct = {conv.integer_weight.tobytes() for conv in tower}
     assert len(tower) == 5
-    assert sum(name.startswith("head.cls_subnet.0.weight") for name in names) == len(distinct)
+    assert sum(name.startswith("head.cls_subnet.0.weight") and name.endswith(".int4") for name in names) == 1
+    unpacked = [node for node in graph.graph.node if node.name.startswith("head.cls_subnet.0.weight@")]
+    assert sum(node.name.endswith(".int8") for node in unpacked) == len(distinct)
 
 
 def test_a_prediction_of_other_weights_at_one_level_keeps_them():

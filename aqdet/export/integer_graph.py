@@ -1,0 +1,47 @@
+"""Whether ONNX Runtime executes a graph on integers alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+
+import onnx
+import onnxruntime
+
+from .agreement import runtime_session
+
+INTEGER_KINDS = frozenset(
+    "Clip Concat MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Resize Slice Split Transpose".split()
+)
+"""Operators that compute on integers in the graphs written here, as ONNX Runtime executes them."""
+
+
+def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> dict[str, int]:
+    """Operators of the graph that ONNX Runtime executes, with their numbers.
+
+    Raises:
+        ValueError: naming them, if operations that do not come after a prediction compute in float.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "optimized.onnx")
+        runtime_session(graph, optimize=True, optimized_path=path)
+        nodes = onnx.load(path).graph.node
+    predicted: set[str] = set()
+    floats = []
+    for node in nodes:
+        if node.op_type == "MatMulInteger" or any(name in predicted for name in node.input):
+            predicted.update(node.output)
+        elif node.op_type not in INTEGER_KINDS:
+            name = re.sub(r"_token_\d+$", "", node.output[0])  # which layout changes add
+            if not any(re.search(pattern, name) for pattern in allow_float):
+                floats.append(f"{name} ({node.op_type})")
+    if floats:
+        more = f" and {len(floats) - 8} more" * (len(floats) > 8)
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} computes {', '.join(floats[:8])}{more} in float: use another "
+            "version of it, or allow them by name (--allow-float)"
+        )
+    return dict(sorted(Counter(node.op_type for node in nodes).items()))
