@@ -2,80 +2,207 @@
 """
 Checks datasets before training: every problem in one report.
 
-The datasets are those declared in a config, or given by COCO JSON, a Pascal VOC folder, a YOLO data.yaml, or folders
-of images for each class.
-What is found, and what is then done about it: aqdet/data/check/findings.py. The exit status is 1 if a training would
-be refused, else 0.
+The datasets are those declared in a config, or given here. What is found, and what is then done about it:
+aqdet/data/check/findings.py. The exit status is 1 if a training would be refused, else 0. With --output the checked
+dataset is written as COCO JSON, whatever its format. Neither PyTorch nor Detectron2 is loaded unless a config is.
 """
 
+from __future__ import annotations
+
 import argparse
+import difflib
+import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from aqdet.config import load_config
 from aqdet.data.check.cache import check_declaration
-from aqdet.data.check.findings import reports_as_json
+from aqdet.data.check.findings import Report, reports_as_json
 from aqdet.data.check.records import find_shared_images
-from aqdet.data.declaration import Declaration, parse_declared, parse_image_folders
-from aqdet.data.formats.yolo import SPLITS
-from aqdet.utils.files import write_text
+from aqdet.data.declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
+from aqdet.data.formats import FORMATS
+from aqdet.data.formats.yolo import SPLITS, named_splits
+from aqdet.utils.arguments import file_to_write, integer
+from aqdet.utils.files import write_json, write_text
+
+EXAMPLES = """
+examples:
+  check_dataset.py --coco-json train.json val.json --image-root images
+  check_dataset.py --voc VOC2007 --split train val
+  check_dataset.py --voc my_photos --split 0.8 -0.2         images and XML of labelImg, split by share
+  check_dataset.py --yolo data.yaml --output "{name}.json"   as COCO JSON, a file for each split
+  check_dataset.py --dataset "{format: voc, images: photos, annotations: xml, split: 0.8, seed: 1}"
+  check_dataset.py --config-file config.yaml DATASETS.STRICT True
+
+a dataset of DATASETS.DECLARED or --dataset has a name and the fields of its format:
+"""
+PARTS = """
+and each may have a part of its images, chosen by a hash of their names, which stays when files are added:
+  split: 0.8     the first 0.8 of the draw       split: -0.2    the last 0.2, which 0.8 leaves
+  split: [0.7, 0.9]   what lies between           seed: 1        another draw (default: 0)
+  share: 0.8     the same, of a named split
+"""
+
+
+def epilog() -> str:
+    """The examples and the fields of every format, for the help."""
+    lines = []
+    for form in FORMATS.values():
+        lines.append(f"  {form.name:<10}{form.layout}")
+        lines.append(f"  {'':<10}{form.example}")
+    return f"{EXAMPLES}{chr(10).join(lines)}\n{PARTS}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s (--config-file FILE | --coco-json FILE ... | --voc DIR | --yolo FILE | --image-folders DIR ... "
+        "| --dataset ENTRY ...)\n       [options] [KEY VALUE ...]",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config-file", metavar="FILE", help="check all of DATASETS.DECLARED and IMAGE_FOLDERS")
+    what.add_argument("--coco-json", nargs="+", metavar="FILE", help="COCO annotation files")
+    what.add_argument("--voc", metavar="DIR", help="folder of Pascal VOC, or of images and XML as labelImg writes them")
+    what.add_argument("--yolo", metavar="FILE", help="data.yaml")
+    what.add_argument("--image-folders", nargs="+", metavar="DIR", help="each with a folder of images for each class")
+    what.add_argument("--dataset", nargs="+", metavar="ENTRY", help="of any format, as in DATASETS.DECLARED")
+    parser.add_argument("--image-root", help="of the COCO files; of a YOLO folder if not that of its data.yaml")
+    parser.add_argument(
+        "--split", nargs="+", help="names or shares; by default all of train, val, test that VOC or YOLO has"
+    )
+    parser.add_argument("--seed", type=int, help="of shares (default: 0)")
+    parser.add_argument(
+        "--classes", help="of VOC: names in the order of their ids, with commas; by default all, sorted"
+    )
+    parser.add_argument("--difficult-as-crowd", action="store_true", help="ignore difficult objects of VOC")
+    parser.add_argument("--no-images", action="store_true", help="do not decode images")
+    parser.add_argument("--strict", action="store_true", help="refuse all but notes, as DATASETS.STRICT")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write all findings to this file")
+    parser.add_argument(
+        "--output",
+        type=file_to_write,
+        metavar="FILE",
+        help="write the checked dataset as COCO JSON, unless it is refused; of several, {name} stands for each name",
+    )
+    parser.add_argument(
+        "--examples", type=integer(0), default=5, help="records printed of each kind (default: %(default)s)"
+    )
+    return parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config-file", help="check all of DATASETS.DECLARED and IMAGE_FOLDERS")
-    what.add_argument("--coco-json", nargs="+", help="COCO annotation files")
-    what.add_argument("--voc", help="folder with Annotations, JPEGImages and ImageSets/Main")
-    what.add_argument("--yolo", help="data.yaml")
-    what.add_argument("--image-folders", nargs="+", metavar="DIR", help="each with a folder of images for each class")
-    parser.add_argument("--image-root", help="of the COCO files; of a YOLO folder if not that of its data.yaml")
-    parser.add_argument("--split", nargs="+", help="of a VOC or YOLO folder; all of train, val, test if absent")
-    parser.add_argument("--no-images", action="store_true", help="do not decode images")
-    parser.add_argument("--strict", action="store_true", help="refuse all but notes, as DATASETS.STRICT")
-    parser.add_argument("--json", help="also write all findings to this file")
-    parser.add_argument("--examples", type=int, default=5, help="records printed of each kind")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
-    return parser.parse_args()
+    parser = make_parser()
+    args, args.opts = parser.parse_known_args()
+    known = [name for action in parser._actions for name in action.option_strings]
+    for text in args.opts:
+        if text.startswith("--"):
+            close = difflib.get_close_matches(text.partition("=")[0], known, 1)
+            parser.error(f"unrecognized argument: {text}{f'; did you mean {close[0]}?' if close else ''}")
+    if args.dataset and args.split:
+        parser.error("--split: write it into the entry of --dataset, as {..., split: 0.8}")
+    sources = ("config_file", "coco_json", "voc", "yolo", "image_folders", "dataset")
+    if not any(getattr(args, name) for name in sources):
+        parser.error("nothing to check: give one of " + ", ".join(f"--{name.replace('_', '-')}" for name in sources))
+    if args.opts and not args.config_file:
+        parser.error(f"unrecognized arguments: {' '.join(args.opts)} (KEY VALUE pairs are for a --config-file)")
+    return args
 
 
 def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool]:
     """The datasets to check and whether to be strict."""
-    cfg = load_config(args.config_file or "", args.opts)
-    strict = args.strict or cfg.DATASETS.STRICT
-    entries = []
+    if args.config_file:
+        from aqdet.config import load_config
+
+        config = load_config(args.config_file, args.opts).DATASETS
+        found = [*parse_declared(config.DECLARED).values(), *parse_image_folders(config.IMAGE_FOLDERS)]
+        if not found:
+            raise ValueError(f"nothing to check: {args.config_file} names no datasets or splits")
+        return found, args.strict or config.STRICT
+    if args.image_folders:
+        entries = [part for path in args.image_folders for part in parts({"root": path}, args, path)]
+        return list(parse_image_folders(entries)), args.strict
+    return list(parse_declared(entries_of(args)).values()), args.strict
+
+
+def entries_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Entries as of DATASETS.DECLARED for what is given on the command line."""
+    if args.dataset:
+        return [entry_of(text, index) for index, text in enumerate(args.dataset)]
     if args.coco_json:
         if not args.image_root:
             raise ValueError("--coco-json needs --image-root")
-        entries = [{"name": path, "json": path, "image_root": args.image_root} for path in args.coco_json]
-    elif args.voc:
-        splits = Path(args.voc, "ImageSets", "Main")
-        names = args.split or [name for name in SPLITS if (splits / f"{name}.txt").is_file()]
-        entries = [{"name": name, "format": "voc", "root": args.voc, "split": name} for name in names]
-    elif args.yolo:
-        root = {"image_root": args.image_root} if args.image_root else {}
-        names = args.split or yolo_splits(args.yolo)
-        entries = [{"name": n, "format": "yolo", "yaml": args.yolo, "split": n, **root} for n in names]
-    if not args.config_file:
-        cfg.DATASETS.DECLARED = entries
-        cfg.DATASETS.IMAGE_FOLDERS = [{"name": path, "root": path} for path in args.image_folders or ()]
-    found = [*parse_declared(cfg.DATASETS.DECLARED).values(), *parse_image_folders(cfg.DATASETS.IMAGE_FOLDERS)]
-    if not found:
-        raise ValueError(f"nothing to check: {args.config_file or args.voc or args.yolo} names no datasets or splits")
-    return found, strict
+        return [
+            part for path in args.coco_json for part in parts({"json": path, "image_root": args.image_root}, args, path)
+        ]
+    if args.voc:
+        entry: dict[str, Any] = {"format": "voc", "root": args.voc}
+        if args.classes is not None:
+            entry["classes"] = [name.strip() for name in args.classes.split(",")]
+        if args.difficult_as_crowd:
+            entry["difficult_as_crowd"] = True
+        folder = Path(args.voc, "ImageSets", "Main")
+        return parts(
+            entry, args, args.voc, [name for name in ("train", "val", "test") if (folder / f"{name}.txt").exists()]
+        )
+    root = {"image_root": args.image_root} if args.image_root else {}
+    named = named_splits(args.yolo) if os.path.isfile(args.yolo) else []
+    return parts({"format": "yolo", "yaml": args.yolo, **root}, args, args.yolo, named or SPLITS[:1])
 
 
-def yolo_splits(path: str) -> list[str]:
-    """The splits that a data.yaml has; the check says what is wrong with one that cannot be read."""
+def parts(
+    entry: Mapping[str, Any], args: argparse.Namespace, name: str, named: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The entry once for each split, which is its name then; once as it is if there are no splits."""
+    splits = [share_of(text) for text in args.split or named]
+    found = []
+    for split in splits:
+        seed = {"seed": args.seed} if args.seed is not None and not isinstance(split, str) else {}
+        of_several = isinstance(split, str) or "format" in entry
+        found.append({**entry, "name": str(split) if of_several else f"{name}:{split}", "split": split, **seed})
+    return found or [{**entry, "name": name}]
+
+
+def share_of(text: str) -> str | float:
+    """A share if it is a number, else the name of a split."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError):
-        content = None
-    names = [split for split in SPLITS if isinstance(content, dict) and content.get(split)]
-    return names or list(SPLITS[:1])
+        return float(text)
+    except ValueError:
+        return text
+
+
+def entry_of(text: str, index: int) -> dict[str, Any]:
+    """An entry written as in a config; it is called by its place if it has no name."""
+    try:
+        entry = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--dataset {text!r} is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"--dataset must be an entry as {next(iter(FORMATS.values())).example}, got {text!r}")
+    return {"name": f"dataset{index}", **entry}
+
+
+def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, Any]]], strict: bool) -> list[str]:
+    """Writes the datasets as COCO JSON if none of them is refused; returns a line for each."""
+    if len(found) > 1 and "{name}" not in output:
+        names = ", ".join(declaration.name for declaration, _, _ in found)
+        raise ValueError(f"--output {output}: write {{name}} in it, there are several datasets: {names}")
+    lines = []
+    for declaration, report, _ in found:
+        if declaration.format == IMAGE_FOLDER:
+            raise ValueError(f"--output: {declaration.name} has a class an image, no boxes for COCO JSON")
+        if report.refused(strict):
+            return [f"nothing is written to {output}: {declaration.name} is refused"]
+    for declaration, _, content in found:
+        path = output.replace("{name}", declaration.name.replace(os.sep, "_"))
+        write_json(path, content, indent=None)
+        lines.append(f"written to {path}; file names in it are relative to {declaration.image_root}")
+    return lines
 
 
 def main() -> None:
@@ -85,17 +212,22 @@ def main() -> None:
         found, strict = datasets(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    reports = [check_declaration(declaration, pixels=not args.no_images)[0] for declaration in found]
-    for index, report in enumerate(reports):
-        for earlier in reports[:index]:
+    checked = []
+    for declaration in found:
+        report, content, _ = check_declaration(declaration, pixels=not args.no_images)
+        for _, earlier, _ in checked:
             find_shared_images(earlier, report)
+        checked.append((declaration, report, content))
+    reports = [report for _, report, _ in checked]
     for report in reports:
         print(report.text(args.examples), end="\n\n")
-    if args.json:
-        try:
-            write_text(Path(args.json), reports_as_json(reports, strict))
-        except OSError as error:
-            sys.exit(f"error: --json {args.json}: {error.strerror}")
+    try:
+        if args.json:
+            write_text(args.json, reports_as_json(reports, strict))
+        for line in write_output(args.output, checked, strict) if args.output else ():
+            print(line)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     refused = sum(report.refused(strict) for report in reports)
     images = "not decoded" if args.no_images else "decoded"
     counts = ", ".join(f"{sum(r.number(s) for r in reports)} {s}" for s in ("error", "repaired", "dropped", "warning"))

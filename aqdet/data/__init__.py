@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedded.scenes import SHAPE_CLASSES, make_shapes
-    from .formats.voc import convert_voc
     from .mappers import build_mapper
     from .registry import check_datasets, check_num_classes, complete_num_classes, register_declared
 
@@ -22,7 +21,6 @@ _MODULES = {
     "check_datasets": "registry",
     "check_num_classes": "registry",
     "complete_num_classes": "registry",
-    "convert_voc": "formats.voc",
     "make_shapes": "embedded.scenes",
     "register_declared": "registry",
 }
@@ -33,7 +31,6 @@ __all__ = [
     "check_datasets",
     "check_num_classes",
     "complete_num_classes",
-    "convert_voc",
     "make_shapes",
     "register_declared",
 ]

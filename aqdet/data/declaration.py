@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .check.images import is_junk
 from .share import Share
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ __all__ = ["IMAGE_FOLDER", "Declaration", "parse_declared", "parse_image_folders
 
 IMAGE_FOLDER = "folder"
 _FOLDER_FIELDS = ("name", "root")
+# Fields of every entry that choose a part of its images.
+_PART_FIELDS = ("split", "share", "seed")
 _LOOKED_UP = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
 
 
@@ -94,17 +97,19 @@ def parse_image_folders(entries: Any, only: Collection[str] | None = None) -> It
         raise ValueError(f"DATASETS.IMAGE_FOLDERS must be a list of {{name: ..., root: ...}}, got {entries!r}")
     for index, entry in enumerate(entries):
         where = f"DATASETS.IMAGE_FOLDERS[{index}]"
-        if not isinstance(entry, dict) or set(entry) != set(_FOLDER_FIELDS):
-            raise ValueError(f"{where} must have exactly the fields {', '.join(_FOLDER_FIELDS)}, got {entry!r}")
+        if not isinstance(entry, dict) or not set(_FOLDER_FIELDS) <= set(entry) <= {*_FOLDER_FIELDS, *_PART_FIELDS}:
+            fields, may = ", ".join(_FOLDER_FIELDS), ", ".join(_PART_FIELDS)
+            raise ValueError(f"{where} must have the fields {fields}, and may have {may}, got {entry!r}")
         for field in _FOLDER_FIELDS:
             _check_text(entry, field, where)
         if only is not None and entry["name"] not in only:
             continue
         root = existing(entry["root"], f"{where}.root", kind="folder")
-        classes = tuple(sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir()))
+        classes = tuple(sorted(f.name for f in Path(root).iterdir() if f.is_dir() and not is_junk(f.name)))
         if not classes:
             raise ValueError(f"{where}.root: {root!r} has no folders, it must have one for each class")
-        yield Declaration(entry["name"], IMAGE_FOLDER, root, root, classes=classes)
+        _, share = _part(entry, where, "a folder for each class")
+        yield Declaration(entry["name"], IMAGE_FOLDER, root, root, classes=classes, share=share)
 
 
 def resolve(path: str) -> str:
@@ -128,8 +133,11 @@ def existing(path: str, where: str, *, kind: str) -> str:
         ValueError: if there is no such thing, or one of the other kind.
     """
     found = resolve(path)
-    tests: dict[str, Callable[[str], bool]] = {"file": os.path.isfile, "folder": os.path.isdir}
-    if not tests.get(kind, os.path.exists)(found):
+    if kind == "file" and os.path.isdir(found):
+        raise ValueError(f"{where}: {found!r} is a folder, a file is needed")
+    if kind == "folder" and os.path.isfile(found):
+        raise ValueError(f"{where}: {found!r} is a file, a folder is needed")
+    if not os.path.exists(found):
         raise ValueError(f"{where}: no {kind} {found!r}; {_LOOKED_UP}")
     return found
 
@@ -149,13 +157,16 @@ def _declaration(entry: Any, where: str) -> Declaration:
         raise ValueError(f"{where}.classes must be a list of names, none twice, got {classes!r}")
     if not isinstance(difficult, bool):
         raise ValueError(f"{where}.difficult_as_crowd must be True or False, got {difficult!r}")
-    split, share = _split(form, entry, where)
+    split, share = _part(entry, where, form.name if not form.has_named_splits else "")
     paths = {
         field: existing(entry[field], f"{where}.{field}", kind=kind)
         for field, kind in form.paths.items()
         if field in entry
     }
-    file, image_root = form.locate(paths, split)
+    try:
+        file, image_root = form.locate(paths, split)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
     return Declaration(
         name=entry["name"],
         format=name,
@@ -170,11 +181,11 @@ def _declaration(entry: Any, where: str) -> Declaration:
 
 
 def _check_fields(form: Format, entry: Any, where: str) -> None:
-    optional = [*form.optional, "seed"] if "split" in form.optional else list(form.optional)
+    optional = list(dict.fromkeys((*form.optional, *_PART_FIELDS)))
     for needed in form.needed:
         if isinstance(entry, dict) and set(needed) <= set(entry) <= {*needed, *optional}:
             return
-    may = f", and may have {', '.join(optional)}" if optional else ""
+    may = f", and may have {', '.join(optional)}"
     must = " or ".join(", ".join(needed) for needed in form.needed)
     raise ValueError(f"{where} must have the fields {must}{may}, got {entry!r}")
 
@@ -184,22 +195,27 @@ def _check_text(entry: dict[str, Any], field: str, where: str) -> None:
         raise ValueError(f"{where}.{field} must be a non-empty string, got {entry[field]!r}")
 
 
-def _split(form: Format, entry: dict[str, Any], where: str) -> tuple[str, Share | None]:
-    """The name of the split and the share of it."""
-    value, seed = entry.get("split", ""), entry.get("seed", 0)
+def _part(entry: dict[str, Any], where: str, without_splits: str) -> tuple[str, Share | None]:
+    """The name of the split and the share of it; `without_splits` is the format's name if it has no named splits."""
+    split, share, seed = entry.get("split", ""), entry.get("share"), entry.get("seed", 0)
     if type(seed) is not int:
         raise ValueError(f"{where}.seed must be an integer, got {seed!r}")
-    if isinstance(value, str):
-        if "split" in entry and (not value or not form.has_named_splits):
-            right = (
-                "a non-empty string" if form.has_named_splits else f"a share as 0.8: {form.name} has no named splits"
-            )
-            raise ValueError(f"{where}.split must be {right}, got {value!r}")
-        return value, None
+    field = "share"
+    if not isinstance(split, str):
+        if share is not None:
+            raise ValueError(f"{where}: one of split and share must be a share, got {split!r} and {share!r}")
+        field, split, share = "split", "", split
+    elif "split" in entry and (not split or without_splits):
+        right = f"a share as 0.8: {without_splits} has no named splits" if without_splits else "a name or a share"
+        raise ValueError(f"{where}.split must be {right}, got {split!r}")
+    if share is None:
+        if "seed" in entry:
+            raise ValueError(f"{where}.seed: it is that of a share, as split: 0.8, and there is none")
+        return split, None
     try:
-        return "", Share.parse(value, seed)
+        return split, Share.parse(share, seed)
     except ValueError as error:
-        raise ValueError(f"{where}.split {error}") from error
+        raise ValueError(f"{where}.{field} {error}") from error
 
 
 def _are_names(value: Any) -> bool:

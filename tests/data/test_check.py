@@ -167,8 +167,40 @@ VARIANTS = {
     # Categories
     "category without a name": (add("categories", id=9, name=""), {"category-malformed": 1}),
     "category of a taken id": (add("categories", name="cow"), {"category-malformed": 1}),
-    "category of a taken name": (add("categories", id=9), {"category-malformed": 1}),
-    "category with text as id": (add("categories", id="9", name="cow"), {"category-malformed": 1}),
+    "category of a taken name": (add("categories", id=9), {"category-unused": 1}),
+    "category of a taken name, first": (
+        lambda c, f: c["categories"].insert(0, {"id": 0, "name": "cat"}),
+        {"category-unused": 1},
+    ),
+    "two unused categories of a name": (
+        lambda c, f: c["categories"].extend([{"id": 9, "name": "cow"}, {"id": 10, "name": "cow"}]),
+        {"category-unused": 1, "class-without-boxes": 1},
+    ),
+    "two used categories of a name": (
+        both(add("categories", id=9), box(category_id=9)),
+        {"category-malformed": 1, "image-without-boxes": 1},
+    ),
+    "category given twice": (add("categories"), {"category-unused": 1}),
+    "category with text as id": (
+        add("categories", id="9", name="cow"),
+        {"category-id-type": 1, "class-without-boxes": 1},
+    ),
+    "categories with text as ids": (
+        lambda c, f: [category.update(id=str(category["id"])) for category in c["categories"]],
+        {"category-id-type": 2},
+    ),
+    "category with a name as id": (
+        both(add("categories", id="x9", name="cow"), box(category_id="x9")),
+        {"category-malformed": 1, "image-without-boxes": 1},
+    ),
+    "categories that differ by case": (
+        add("categories", id=9, name="Cat"),
+        {"class-alike": 1, "class-without-boxes": 1},
+    ),
+    "categories that differ by joints": (
+        lambda c, f: c["categories"].extend([{"id": 9, "name": "sea lion"}, {"id": 10, "name": "sea_lion"}]),
+        {"class-alike": 1, "class-without-boxes": 2},
+    ),
     "category with a list as id": (add("categories", id=[9], name="cow"), {"category-malformed": 1}),
     "category that is text": (lambda c, f: c["categories"].append("cow"), {"category-malformed": 1}),
     "category named by a number": (
@@ -180,6 +212,10 @@ VARIANTS = {
     "image id as text": (image(id="1"), {"image-id-type": 1}),
     "image id as float": (image(id=1.0), {"image-id-type": 1}),
     "image id that is a name": (image(id="zero"), {"image-id": 1, "annotation-nowhere": 1}),
+    "image id that is a GUID": (
+        both(image(id="5f0e-11"), box(image_id="5f0e-11")),
+        {"image-id": 1},
+    ),
     "image without a file name": (image(file_name=None), {"image-name": 1}),
     "image that is text": (lambda c, f: c["images"].append("x.png"), {"record-malformed": 1}),
     "image listed twice": (

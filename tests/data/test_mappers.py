@@ -62,7 +62,11 @@ def test_wrong_entries_are_one_line(tmp_path):
             register_declared(cfg)
         assert "\n" not in str(error.value)
 
-    refused(r"IMAGE_FOLDERS\[0\] must have exactly the fields name, root, got", name="x", images="y")
+    refused(
+        r"IMAGE_FOLDERS\[0\] must have the fields name, root, and may have split, share, seed, got",
+        name="x",
+        images="y",
+    )
     refused(r"IMAGE_FOLDERS\[0\].root must be a non-empty string, got 3", name="x", root=3)
     refused(r"IMAGE_FOLDERS\[0\].root: no folder 'nowhere'", name="x", root="nowhere")
     refused("has no folders, it must have one for each class", name="x", root=str(tmp_path / "empty"))

@@ -51,7 +51,7 @@ def test_registers_once_and_under_the_datasets_folder(tmp_path, monkeypatch):
         ({"json": "none.json"}, r"DATASETS.DECLARED\[0\].json: no file 'none.json'"),
         ({"image_root": "none"}, r"DATASETS.DECLARED\[0\].image_root: no folder 'none'"),
         ({"name": ""}, r"DATASETS.DECLARED\[0\].name must be a non-empty string"),
-        ({"extra": 1}, "must have the fields name, json, image_root, and may have format, got"),
+        ({"extra": 1}, "must have the fields name, json, image_root, and may have format, split, share, seed, got"),
         ({"format": "coc"}, r"DATASETS.DECLARED\[0\].format must be one of coco, voc, yolo, labelme, .*, got 'coc'"),
         ({"json": 3}, r"DATASETS.DECLARED\[0\].json must be a non-empty string, got 3"),
         ({"name": "coco_2017_val"}, "'coco_2017_val' is registered already with other files"),
@@ -117,7 +117,7 @@ def test_a_list_of_entries_is_needed(tmp_path):
         (lambda c: json.dumps({**c, "annotations": {}}), "it has no list 'annotations'"),
         (lambda c: json.dumps({**c, "categories": []}), "'categories' is empty"),
         (lambda c: json.dumps({**c, "categories": [{"id": 1}]}), r"1 category-malformed: .*categories\[0\]: \{'id': 1"),
-        (lambda c: json.dumps({**c, "categories": [{"id": 1, "name": "a"}] * 2}), r"categories\[1\]"),
+        (lambda c: json.dumps({**c, "categories": [{"id": 1, "name": n} for n in "ab"]}), r"categories\[1\]"),
     ],
 )
 def test_broken_annotation_files_are_one_line(tmp_path, change, words):

@@ -1,19 +1,14 @@
-import json
-import os
+import shutil
 import zlib
 
-import numpy as np
 import pytest
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
 from helpers import ROOT
 from PIL import Image
-from pycocotools.coco import COCO
 
-from aqdet.data import convert_voc
 from aqdet.data.check.cache import check_declaration
 from aqdet.data.check.records import find_shared_images
-from aqdet.data.declaration import Declaration
+from aqdet.data.declaration import Declaration, parse_declared
 
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 
@@ -42,30 +37,24 @@ def add(root, stem, objects, *, size=(40, 30), declared=None, ending=".jpg", spl
     return root
 
 
-def convert(root, split="train", classes=None, **options):
-    output = root / "out" / f"{split}.json"
-    report = convert_voc(root, split, output, classes, **options)
-    return json.loads(output.read_text()), report
+def check_voc(root, split="train", **options):
+    declaration = Declaration("mine", "voc", str(root), str(root / "JPEGImages"), split, **options)
+    report, usable, _ = check_declaration(declaration, pixels=True)
+    return report, usable
 
 
-def refused(root, words, split="train", **options):
-    with pytest.raises(ValueError, match=words) as error:
-        convert(root, split, **options)
-    assert "\n" not in str(error.value)
-    assert not (root / "out").exists() or not any((root / "out").iterdir())
+def boxes_of(usable):
+    return [annotation["bbox"] for annotation in usable["annotations"]]
 
 
 def test_boxes_are_one_based_and_inclusive(tmp_path):
     objects = [("dog", (1, 1, 40, 30)), ("cat", (5, 7, 5, 8)), ("dog", (2.5, 3, 10, 5))]
-    content, report = convert(add(tmp_path, "a", objects))
-    assert [c["name"] for c in content["categories"]] == ["cat", "dog"]
-    assert [a["bbox"] for a in content["annotations"]] == [[0, 0, 40, 30], [4, 6, 1, 2], [1.5, 2, 8.5, 3]]
-    assert [a["area"] for a in content["annotations"]] == [1200, 2, 25.5]
-    assert [a["category_id"] for a in content["annotations"]] == [2, 1, 2]
-    assert report.boxes_per_class == {"cat": 1, "dog": 2}
-    assert report.images_per_class == {"cat": 1, "dog": 1}
-    assert report.bands_per_class["dog"] == {"small": 1, "medium": 1, "large": 0}
-    assert report.notes == {"boxes one pixel wide or high, kept": ["a#1"]}
+    report, usable = check_voc(add(tmp_path, "a", objects))
+    assert [c["name"] for c in usable["categories"]] == ["cat", "dog"]
+    assert boxes_of(usable) == [[0, 0, 40, 30], [4, 6, 1, 2], [1.5, 2, 8.5, 3]]
+    assert [a["area"] for a in usable["annotations"]] == [1200, 2, 25.5]
+    assert [a["category_id"] for a in usable["annotations"]] == [2, 1, 2]
+    assert report.counts == {"box-thin": 1}
 
 
 def test_repairs_and_drops_are_counted(tmp_path):
@@ -77,200 +66,96 @@ def test_repairs_and_drops_are_counted(tmp_path):
         ("dog", (2, 2, 9, 9)),
         ("dog", (2, 2, 9, 9)),
     ]
-    add(tmp_path, "a", objects, declared=(80, 60))
-    add(tmp_path, "b", [])
     add(tmp_path, "a", objects)
-    content, report = convert(tmp_path)
-    boxes = [a["bbox"] for a in content["annotations"]]
-    assert boxes == [[30, 20, 10, 10], [0, 0, 10, 10], [1, 1, 8, 8], [1, 1, 8, 8]]
-    assert [image["id"] for image in content["images"]] == [1, 2]
-    assert (content["images"][0]["width"], content["images"][0]["height"]) == (40, 30)
-    assert report.notes == {
-        "lines repeated in the split file, used once": ["a"],
-        "boxes that reach outside the image, clipped": ["a#0", "a#1"],
-        "boxes that end before they start, dropped": ["a#2"],
-        "boxes outside the image, dropped": ["a#3"],
-        "objects given twice, kept": ["a#5"],
-        "images without objects, kept": ["b"],
+    add(tmp_path, "b", [])
+    with open(tmp_path / "ImageSets/Main/train.txt", "a") as file:
+        file.write("a\n")
+    report, usable = check_voc(tmp_path)
+    assert boxes_of(usable) == [[30, 20, 10, 10], [0, 0, 10, 10], [1, 1, 8, 8], [1, 1, 8, 8]]
+    assert [image["id"] for image in usable["images"]] == [1, 2]
+    assert report.counts == {
+        "line-repeated": 1,
+        "box-clipped": 1,
+        "box-edge": 1,
+        "box-negative": 1,
+        "box-outside": 1,
+        "box-twice": 1,
+        "image-without-boxes": 1,
     }
-    assert "boxes that reach outside the image, clipped: 2 (a#0, a#1)" in str(report)
-    (tmp_path / "Annotations/a.xml").write_text("<annotation/>")
-    _, report = convert(tmp_path, classes=["dog"])
-    assert report.notes["image size in XML differs, file's used"] == ["a: nonexnone, 40x30"]
-
-
-def test_long_lists_are_cut_with_a_count(tmp_path):
-    _, report = convert(add(tmp_path, "a", [("dog", (5, 5, 5, 5))] * 24))
-    assert "a#19, and 4 more)" in str(report)
 
 
 def test_all_splits_get_the_same_class_ids(tmp_path):
     add(tmp_path, "a", [("dog", (1, 1, 10, 5)), ("cow", (1, 1, 10, 5))])
     add(tmp_path, "b", [("cat", (1, 1, 10, 5))], split="val")
-    train, _ = convert(tmp_path)
-    val, report = convert(tmp_path, "val")
-    assert train["categories"] == val["categories"]
-    assert [c["name"] for c in val["categories"]] == ["cat", "cow", "dog"]
-    assert report.boxes_per_class == {"cat": 1, "cow": 0, "dog": 0}
+    usable = [check_voc(tmp_path, split)[1] for split in ("train", "val")]
+    assert usable[0]["categories"] == usable[1]["categories"]
+    assert [c["name"] for c in usable[1]["categories"]] == ["cat", "cow", "dog"]
     (tmp_path / "Annotations/b.xml").write_text("<annotation>")
-    _, report = convert(tmp_path)
-    assert report.notes == {"annotations outside the split, unreadable, not searched for classes": ["b"]}
-    given, _ = convert(tmp_path, classes=["dog", "cow"])
-    assert [a["category_id"] for a in given["annotations"]] == [1, 2]
-
-
-def test_difficult_objects(tmp_path):
-    hard = "<difficult>1</difficult>"
-    add(tmp_path, "a", [("dog", (1, 1, 10, 5), hard), ("dog", (1, 1, 9, 5), "<difficult>0</difficult>")])
-    content, report = convert(tmp_path)
-    assert [a["iscrowd"] for a in content["annotations"]] == [0, 0]
-    assert report.notes == {"difficult objects, kept as objects": ["a#0"]}
-    content, report = convert(tmp_path, difficult_as_crowd=True)
-    assert [a["iscrowd"] for a in content["annotations"]] == [1, 0]
-    assert report.notes == {"difficult objects, made crowd regions": ["a#0"]}
+    report, usable = check_voc(tmp_path)
+    assert report.counts == {"file-skipped": 1} and len(usable["categories"]) == 2
 
 
 def test_parts_are_no_objects(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>2</xmin></bndbox></part>"
-    content, _ = convert(add(tmp_path, "a", [("dog", (1, 1, 10, 5), part)]))
-    assert len(content["annotations"]) == 1 and len(content["categories"]) == 1
+    _, usable = check_voc(add(tmp_path, "a", [("dog", (1, 1, 10, 5), part)]))
+    assert len(usable["annotations"]) == 1 and len(usable["categories"]) == 1
 
 
 def test_other_names_and_endings(tmp_path):
     stems = {"über 1": ".png", "sub/b": ".JPG", "c.d": ".jpeg"}
     for stem, ending in stems.items():
         add(tmp_path, stem, [("dog", (1, 1, 10, 5))], ending=ending)
-    content, _ = convert(tmp_path)
-    assert [i["file_name"] for i in content["images"]] == [s + e for s, e in stems.items()]
+    _, usable = check_voc(tmp_path)
+    assert [i["file_name"] for i in usable["images"]] == [s + e for s, e in stems.items()]
 
 
 def test_images_turned_by_exif_have_the_size_detectron2_reads(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    content, report = convert(add(tmp_path, "a", [], declared=(30, 40), exif=exif), classes=["dog"])
+    report, usable = check_voc(add(tmp_path, "a", [], declared=(30, 40), exif=exif), classes=("dog",))
     height, width = read_image(str(tmp_path / "JPEGImages/a.jpg"), "RGB").shape[:2]
-    assert (content["images"][0]["width"], content["images"][0]["height"]) == (width, height) == (30, 40)
-    assert report.notes["images turned by their EXIF orientation"] == ["a"]
-
-
-def test_output_is_deterministic_and_loads(tmp_path):
-    add(tmp_path, "b", [("dog", (1, 1, 10, 5))])
-    add(tmp_path, "a", [("cat", (1, 1, 10, 5)), ("dog", (3, 3, 9, 9))])
-    convert(tmp_path)
-    path = tmp_path / "out/train.json"
-    before = path.read_bytes()
-    convert(tmp_path)
-    assert path.read_bytes() == before and os.listdir(path.parent) == ["train.json"]
-    assert len(COCO(str(path)).getAnnIds()) == 3
-    records = load_coco_json(str(path), str(tmp_path / "JPEGImages"), f"test_{path}")
-    assert [len(r["annotations"]) for r in records] == [1, 2]
-    assert all(os.path.isfile(r["file_name"]) for r in records)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda text: '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + text, "a.xml: has a DOCTYPE"),
-        (lambda text: text[:-5], "a.xml: not valid XML"),
-        (lambda text: "", "a.xml: not valid XML"),
-        (lambda text: text.replace(">1<", ">?<"), r"bndbox of object 0 needs four finite .* xmin='\?'"),
-        (lambda text: text.replace(">1<", ">nan<"), "needs four finite numbers"),
-        (lambda text: text.replace(">10<", ">1e999<"), "needs four finite numbers"),
-        (lambda text: text.replace("bndbox", "box"), "needs four finite numbers, got xmin=''"),
-        (lambda text: text.replace("dog", " "), "object 0 has no name"),
-    ],
-)
-def test_bad_annotations_are_refused(tmp_path, change, words):
-    xml = add(tmp_path, "a", [("dog", (1, 1, 10, 5))]) / "Annotations/a.xml"
-    xml.write_text(change(xml.read_text()))
-    refused(tmp_path, words)
+    assert (usable["images"][0]["width"], usable["images"][0]["height"]) == (width, height) == (30, 40)
+    assert report.counts["image-turned"] == 1
 
 
 def test_a_doctype_in_another_encoding_is_refused(tmp_path):
     xml = add(tmp_path, "a", [("dog", (1, 1, 10, 5))]) / "Annotations/a.xml"
     text = '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE x []>' + xml.read_text()
     xml.write_bytes(text.encode("utf-16"))
-    refused(tmp_path, "has a DOCTYPE")
+    report, _ = check_voc(tmp_path)
+    assert report.counts["file-unreadable"] == 1 and "has a DOCTYPE" in report.text()
 
 
-def test_all_missing_and_bad_files_are_in_one_line(tmp_path):
-    for stem in "abc":
-        add(tmp_path, stem, [("dog", (1, 1, 10, 5))])
-    for stem in "ab":
-        (tmp_path / f"Annotations/{stem}.xml").write_text("<annotation>")
-    refused(tmp_path, r"2 annotation files cannot be used: .*a\.xml.*; .*b\.xml")
-    (tmp_path / "JPEGImages/a.jpg").unlink()
-    (tmp_path / "Annotations/c.xml").unlink()
-    refused(tmp_path, r"2 files are missing in .*: Annotations/c\.xml, JPEGImages/a\.jpg$")
-
-
-def test_bad_images_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"a  1\nb -1\n", "marks the images of one class"),
+        (b"../a\n", "names files outside of the folder: ../a"),
+        (b"\n", "it is empty"),
+        (b"\xff\xfea", "not text in UTF-8"),
+        ("a".encode("utf-16-le"), "UTF-16"),
+    ],
+)
+def test_bad_split_files(tmp_path, content, words):
     add(tmp_path, "a", [("dog", (1, 1, 10, 5))])
-    (tmp_path / "JPEGImages/a.jpg").write_bytes(b"no image")
-    refused(tmp_path, r"a\.jpg' is not an image that can be read")
-    Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages/a.png")
-    refused(tmp_path, r"images of the same name in .*: a\.jpg and a\.png")
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(content)
+    report, _ = check_voc(tmp_path)
+    assert report.counts == {"file-unreadable": 1}
+    assert report.findings[0].file.endswith("train.txt") and words in report.findings[0].value
 
 
-def test_bad_splits_and_classes_are_refused(tmp_path):
-    add(tmp_path, "a", [("dog", (1, 1, 10, 5))])
-    refused(tmp_path, "no split file .*splits there: train", split="val")
-    refused(tmp_path, "classes dog are in the data but not in --classes cat", classes=["cat"])
-    refused(tmp_path, "none empty or twice", classes=["dog", "dog"])
-    refused(tmp_path, "at least one", classes=[])
-    split = tmp_path / "ImageSets/Main/train.txt"
-    split.write_text("a  1\nb -1\n")
-    refused(tmp_path, "marks the images of one class")
-    split.write_text("../a\n")
-    refused(tmp_path, r"names files outside the folder: \.\./a")
-    split.write_text("\n")
-    refused(tmp_path, "lists no images")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    add(tmp_path, "a", [("dog", (1, 1, 10, 5))])
-    convert(tmp_path)
-    before = (tmp_path / "out/train.json").read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError("no space")
-
-    add(tmp_path, "b", [])
-    monkeypatch.setattr(json, "dump", full)
-    with pytest.raises(OSError, match="no space"):
-        convert(tmp_path)
-    assert (tmp_path / "out/train.json").read_bytes() == before
-    assert os.listdir(tmp_path / "out") == ["train.json"]
-
-
-@pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD is not beside the repository, at ../shared/data/BCCD")
-def test_bccd(tmp_path):
-    reports = {s: convert_voc(BCCD, s, tmp_path / f"{s}.json") for s in ("train", "val", "test")}
-    assert [(r.num_images, r.num_boxes) for r in reports.values()] == [(205, 2805), (87, 1138), (72, 945)]
-    assert reports["train"].boxes_per_class == {"Platelets": 209, "RBC": 2382, "WBC": 214}
-    # Two stray clicks of one pixel are all that is wrong with it.
-    thin = "boxes one pixel wide or high, kept"
-    assert reports["train"].notes == {thin: ["BloodImage_00343#3"]}
-    assert reports["val"].notes == {thin: ["BloodImage_00338#12"]}
-    assert reports["test"].notes == {}
-    boxes = np.array([a["bbox"] for a in json.loads((tmp_path / "val.json").read_text())["annotations"]])
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= [640, 480]).all()
-
-
-def check_voc(root, split="train", **options):
-    declaration = Declaration("mine", "voc", str(root), str(root / "JPEGImages"), split, **options)
-    report, usable, _ = check_declaration(declaration, pixels=True)
-    return report, usable
-
-
-def test_a_folder_is_read_as_it_is_converted(tmp_path):
-    add(tmp_path, "sub/ü 1", [("dog", (1, 1, 40, 30)), ("cat", (5, 7, 5, 8))])
-    add(tmp_path, "b", [("dog", (31, 21, 45, 30))])
+def test_a_split_file_in_utf_16_is_read(tmp_path):
+    add(tmp_path, "über", [("dog", (1, 1, 10, 5))])
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes("über\r\n".encode("utf-16"))
     report, usable = check_voc(tmp_path)
-    converted, _ = convert(tmp_path)
-    assert report.counts == {"box-thin": 1, "box-clipped": 1}
-    without = [{k: v for k, v in a.items() if k != "segmentation"} for a in converted["annotations"]]
-    assert usable == {**converted, "annotations": without}
+    assert report.counts == {"file-encoding": 1} and len(usable["annotations"]) == 1
+
+
+@pytest.mark.parametrize("text, difficult", [("True", 1), ("TRUE", 1), ("1", 1), ("0", 0), ("false", 0), ("", 0)])
+def test_words_for_difficult(tmp_path, text, difficult):
+    add(tmp_path, "a", [("dog", (1, 1, 10, 5), f"<difficult>{text}</difficult>")])
+    _, usable = check_voc(tmp_path, difficult_as_crowd=True)
+    assert [a["iscrowd"] for a in usable["annotations"]] == [difficult]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +165,12 @@ def test_a_folder_is_read_as_it_is_converted(tmp_path):
         (lambda text: text[:-5], "file-unreadable"),
         (lambda text: text.replace(">1<", ">?<"), "object-malformed"),
         (lambda text: text.replace("dog", " "), "object-malformed"),
+        (lambda text: text.replace(">10<", ">nan<"), "object-malformed"),
+        (lambda text: text.replace(">10<", ">1e999<"), "object-malformed"),
+        (lambda text: text.replace("bndbox", "box"), "object-malformed"),
+        (lambda text: text.replace("</name>", "</name><difficult>perhaps</difficult>"), "object-malformed"),
+        (lambda text: text.replace("annotation>", "annotations>"), "file-format"),
+        (lambda text: "", "file-unreadable"),
         (lambda text: text.replace(">40<", ">80<"), "image-size"),
         (lambda text: text.replace("<width>40</width>", ""), "image-size-absent"),
         (lambda text: text.replace(">10<", ">0<"), "box-empty"),
@@ -324,3 +215,86 @@ def test_bccd_as_it_is():
     assert [dict(report.counts) for report in reports] == [{"box-thin": 1}, {"box-thin": 1}, {}]
     find_shared_images(reports[0], reports[1])
     assert not reports[1].counts["image-in-two-sets"]
+
+
+def flat(root, one_folder=False, **options):
+    """A folder of labelImg's layout: an object an image; returns its entry."""
+    images, annotations = (root, root) if one_folder else (root / "images", root / "annotations")
+    for stem in "abcdef":
+        add(root / "voc", stem, [("dog", (1, 1, 10, 5))])
+    for folder in (images, annotations):
+        folder.mkdir(exist_ok=True)
+    for path in sorted((root / "voc/JPEGImages").iterdir()):
+        path.rename(images / path.name)
+    for path in sorted((root / "voc/Annotations").iterdir()):
+        path.rename(annotations / path.name)
+    shutil.rmtree(root / "voc")
+    return {"name": "mine", "format": "voc", "images": str(images), "annotations": str(annotations), **options}
+
+
+def check_entry(entry):
+    (declaration,) = parse_declared([entry]).values()
+    report, usable, _ = check_declaration(declaration, pixels=True)
+    return report, usable
+
+
+@pytest.mark.parametrize("one_folder", [True, False])
+@pytest.mark.parametrize("by_root", [True, False])
+def test_folders_of_labelimg(tmp_path, one_folder, by_root):
+    entry = flat(tmp_path, one_folder=one_folder)
+    (tmp_path / "images").mkdir(exist_ok=True)
+    if one_folder:
+        (tmp_path / "images").rmdir()
+    if by_root:
+        entry = {"name": "mine", "format": "voc", "root": str(tmp_path)}
+    report, usable = check_entry(entry)
+    assert not report.counts, report.text()
+    assert [image["file_name"] for image in usable["images"]] == [f"{stem}.jpg" for stem in "abcdef"]
+    assert len(usable["annotations"]) == 6
+
+
+def test_the_filename_counts_where_the_own_name_has_no_image(tmp_path):
+    entry = flat(tmp_path)
+    folder = tmp_path / "annotations"
+
+    def change(old, new, filename):
+        text = (folder / f"{old}.xml").read_text()
+        (folder / f"{old}.xml").unlink()
+        (folder / f"{new}.xml").write_text(text.replace("<size>", f"<filename>{filename}</filename><size>"))
+
+    change("a", "0005", "a.jpg")
+    change("b", "0006", "b.png")  # the image was converted since
+    change("c", "0007", "c")
+    change("d", "0008", "..\\..\\upload\\d.jpg")
+    report, usable = check_entry(entry)
+    assert report.counts == {"image-by-filename": 3, "image-elsewhere": 1}, report.text()
+    assert sorted(image["file_name"] for image in usable["images"]) == [f"{stem}.jpg" for stem in "abcdef"]
+    change("e", "e", "f.jpg")
+    report, _ = check_entry(entry)
+    assert report.counts["image-of-other-name"] == 1 and report.number("error") == 0
+    change("f", "0009", "gone.jpg")
+    report, _ = check_entry(entry)
+    assert report.counts["image-missing"] == 1 and "gone.jpg" in report.text()
+
+
+def test_what_lies_beside_is_counted(tmp_path):
+    entry = flat(tmp_path)
+    for name in ("images/._a.jpg", "images/Thumbs.db", "annotations/._a.xml", "annotations/.DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "annotations/classes.txt").write_text("dog")
+    (tmp_path / "annotations/f.xml").unlink()
+    report, usable = check_entry(entry)
+    assert report.counts == {"file-junk": 4, "image-unlabelled": 1}, report.text()
+    assert len(usable["images"]) == 5
+    for path in (tmp_path / "annotations").glob("*.xml"):
+        path.unlink()
+    report, _ = check_entry(entry)
+    assert report.counts["file-format"] == 1 and "no XML file in it" in report.text()
+
+
+def test_named_splits_are_those_of_a_root(tmp_path):
+    entry = flat(tmp_path)
+    with pytest.raises(ValueError, match=r"DECLARED\[0\].split must be a share as 0.8: only a root has named splits"):
+        check_entry({**entry, "split": "train"})
+    report, _ = check_entry({"name": "mine", "format": "voc", "root": str(tmp_path), "split": "train"})
+    assert "no split file; splits there: none; a share as 0.8 needs none" in report.text()

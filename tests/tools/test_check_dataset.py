@@ -1,9 +1,13 @@
 import json
+import subprocess
 import sys
 
 import check_dataset
 import pytest
-from helpers import make_cfg
+from detectron2.data.datasets import load_coco_json
+from helpers import ROOT, make_cfg
+from PIL import Image
+from pycocotools.coco import COCO
 from tiny_data import write_dataset, write_image_folder, write_yolo
 
 
@@ -90,8 +94,13 @@ def test_all_splits_of_a_yolo_folder(run, tmp_path):
     "arguments, words",
     [
         (("--coco-json", "a.json"), "--coco-json needs --image-root"),
+        (("--coco-json", ".", "--image-root", "."), "'.' is a folder, a file is needed"),
+        (("--dataset", "a.json"), "--dataset must be an entry as {name: mine, json: "),
+        (("--dataset", "{"), "--dataset '{' is not plain YAML"),
+        (("--dataset", "{format: cocoa}"), "format must be one of coco, voc, yolo"),
+        (("--voc", ".", "--split", "1.5"), "split must be a share as 0.8"),
         (("--coco-json", "none.json", "--image-root", "."), "no file 'none.json'"),
-        (("--voc", "."), "nothing to check: . names no datasets or splits"),
+        (("--voc", "none"), "root: no folder 'none'"),
         (("--config-file", "none.yaml"), "config file 'none.yaml' does not exist"),
     ],
 )
@@ -99,3 +108,128 @@ def test_wrong_input_is_one_line(run, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     status, _ = run(*arguments)
     assert status.startswith("error: ") and words in status and "\n" not in status
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), "nothing to check: give one of --config-file, --coco-json, --voc"),
+        (("--voc", ".", "--imges", "x"), "unrecognized argument: --imges; did you mean --"),
+        (("--bogus=3",), "unrecognized argument: --bogus=3"),
+        (
+            ("--voc", ".", "DATASETS.STRICT", "True"),
+            "unrecognized arguments: DATASETS.STRICT True (KEY",
+        ),
+        (("--voc", ".", "--examples", "-1"), "argument --examples: must be a whole number of at least 0, got '-1'"),
+        (("--voc", ".", "--seed", "x"), "argument --seed: invalid int value: 'x'"),
+        (("--voc", ".", "--yolo", "."), "argument --yolo: not allowed with argument --voc"),
+        (("--voc", ".", "--output", "."), "argument --output: '.' is a folder: name a file in it"),
+        (("--dataset", "{}", "--split", "0.8"), "write it into the entry of --dataset"),
+    ],
+)
+def test_wrong_arguments_are_named_when_they_are_parsed(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        check_dataset.main()
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def write_labelimg(folder, number=12):
+    """Images with an object each and their XML beside them."""
+    folder.mkdir()
+    size = "<size><width>64</width><height>48</height></size>"
+    for index in range(number):
+        Image.new("RGB", (64, 48), (index, 0, 0)).save(folder / f"{index}.png")
+        box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>30</xmax><ymax>20</ymax></bndbox>"
+        name = ("cat", "dog")[index % 2]
+        text = f"<annotation>{size}<object><name>{name}</name>{box}</object></annotation>"
+        (folder / f"{index}.xml").write_text(text)
+    return folder
+
+
+def test_shares_of_a_folder_of_labelimg_are_written_as_coco_json(run, tmp_path):
+    folder = write_labelimg(tmp_path / "photos")
+    output = tmp_path / "out" / "{name}.json"
+    status, printed = run("--voc", folder, "--split", "0.5", "-0.5", "--seed", "2", "--output", output)
+    assert status == 0 and f"written to {tmp_path}/out/0.5.json; file names in it are relative to {folder}" in printed
+    contents = [json.loads((tmp_path / f"out/{name}.json").read_text()) for name in ("0.5", "-0.5")]
+    names = [{image["file_name"] for image in content["images"]} for content in contents]
+    assert len(names[0] | names[1]) == 12 and not names[0] & names[1] and all(names)
+    assert [c["name"] for c in contents[0]["categories"]] == ["cat", "dog"]
+    assert contents[0]["categories"] == contents[1]["categories"]
+    before = (tmp_path / "out/0.5.json").read_bytes()
+    run("--voc", folder, "--split", "0.5", "-0.5", "--seed", "2", "--output", output)
+    assert (tmp_path / "out/0.5.json").read_bytes() == before
+    # What was written is a dataset without findings, and Detectron2 and COCO's own code read it.
+    status, printed = run("--coco-json", tmp_path / "out/0.5.json", "--image-root", folder)
+    assert status == 0 and "0 error, 0 repaired, 0 dropped" in printed
+    records = load_coco_json(str(tmp_path / "out/0.5.json"), str(folder), f"written_{tmp_path}")
+    assert len(records) == len(names[0]) and all(len(record["annotations"]) == 1 for record in records)
+    assert len(COCO(str(tmp_path / "out/0.5.json")).getAnnIds()) == len(names[0])
+    status, _ = run("--voc", folder, "--split", "0.5", "-0.5", "--output", tmp_path / "one.json")
+    assert "write {name} in it, there are several datasets: 0.5, -0.5" in status
+    status, printed = run("--voc", folder, "--classes", "dog, cat", "--output", tmp_path / "one.json")
+    assert status == 0
+    assert [c["name"] for c in json.loads((tmp_path / "one.json").read_text())["categories"]] == ["dog", "cat"]
+
+
+def test_what_is_refused_is_not_written(run, tmp_path):
+    folder = write_labelimg(tmp_path / "photos", 2)
+    output = tmp_path / "a.json"
+    output.write_text("before")
+    # The size in the XML is that of another image, and boxes would end at the wrong scale.
+    text = (folder / "0.xml").read_text()
+    (folder / "0.xml").write_text(text.replace(">64<", ">640<").replace(">48<", ">480<"))
+    status, printed = run("--voc", folder, "--output", output)
+    assert (
+        status == 1 and "image-size: 1" in printed and f"nothing is written to {output}: {folder} is refused" in printed
+    )
+    assert output.read_text() == "before" and not list(tmp_path.glob("*.part"))
+    (folder / "0.xml").write_text(text.replace(">cat<", ">cow<"))
+    assert run("--voc", folder, "--classes", "cat,dog", "--output", output)[0] == 1
+    assert run("--voc", folder, "--classes", "cow,dog", "--output", output)[0] == 0
+    folders = write_image_folder(tmp_path / "classes", "x")["root"]
+    assert "has a class an image, no boxes" in run("--image-folders", folders, "--output", output)[0]
+
+
+def test_difficult_objects_become_crowd_regions_where_asked_for(run, tmp_path):
+    folder = write_labelimg(tmp_path / "photos", 2)
+    text = (folder / "0.xml").read_text()
+    (folder / "0.xml").write_text(text.replace("</name>", "</name><difficult>1</difficult>"))
+    output = tmp_path / "a.json"
+    for options, crowds in (((), 0), (("--difficult-as-crowd",), 1)):
+        assert run("--voc", folder, "--output", output, *options)[0] == 0
+        assert sum(a["iscrowd"] for a in json.loads(output.read_text())["annotations"]) == crowds
+
+
+def test_datasets_of_any_format(run, tmp_path):
+    folder = write_labelimg(tmp_path / "photos")
+    status, printed = run(
+        "--dataset", f"{{format: voc, root: {folder}, split: 0.5}}", f"{{name: x, format: voc, root: {folder}}}"
+    )
+    assert status == 0 and printed.startswith("dataset0: ") and "\nx: 12 images" in printed
+    status, printed = run("--image-folders", write_image_folder(tmp_path / "c", "x")["root"], "--split", "0.5")
+    assert status == 0 and f"{tmp_path}/c:0.5: " in printed
+
+
+def test_help_and_check_need_neither_torch_nor_detectron2(tmp_path):
+    entry = broken(tmp_path)
+    yolo = write_yolo(tmp_path / "y") / "data.yaml"
+    code = (
+        "import builtins, runpy, sys\n"
+        "real = builtins.__import__\n"
+        "def guarded(name, *args, **kwargs):\n"
+        "    assert name.split('.')[0] not in ('torch', 'detectron2', 'fvcore', 'cv2'), name\n"
+        "    return real(name, *args, **kwargs)\n"
+        "builtins.__import__ = guarded\n"
+        f"runpy.run_path({str(ROOT / 'tools/check_dataset.py')!r}, run_name='__main__')\n"
+    )
+    for arguments, status in (
+        (["--help"], 0),
+        (["--coco-json", entry["json"], "--image-root", entry["image_root"]], 1),
+        (["--yolo", str(yolo), "--split", "0.5"], 0),
+        (["--voc", str(write_labelimg(tmp_path / "v")), "--output", str(tmp_path / "a.json")], 0),
+        (["--image-folders", write_image_folder(tmp_path / "f", "x")["root"]], 0),
+    ):
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert ended.returncode == status, ended.stderr

@@ -39,7 +39,7 @@ class AnnotationRecords:
         self.images = images
         self.of_class: collections.Counter[int] = collections.Counter()
         self._ids: set[int] = {0}
-        self._refused: set[int | None] = set()
+        self._refused: set[int | str] = set()
         self._next_id = 1
         self._objects: set[tuple[Any, ...]] = set()
         self._raw_boxes: list[tuple[list[float], tuple[int, int]]] = []
@@ -48,8 +48,10 @@ class AnnotationRecords:
         """Checks all annotations; returns the usable ones."""
         ids = (raw.get("id") for raw in self.source.annotations if isinstance(raw, dict))
         self._next_id = 1 + max((key for key in ids if type(key) is int), default=0)
-        image_ids = (whole_number(raw.get("id")) for raw in self.source.images if isinstance(raw, dict))
-        self._refused = set(image_ids) - set(self.images)
+        for raw in self.source.images:
+            if isinstance(raw, dict):
+                number = whole_number(raw.get("id"))
+                self._refused.add(repr(raw.get("id")) if number is None else number)
         usable = []
         for index, raw in enumerate(self.source.annotations):
             if not isinstance(raw, dict):
@@ -70,13 +72,11 @@ class AnnotationRecords:
         image = None if image_id is None else self.images.get(image_id)
         if image is None:
             # One of an image that was refused is no finding of its own.
-            if image_id is None or image_id not in self._refused:
+            named = repr(raw.get("image_id")) if image_id is None else image_id
+            if raw.get("image_id") is None or named not in self._refused:
                 self.report.add("annotation-nowhere", *place, "image_id", raw.get("image_id"))
             return None
-        category = integer_of(self.report, place, "category_id", raw.get("category_id"), "class-unknown", "class-type")
-        if category is not None and category not in self.source.categories:
-            self.report.add("class-unknown", *place, "category_id", category)
-            category = None
+        category = self._category(place, raw.get("category_id"))
         segmentation = self._segmentation(place, raw)
         box = self._box(place, raw, segmentation, image.size)
         crowd = self._crowd(place, raw)
@@ -88,6 +88,17 @@ class AnnotationRecords:
         self.of_class[category] += 1
         fixed = {"id": key, "image_id": image_id, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
         return {**fixed, "segmentation": segmentation} if segmentation else fixed
+
+    def _category(self, place: tuple[str, str], value: Any) -> int | None:
+        refused = self.source.refused_categories
+        if isinstance(value, int | float | str) and (value in refused or whole_number(value) in refused):
+            # That of a category that was refused is no finding of its own.
+            return None
+        category = integer_of(self.report, place, "category_id", value, "class-unknown", "class-type")
+        if category is not None and category not in self.source.categories:
+            self.report.add("class-unknown", *place, "category_id", category)
+            return None
+        return category
 
     def _annotation_id(self, place: tuple[str, str], raw: dict[str, Any]) -> int:
         key = raw.get("id")

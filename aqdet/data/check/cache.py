@@ -18,6 +18,7 @@ from ..formats import FORMATS, Source
 from ..formats.folders import read_folders
 from .findings import Report
 from .records import check_labelled_images, check_source
+from .selection import select_share
 
 __all__ = ["check_declaration", "checked"]
 
@@ -38,7 +39,13 @@ def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report
         source = read_folders(declaration, report)
         check_labelled_images(source, report, pixels=pixels)
         return report, {}, source
-    source = FORMATS[declaration.format].read(declaration, report)
+    read = FORMATS[declaration.format].read
+    if declaration.share is None:
+        source = read(declaration, report)
+    else:
+        found = Report(declaration.name, notes_kept=None)
+        source = read(declaration, found)
+        select_share(source, declaration.share, found, report)
     return report, check_source(source, report, pixels=pixels), source
 
 
@@ -66,7 +73,8 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
         if usable.is_file() or not is_copied:
             return report, str(usable) if is_copied else declaration.file
     report, content, source = check_declaration(declaration, pixels=pixels)
-    is_copied = declaration.format != IMAGE_FOLDER and (declaration.format != "coco" or report.changes)
+    is_whole = declaration.format == "coco" and declaration.share is None and not report.changes
+    is_copied = declaration.format != IMAGE_FOLDER and not is_whole
     json_file = str(usable) if is_copied else declaration.file
     if report.refused(strict=False):
         # Not kept: what is then done about it can be a file that was not there to be read.

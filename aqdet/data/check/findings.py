@@ -89,6 +89,7 @@ KINDS: dict[str, Kind] = {
         annotation_id="an annotation whose id is absent, no integer, or 0, which COCO's code takes for none: a new one",
         annotation_id_twice="an annotation with the id of another one: a new one",
         class_type="a class as text or as a float: made an integer",
+        category_id_type="an id of a category, as text or as a float: made an integer",
         category_name_type="a class name that is a number: made text",
         box_text="a box with numbers as text: made numbers",
         box_clipped="a box that reaches more than a pixel outside its image: clipped",
@@ -99,6 +100,7 @@ KINDS: dict[str, Kind] = {
     **_kinds(
         "dropped",
         changes=True,
+        category_unused="a category of a name that another one has, without annotations, or one given twice",
         annotation_nowhere="an annotation of an image that is not in the dataset",
         box_empty="a box without width or height",
         box_negative="a box that ends before it starts",
@@ -110,11 +112,13 @@ KINDS: dict[str, Kind] = {
     **_kinds(
         "warning",
         no_boxes="a dataset without boxes",
+        class_alike="a class whose name differs from that of another one only by case, spaces or joints",
         image_listed_twice="an image file that another image of the dataset has too",
         image_twice="an image with the pixels of another one of the dataset",
         image_in_two_sets="an image with the pixels, or the file, of one in the other dataset",
         box_twice="an object given twice: same image, class and box",
-        label_shared="a YOLO label file that two images share",
+        label_shared="a label file that two images share",
+        image_of_other_name="a VOC annotation whose <filename> is another image: the image of its own name used",
         label_without_image="a YOLO label file without an image",
         file_skipped="a VOC annotation outside the split that cannot be parsed: not searched for classes",
         file_ignored="a file among those of the dataset that is neither an image nor an annotation of its format",
@@ -122,6 +126,8 @@ KINDS: dict[str, Kind] = {
     **_kinds(
         "note",
         image_without_boxes="an image without boxes: a negative, kept unless DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        image_by_filename="a VOC annotation whose image has the name in its <filename>, not its own",
+        image_unlabelled="an image without an annotation file, where each labelled image has one: left out",
         image_turned="an image turned by its EXIF orientation, as the reader does",
         image_converted="not RGB: grey in three channels, a palette's colours, alpha dropped, CMYK without profile",
         image_sixteen="16 bits a channel in colour: the reader takes the upper 8",
@@ -132,6 +138,7 @@ KINDS: dict[str, Kind] = {
         difficult="a difficult object, kept as an object",
         occluded="an object that another one covers in part, kept as an object",
         box_thin="a box of at most one pixel in width or height, kept",
+        split_alias="a split under another name, as valid for val",
         file_junk="a file that a system or a tool leaves beside others (._0.jpg, Thumbs.db): passed over",
         label_file_absent="a YOLO image without a label file: a negative",
     ),
@@ -171,6 +178,7 @@ class Report:
 
     Attributes:
         name: the dataset's.
+        notes_kept: how many records are kept of each kind of note; None for all.
         findings: in the order found; of each kind of note the first ones only.
         counts: kind -> how many, notes included.
         facts: what else is printed, e.g. numbers of images and boxes.
@@ -179,8 +187,9 @@ class Report:
         statistics: what the images and objects are like; None where they were not looked at.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, notes_kept: int | None = NOTES_KEPT) -> None:
         self.name = name
+        self.notes_kept = notes_kept
         self.findings: list[Finding] = []
         self.counts: collections.Counter[str] = collections.Counter()
         self.facts: dict[str, Any] = {}
@@ -191,7 +200,8 @@ class Report:
     def add(self, kind: str, file: str, record: str = "", field: str = "", value: Any = "") -> None:
         """Counts a finding; `value` is shown as JSON would, cut where long."""
         self.counts[kind] += 1
-        if KINDS[kind].severity != "note" or self.counts[kind] <= NOTES_KEPT:
+        kept = self.notes_kept
+        if KINDS[kind].severity != "note" or kept is None or self.counts[kind] <= kept:
             self.findings.append(Finding(kind, file, record, field, _shown(value)))
 
     def number(self, *severities: str) -> int:

@@ -9,6 +9,7 @@ with the original ids, which training and evaluation both read: what is dropped 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from ..formats.source import Source
@@ -43,6 +44,7 @@ def check_source(source: Source, report: Report, *, pixels: bool) -> dict[str, A
     for key, name in source.categories.items():
         if not annotations.of_class[key]:
             report.add("class-without-boxes", source.file, f"category {key}", "name", name)
+    _find_alike_classes(source, report)
     if images.known and not annotations.of_class:
         report.add("no-boxes", source.file)
     annotations.check_whole()
@@ -57,6 +59,15 @@ def check_source(source: Source, report: Report, *, pixels: bool) -> dict[str, A
     content = {"images": usable_images, "annotations": usable_annotations, "categories": categories}
     report.statistics = Statistics.of(content, images.colours)
     return content
+
+
+def _find_alike_classes(source: Source, report: Report) -> None:
+    first: dict[str, str] = {}
+    for key, name in source.categories.items():
+        plain = re.sub(r"[\s_-]+", "", name).casefold()
+        if plain in first:
+            report.add("class-alike", source.file, f"category {key}", "name", f"{name}, beside {first[plain]}")
+        first.setdefault(plain, name)
 
 
 def check_labelled_images(source: Source, report: Report, *, pixels: bool) -> None:
@@ -80,6 +91,7 @@ def check_labelled_images(source: Source, report: Report, *, pixels: bool) -> No
         if identity in first:
             report.add("image-twice", path, field="also", value=first[identity])
         first.setdefault(identity, name)
+    _find_alike_classes(source, report)
     report.categories = source.categories
     report.facts = {"images": len(names), "classes": len(source.categories)}
 

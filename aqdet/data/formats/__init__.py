@@ -20,7 +20,7 @@ from .cvat import read_cvat
 from .labelme import read_labelme
 from .source import Source
 from .via import read_via
-from .voc import read_voc
+from .voc import locate_voc, read_voc
 from .yolo import read_yolo
 
 __all__ = ["FORMATS", "Format", "Source"]
@@ -37,9 +37,10 @@ class Format:
         example: an entry, as it is written in ``DATASETS.DECLARED``.
         read: the reader; takes the declaration and the report that its findings go into.
         needed: alternatives of the fields that an entry must have.
-        optional: fields that an entry may have. ``seed`` comes with ``split``.
+        optional: fields that an entry may have; every entry may have ``split``, ``share`` and ``seed``.
         paths: the fields that are paths, each ``"file"``, ``"folder"`` or ``"file or folder"``.
-        locate: (paths by field, name of the split) -> ``file`` and ``image_root`` of the declaration.
+        locate: (paths by field, name of the split) -> ``file`` and ``image_root`` of the declaration. It may raise a
+            ValueError that starts with the name of a field.
         has_named_splits: whether ``split`` may be a name of the format's own, and not only a share.
     """
 
@@ -64,10 +65,6 @@ def _beside(field: str) -> Callable[[Mapping[str, str], str], tuple[str, str]]:
     return locate
 
 
-def _locate_voc(paths: Mapping[str, str], split: str) -> tuple[str, str]:
-    return paths["root"], os.path.join(paths["root"], "JPEGImages")
-
-
 def _locate_exported(paths: Mapping[str, str], split: str) -> tuple[str, str]:
     """Of a labelling tool: one of the two may be absent, for annotations and images in one folder."""
     file = paths.get("annotations") or paths["images"]
@@ -89,13 +86,16 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="voc",
-            layout="a folder with Annotations/*.xml, JPEGImages and ImageSets/Main/train.txt",
-            example="{name: mine, format: voc, root: VOC2007, split: train}",
+            layout=(
+                "XML files and images in one folder or two, as labelImg writes them, or a folder with Annotations, "
+                "JPEGImages and ImageSets/Main/train.txt"
+            ),
+            example="{name: mine, format: voc, images: DIR, annotations: DIR} or {..., root: VOC2007, split: train}",
             read=read_voc,
-            needed=(("name", "format", "root", "split"),),
+            needed=(("name", "format", "root"), ("name", "format", "images", "annotations")),
             optional=("classes", "difficult_as_crowd"),
-            paths={"root": "folder"},
-            locate=_locate_voc,
+            paths={"root": "folder", "images": "folder", "annotations": "folder"},
+            locate=locate_voc,
             has_named_splits=True,
         ),
         Format(
@@ -103,7 +103,7 @@ FORMATS: dict[str, Format] = {
             layout="a data.yaml, and for each image of images/ a text file in labels/",
             example="{name: mine, format: yolo, yaml: data.yaml, split: train}",
             read=read_yolo,
-            needed=(("name", "format", "yaml", "split"),),
+            needed=(("name", "format", "yaml"),),
             optional=("image_root",),
             paths={"yaml": "file", "image_root": "folder"},
             locate=_beside("yaml"),

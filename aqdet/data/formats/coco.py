@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import collections
 from typing import Any
 
 from ..check.findings import Report
+from ..check.values import whole_number
 from ..declaration import Declaration
 from .source import Source
+from .text import read_json
 
 __all__ = ["read_coco"]
 
@@ -25,7 +27,7 @@ def read_coco(declaration: Declaration, report: Report) -> Source:
     """
     json_file = declaration.file
     source = Source("coco", json_file, declaration.image_root, inputs={json_file})
-    content = _read_json(json_file, report)
+    content = read_json(json_file, report)
     if content is None:
         return source
     for part in ("images", "annotations", "categories"):
@@ -37,37 +39,56 @@ def read_coco(declaration: Declaration, report: Report) -> Source:
     return source
 
 
-def _read_json(json_file: str, report: Report) -> Any:
-    try:
-        with open(json_file, "rb") as file:
-            data = file.read()
-        if data.startswith(b"\xef\xbb\xbf"):
-            report.add("file-bom", json_file)
-        return json.loads(data.decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        report.add("file-unreadable", json_file, value=f"not JSON: {error}")
-        return None
-
-
 def _read_categories(source: Source, categories: list[Any], report: Report) -> None:
+    named: dict[int, str] = {}
+    records: dict[int, str] = {}
     for index, category in enumerate(categories):
         record = f"categories[{index}]"
-        if not isinstance(category, dict):
-            report.add("category-malformed", source.file, record, value=category)
+        found = _read_category(source, category, record, report)
+        if found is None:
             continue
-        key, name = category.get("id"), category.get("name")
-        if isinstance(name, int | float) and not isinstance(name, bool):
-            report.add("category-name-type", source.file, record, "name", name)
-            name = str(name)
-        if (
-            type(key) is int
-            and isinstance(name, str)
-            and name.strip()
-            and key not in source.categories
-            and name not in source.categories.values()
-        ):
-            source.categories[key] = name
-        else:
+        key, name = found
+        if named.get(key, name) != name:
             report.add("category-malformed", source.file, record, value=category)
+        elif key in named:
+            report.add("category-unused", source.file, record, "name", f"{name}, given twice")
+        else:
+            named[key], records[key] = name, record
+    used = {whole_number(raw.get("category_id")) for raw in source.annotations if isinstance(raw, dict)}
+    of_name: dict[str, list[int]] = collections.defaultdict(list)
+    for key, name in named.items():
+        of_name[name].append(key)
+    for name, keys in of_name.items():
+        # Of several categories of one name the one with annotations is meant.
+        keep = [key for key in keys if key in used] or keys[:1]
+        for key in keys:
+            if key not in keep:
+                value = f"{name}, id {key}: the name of id {keep[0]}, and without annotations"
+                report.add("category-unused", source.file, records[key], "name", value)
+            elif key != keep[0]:
+                value = f"{name}, id {key}: the name of id {keep[0]}, and both have annotations"
+                report.add("category-malformed", source.file, records[key], "name", value)
+                source.refused_categories.add(key)
+            else:
+                source.categories[key] = name
     if not source.categories and not report.counts["category-malformed"]:
         report.add("file-format", source.file, field="categories", value="'categories' is empty")
+
+
+def _read_category(source: Source, category: Any, record: str, report: Report) -> tuple[int, str] | None:
+    """Id and name of a category; None, with a finding, if it has not both."""
+    if not isinstance(category, dict):
+        report.add("category-malformed", source.file, record, value=category)
+        return None
+    key, name = whole_number(category.get("id")), category.get("name")
+    if isinstance(name, int | float) and not isinstance(name, bool):
+        report.add("category-name-type", source.file, record, "name", name)
+        name = str(name)
+    if key is None or not isinstance(name, str) or not name.strip():
+        report.add("category-malformed", source.file, record, value=category)
+        if key is not None or isinstance(category.get("id"), str):
+            source.refused_categories.add(category["id"] if key is None else key)
+        return None
+    if type(category["id"]) is not int:
+        report.add("category-id-type", source.file, record, "id", category["id"])
+    return key, name

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ...utils.files import IMAGE_ENDINGS
+from ...utils.files import is_image
 from ..check.findings import Report
+from ..check.images import is_junk
 from ..declaration import Declaration
 from .source import Source
 
@@ -28,18 +29,25 @@ def read_folders(declaration: Declaration, report: Report) -> Source:
     source = Source("folder", root, root, categories=dict(enumerate(classes)), inputs={root})
     for label, name in source.categories.items():
         paths: list[str] = []
-        for folder, _, files in os.walk(os.path.join(root, name)):
+        for folder, folders, files in os.walk(os.path.join(root, name)):
             source.inputs.add(folder)
+            folders[:] = [below for below in folders if not is_junk(below)]
             paths += [os.path.join(folder, file) for file in files]
         images = []
         for path in sorted(paths):
-            if path.lower().endswith(IMAGE_ENDINGS):
-                images.append({"file_name": os.path.relpath(path, root), "category_id": label})
+            if is_junk(path):
+                report.add("file-junk", path)
+            elif is_image(path):
+                images.append(os.path.relpath(path, root))
             else:
                 report.add("file-ignored", path)
         if not images:
             report.add("no-images", os.path.join(root, name))
-        for image in images:
-            source.images.append({"id": len(source.images), **image})
+        share = declaration.share
+        taken = [image for image in images if share is None or share.takes(image)]
+        if images and not taken:
+            report.add("class-without-boxes", os.path.join(root, name), value=f"none of its images are in {share}")
+        for image in taken:
+            source.images.append({"id": len(source.images), "file_name": image, "category_id": label})
     source.inputs.update(os.path.join(root, image["file_name"]) for image in source.images)
     return source

@@ -20,7 +20,10 @@ class Source:
         images: entries with ``id, file_name`` and, where stated, ``width, height``.
         annotations: entries with ``id, image_id, category_id, bbox`` and what else COCO has.
         categories: id -> name.
+        refused_categories: ids of categories that the reader has refused: their objects are no findings of their own.
         image_places, annotation_places: (file, record) of each entry, where not `file` and the id.
+        label_files: the annotation file of each image, where images have files of their own that are not in
+            `image_places`.
         inputs: files and folders that were read, for the cache's fingerprint.
         normalised: whether boxes are relative to the size of the image.
         states_sizes: whether the format states the sizes of images, so that a missing one is a fault.
@@ -32,8 +35,10 @@ class Source:
     images: list[Any] = dataclasses.field(default_factory=list)
     annotations: list[Any] = dataclasses.field(default_factory=list)
     categories: dict[int, str] = dataclasses.field(default_factory=dict)
+    refused_categories: set[Any] = dataclasses.field(default_factory=set)
     image_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     annotation_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    label_files: list[str] = dataclasses.field(default_factory=list)
     inputs: set[str] = dataclasses.field(default_factory=set)
     normalised: bool = False
     states_sizes: bool = True

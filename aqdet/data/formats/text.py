@@ -25,13 +25,14 @@ _MARKS = (
 )
 
 
-def read_text(path: str, report: Report) -> str | None:
+def read_text(path: str, report: Report, *, may_be_empty: bool = False) -> str | None:
     """
     Reads a text file in UTF-8, or in what its byte order mark says.
 
     Args:
         path: of the file.
         report: a mark, or why the file cannot be read, goes into it.
+        may_be_empty: whether an empty file is right.
 
     Returns:
         the text without the mark; None if it cannot be read.
@@ -49,7 +50,7 @@ def read_text(path: str, report: Report) -> str | None:
     if "\0" in text:
         report.add("file-unreadable", path, value="it has characters of value 0: not text, or UTF-16 without its mark")
         return None
-    if not text.strip():
+    if not text.strip() and not may_be_empty:
         report.add("file-unreadable", path, value="it is empty")
         return None
     if mark:

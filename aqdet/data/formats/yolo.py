@@ -11,21 +11,25 @@ box followed by keypoints, which are left out. A missing or empty label file mak
 
 from __future__ import annotations
 
+import datetime
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...utils.files import IMAGE_ENDINGS
+from ...utils.files import is_image
 from ..check.findings import Report
-from ..check.images import ImageFolder
+from ..check.images import ImageFolder, is_junk
+from ..check.values import whole_number
 from ..declaration import Declaration
 from .source import Source
+from .text import read_text
 
-__all__ = ["SPLITS", "read_yolo"]
+__all__ = ["SPLITS", "named_splits", "read_yolo"]
 
 SPLITS = ("train", "val", "test")
+# Other names of splits that are found.
+_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
 
 
 def read_yolo(declaration: Declaration, report: Report) -> Source:
@@ -45,7 +49,7 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
     content = _read_yaml(yaml_file, report)
     if content is None:
         return source
-    source.categories = _categories(content, yaml_file, report)
+    _read_categories(source, content, report)
     reader = _Reader(source, content, report)
     names = reader.images_of(declaration.split)
     for name, (found, kind) in zip(names, reader.folder.find_all(names), strict=True):
@@ -54,11 +58,23 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
     return source
 
 
+def named_splits(yaml_file: str) -> list[str]:
+    """The splits that a ``data.yaml`` has, of those in :data:`SPLITS`; none if it cannot be read."""
+    content = _read_yaml(yaml_file, Report(""))
+    return [] if content is None else _splits_of(content)
+
+
+def _splits_of(content: dict[str, Any]) -> list[str]:
+    return [split for split in SPLITS if any(content.get(key) for key in (split, *_ALIASES[split]))]
+
+
 def _read_yaml(yaml_file: str, report: Report) -> dict[str, Any] | None:
+    text = read_text(yaml_file, report)
+    if text is None:
+        return None
     try:
-        with open(yaml_file, encoding="utf-8-sig") as file:
-            content = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
         report.add("file-unreadable", yaml_file, value=f"not plain YAML: {error}")
         return None
     if not isinstance(content, dict) or "names" not in content:
@@ -67,27 +83,33 @@ def _read_yaml(yaml_file: str, report: Report) -> dict[str, Any] | None:
     return content
 
 
-def _categories(content: dict[str, Any], yaml_file: str, report: Report) -> dict[int, str]:
-    names = content["names"]
+def _read_categories(source: Source, content: dict[str, Any], report: Report) -> None:
+    names, yaml_file = content["names"], source.file
     pairs = list(names.items()) if isinstance(names, dict) else list(enumerate(names if names is not None else ()))
     if not isinstance(names, list | dict) or not pairs:
         report.add("file-format", yaml_file, field="names", value=names)
-        return {}
-    categories: dict[int, str] = {}
+        return
     for key, name in pairs:
         record = f"class {key}"
-        # YAML makes False of the name `no`.
         if isinstance(name, int | float) and not isinstance(name, bool):
             report.add("category-name-type", yaml_file, record, "name", name)
             name = str(name)
-        if type(key) is not int or not isinstance(name, str) or not name.strip() or name in categories.values():
+        number = whole_number(key)
+        if number is not None and type(key) is not int:
+            report.add("category-id-type", yaml_file, record, "id", key)
+        if isinstance(name, bool | None | datetime.date):
+            value = f"{name}: YAML does not take it for text; quote it in names, as 'no'"
+            report.add("category-malformed", yaml_file, record, "name", value)
+        elif number is None or not isinstance(name, str) or not name.strip() or name in source.categories.values():
             report.add("category-malformed", yaml_file, record, "name", name)
+        else:
+            source.categories[number] = name
             continue
-        categories[key] = name
+        if number is not None:
+            source.refused_categories.add(number)
     count = content.get("nc", len(pairs))
     if count != len(pairs):
         report.add("file-format", yaml_file, field="nc", value=f"{count}, but there are {len(pairs)} names")
-    return categories
 
 
 class _Reader:
@@ -108,11 +130,20 @@ class _Reader:
     # --- Which images ---
 
     def images_of(self, split: str) -> list[str]:
-        """Names of the split's images, relative to the image root."""
+        """Names of the images of a split, or of all of them for ``""``, relative to the image root."""
+        if not split:
+            every = [name for key in _splits_of(self.content) for name in self.images_of(key)]
+            if not every and not self.report.refused(strict=False):
+                self.report.add("file-format", self.source.file, value="it has none of train, val, test")
+            return list(dict.fromkeys(every))
         value: Any = self.content.get(split)
+        for alias in _ALIASES.get(split, ()):
+            if value is None and self.content.get(alias):
+                value = self.content[alias]
+                self.report.add("split-alias", self.source.file, field=alias, value=f"read as {split}")
         parts = value if isinstance(value, list) else [value]
         if value is None or not all(isinstance(part, str) and part for part in parts):
-            there = ", ".join(key for key in SPLITS if self.content.get(key)) or "none"
+            there = ", ".join(_splits_of(self.content)) or "none"
             text = f"no split {split!r}, splits there: {there}" if value is None else value
             self.report.add("file-format", self.source.file, field=split, value=text)
             return []
@@ -141,25 +172,23 @@ class _Reader:
     def _in_folder(self, folder: str) -> list[str]:
         names = []
         for path, folders, files in os.walk(folder):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not is_junk(name))
             self.source.inputs.add(path)
             for file in sorted(files):
                 full = os.path.join(path, file)
-                ending = os.path.splitext(file)[1].lower()
-                if ending in IMAGE_ENDINGS:
+                if is_junk(file):
+                    self.report.add("file-junk", full)
+                elif is_image(file):
                     names.append(self._relative(full))
-                elif ending not in (".txt", ".cache") and not file.startswith("."):
+                elif not file.lower().endswith(".txt"):
                     self.report.add("file-ignored", full)
         return names
 
     def _in_list(self, path: str) -> list[str]:
         """Images that a file lists: relative to its folder where they start with ``./``, else to ``path``."""
         self.source.inputs.add(path)
-        try:
-            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, ValueError) as error:
-            self.report.add("file-unreadable", path, value=str(error))
-            return []
+        text = read_text(path, self.report)
+        lines = [] if text is None else [line.strip() for line in text.splitlines()]
         names = []
         for line in filter(None, lines):
             root = os.path.dirname(path) if line.startswith("./") else self.base
@@ -187,6 +216,7 @@ class _Reader:
         image_id = len(self.source.images) + 1
         self.source.images.append({"id": image_id, "file_name": name})
         self.source.image_places.append((os.path.join(self.source.image_root, name), ""))
+        self.source.label_files.append(os.path.join(self.source.image_root, _label_name(found or name)))
         if not found:
             return
         label = _label_name(found)
@@ -203,11 +233,8 @@ class _Reader:
             self.report.add(kind, path, value=found)
             return
         self.num_label_files += 1
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            self.report.add("file-unreadable", path, value=str(error))
-            return
+        text = read_text(path, self.report, may_be_empty=True)
+        lines = [] if text is None else text.splitlines()
         for number, line in enumerate(lines, 1):
             if line.strip():
                 self._read_line(line.split(), image_id, (path, f"line {number}"))
