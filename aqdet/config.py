@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
@@ -214,44 +213,16 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if path:
         content = read_config_file(path)
         try:
-            _check_sections(cfg, content)
             cfg = _merged(cfg, CfgNode(content), path)
         except (KeyError, AssertionError, ValueError) as error:
             raise ValueError(f"{path}: {_explained(cfg, error)}") from error
     if len(overrides) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
     try:
-        for key in overrides[::2]:
-            _check_override(cfg, key)
         cfg.merge_from_list(list(overrides))
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"override: {_explained(cfg, error)}") from error
     return cfg
-
-
-def _check_sections(cfg: CfgNode, content: Mapping[str, Any], prefix: str = "") -> None:
-    """Checks that what is a section of the config is one in a file, which yacs takes for granted."""
-    for key, value in content.items():
-        section = cfg.get(key)
-        if not isinstance(section, CfgNode):
-            continue
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{prefix}{key} is a section: write KEY: VALUE below it, got {value!r}")
-        _check_sections(section, value, f"{prefix}{key}.")
-
-
-def _check_override(cfg: CfgNode, name: str) -> None:
-    """Checks that the name of a value is not that of a section, nor goes on below a value; yacs finds unknown ones."""
-    node: Any = cfg
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if not isinstance(node, CfgNode):
-            raise ValueError(f"{'.'.join(parts[:index])} is a value, and has no key {part!r}")
-        if part not in node:
-            return
-        node = node[part]
-    if isinstance(node, CfgNode):
-        raise ValueError(f"{name} is a section: name one of its keys, as {name}.{next(iter(node))}")
 
 
 def _merged(cfg: CfgNode, loaded: CfgNode, path: str) -> CfgNode:

@@ -9,6 +9,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from aqdet.data.check.cache import check_declaration
+from aqdet.data.declaration import parse_declared
+
 CLASSES = ("cat", "dog")
 # name: size as the reader sees it, objects (class, x, y, width, height). One turned by EXIF, one in a folder, one
 # without objects, and names with a space and beyond ASCII.
@@ -20,7 +23,7 @@ IMAGES = {
     "turned.jpg": ((48, 64), [("dog", 8, 16, 24, 32)]),
     "empty.png": ((64, 48), []),
 }
-FORMS = ("coco", "voc", "yolo", "labelme", "via", "via_project", "via_csv", "cvat", "csv", "retinanet")
+FORMS = ("coco", "voc", "yolo", "labelme", "via", "via_project", "via_csv", "cvat", "csv", "retinanet", "darknet")
 
 
 def write_images(folder, names=tuple(IMAGES)):
@@ -44,17 +47,13 @@ def write_images(folder, names=tuple(IMAGES)):
 
 def labelme(name, size, shapes, **fields):
     """The text of a labelme JSON; shapes are (label, shape_type, points[, more fields])."""
-    listed = [
-        {
-            "label": label,
-            "points": points,
-            "group_id": None,
-            "shape_type": kind,
-            "flags": {},
-            **(more[0] if more else {}),
-        }
-        for label, kind, points, *more in shapes
-    ]
+    listed = []
+    for shape in shapes:
+        if isinstance(shape, tuple):
+            label, kind, points, *more = shape
+            shape = {"label": label, "points": points, "group_id": None, "shape_type": kind, "flags": {}}
+            shape.update(*more)
+        listed.append(shape)
     content = {"version": "5.4.1", "flags": {}, "shapes": listed, "imagePath": name, "imageData": None}
     return json.dumps({**content, "imageHeight": size[1], "imageWidth": size[0], **fields})
 
@@ -168,6 +167,18 @@ def _yolo(folder):
     return {"format": "yolo", "yaml": str(folder / "data.yaml"), "split": "train"}
 
 
+def _darknet(folder):
+    write_images(folder / "obj")
+    _write_yolo_labels(folder / "obj")
+    (folder / "train.txt").write_text("\n".join(f"{folder.name}/obj/{name}" for name in IMAGES))
+    (folder / "obj.names").write_text("\n".join(CLASSES) + "\n")
+    data = (
+        f"classes = {len(CLASSES)}\ntrain  = {folder.name}/train.txt\nnames = {folder.name}/obj.names\nbackup = backup/"
+    )
+    (folder / "obj.data").write_text(data)
+    return {"format": "darknet", "data": str(folder / "obj.data"), "split": "train"}
+
+
 def _labelme(folder):
     write_images(folder)
     for name, (size, objects) in IMAGES.items():
@@ -233,6 +244,7 @@ _WRITERS = {
     "coco": _coco,
     "voc": _voc,
     "yolo": _yolo,
+    "darknet": _darknet,
     "labelme": _labelme,
     "via": lambda folder: _exported(folder, "via", "via.json", json.dumps(via_entries())),
     "via_project": _via_project,
@@ -241,3 +253,19 @@ _WRITERS = {
     "csv": _csv,
     "retinanet": _retinanet,
 }
+
+
+def check_entry(entry, pixels=True):
+    """The report on a dataset that is declared so, and its records."""
+    (declaration,) = parse_declared([{"name": "mine", **entry}]).values()
+    report, usable, _ = check_declaration(declaration, pixels=pixels)
+    return report, usable
+
+
+def expect(report, counts, words=""):
+    """The counts of findings but for what the tests' own images give, and words that are in one of them."""
+    found = {
+        kind: count for kind, count in report.counts.items() if kind not in ("image-without-boxes", "image-turned")
+    }
+    assert found == counts, report.text()
+    assert words in report.text(), report.text()

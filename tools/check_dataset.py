@@ -25,6 +25,7 @@ from aqdet.data.check.findings import Report, reports_as_json
 from aqdet.data.check.records import find_shared_images
 from aqdet.data.declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
 from aqdet.data.formats import FORMATS
+from aqdet.data.formats.guess import guess_entry
 from aqdet.data.formats.yolo import SPLITS, named_splits
 from aqdet.utils.arguments import file_to_write, integer
 from aqdet.utils.files import write_json, write_text
@@ -36,6 +37,7 @@ examples:
   check_dataset.py --voc my_photos --split 0.8 -0.2         images and XML of labelImg, split by share
   check_dataset.py --yolo data.yaml --output "{name}.json"   as COCO JSON, a file for each split
   check_dataset.py --dataset "{format: voc, images: photos, annotations: xml, split: 0.8, seed: 1}"
+  check_dataset.py --dataset annotations.xml --image-root photos
   check_dataset.py --config-file config.yaml DATASETS.STRICT True
 
 a dataset of DATASETS.DECLARED or --dataset has a name and the fields of its format:
@@ -71,8 +73,15 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--voc", metavar="DIR", help="folder of Pascal VOC, or of images and XML as labelImg writes them")
     what.add_argument("--yolo", metavar="FILE", help="data.yaml")
     what.add_argument("--image-folders", nargs="+", metavar="DIR", help="each with a folder of images for each class")
-    what.add_argument("--dataset", nargs="+", metavar="ENTRY", help="of any format, as in DATASETS.DECLARED")
-    parser.add_argument("--image-root", help="of the COCO files; of a YOLO folder if not that of its data.yaml")
+    what.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="ENTRY",
+        help="of any format: an entry as in DATASETS.DECLARED, or a file or folder, whose format is told by its look",
+    )
+    parser.add_argument(
+        "--image-root", help="of the COCO files; of a YOLO folder if not that of its data.yaml; of files of --dataset"
+    )
     parser.add_argument(
         "--split", nargs="+", help="names or shares; by default all of train, val, test that VOC or YOLO has"
     )
@@ -114,26 +123,27 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool]:
-    """The datasets to check and whether to be strict."""
+def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool, Any]:
+    """The datasets to check, whether to be strict, and the config if there is one."""
     if args.config_file:
         from aqdet.config import load_config
 
-        config = load_config(args.config_file, args.opts).DATASETS
+        cfg = load_config(args.config_file, args.opts)
+        config = cfg.DATASETS
         found = [*parse_declared(config.DECLARED).values(), *parse_image_folders(config.IMAGE_FOLDERS)]
         if not found:
             raise ValueError(f"nothing to check: {args.config_file} names no datasets or splits")
-        return found, args.strict or config.STRICT
+        return found, args.strict or config.STRICT, cfg
     if args.image_folders:
         entries = [part for path in args.image_folders for part in parts({"root": path}, args, path)]
-        return list(parse_image_folders(entries)), args.strict
-    return list(parse_declared(entries_of(args)).values()), args.strict
+        return list(parse_image_folders(entries)), args.strict, None
+    return list(parse_declared(entries_of(args)).values()), args.strict, None
 
 
 def entries_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Entries as of DATASETS.DECLARED for what is given on the command line."""
     if args.dataset:
-        return [entry_of(text, index) for index, text in enumerate(args.dataset)]
+        return [entry_of(text, index, args.image_root or "") for index, text in enumerate(args.dataset)]
     if args.coco_json:
         if not args.image_root:
             raise ValueError("--coco-json needs --image-root")
@@ -176,14 +186,20 @@ def share_of(text: str) -> str | float:
         return text
 
 
-def entry_of(text: str, index: int) -> dict[str, Any]:
-    """An entry written as in a config; it is called by its place if it has no name."""
+def entry_of(text: str, index: int, images: str) -> dict[str, Any]:
+    """An entry written as in a config, or that of a file or folder; it is called by its place if it has no name."""
+    example = next(iter(FORMATS.values())).example
+    wanted = f"--dataset must be an entry as {example}, or a file or folder that exists, got {text!r}"
+    if not text.lstrip().startswith("{"):
+        if not os.path.exists(text):
+            raise ValueError(wanted)
+        return {"name": text, **guess_entry(text, images)}
     try:
         entry = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--dataset {text!r} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"--dataset must be an entry as {next(iter(FORMATS.values())).example}, got {text!r}")
+        raise ValueError(wanted)
     return {"name": f"dataset{index}", **entry}
 
 
@@ -205,11 +221,18 @@ def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, A
     return lines
 
 
+def advice_on(reports: Sequence[Report], cfg: Any) -> list[str]:
+    """What a training with this config gets to hear of these datasets as a whole."""
+    from aqdet.data.check.advice import advise
+
+    return advise(cfg, {report.name: report for report in reports})
+
+
 def main() -> None:
     args = parse_args()
     start = time.monotonic()
     try:
-        found, strict = datasets(args)
+        found, strict, cfg = datasets(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     checked = []
@@ -221,9 +244,12 @@ def main() -> None:
     reports = [report for _, report, _ in checked]
     for report in reports:
         print(report.text(args.examples), end="\n\n")
+    advice = advice_on(reports, cfg) if cfg is not None else []
+    for line in advice:
+        print(f"advice: {line}", end="\n\n")
     try:
         if args.json:
-            write_text(args.json, reports_as_json(reports, strict))
+            write_text(args.json, reports_as_json(reports, strict, advice))
         for line in write_output(args.output, checked, strict) if args.output else ():
             print(line)
     except (ValueError, OSError) as error:

@@ -24,6 +24,8 @@ IMAGE_FOLDER = "folder"
 _FOLDER_FIELDS = ("name", "root")
 # Fields of every entry that choose a part of its images.
 _PART_FIELDS = ("split", "share", "seed")
+# Fields with annotations, by which the format of an entry without one is told; the most telling first.
+_ANNOTATION_FIELDS = ("annotations", "data", "yaml", "root", "images")
 _LOOKED_UP = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
 
 
@@ -145,7 +147,7 @@ def existing(path: str, where: str, *, kind: str) -> str:
 def _declaration(entry: Any, where: str) -> Declaration:
     from .formats import FORMATS
 
-    name = entry.get("format", "coco") if isinstance(entry, dict) else "coco"
+    entry, name = _with_format(entry, where)
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"{where}.format must be one of {', '.join(FORMATS)}, got {name!r}")
     form = FORMATS[name]
@@ -178,6 +180,24 @@ def _declaration(entry: Any, where: str) -> Declaration:
         share=share,
         class_key=entry.get("class_key", ""),
     )
+
+
+def _with_format(entry: Any, where: str) -> tuple[Any, Any]:
+    """The entry and its format: as it says, COCO of one with a field json, else what its files look like."""
+    from .formats.guess import guess_format
+
+    if not isinstance(entry, dict) or "format" in entry or "json" in entry:
+        return entry, entry.get("format", "coco") if isinstance(entry, dict) else "coco"
+    field = next((field for field in _ANNOTATION_FIELDS if field in entry), None)
+    if field is None:
+        return entry, "coco"
+    _check_text(entry, field, where)
+    path = existing(entry[field], f"{where}.{field}", kind="file or folder")
+    try:
+        name = guess_format(path)
+    except ValueError as error:
+        raise ValueError(f"{where}.format is not given, and {error}") from error
+    return {**entry, "format": name}, name
 
 
 def _check_fields(form: Format, entry: Any, where: str) -> None:

@@ -52,7 +52,7 @@ def test_registers_once_and_under_the_datasets_folder(tmp_path, monkeypatch):
         ({"image_root": "none"}, r"DATASETS.DECLARED\[0\].image_root: no folder 'none'"),
         ({"name": ""}, r"DATASETS.DECLARED\[0\].name must be a non-empty string"),
         ({"extra": 1}, "must have the fields name, json, image_root, and may have format, split, share, seed, got"),
-        ({"format": "coc"}, r"DATASETS.DECLARED\[0\].format must be one of coco, voc, yolo, labelme, .*, got 'coc'"),
+        ({"format": "coc"}, r"DATASETS.DECLARED\[0\].format must be one of coco, voc, yolo, .*, csv, got 'coc'"),
         ({"json": 3}, r"DATASETS.DECLARED\[0\].json must be a non-empty string, got 3"),
         ({"name": "coco_2017_val"}, "'coco_2017_val' is registered already with other files"),
     ],

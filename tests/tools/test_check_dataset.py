@@ -4,6 +4,7 @@ import sys
 
 import check_dataset
 import pytest
+from data_forms import write_form
 from detectron2.data.datasets import load_coco_json
 from helpers import ROOT, make_cfg
 from PIL import Image
@@ -233,3 +234,28 @@ def test_help_and_check_need_neither_torch_nor_detectron2(tmp_path):
     ):
         ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
         assert ended.returncode == status, ended.stderr
+
+
+def test_a_file_or_folder_of_any_format_is_told_by_its_look(run, tmp_path):
+    entry = write_form(tmp_path / "d", "cvat")
+    status, printed = run("--dataset", entry["annotations"], "--image-root", entry["images"])
+    assert status == 0 and f"{entry['annotations']}: 6 images, 1 of them without boxes, 7 boxes" in printed
+    status, printed = run("--dataset", tmp_path / "d", f"{{format: cvat, annotations: {entry['annotations']}}}")
+    assert status == 0 and "dataset1: 6 images" in printed
+    (tmp_path / "notes.txt").write_text("hello")
+    status, _ = run("--dataset", tmp_path / "notes.txt")
+    assert status.startswith(
+        f"error: {tmp_path}/notes.txt: not of a format that is read; formats are coco: a JSON file"
+    )
+
+
+def test_advice_where_a_config_is_given(run, tmp_path):
+    entry = write_dataset(tmp_path / "d", "mine")
+    cfg = make_cfg("DATASETS.DECLARED", str([entry]), "DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()")
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    status, printed = run("--config-file", tmp_path / "c.yaml", "--json", tmp_path / "report.json")
+    line = "DATASETS.TRAIN: 3 of 3 classes have fewer than 10 objects: ring 0, cross 4, disc 4"
+    assert status == 0 and f"advice: {line}" in printed
+    (advice,) = json.loads((tmp_path / "report.json").read_text())["advice"]
+    assert advice.startswith(line)
+    assert "advice:" not in run("--coco-json", entry["json"], "--image-root", entry["image_root"])[1]

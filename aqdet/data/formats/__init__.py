@@ -17,6 +17,7 @@ from ..declaration import Declaration
 from .coco import read_coco
 from .csv_table import read_csv
 from .cvat import read_cvat
+from .darknet import read_darknet
 from .labelme import read_labelme
 from .source import Source
 from .via import read_via
@@ -110,12 +111,23 @@ FORMATS: dict[str, Format] = {
             has_named_splits=True,
         ),
         Format(
+            name="darknet",
+            layout="an obj.data with names = obj.names and train = train.txt, a list of images; labels as YOLO's",
+            example="{name: mine, format: darknet, data: obj.data, split: train}",
+            read=read_darknet,
+            needed=(("name", "format", "data"),),
+            optional=("image_root",),
+            paths={"data": "file", "image_root": "folder"},
+            locate=_beside("data"),
+            has_named_splits=True,
+        ),
+        Format(
             name="labelme",
             layout="a folder of images with a JSON file (shapes, imagePath) for each, or the JSON files in another one",
             example="{name: mine, format: labelme, images: DIR}",
             read=read_labelme,
             needed=(("name", "format", "images"),),
-            optional=("annotations", "classes", "difficult_as_crowd", "split"),
+            optional=("annotations", "classes", "difficult_as_crowd"),
             paths={"images": "folder", "annotations": "folder"},
             locate=_locate_exported,
         ),
@@ -125,7 +137,7 @@ FORMATS: dict[str, Format] = {
             example="{name: mine, format: via, annotations: via_project.json, images: DIR}",
             read=read_via,
             needed=(("name", "format", "annotations"),),
-            optional=("images", "classes", "class_key", "difficult_as_crowd", "split"),
+            optional=("images", "classes", "class_key", "difficult_as_crowd"),
             paths={"annotations": "file", "images": "folder"},
             locate=_locate_exported,
         ),
@@ -135,7 +147,7 @@ FORMATS: dict[str, Format] = {
             example="{name: mine, format: cvat, annotations: annotations.xml, images: DIR}",
             read=read_cvat,
             needed=(("name", "format", "annotations"),),
-            optional=("images", "classes", "difficult_as_crowd", "split"),
+            optional=("images", "classes", "difficult_as_crowd"),
             paths={"annotations": "file", "images": "folder"},
             locate=_locate_exported,
         ),
@@ -148,7 +160,7 @@ FORMATS: dict[str, Format] = {
             example="{name: mine, format: csv, annotations: boxes.csv, images: DIR}",
             read=read_csv,
             needed=(("name", "format", "annotations"),),
-            optional=("images", "classes", "difficult_as_crowd", "split"),
+            optional=("images", "classes", "difficult_as_crowd"),
             paths={"annotations": "file", "images": "folder"},
             locate=_locate_exported,
         ),

@@ -25,7 +25,7 @@ from .outlines import Outline, number, of_corners, of_ellipse, of_polygon
 from .source import Source
 from .text import read_text
 
-__all__ = ["is_via", "read_via"]
+__all__ = ["is_via", "is_via_csv", "read_via"]
 
 _METADATA = "_via_img_metadata"
 _WITHOUT_AREA = ("point", "polyline", "line")
@@ -83,6 +83,12 @@ def is_via(content: Any) -> bool:
     return is_list and all(isinstance(entry, dict) and {"filename", "regions"} <= set(entry) for entry in entries)
 
 
+def is_via_csv(text: str) -> bool:
+    """Whether a text is a table of VIA's."""
+    lines = text.lstrip().splitlines()
+    return bool(lines) and set(_CSV_COLUMNS) <= {name.strip(' "#') for name in lines[0].split(",")}
+
+
 def _read(path: str, report: Report) -> Any:
     """The content of a JSON, or that which the JSON would have had for a CSV."""
     text = read_text(path, report)
@@ -137,7 +143,7 @@ def _class_key(regions: list[dict[str, Any]], declaration: Declaration, path: st
     """
     counts: collections.Counter[str] = collections.Counter()
     for region in regions:
-        counts.update(_attributes(region))
+        counts.update(list(_attributes(region)))
     if not counts:
         if declaration.classes and len(declaration.classes) == 1:
             if regions:

@@ -25,7 +25,7 @@ from ..declaration import Declaration
 from .source import Source
 from .text import read_text
 
-__all__ = ["SPLITS", "named_splits", "read_yolo"]
+__all__ = ["SPLITS", "named_splits", "read_images", "read_yolo"]
 
 SPLITS = ("train", "val", "test")
 # Other names of splits that are found.
@@ -51,11 +51,20 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
         return source
     _read_categories(source, content, report)
     reader = _Reader(source, content, report)
-    names = reader.images_of(declaration.split)
-    for name, (found, kind) in zip(names, reader.folder.find_all(names), strict=True):
-        reader.read_image(name, "" if kind in ("image-missing", "image-outside") else found)
-    reader.check_label_files()
+    reader.read_images(reader.images_of(declaration.split))
     return source
+
+
+def read_images(source: Source, names: list[str], report: Report) -> None:
+    """
+    Adds images that were listed elsewhere, and the objects of their label files.
+
+    Args:
+        source: that the records are added to.
+        names: of the images, as :meth:`ImageFolder.find_all` takes them.
+        report: what cannot be read goes into it.
+    """
+    _Reader(source, {}, report).read_images(names)
 
 
 def named_splits(yaml_file: str) -> list[str]:
@@ -210,6 +219,12 @@ class _Reader:
         return list(once)
 
     # --- Their labels ---
+
+    def read_images(self, names: list[str]) -> None:
+        """Adds images and the objects of their label files."""
+        for name, (found, kind) in zip(names, self.folder.find_all(names), strict=True):
+            self.read_image(name, "" if kind in ("image-missing", "image-outside") else found)
+        self.check_label_files()
 
     def read_image(self, name: str, found: str) -> None:
         """Adds an image, and the objects of its label file if its own file was found."""

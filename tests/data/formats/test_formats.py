@@ -1,19 +1,10 @@
 """Six images in every format are the same dataset."""
 
 import pytest
-from data_forms import CLASSES, FORMS, IMAGES, write_form
-
-from aqdet.data.check.cache import check_declaration
-from aqdet.data.declaration import parse_declared
+from data_forms import CLASSES, FORMS, IMAGES, check_entry, write_form
 
 # What is no more than said of each: the two that everyone has, and what a format has besides.
 NOTES = {"image-turned": 1, "image-without-boxes": 1}
-
-
-def check(entry, pixels=True):
-    (declaration,) = parse_declared([entry]).values()
-    report, usable, _ = check_declaration(declaration, pixels=pixels)
-    return report, usable
 
 
 def records(usable):
@@ -29,7 +20,7 @@ def records(usable):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_six_images_are_the_same_records_in_every_format(tmp_path, form):
-    report, usable = check(write_form(tmp_path / "d", form))
+    report, usable = check_entry(write_form(tmp_path / "d", form))
     assert report.counts == NOTES, report.text()
     prefix = {"retinanet": "images/", "yolo": "images/train/", "darknet": "obj/"}.get(form, "")
     found = records(usable)
