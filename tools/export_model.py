@@ -33,6 +33,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--max-images", type=integer(1), default=2, help="at most so many of them (default: 2)")
     parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="also write model.end_to_end.onnx: uint8 images in, boxes, scores and classes out",
+    )
+    parser.add_argument(
         "--tensorrt",
         action="store_true",
         help="experimental: also write model.tensorrt.onnx, signed 8 bits with zero points 0; checked in ONNX Runtime, "
@@ -102,6 +107,7 @@ def main() -> None:
             args.output,
             images=read_images(cfg, args.images, args.max_images),
             tensorrt=args.tensorrt,
+            end_to_end=args.end_to_end,
             allow_float=args.allow_float,
             config_name=os.path.basename(args.config_file),
             progress=say,

@@ -20,10 +20,11 @@ from .. import __version__
 from ..checkpoint import load_detector
 from ..modeling.scaffold.auxiliary import TRAINING_ONLY
 from ..quantization import quantizers
-from ..runtime.folder import DESCRIPTION, write_description
+from ..runtime.folder import DESCRIPTION, read_description, write_description
 from ..utils.files import sha256, write_json, write_text
 from .agreement import compare
 from .description import describe_detector, graph_metadata, pad_image
+from .end_to_end import build_end_to_end
 from .extract import extract
 from .integer_graph import check_integer
 from .onnx_graph import build_onnx
@@ -31,7 +32,8 @@ from .proof import operation_rows, tightest
 from .report import markdown
 from .tensorrt_graph import build_tensorrt
 
-MODEL, TENSORRT_MODEL = "model.onnx", "model.tensorrt.onnx"
+MODEL, END_TO_END_MODEL = "model.onnx", "model.end_to_end.onnx"
+TENSORRT_MODEL = "model.tensorrt.onnx"
 Progress = Callable[[str], object]
 
 
@@ -42,6 +44,7 @@ def export_detector(
     *,
     images: Sequence[NDArray[np.uint8]] = (),
     tensorrt: bool = False,
+    end_to_end: bool = False,
     allow_float: Sequence[str] = (),
     config_name: str = "",
     progress: Progress = lambda _: None,
@@ -54,6 +57,7 @@ def export_detector(
         output: folder to write; replaced if it is an exported detector.
         images: for the agreement, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT`` as the network reads them, of any
             size; random ones if there are none.
+        end_to_end: also writes ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
         tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
         allow_float: regexes on the names of operations before the predictions that may compute in float.
         config_name: noted in the folder.
@@ -110,6 +114,11 @@ def export_detector(
         write_json(aside / "report.json", report)
         write_text(aside / "report.md", markdown(report))
         write_description(aside, content, files)
+        if end_to_end:
+            whole = build_end_to_end(graph, read_description(aside))
+            (aside / END_TO_END_MODEL).write_bytes(whole.SerializeToString())
+            files.append(END_TO_END_MODEL)
+            write_description(aside, content, files)
         _publish(aside, output)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
