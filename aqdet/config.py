@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
 
@@ -149,14 +152,21 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.DETERMINISTIC = False
 
     # --- Data ---
-    # Datasets for DATASETS.TRAIN / TEST, a list of entries of these forms:
+    # Datasets for DATASETS.TRAIN / TEST, a list of entries, each with a name and the fields of its format:
     #   {name: ..., json: COCO annotation file, image_root: folder}
-    #   {name: ..., format: voc, root: folder, split: train}, and classes: [...], difficult_as_crowd: True
+    #   {name: ..., format: voc, root: VOC2007, split: train}: a folder of Pascal VOC
+    #   {name: ..., format: voc, images: folder, annotations: folder}: labelImg's, in one folder or two
+    #     either may have classes: [...] and difficult_as_crowd: True
     #   {name: ..., format: yolo, yaml: data.yaml, split: train}, and image_root: folder of images and labels
+    # `tools/check_dataset.py --help` lists all formats. Any entry may take a part of its images, chosen by a hash of
+    # each image's name, so that it stays in its part when others come or go:
+    #   split: 0.8   the first 0.8 of the draw, and in another entry   split: -0.2   the 0.2 that 0.8 leaves
+    #   split: [0.7, 0.9]   what lies between;   seed: 1   another draw;   share: 0.8   of a split that has a name
     # Relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder. Nothing outside the
-    # image root is read. MODEL.*.NUM_CLASSES: 0 takes the number of classes from the data.
+    # image root is read. MODEL.*.NUM_CLASSES: 0 takes the number of classes from the data. On a command line:
+    #   DATASETS.DECLARED "[{name: mine, format: voc, root: photos, split: 0.8}]"
     cfg.DATASETS.DECLARED = []
-    # [{name: ..., root: folder with a folder of images for each class}, ...], for image classification.
+    # [{name: ..., root: folder with a folder of images for each class}, ...], for image classification; split as above.
     cfg.DATASETS.IMAGE_FOLDERS = []
     # Whether the check before training decodes every image, once as long as no file changes.
     cfg.DATASETS.CHECK_IMAGES = True
@@ -197,7 +207,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Args:
         path: YAML file, or the name of one in Detectron2's model zoo, see
             :func:`aqdet.config_files.read_config_file`; ``""`` for the defaults.
-        overrides: flat list ``[KEY, VALUE, ...]``.
+        overrides: flat list ``[KEY, VALUE, ...]``; lists of datasets may be written as in a config file.
 
     Returns:
         A config that is not frozen.
@@ -219,10 +229,29 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if len(overrides) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
     try:
-        cfg.merge_from_list(list(overrides))
+        cfg.merge_from_list(_with_lists(overrides))
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"override: {_explained(cfg, error)}") from error
     return cfg
+
+
+def _with_lists(overrides: Sequence[str]) -> list[Any]:
+    """Overrides whose lists of datasets are read as YAML, where they are no literals of Python's."""
+    values: list[Any] = list(overrides)
+    for index in range(0, len(values) - 1, 2):
+        key, value = values[index : index + 2]
+        if key not in ("DATASETS.DECLARED", "DATASETS.IMAGE_FOLDERS") or not isinstance(value, str):
+            continue
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            try:
+                values[index + 1] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"{key} must be a list of entries, got {value!r}: {' '.join(str(error).split())}"
+                ) from error
+    return values
 
 
 def _merged(cfg: CfgNode, loaded: CfgNode, path: str) -> CfgNode:

@@ -183,3 +183,15 @@ def test_the_config_of_a_run_of_the_first_version_is_read(tmp_path):
                 assert node[key] == value, key
 
     check(wanted, cfg)
+
+
+def test_datasets_are_declared_on_a_command_line_as_in_a_file():
+    python = "[{'name': 'a', 'format': 'voc', 'root': 'photos', 'split': -0.2}]"
+    for text in (python, "[{name: a, format: voc, root: photos, split: -0.2}]"):
+        cfg = load_config("", ["DATASETS.DECLARED", text])
+        assert cfg.DATASETS.DECLARED == [{"name": "a", "format": "voc", "root": "photos", "split": -0.2}]
+    assert load_config("", ["DATASETS.IMAGE_FOLDERS", "[{name: a, root: b}]"]).DATASETS.IMAGE_FOLDERS[0]["root"] == "b"
+    for text in ("[{name: a", "!!python/object/apply:os.getcwd []"):
+        with pytest.raises(ValueError, match="override: DATASETS.DECLARED must be a list of entries, got") as error:
+            load_config("", ["DATASETS.DECLARED", text])
+        assert "\n" not in str(error.value)

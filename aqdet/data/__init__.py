@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .embedded.scenes import SHAPE_CLASSES, make_shapes
+    from .embedded.folder import make_shapes
+    from .embedded.scenes import SHAPE_CLASSES
     from .mappers import build_mapper
     from .registry import check_datasets, check_num_classes, complete_num_classes, register_declared
 
@@ -21,7 +22,7 @@ _MODULES = {
     "check_datasets": "registry",
     "check_num_classes": "registry",
     "complete_num_classes": "registry",
-    "make_shapes": "embedded.scenes",
+    "make_shapes": "embedded.folder",
     "register_declared": "registry",
 }
 

@@ -13,8 +13,9 @@ from pycocotools.coco import COCO
 
 import aqdet.data  # noqa: F401  (registers)
 from aqdet.data import SHAPE_CLASSES, make_shapes
+from aqdet.data.embedded.folder import SHAPE_SPLITS, shapes_folder
 from aqdet.data.embedded.register import set_cache_dir
-from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, SHAPE_SPLITS, _place_items, draw_scene, shapes_folder
+from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, _place_items, draw_scene
 
 NUM_SCENES = 40
 

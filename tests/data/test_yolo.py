@@ -9,6 +9,7 @@ from tiny_data import write_yolo
 from aqdet.data import check_num_classes, register_declared
 from aqdet.data.check.cache import check_declaration
 from aqdet.data.declaration import Declaration
+from aqdet.data.formats.yolo import named_splits
 from aqdet.engine import Trainer
 
 
@@ -165,6 +166,68 @@ def test_label_files_cannot_lead_outside(tmp_path):
     label.symlink_to(tmp_path / "elsewhere.txt")
     report, _ = check(tmp_path / "mine")
     assert report.counts["image-outside"] == 1
+
+
+def test_names_that_yaml_takes_for_something_else(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [no, yes, on, ~, 2020-01-01]\n")
+    report, _ = check(tmp_path)
+    assert report.counts["category-malformed"] == 5 and report.counts["class-unknown"] == 0
+    assert [f.value.split(":")[0] for f in report.findings[:5]] == ["False", "True", "True", "None", "2020-01-01"]
+    assert all("quote it in names, as 'no'" in f.value for f in report.findings[:5])
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: ['no', \"yes\"]\n")
+    assert not check(tmp_path)[0].counts
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: {'0': a, 1.0: b}\n")
+    report, usable = check(tmp_path)
+    assert report.counts == {"category-id-type": 2} and [c["id"] for c in usable["categories"]] == [0, 1]
+
+
+@pytest.mark.parametrize("key", ["val", "valid", "validation"])
+def test_other_names_of_the_validation_split(tmp_path, key):
+    write_yolo(tmp_path, **{key: "images/train"})
+    report, usable = check(tmp_path, "val")
+    assert report.counts == ({} if key == "val" else {"split-alias": 1}) and len(usable["images"]) == 2
+    assert named_splits(str(tmp_path / "data.yaml")) == ["train", "val"]
+    write_yolo(tmp_path, val=None)
+    report, _ = check(tmp_path, "val")
+    assert "no split 'val', splits there: train" in report.text()
+
+
+def test_without_a_split_it_is_all_of_them(tmp_path):
+    write_yolo(tmp_path, train="list.txt", test="images/train")
+    (tmp_path / "list.txt").write_text("images/train/bild ü 0.png\n")
+    report, usable = check(tmp_path, "")
+    assert not report.counts and [image["file_name"][-5:] for image in usable["images"]] == ["0.png", "1.png"]
+    write_yolo(tmp_path, train=None)
+    report, _ = check(tmp_path, "")
+    assert report.counts["file-format"] == 1 and "none of train, val, test" in report.text()
+
+
+def test_files_of_systems_and_tools_are_passed_over(tmp_path):
+    write_yolo(tmp_path)
+    junk = ["images/train/._bild ü 0.png", "images/train/Thumbs.db", "images/train/.DS_Store", "images/train/a.cache"]
+    for name in [*junk, "labels/train/._bild ü 0.txt", "labels/train/train.cache"]:
+        (tmp_path / name).write_bytes(b"x")
+    report, usable = check(tmp_path)
+    assert report.counts == {"file-junk": 6} and len(usable["images"]) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_list_in_another_encoding(tmp_path, encoding):
+    write_yolo(tmp_path, train="list.txt")
+    (tmp_path / "list.txt").write_bytes("images/train/bild ü 0.png\r\n".encode(encoding))
+    report, usable = check(tmp_path)
+    assert report.number("error") == 0 and report.number("repaired") == 1 and len(usable["annotations"]) == 1
+    (tmp_path / "list.txt").write_bytes("images/train/bild ü 0.png".encode("utf-16-le"))
+    report, _ = check(tmp_path)
+    assert report.counts["file-unreadable"] == 1 and report.findings[0].file == str(tmp_path / "list.txt")
+
+
+def test_a_list_of_another_machine(tmp_path):
+    write_yolo(tmp_path, train="list.txt")
+    (tmp_path / "list.txt").write_text("C:\\yolo\\bild ü 0.png\n/home/else/data/images/train/bild ü 1.png\n")
+    report, usable = check(tmp_path)
+    assert report.counts == {"image-elsewhere": 2} and len(usable["annotations"]) == 3
 
 
 def test_one_step_of_training(tmp_path):

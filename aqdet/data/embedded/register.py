@@ -9,7 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from .. import cache_folder
-from .scenes import SHAPE_CLASSES, SHAPE_SPLITS, make_shapes, shapes_folder
+from .folder import SHAPE_SPLITS, make_shapes, shapes_folder
+from .scenes import SHAPE_CLASSES
 
 
 def set_cache_dir(path: str) -> None:

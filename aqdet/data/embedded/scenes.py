@@ -1,5 +1,5 @@
 """
-The embedded dataset: procedurally drawn scenes in COCO format, for a detector to learn in minutes.
+Scenes of the embedded dataset, drawn procedurally for a detector to learn in minutes.
 
 An image is a pure function of ``(seed, index, size)``: random integers come from PCG64, and shapes
 are drawn from integer vertices without anti-aliasing, so that the same pixels are drawn everywhere.
@@ -10,43 +10,19 @@ Shape shorthand:
 """
 
 import functools
-import hashlib
-import json
-import logging
 import math
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from iopath.common.file_io import file_lock
-from tqdm import tqdm
 
-__all__ = ["SHAPE_CLASSES", "SHAPE_SPLITS", "draw_scene", "make_shapes", "shapes_folder"]
+__all__ = ["IMAGE_SIZE", "SHAPE_CLASSES", "draw_scene"]
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1
 IMAGE_SIZE = 192
 SHAPE_CLASSES = ("circle", "ring", "square", "triangle", "cross", "star")
 
-
-@dataclass(frozen=True)
-class SplitSpec:
-    """What a split of the embedded dataset is drawn from."""
-
-    num_images: int
-    seed: int
-
-
-# "test" is for differences that 200 images are too few to show, as between a detector and its export.
-SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2), "test": SplitSpec(2000, seed=3)}
 
 # Difficulty. Ranges are inclusive.
 NUM_OBJECTS = (3, 7)
@@ -76,8 +52,6 @@ DISTRACTOR_AREA = (250, 5000)
 NUM_LINES = (0, 3)
 NUM_PATCHES = (0, 2)
 PIXEL_NOISE = 4
-
-STALE_SECONDS = 3600
 
 _PLACEMENT_ATTEMPTS = 8
 _DISTRACTORS = ("hexagon", "half_disc", "chevron", "splinter", "blob")
@@ -134,101 +108,6 @@ def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarra
     canvas += rng.integers(-PIXEL_NOISE, PIXEL_NOISE + 1, canvas.shape, dtype=np.int16)
     image = np.clip(canvas, 0, 255).astype(np.uint8)
     return image, [_annotation(item) for item in items if item.kind in SHAPE_CLASSES]
-
-
-def make_shapes(folder: str | os.PathLike[str], *, num_images: int, seed: int, size: int = IMAGE_SIZE) -> Path:
-    """
-    Write a dataset of drawn scenes, ``annotations.json`` and ``images/*.png``, once.
-
-    The folder is filled aside and renamed, so that it is whole or not there; processes that
-    ask for it at the same time wait for the first one. A folder that exists is used as it is.
-
-    Args:
-        folder: where the dataset goes; its name is not used for anything else.
-        num_images: number of images.
-        seed: seed of the dataset; image ``i`` is ``draw_scene(seed, i, size)``.
-        size: height and width of the images in pixels.
-
-    Returns:
-        the path of the annotation file.
-
-    Raises:
-        ValueError: if the folder was changed since it was written.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(folder)):
-            if not folder.exists():
-                _remove_stale_parts(folder)
-                _write_folder(folder, num_images, seed, size)
-    found = len(list((folder / "images").glob("*.png")))
-    if found != num_images or not (folder / "annotations.json").is_file():
-        raise ValueError(
-            f"embedded dataset {folder} is damaged: {found} of {num_images} images, annotations "
-            f"{'present' if (folder / 'annotations.json').is_file() else 'missing'}; "
-            "delete the folder and it is written again"
-        )
-    return folder / "annotations.json"
-
-
-def shapes_folder(split: str, cache_dir: str | os.PathLike[str]) -> Path:
-    """
-    Args:
-        split: a key of ``SHAPE_SPLITS``.
-        cache_dir: folder that holds the embedded datasets.
-
-    Returns:
-        the folder of a split. Its name holds a digest of the generator and of what it runs on,
-        so that a changed generator never meets an old folder.
-    """
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(repr((SHAPE_SPLITS[split], IMAGE_SIZE, cv2.__version__, np.__version__)).encode())
-    return Path(cache_dir) / f"shapes_{split}_v{VERSION}_{digest.hexdigest()[:12]}"
-
-
-def _remove_stale_parts(folder: Path) -> None:
-    """Removes what a killed process left behind; younger parts may be another machine's."""
-    for part in folder.parent.glob(f".{folder.name}.part-*"):
-        if time.time() - part.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
-    try:
-        part.chmod(0o755)
-        (part / "images").mkdir()
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        progress = tqdm(range(num_images), desc=f"drawing {folder.name}", unit="image")
-        for index in progress:
-            image, objects = draw_scene(seed, index, size)
-            name = f"{index:06d}.png"
-            if not cv2.imwrite(str(part / "images" / name), image):
-                raise OSError(f"cannot write {part / 'images' / name}")
-            images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
-            for obj in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **obj})
-        content = {
-            "info": {"description": "aqdet shapes", "version": str(VERSION), "seed": seed},
-            "licenses": [],
-            "images": images,
-            "annotations": annotations,
-            "categories": [
-                {"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPE_CLASSES, 1)
-            ],
-        }
-        (part / "annotations.json").write_text(json.dumps(content))
-        try:
-            os.rename(part, folder)
-        except OSError:
-            # Without working locks (some network file systems) another process may be first.
-            if not folder.exists():
-                raise
-        logger.info("Wrote %d images with %d objects to %s", num_images, len(annotations), folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _draw(rng: np.random.Generator, bounds: tuple[int, int]) -> int:

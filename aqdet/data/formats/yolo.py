@@ -237,8 +237,8 @@ class _Reader:
         label = _label_name(found)
         path = os.path.join(self.source.image_root, label)
         if label in self.label_files:
-            self.report.add("label-shared", path, value=f"{self.label_files[label]} and {name}")
-        self.label_files[label] = name
+            self.report.add("label-shared", path, value=f"{self.label_files[label]} and {found}")
+        self.label_files[label] = found
         self.source.inputs.add(path)
         found, kind = self.folder.find(label)
         if kind == "image-missing":
@@ -301,8 +301,10 @@ class _Reader:
             stems = {os.path.splitext(file)[0] for file in os.listdir(image_folder)}
             for file in sorted(os.listdir(folder)):
                 stem, ending = os.path.splitext(file)
+                if is_junk(file):
+                    self.report.add("file-junk", os.path.join(folder, file))
                 # labelImg writes the names of the classes there.
-                if ending == ".txt" and stem not in stems and file != "classes.txt":
+                elif ending == ".txt" and stem not in stems and file != "classes.txt":
                     self.report.add("label-without-image", os.path.join(folder, file))
 
 
