@@ -176,7 +176,7 @@ class KeyComparison:
         if their_classes != our_classes:
             yield (
                 f"MODEL.{self._node}.NUM_CLASSES: {their_classes} in the file, {our_classes} in the model; to start "
-                r"with new class scores, CHECKPOINT.ALLOW_KEYS '[\"head.cls_score\"]'"
+                "with new class scores, CHECKPOINT.ALLOW_KEYS \"['head.cls_score']\""
             )
 
 
