@@ -117,7 +117,8 @@ def test_good_archive_is_built_then_installed(tmp_path: Path, pip_calls: list[tu
     archive, sha256 = make_archive(tmp_path)
     (tmp_path / "work").mkdir()
     script.install(archive, tmp_path / "work", expected_sha256=sha256, constraint="pins.txt")
-    assert [call[0] for call in pip_calls] == ["wheel", "install"]
+    assert [call[0] for call in pip_calls] == ["wheel", "install", "install"]
+    assert pip_calls[2][2:4] == ("--no-deps", "--force-reinstall")
     source = Path(pip_calls[0][-1])
     assert (source / script.COMPILED_OPS_PATH).read_text() == script.COMPILED_OPS_TEXT
     assert pip_calls[1][2:4] == ("--constraint", "pins.txt")
@@ -168,6 +169,35 @@ def test_probe_without_detectron2_and_after_an_interruption(
     result = run_isolated(script.PROBE, tmp_path)
     monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: result)
     assert script.existing_detectron2() is None
+
+
+@pytest.mark.parametrize("changes", ["same", "other"])
+def test_our_own_installation_with_other_changes_is_replaced(
+    tmp_path: Path, changes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "detectron2"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '0.6'\n")
+    text = script.COMPILED_OPS_TEXT
+    assert f'CHANGES = "{script.FINGERPRINT}"' in text
+    if changes == "other":
+        text = text.replace(script.FINGERPRINT, "0123456789abcdef")
+    (package / "_compiled_ops.py").write_text(text)
+    answer = subprocess.CompletedProcess([], 0, f"{package / '__init__.py'}\ndetectron2\n0.6\n", "")
+    monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: answer)
+    found = f"0.6 in {package}"
+    assert script.existing_detectron2() == (found if changes == "same" else None)
+
+
+@pytest.mark.parametrize("missing, works", [("caffe2", True), ("caffe2.proto", True), ("other", False)])
+def test_export_without_caffe2(tmp_path: Path, missing: str, works: bool) -> None:
+    change = next(change for change in script.CHANGES if change.path == "detectron2/export/__init__.py")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"{change.new}\nREST = 1\n")
+    (package / "api.py").write_text(f"raise ModuleNotFoundError('no', name='{missing}')\n")
+    result = run_isolated("import package\nassert package.REST == 1", tmp_path)
+    assert (result.returncode == 0) is works, result.stderr
 
 
 def test_missing_compiled_op_says_so_when_called(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ checks its sha256, applies the changes listed in CHANGES (which let 0.6 run with
 Pillow and setuptools), and installs the result as the distribution ``detectron2 0.6``. Each
 change must find its text exactly as often as expected, or nothing is installed.
 
-A Detectron2 that already imports, of whichever version and origin, is left alone.
+A Detectron2 that already imports, of whichever version and origin, is left alone, except one that
+an earlier version of this script has installed with other changes: that one is replaced.
 
 Usage: ``python tools/install_detectron2.py`` (in the environment that is to have it; needs
 torch and setuptools there).
@@ -63,6 +64,8 @@ NUMPY_ALIAS = "numpy 1.24 removed its aliases of Python's types"
 COMPILED_OPS_PATH = "detectron2/_compiled_ops.py"
 COMPILED_OPS_TEXT = '''\
 """Stands in for the compiled ops, which this installation of Detectron2 does not have."""
+
+CHANGES = "FINGERPRINT"
 
 
 class _MissingOps:
@@ -144,7 +147,28 @@ CHANGES = (
         1,
         "torch.meshgrid without indexing is deprecated and warns",
     ),
+    Change(
+        "detectron2/export/__init__.py",
+        "from .api import *",
+        "try:\n"
+        "    from .api import *\n"
+        "except ModuleNotFoundError as error:\n"
+        '    if error.name.partition(".")[0] != "caffe2":\n'
+        "        raise",
+        1,
+        "tracing and FLOP counts need no Caffe2, which PyTorch no longer has",
+    ),
+    Change(
+        "detectron2/evaluation/coco_evaluation.py",
+        "from detectron2.evaluation.fast_eval_api import COCOeval_opt",
+        "from pycocotools.cocoeval import COCOeval as COCOeval_opt",
+        1,
+        "COCOEvaluator's fast implementation is a compiled op; pycocotools computes the same AP",
+    ),
 )
+# Recorded where it is installed, so that an installation with other changes is found.
+FINGERPRINT = hashlib.sha256(repr(CHANGES).encode()).hexdigest()[:16]
+COMPILED_OPS_TEXT = COMPILED_OPS_TEXT.replace("FINGERPRINT", FINGERPRINT)
 
 SETUP_TEXT = """\
 from setuptools import find_packages, setup
@@ -198,8 +222,8 @@ print(detectron2.__version__)
 def existing_detectron2() -> str | None:
     """Return version and place of the Detectron2 that this interpreter imports, or None.
 
-    None is also the answer to what an interrupted run of this script leaves behind: our own
-    files, not known to pip yet.
+    None is also the answer to what an interrupted run of this script leaves behind, our own files
+    that are not known to pip yet, and to an installation of ours with other changes.
 
     Raises:
         InstallError: one is found but fails to import; replacing it is left to its owner.
@@ -210,7 +234,8 @@ def existing_detectron2() -> str | None:
     if not origin:
         return None
     package = Path(origin).parent
-    if not known_to_pip and (package / Path(COMPILED_OPS_PATH).name).exists():
+    ours = package / Path(COMPILED_OPS_PATH).name
+    if ours.exists() and (not known_to_pip or ours.read_text(encoding="utf-8") != COMPILED_OPS_TEXT):
         return None
     if result.returncode != 0:
         error = (result.stderr.strip() or "no message").splitlines()[-1]
@@ -303,7 +328,10 @@ def install(
         *("--wheel-dir", str(wheels), str(root)),
     )
     constraints = ("--constraint", constraint) if constraint else ()
-    run_pip("install", "--quiet", *constraints, *(str(wheel) for wheel in wheels.glob("*.whl")))
+    built = [str(wheel) for wheel in wheels.glob("*.whl")]
+    run_pip("install", "--quiet", *constraints, *built)
+    # Where an earlier installation of ours has the same version, pip takes it for this one.
+    run_pip("install", "--quiet", "--no-deps", "--force-reinstall", *built)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
