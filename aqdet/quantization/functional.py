@@ -64,6 +64,24 @@ def broadcast_scale(scale: Tensor, x: Tensor, ch_axis: int = 0) -> Tensor:
     return scale.view(shape)
 
 
+class _NoContext:
+    """Stands for the context of a function that has no backward."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Applies a function with a backward of its own; while tracing, its forward alone.
+
+    A trace, of TorchScript or of a counter of operations, has no gradient. Its operations are those of the forward,
+    where it could neither run nor store the function.
+    """
+    if torch.jit.is_tracing():
+        return function.forward(_NoContext(), *args)
+    return function.apply(*args)
+
+
 class _RoundSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -79,7 +97,7 @@ def round_ste(x: Tensor) -> Tensor:
 
     Example: forward of ``[0.4, 1.5, 2.5]`` is ``[0, 2, 2]``; a gradient ``[1, 2, 3]`` returns as it is.
     """
-    return _RoundSTE.apply(x)
+    return apply(_RoundSTE, x)
 
 
 class _ReplaceSTE(torch.autograd.Function):
@@ -97,7 +115,7 @@ def replace_ste(x: Tensor, value: Tensor) -> Tensor:
 
     Example: ``x = [0.4, 1.5]``, ``value = [0, 2]`` gives ``[0, 2]``; a gradient ``[1, 2]`` returns as it is.
     """
-    return _ReplaceSTE.apply(x, value)
+    return apply(_ReplaceSTE, x, value)
 
 
 class _FloorSTE(torch.autograd.Function):
@@ -116,7 +134,7 @@ def floor_scale(scale: Tensor) -> Tensor:
     A clamp's own gradient is zero below the floor, which would leave a scale that was driven negative
     there for ever; straight-through lets the loss pull it back.
     """
-    return _FloorSTE.apply(scale)
+    return apply(_FloorSTE, scale)
 
 
 def scale_gradients(
@@ -187,7 +205,7 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, g
         ValueError: for another ``gradient``.
     """
     check_gradient(gradient)
-    return _FakeQuantize.apply(x, scale, quant_min, quant_max, gradient)
+    return apply(_FakeQuantize, x, scale, quant_min, quant_max, gradient)
 
 
 def check_gradient(gradient: str) -> None:
@@ -206,7 +224,7 @@ def count_below(rows: Tensor, thresholds: Tensor) -> Tensor:
         rows: ``(C, K)`` float32.
         thresholds: ``(C, n)`` float32, ascending.
     """
-    if thresholds.shape[1] > _FEW_THRESHOLDS:
+    if torch.jit.is_tracing() or thresholds.shape[1] > _FEW_THRESHOLDS:  # a trace has no view in another dtype
         return torch.searchsorted(thresholds, rows.contiguous())
     # A handful of comparisons is several times faster than a binary search on a CPU.
     count = torch.zeros(rows.shape, dtype=torch.uint8, device=rows.device)

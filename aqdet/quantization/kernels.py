@@ -22,6 +22,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
+
 from . import functional
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -42,6 +44,8 @@ def replaceable(name: str) -> Callable[[Operation], Operation]:
 
         @functools.wraps(operation)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.jit.is_tracing():  # to the operations that it consists of
+                return operation(*args, **kwargs)
             return _in_use.get(name, operation)(*args, **kwargs)
 
         return cast(Operation, call)

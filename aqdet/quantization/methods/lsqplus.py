@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import SCALE_EPS, floor_scale
+from ..functional import SCALE_EPS, apply, floor_scale
 from ..observer import SMALLEST_FRACTION, Statistics, initial_scale
 from ..quantizer import AffineGrid
 from ..spec import IntegerTensor, QuantSpec
@@ -106,7 +106,7 @@ class LSQPlusQuantizer(LSQQuantizer):
             return super().fake_quantize(x)
         scale = floor_scale(self.scale).reshape(())
         offset = self.offset.float().reshape(())
-        return _FakeQuantizeOffset.apply(x, scale, offset, self._zero_point(scale), self.largest)
+        return apply(_FakeQuantizeOffset, x, scale, offset, self._zero_point(scale), self.largest)
 
     @torch.no_grad()
     def to_integer(self, x: Tensor) -> IntegerTensor:

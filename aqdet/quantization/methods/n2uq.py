@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..functional import count_below, floor_scale, integer_range, sum_by_index
+from ..functional import apply, count_below, floor_scale, integer_range, sum_by_index
 from ..observer import Statistics, initial_scale
 from ..quantizer import Quantizer
 from ..spec import IntegerTensor, QuantSpec
@@ -126,7 +126,7 @@ class N2UQQuantizer(Quantizer):
         """See :meth:`Quantizer.fake_quantize`."""
         scale, start, intervals = self._effective()
         x = x if self.spec.signed else torch.relu(x)
-        return _ThresholdQuantize.apply(x, scale, start, intervals, self.quant_min)
+        return apply(_ThresholdQuantize, x, scale, start, intervals, self.quant_min)
 
     @torch.no_grad()
     def to_integer(self, x: Tensor) -> IntegerTensor:
