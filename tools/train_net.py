@@ -11,6 +11,9 @@ import argparse
 import os
 import sys
 
+import aqdet  # noqa: F401  (before Detectron2, whose import it keeps quiet)
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
