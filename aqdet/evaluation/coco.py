@@ -43,6 +43,11 @@ def check_coco_eval(name: str) -> None:
         raise ValueError(f"TEST.COCO_EVAL: {name!r} is not installed: pip install faster-coco-eval, or use pycocotools")
 
 
+def max_dets_limits(max_dets_per_image: int) -> list[int]:
+    """The three limits of detections of COCO's evaluation, which sorts them and takes AP with the last."""
+    return [min(limit, max_dets_per_image) for limit in (1, 10, max_dets_per_image)]
+
+
 def fill_in(truth: COCO, name: str) -> None:
     """Fields that training does without and pycocotools does not, in place: no crowd, the box's area.
 
@@ -70,7 +75,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     AP, AP50 and AP75 are always numbers: a detector that finds nothing, or data without boxes, is 0. So is
     a size band or a class that has objects of which none is found; one without objects is NaN, null in the
-    file. Results are also written to ``metrics.json``, with the limit of detections if it is not the usual one.
+    file. Results are also written to ``metrics.json``, with the limit of detections if it is not COCO's.
 
     Args:
         dataset_name: a registered dataset.
@@ -81,7 +86,6 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     """
 
     metrics: tuple[str, ...] = METRICS
-    usual_limit = COCO_LIMIT
 
     def __init__(
         self,
@@ -94,8 +98,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         check_coco_eval(coco_eval)
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
         self._coco_eval = coco_eval
-        # COCO's evaluation sorts its three limits and takes AP with the last.
-        self._max_dets_per_image = [min(1, max_dets_per_image), min(10, max_dets_per_image), max_dets_per_image]
+        self._max_dets_per_image = max_dets_limits(max_dets_per_image)
         self._per_class: dict[str, dict[str, float]] = {}
         fill_in(self._coco_api, self._metadata.name)
         self._warn_of_crowded_images()
@@ -141,7 +144,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             "AP by class of %s, of the best %d detections of an image:\n%s", self._metadata.name, self.limit, table
         )
         written = {key: v if math.isfinite(v) else None for key, v in values.items()}
-        if self.limit != self.usual_limit:
+        if self.limit != COCO_LIMIT:
             written[LIMIT_KEY] = self.limit
         self._write("metrics.json", written, indent=1)
         return {"bbox": values}

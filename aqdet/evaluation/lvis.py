@@ -42,7 +42,6 @@ class LVISEvaluator(COCOEvaluator):
     """
 
     metrics = (*METRICS, *FREQUENCIES)
-    usual_limit = LVIS_LIMIT
 
     def __init__(self, dataset_name: str, *, output_dir: str, max_dets_per_image: int = LVIS_LIMIT) -> None:
         check_lvis_eval()

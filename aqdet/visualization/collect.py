@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 from ..checkpoint import load_detector
 from ..config import detector_only
 from ..data import register_declared
+from ..evaluation.coco import COCO_LIMIT, LIMIT_KEY
 from ..modeling.plan import PlanRow, make_plan
 from ..quantization import quantizers
 from .detections import average_precision, evaluate, load_truth
@@ -129,17 +130,25 @@ def _read_metrics(run: Run, folder: Path) -> dict[str, float | None] | None:
     return {key: numbers.get(key) for key in values}
 
 
+def limit_of(metrics: Mapping[str, float | None] | None) -> int:
+    """How many detections of an image count in the metrics of an evaluation."""
+    return int((metrics or {}).get(LIMIT_KEY) or COCO_LIMIT)
+
+
 def _evaluate(run: Run, index: int, found: TestSet, folder: Path) -> None:
     if not (folder / RESULTS).is_file():
         run.note(f"no curves and pictures of detection: {folder / RESULTS} is missing")
         return
     logger.info("%s: matching detections with %s", run.name, found.name)
     metadata = MetadataCatalog.get(found.name)
+    if metadata.get("evaluator_type") == "lvis":
+        run.note(f"no curves and pictures of detection: they are COCO's, and {found.name} is evaluated as LVIS is")
+        return
     if found.truth is None:
         found.truth = load_truth(metadata.json_file, found.name)
         found.image_root = metadata.image_root
     try:
-        evaluation = evaluate(found.truth, folder / RESULTS)
+        evaluation = evaluate(found.truth, folder / RESULTS, limit_of(found.metrics[index]))
     except ValueError as error:
         run.note(f"no curves and pictures of detection: {error}")
         return

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..evaluation import fill_in
+from ..evaluation.coco import COCO_LIMIT, max_dets_limits
 
 FOUND, FALSE, MISSED = "found", "false", "missed"
 
@@ -49,8 +50,13 @@ def load_truth(json_file: str | os.PathLike[str], name: str) -> COCO:
     return truth
 
 
-def evaluate(truth: COCO, results_file: str | os.PathLike[str]) -> COCOeval:
+def evaluate(truth: COCO, results_file: str | os.PathLike[str], max_dets_per_image: int = COCO_LIMIT) -> COCOeval:
     """COCO box evaluation of ``coco_instances_results.json``, accumulated, with its arrays.
+
+    Args:
+        truth: see :func:`load_truth`.
+        results_file: detections.
+        max_dets_per_image: how many of an image and class count, the best first.
 
     Raises:
         ValueError: in one line, if the file is no list of detections in images of the dataset.
@@ -60,6 +66,7 @@ def evaluate(truth: COCO, results_file: str | os.PathLike[str]) -> COCOeval:
             results = json.load(file)
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(truth, _as_detections(truth, results), "bbox")
+            evaluation.params.maxDets = max_dets_limits(max_dets_per_image)
             evaluation.evaluate()
             evaluation.accumulate()
     except (ValueError, KeyError, TypeError, AssertionError) as error:

@@ -12,10 +12,10 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from ..evaluation.coco import METRICS
+from ..evaluation.coco import COCO_LIMIT, LIMIT_KEY, METRICS
 from ..modeling.plan import PlanRow, total
 from . import svg
-from .collect import UNREADABLE, Inside, TestSet, collect_test_sets, look_inside
+from .collect import UNREADABLE, Inside, TestSet, collect_test_sets, limit_of, look_inside
 from .detections import FALSE, FOUND, MISSED, Outcome, f1, image_outcomes, precision_recall, rank_images
 from .histograms import SiteHistogram
 from .page import chips, escape, grid, page, table
@@ -113,11 +113,16 @@ def _results(runs: Sequence[Run], sets: Sequence[TestSet]) -> str:
         if not any(test_set.metrics):
             continue
         keys = dict.fromkeys(key for metrics in test_set.metrics if metrics for key in (*METRICS, *metrics))
+        keys.pop(LIMIT_KEY, None)
         rows = [_result_row(key, test_set.metrics) for key in keys]
         first_class = next((key for key in keys if key not in METRICS), None)
         apart = ["apart" if key == first_class else "" for key in keys]
         parts.append(f"<h3>{escape(test_set.name or 'Test set')}</h3>")
         parts.append(table(["AP in percent", *(escape(run.name) for run in runs)], rows, row_classes=apart))
+        limits = {run.name: limit_of(metrics) for run, metrics in zip(runs, test_set.metrics, strict=True) if metrics}
+        if set(limits.values()) != {COCO_LIMIT}:
+            text = ", ".join(f"{limit} ({escape(name)})" for name, limit in limits.items())
+            parts.append(f'<p class="soft">Detections of an image that count, the best first: {text}.</p>')
     if parts and len(runs) > 1:
         parts.append(f'<p class="soft">Small: difference from {escape(runs[0].name)}. Bold: the best of a row.</p>')
     if parts:

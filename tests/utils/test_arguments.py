@@ -14,7 +14,7 @@ from aqdet.utils import arguments
 TOOLS = sorted(
     path.stem for path in (ROOT / "tools").glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8")
 )
-SLOW = ("torch", "detectron2", "fvcore", "numpy", "cv2", "matplotlib")
+SLOW = ("torch", "detectron2", "fvcore", "matplotlib", "pycocotools")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,8 @@ def test_a_value_given_twice():
         ("benchmark", "export --model none", "--model"),
         ("benchmark", "export --weights none.pth", "--weights"),
         ("benchmark", "export --image none.png", "--image"),
+        ("check_dataset", "--yolo x --examples -1", "--examples"),
+        ("check_dataset", "--yolo x --json .", "--json"),
         ("convert_torchvision", "--depth 99", "--depth"),
         ("convert_torchvision", "--input none.pth", "--input"),
         ("convert_torchvision", "--output .", "--output"),

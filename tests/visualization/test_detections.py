@@ -70,6 +70,24 @@ def test_curve_against_its_definition(judged):
     assert precision[0] == pytest.approx(1) and precision[60] == pytest.approx(3 / 5) and precision[80] == 0
 
 
+@pytest.mark.parametrize("limit, found", [(100, 2), (2, 2), (1, 1)])
+def test_only_the_best_detections_of_an_image_and_class_count(tmp_path, limit, found):
+    entry = write_dataset(tmp_path / "data", "limited")
+    content = json.loads(open(entry["json"]).read())
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1
+    open(entry["json"], "w").write(json.dumps(content))
+    results = [
+        {"image_id": image["id"], "category_id": 1, "bbox": box, "score": score}
+        for image in content["images"]
+        for box, score in ((FIRST, 0.9), (SECOND, 0.8))
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    evaluation = evaluate(load_truth(entry["json"], "limited"), tmp_path / "results.json", limit)
+    expected = 100 * sum(level / 100 <= found / 2 for level in range(101)) / 101
+    assert average_precision(evaluation) == pytest.approx(expected)
+
+
 def test_mean_curve_and_ap_are_those_of_pycocotools(judged):
     evaluation = judged(SOME)
     each = [precision_recall(evaluation, 0.75, category)[1] for category in (1, 2)]

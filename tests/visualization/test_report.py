@@ -129,6 +129,17 @@ def test_two_runs(runs):
     assert "1 found, 0 false, 1 missed; F1 0.67" in text and "0 found, 0 false, 2 missed; F1 0.00" in text
 
 
+def test_another_limit_of_detections_than_cocos_is_said_and_kept(runs):
+    full, low = runs
+    path = full / "inference" / "metrics.json"
+    noted = json.loads(path.read_text())
+    assert "Detections of an image that count" not in report_of(full, num_pictures=0, num_images=0)[1]
+    path.write_text(json.dumps({**noted, "max_dets_per_image": 1}))
+    found, text = report_of(full, low, num_pictures=0, num_images=0)
+    assert "Detections of an image that count, the best first: 1 (full), 100 (low)." in text
+    assert "max_dets_per_image" not in text and not [note for note in found[0].notes if "different" in note]
+
+
 def test_histograms_of_every_quantizer_and_the_plan(runs):
     _, text = report_of(runs[1], num_pictures=0, num_images=1)
     names = [name for name, _ in quantizers(make_model(*QUANT, "MODEL.FPN.RELU", "True"))]
