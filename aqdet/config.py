@@ -276,6 +276,10 @@ def _explained(cfg: CfgNode, error: Exception) -> str:
         return text + (f"; did you mean {' or '.join(close)}?" if close else "")
     if "<class 'float'> vs. <class 'int'>" in text:
         return f"{' '.join(text.split())}; write the number with a decimal point, as 2.0"
+    single = re.search(r"<class 'tuple'> vs. <class '(str|int|float)'>.* vs\. (.*)\) for config key: ([\w.]+)", text)
+    if single is not None:
+        value = repr(single[2]) if single[1] == "str" else single[2]
+        return f'{single[3]} takes several values, got {single[2]}: write ({value},), in a shell "({value},)"'
     return text
 
 

@@ -3,12 +3,14 @@
 
 ``torchrun --nproc_per_node N tools/train_net.py ...`` trains in N processes, on GPUs or on CPUs; with
 ``--max-restarts`` it starts failed ones again, which go on from the last checkpoint. SIGTERM and Ctrl-C save and
-print the command that continues. Exit status: 2 for wrong input, 3 for a loss that is not finite, 128 + n for
-signal n.
+print the command that continues. Exit status: 2 for wrong input or a file that cannot be written, 3 for a loss that
+is not finite, 128 + n for signal n.
 """
 
 import argparse
+import logging
 import os
+import signal
 import sys
 
 import aqdet  # noqa: F401  (before Detectron2, whose import it keeps quiet)
@@ -22,63 +24,100 @@ from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
 from aqdet.data import check_datasets, check_num_classes, register_declared
+from aqdet.data.registry import DatasetCheck
 from aqdet.engine import Interrupted, NonFiniteLoss, Trainer, build_checkpointer, check_config, fit_to_machine
-from aqdet.engine.launch import continuing_command, is_restart, join_process_group, launch, make_deterministic
+from aqdet.engine.launch import (
+    continuing_command,
+    is_restart,
+    join_process_group,
+    launch,
+    make_deterministic,
+    rank_of_this_process,
+)
+from aqdet.engine.output_folder import check_output_dir, evaluation_noted
+from aqdet.engine.run_log import RunLog
 from aqdet.evaluation import check_coco_eval
 
 USER_ERROR = 2
 NON_FINITE = 3
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Reads the config, registers its datasets, and checks both against each other."""
+def setup(args: argparse.Namespace) -> tuple[CfgNode, DatasetCheck]:
+    """Reads the config, registers its datasets, and checks both against each other; writes nothing in ``OUTPUT_DIR``.
+
+    Returns:
+        The config, and the check of its datasets.
+    """
+    train = not args.eval_only
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     check_coco_eval(cfg.TEST.COCO_EVAL)
+    setup_logger(distributed_rank=rank_of_this_process(), name="aqdet")
     fit_to_machine(cfg)
     join_process_group(cfg.MODEL.DEVICE)
-    register_declared(cfg, train=not args.eval_only)
-    check_num_classes(cfg, train=not args.eval_only)
-    try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error.strerror}") from error
+    check_output_dir(cfg.OUTPUT_DIR, train=train)
+    register_declared(cfg, train=train)
+    check_num_classes(cfg, train=train)
     cfg.freeze()
-    default_setup(cfg, args)
+    nowhere = cfg.clone()
+    nowhere.defrost()
+    nowhere.OUTPUT_DIR = None  # Detectron2 would write its config and log there, whether or not a run comes of it
+    default_setup(nowhere, args)
     make_deterministic(cfg)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="aqdet")
-    check_datasets(cfg, train=not args.eval_only)
-    return cfg
+    logging.getLogger("aqdet.train_net").info("Running with full config:\n%s", cfg.dump())
+    return cfg, check_datasets(cfg, train=train)
+
+
+def train(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:
+    """Trains; from the first moment when nothing can be refused any more ``OUTPUT_DIR`` is this run's."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume or is_restart())
+    with trainer.started():
+        log.write_to(cfg.OUTPUT_DIR)
+        check.write(cfg.OUTPUT_DIR)
+        trainer.train()
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:
+    """Evaluates a checkpoint or an exported folder, into ``OUTPUT_DIR/inference`` and nothing beside it."""
+    if args.exported:
+        try:
+            from aqdet.evaluation.exported import load_exported
+        except ModuleNotFoundError as error:  # training does without ONNX Runtime
+            raise ValueError(f"--exported needs {error.name}: pip install '.[export]'") from error
+        model, weights = load_exported(cfg, args.exported), args.exported
+    else:
+        model = Trainer.build_model(cfg)
+        checkpointer = build_checkpointer(cfg, model)
+        weights = (checkpointer.file_to_resume() if args.resume else "") or cfg.MODEL.WEIGHTS
+        checkpointer.load(weights, checkpointables=[])
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    log.write_to(folder)
+    check.write(folder)
+    with evaluation_noted(cfg, weights=weights):
+        Trainer.test(cfg, model)
 
 
 def main(args: argparse.Namespace) -> None:
     """One process's part of the job."""
     try:
-        cfg = setup(args)
-        if args.exported:
-            try:
-                from aqdet.evaluation.exported import load_exported
-            except ModuleNotFoundError as error:  # training does without ONNX Runtime
-                raise ValueError(f"--exported needs {error.name}: pip install '.[export]'") from error
-            Trainer.test(cfg, load_exported(cfg, args.exported))
-            return
-        if args.eval_only:
-            model = Trainer.build_model(cfg)
-            build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            Trainer.test(cfg, model)
-            return
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume or is_restart())
-        trainer.train()
+        with RunLog() as log:
+            cfg, check = setup(args)
+            (evaluate if args.eval_only else train)(cfg, args, check, log)
     except Interrupted as stop:
         if comm.is_main_process():
-            print(f"{stop}; continue with: {continuing_command()}", file=sys.stderr)
+            way_on = f"; continue with: {continuing_command()}" if stop.can_resume else ""
+            print(f"{stop}{way_on}", file=sys.stderr)
         raise
+    except KeyboardInterrupt:
+        if comm.is_main_process():
+            print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except NonFiniteLoss as error:
         if comm.is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(NON_FINITE)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise
         message = str(error)

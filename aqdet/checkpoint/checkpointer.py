@@ -15,7 +15,8 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from ..modeling.scaffold.auxiliary import PREFIX, detached_auxiliary, strip
-from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically, write_atomically
+from ..utils.files import open_replacing
+from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically
 from .keys import MAX_LISTED, MISSING, OTHER_SHAPE, UNEXPECTED, Difference, KeyComparison, shapes_of
 from .norms import add_folded_statistics, folded_norms
 from .torchvision import SCOPE
@@ -74,6 +75,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._aux_init = aux_init
         self._allow_pickle = allow_pickle
         self._keep = keep
+        self._exact = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``name.pth`` in ``save_dir``, whole or not at all, and marks it as the last one."""
@@ -104,6 +106,24 @@ class AqdetCheckpointer(DetectionCheckpointer):
         """
         chosen = self.file_to_resume() if resume else ""
         return self.load(chosen) if chosen else self.load(path, checkpointables=[])
+
+    def resume(self, path: str) -> None:
+        """Loads a checkpoint to go on from, which has to be of the same model.
+
+        What a start allows is not for resuming: here no key may differ, whatever ``allow_keys`` says, because the
+        optimizer's state in the file is of the parameters that the model had.
+
+        Args:
+            path: as :meth:`file_to_resume` gives it.
+
+        Raises:
+            ValueError: as :meth:`load`.
+        """
+        self._exact = True
+        try:
+            self.load(path)
+        finally:
+            self._exact = False
 
     def file_to_resume(self) -> str:
         """The checkpoint to continue from, "" if there is none; damaged or missing ones are passed over and named.
@@ -149,7 +169,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Notes which file a resume starts from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+        with open_replacing(path, durable=True) as file:
+            file.write(last_filename_basename)
 
     def forget_last_checkpoint(self) -> None:
         """Puts aside the note of an earlier run in the same folder, so that no resume mixes the two."""
@@ -253,7 +274,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return tuple(scope)
 
     def _check(self, incompatible: _IncompatibleKeys, stored: dict[str, tuple[int, ...]], scope: Sequence[str]) -> None:
-        comparison = KeyComparison(self.model, stored, allow=self._allow, scope=scope)
+        comparison = KeyComparison(self.model, stored, allow=self._allow, scope=scope, exact=self._exact)
         for key, theirs, ours in incompatible.incorrect_shapes:
             comparison.add(Difference(OTHER_SHAPE, key, (tuple(theirs), tuple(ours))))
         for key in incompatible.unexpected_keys:
@@ -264,7 +285,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
             if key not in reshaped:
                 comparison.add(Difference(MISSING, key))
         if comparison.problems:
-            raise ValueError(f"checkpoint {self._path!r} does not fit the model: {comparison.describe()}")
+            purpose = " that --resume is to go on with" if self._exact else ""
+            raise ValueError(f"checkpoint {self._path!r} does not fit the model{purpose}: {comparison.describe()}")
         skipped = len(incompatible.unexpected_keys) + len(incompatible.incorrect_shapes)
         logger.info("Loaded %d keys from %s", len(stored) - skipped, self._path)
         for name, count in comparison.allowed.items():

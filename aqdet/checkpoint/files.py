@@ -6,9 +6,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
 from http.client import HTTPException
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlparse
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import get_cache_dir
+
+from ..utils.files import named, open_replacing
 
 CAFFE2 = "Caffe2"
 """``__author__`` of a file with Caffe2's names."""
@@ -166,23 +167,49 @@ def cache_file_of(url: str) -> str:
 
 
 def save_atomically(data: Any, path: str) -> None:
-    """Calls ``torch.save`` on a file beside the target, flushes it to disk, then renames it."""
-    write_atomically(path, lambda file: torch.save(data, file))
+    """Calls ``torch.save`` on a file beside the target, flushes it to disk, then renames it.
+
+    Raises:
+        OSError: in one line that names the file; if the disk is full, with the room that the file needs.
+    """
+    with open_replacing(path, "wb", durable=True) as file:
+        target = _FirstError(file)
+        try:
+            torch.save(data, cast(IO[bytes], target))
+        except Exception as error:  # PyTorch's writer makes another error of the system's, which would be lost.
+            raise named(target.error, path, _size_of(data)) if target.error else error from None
 
 
-def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls ``write`` with a file beside the target, flushes it to disk, then renames it."""
-    aside = f"{path}.part"
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+class _FirstError:
+    """A file for ``torch.save`` that keeps the first error of the operating system.
+
+    Attributes:
+        error: the error, None as long as there is none.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """Writes to the file."""
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Does nothing: the file is flushed when it is whole."""
+
+
+def _size_of(data: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(data, torch.Tensor):
+        return data.numel() * data.element_size()
+    if isinstance(data, dict):
+        data = list(data.values())
+    return sum(map(_size_of, data)) if isinstance(data, list | tuple) else 0
 
 
 def damage_of(path: str) -> str:

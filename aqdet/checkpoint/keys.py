@@ -51,6 +51,7 @@ class KeyComparison:
         stored: the keys and shapes of the file, under the model's names.
         allow: regexes of keys that may differ.
         scope: prefixes of the keys that the file is about; empty for a whole model.
+        exact: whether no key may differ but a counter of batches, as where a training goes on.
 
     Attributes:
         allowed: number of differences that may be, by a phrase that says which they are.
@@ -64,6 +65,7 @@ class KeyComparison:
         *,
         allow: Sequence[re.Pattern[str]] = (),
         scope: Sequence[str] = (),
+        exact: bool = False,
     ) -> None:
         self.allowed: Counter[str] = Counter()
         self.problems: list[Difference] = []
@@ -71,6 +73,7 @@ class KeyComparison:
         self._ours = shapes_of(model.state_dict())
         self._allow = allow
         self._scope = tuple(scope)
+        self._exact = exact
         names = {name for name, _ in quantizers(model)}
         self._quantizer_keys = {key for key in self._ours if key.rpartition(".")[0] in names}
         self._stored_quantizers = any(_QUANTIZER_STATE.search(key) for key in stored)
@@ -87,6 +90,9 @@ class KeyComparison:
     def _why_allowed(self, difference: Difference) -> str:
         kind, key, _ = difference
         module, _, name = key.rpartition(".")
+        if self._exact:
+            is_same = name == "num_batches_tracked" and kind == MISSING or kind == UNEXPECTED and key in _PREPROCESSING
+            return name if is_same else ""
         if key.startswith(TRAINING_ONLY) and kind != OTHER_SHAPE:
             return "of the auxiliary path" if key.startswith(PREFIX) else "of the extra head"
         if kind == MISSING and key in self._quantizer_keys and not self._stored_quantizers:
@@ -122,6 +128,8 @@ class KeyComparison:
             return "; ".join(causes)
         if not any(key in self._ours for key in self._stored):
             return "the file has none of the model's keys: it is of another kind of network"
+        if self._exact:
+            return "it is of another config; without --resume a training starts from MODEL.WEIGHTS"
         return ALLOW_KEYS if len(self.problems) <= MAX_LISTED else ""
 
     def _depth(self) -> Iterable[str]:
@@ -174,10 +182,9 @@ class KeyComparison:
         if their_anchors != our_anchors:
             yield f"MODEL.ANCHOR_GENERATOR: {their_anchors} anchors a place in the file, {our_anchors} in the model"
         if their_classes != our_classes:
-            yield (
-                f"MODEL.{self._node}.NUM_CLASSES: {their_classes} in the file, {our_classes} in the model; to start "
-                "with new class scores, CHECKPOINT.ALLOW_KEYS \"['head.cls_score']\""
-            )
+            cause = f"MODEL.{self._node}.NUM_CLASSES: {their_classes} in the file, {our_classes} in the model"
+            to_start = "; to start with new class scores, CHECKPOINT.ALLOW_KEYS \"['head.cls_score']\""
+            yield cause if self._exact else cause + to_start
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import logging
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from .formats.folders import read_folders
 
 __all__ = [
     "EVALUATOR_TYPE",
+    "DatasetCheck",
     "check_datasets",
     "check_num_classes",
     "complete_num_classes",
@@ -92,18 +93,50 @@ def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str,
     return found
 
 
-def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
+@dataclasses.dataclass(frozen=True)
+class DatasetCheck:
+    """
+    What :func:`check_datasets` found.
+
+    Attributes:
+        reports: of the declared datasets that are used.
+        advice: lines on the data as a whole.
+        strict: ``DATASETS.STRICT``.
+    """
+
+    reports: tuple[Report, ...]
+    advice: tuple[str, ...]
+    strict: bool
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """
+        Writes ``dataset_check.txt`` and ``dataset_check.json``, in the main process; without reports nothing.
+
+        Args:
+            folder: ``OUTPUT_DIR`` of a training that has started, ``OUTPUT_DIR/inference`` of an evaluation.
+        """
+        if self.reports and comm.is_main_process():
+            text = "\n\n".join([*(r.text() for r in self.reports), *(f"advice: {line}" for line in self.advice)])
+            content = reports_as_json(self.reports, self.strict, self.advice)
+            for ending, written in (("txt", f"{text}\n"), ("json", content)):
+                write_text(os.path.join(folder, f"dataset_check.{ending}"), written, errors="surrogatepass")
+
+
+def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
     """
     Checks the declared datasets before step 0 and logs what was repaired, dropped or found, and what in the data as a
     whole is likely to make the training fail (:mod:`aqdet.data.check.advice`).
 
     Images are decoded unless ``DATASETS.CHECK_IMAGES`` is False; a check is not repeated while nothing that it
-    read has changed. The report goes to ``OUTPUT_DIR/dataset_check.txt`` and ``.json``. Of the processes on a
-    machine one checks and the others wait.
+    read has changed. Of the processes on a machine one checks and the others wait. Nothing is written:
+    :meth:`DatasetCheck.write` does so when it is known whose the folder is.
 
     Args:
         cfg: config whose datasets are registered.
         train: whether the data to train on are used, and not only those to test on.
+
+    Returns:
+        What was found.
 
     Raises:
         ValueError: in one line, if there are errors, or under ``DATASETS.STRICT`` anything but notes.
@@ -122,13 +155,9 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     advice = advise(cfg, reports)
     for line in advice:
         logger.warning(line)
-    if reports and comm.is_main_process():
-        folder = Path(cfg.OUTPUT_DIR)
-        text = "\n\n".join([*(r.text() for r in reports.values()), *(f"advice: {line}" for line in advice)])
-        write_text(folder / "dataset_check.txt", f"{text}\n", shared=True)
-        write_text(folder / "dataset_check.json", reports_as_json(list(reports.values()), cfg.DATASETS.STRICT, advice))
     for report in reports.values():
         _refuse(report, f"dataset {report.name}", cfg.DATASETS.STRICT)
+    return DatasetCheck(tuple(reports.values()), tuple(advice), cfg.DATASETS.STRICT)
 
 
 def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:

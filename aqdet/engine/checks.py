@@ -107,6 +107,10 @@ def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
 
 
 def _check_numbers(cfg: CfgNode) -> None:
+    if cfg.SOLVER.MAX_ITER < 0:
+        raise ValueError(
+            f"SOLVER.MAX_ITER must not be negative, got {cfg.SOLVER.MAX_ITER} (0 calibrates and evaluates)"
+        )
     model = cfg.MODEL
     for key, value in (
         ("QUANT.SCALE_LR", model.QUANT.SCALE_LR),

@@ -147,4 +147,14 @@ class StrippedCheckpointHook(HookBase):
     def after_train(self) -> None:
         """Writes the file if training came to its end."""
         if self.trainer.iter >= self.trainer.max_iter:
+            if self.trainer.max_iter == 0:
+                self._save_without_a_step()
             self._checkpointer.save_stripped("model_final_stripped")
+
+    def _save_without_a_step(self) -> None:
+        """Writes ``model_final.pth``, which else follows the last step; a resume begins with iteration 0."""
+        self.trainer.iter = -1
+        try:
+            self._checkpointer.save("model_final", iteration=-1)
+        finally:
+            self.trainer.iter = 0

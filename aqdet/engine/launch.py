@@ -82,6 +82,11 @@ def join_process_group(device: str) -> None:
     comm.synchronize()
 
 
+def rank_of_this_process() -> int:
+    """The process's rank in the run, under torchrun also before :func:`join_process_group`."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else comm.get_rank()
+
+
 def is_restart() -> bool:
     """Whether torchrun started this process in place of one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 from types import FrameType
@@ -12,48 +11,14 @@ from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter
 
 from ..checkpoint import AqdetCheckpointer
+from .writers import WINDOW, MetricsWriter
 
 logger = logging.getLogger(__name__)
 
 # Scalars that no resume can repeat.
 TIMINGS = frozenset({"time", "data_time", "rank_data_time", "eta_seconds"})
-# Of values for the medians that writers print.
-_WINDOW = 20
-
-
-class MetricsWriter(JSONWriter):
-    """Detectron2's ``metrics.json``, which a resume cuts back to where its checkpoint was written.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        super().__init__(path, window_size=_WINDOW)
-
-    def state_dict(self) -> dict[str, int]:
-        """Length of the file in bytes and the last iteration in it."""
-        return {"bytes": os.path.getsize(self._path), "last_write": self._last_write}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Cuts off what was written after :meth:`state_dict`, half a line perhaps."""
-        self._last_write = state["last_write"]
-        size = os.path.getsize(self._path)
-        if size < state["bytes"]:
-            logger.warning("%s is shorter than when the checkpoint was saved: lines are missing in it", self._path)
-        self._file_handle.truncate(min(size, state["bytes"]))
-
-    def start_anew(self) -> None:
-        """Puts the lines of an earlier run aside."""
-        if os.path.getsize(self._path):
-            self._file_handle.close()
-            os.replace(self._path, f"{self._path}.old")
-            logger.info("%s is of an earlier run: kept as metrics.json.old", self._path)
-            super().__init__(self._path, window_size=_WINDOW)
 
 
 class MetricsHook(HookBase):
@@ -88,9 +53,9 @@ class MetricsHook(HookBase):
         hints = storage.smoothing_hints()
         recent = {}
         for name, history in storage.histories().items():
-            values = [(float(v), int(i)) for v, i in history.values()[-2 * _WINDOW :] if i <= iteration]
+            values = [(float(v), int(i)) for v, i in history.values()[-2 * WINDOW :] if i <= iteration]
             if name not in TIMINGS:
-                recent[name] = (hints[name], values[-_WINDOW:])
+                recent[name] = (hints[name], values[-WINDOW:])
         return {"recent": recent, "file": {} if self._writer is None else self._writer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,20 +64,28 @@ class MetricsHook(HookBase):
 
 
 class Interrupted(SystemExit):
-    """Training was stopped by a signal, after a checkpoint; the exit status is the shell's for that signal.
+    """Training was stopped by a signal; the exit status is the shell's for that signal.
 
     Args:
-        signum: the signal.
-        iteration: the last one done.
+        signum: The signal.
+        iteration: The last iteration that was done; -1 before the first one.
+        saved: Whether a checkpoint of that iteration was written.
+
+    Attributes:
+        can_resume: Whether the folder has a checkpoint that ``--resume`` continues from.
     """
 
-    def __init__(self, signum: int, iteration: int) -> None:
+    def __init__(self, signum: int, iteration: int, *, saved: bool = True, can_resume: bool = True) -> None:
         super().__init__(128 + signum)
         self.signum = signum
         self.iteration = iteration
+        self.saved = saved
+        self.can_resume = can_resume
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name} after iteration {self.iteration}"
+        where = f"after iteration {self.iteration}" if self.iteration >= 0 else "before the first iteration"
+        lost = "" if self.saved else ", which is not saved" if self.iteration >= 0 else ": nothing is saved"
+        return f"stopped by {signal.Signals(self.signum).name} {where}{lost}"
 
 
 class InterruptHook(HookBase):

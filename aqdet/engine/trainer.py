@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -28,6 +30,7 @@ from ..modeling.scaffold.auxiliary import detached_auxiliary
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
 from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
+from .no_detections import describe_nothing_found
 from .numbers import (
     CheckedAMPTrainer,
     CheckedTrainer,
@@ -38,10 +41,12 @@ from .numbers import (
     find_origin,
 )
 from .oscillation import build_oscillation_hook
-from .resume import InterruptHook, MetricsHook, MetricsWriter
+from .output_folder import evaluation_noted, holding, write_config
+from .resume import Interrupted, InterruptHook, MetricsHook
 from .solver import build_optimizer
 from .state import ForwardState, loss_normalizers, set_loss_normalizers
 from .teacher import build_distillation
+from .writers import MetricsWriter, TensorboardWriter
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +79,30 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _usable(key: str, names: Any) -> Iterator[None]:
+def _usable(key: str, names: Any, hint: str = "") -> Iterator[None]:
     """Detectron2 asserts that data is usable: a user error that lacks the config key."""
     try:
         yield
     except AssertionError as error:
-        raise ValueError(f"{key} {tuple(names)}: {error or 'no data'}") from error
+        raise ValueError(f"{key} {tuple(names)}: {error or 'no data'}{hint}") from error
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Leaves the traceback out of what Detectron2 logs of errors that are no fault of the program."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError | NonFiniteLoss) and not os.environ.get("AQDET_DEBUG"):
+            record.msg, record.exc_info = f"{record.msg} {' '.join(str(error).split())}", None
+        return True
+
+    train_loop = logging.getLogger("detectron2.engine.train_loop")
+    train_loop.addFilter(shorten)
+    try:
+        yield
+    finally:
+        train_loop.removeFilter(shorten)
 
 
 class Trainer(DefaultTrainer):
@@ -113,6 +136,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(cfg, model, trainer=weakref.proxy(self))
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self._resumed_from: str | None = None  # what last_checkpoint named when a run was resumed
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
@@ -169,25 +193,73 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, with a ``metrics.json`` that goes on where a resumed run does."""
-        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
-        return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
+        return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardWriter(self.cfg.OUTPUT_DIR)]
 
-    def train(self) -> Any:
-        """See Detectron2's.
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """Makes ``OUTPUT_DIR`` this training's while the block runs: locked, with its config, earlier notes put aside.
+
+        :meth:`train` does so by itself. Who has more to write there when the training starts calls :meth:`train` in
+        such a block. Until then nothing is written, so that a command that is refused leaves nothing.
 
         Raises:
-            ValueError: naming the layer, if a batch norm gets one value a channel.
+            ValueError: In one line, if another training runs there, or has gone on since this one was resumed.
+        """
+        with holding(self.cfg.OUTPUT_DIR) as is_outermost:
+            if is_outermost:
+                self._take_over()
+            yield
+
+    def _take_over(self) -> None:
+        changed = False
+        if comm.is_main_process():
+            if self._resumed_from is None:
+                self.checkpointer.forget_last_checkpoint()
+            else:
+                changed = self._resumed_from != self.checkpointer.get_checkpoint_file()
+            if not changed:
+                write_config(self.cfg)
+        if any(comm.all_gather(changed)):
+            raise ValueError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR!r}: another training has gone on from {self._resumed_from} since it "
+                "was loaded: start with --resume again"
+            )
+
+    def train(self) -> Any:
+        """Trains from :attr:`start_iter` to ``SOLVER.MAX_ITER``, as Detectron2's does, and evaluates.
+
+        With ``SOLVER.MAX_ITER 0`` quantizers are calibrated, the detector is evaluated and saved: post-training
+        quantization.
+
+        Raises:
+            Interrupted: If Ctrl-C stops it outside of an iteration that could be saved.
+            OSError: In one line that names the file, if it cannot be written; a resume continues from the last
+                checkpoint.
+            ValueError: Naming the layer, if a batch norm gets one value a channel; see also :meth:`started`.
         """
         self.data_loader.start = self.start_iter
         model = unwrap(self.model)
         self._forward_state = ForwardState(model)
-        try:
-            return super().train()
-        except ValueError as error:
-            if single := describe_single_value(model, error):
-                raise ValueError(single) from error
-            raise
+        self._outer_error = sys.exception()
+        if self.max_iter == 0:
+            logger.info(
+                "SOLVER.MAX_ITER is 0: no step is trained. %s, and the detector is evaluated and saved",
+                "Quantizers are calibrated (post-training quantization)"
+                if self.cfg.MODEL.QUANT.ENABLED
+                else "Nothing is quantized",
+            )
+        with self.started(), _errors_in_one_line():
+            try:
+                return super().train()
+            except KeyboardInterrupt:
+                is_done = self.iter >= self.max_iter
+                can_resume = self.checkpointer.has_checkpoint()
+                raise Interrupted(signal.SIGINT, self.iter - 1, saved=is_done, can_resume=can_resume) from None
+            except ValueError as error:
+                if single := describe_single_value(model, error):
+                    raise ValueError(single) from error
+                raise
 
     def run_step(self) -> None:
         """One iteration, with random numbers of its own.
@@ -245,28 +317,50 @@ class Trainer(DefaultTrainer):
         return f"; the state from before is in {self.checkpointer.get_checkpoint_file()}"
 
     def after_train(self) -> None:
-        """See Detectron2's; a run that is resumed after its last iteration is not one further."""
+        """Calls the hooks' ``after_train``; none of them hides the error that ends a training by one of its own.
+
+        A run that is resumed after its last iteration is not one further, and one that failed is not at its end.
+        """
         self.iter = min(self.iter, self.max_iter)
-        super().after_train()
+        if sys.exception() is self._outer_error:
+            super().after_train()
+            return
+        self.iter = self.storage.iter = min(self.iter, self.max_iter - 1)
+        for hook in self._hooks:
+            try:
+                hook.after_train()
+            except Exception as error:
+                logger.warning("%s, after the training has failed: %s", type(hook).__name__, error)
 
     def _evaluate(self) -> dict[str, Any]:
-        with contextlib.nullcontext() if self._average is None else self._average.applied():
+        is_last = self.iter >= self.max_iter
+        facts = {"training": self.cfg.OUTPUT_DIR, "iterations": self.iter if is_last else self.iter + 1}
+        weights = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth") if is_last else None
+        averaged = contextlib.nullcontext() if self._average is None else self._average.applied()
+        with evaluation_noted(self.cfg, weights=weights, **facts), averaged:
             self._last_eval_results = self.test(self.cfg, self.model)
+        if is_last and comm.is_main_process():
+            found = describe_nothing_found(self.cfg, self._last_eval_results)
+            if found:
+                logger.warning("%s", found)
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See Detectron2's; warns if quantized training is about to start from random weights.
 
-        All processes continue from the main one's checkpoint, or none does. A run that starts anew puts aside the
-        note of where an earlier one in its folder stood.
+        All processes continue from the main one's checkpoint, or none does. Nothing is written: a run that starts
+        anew puts aside the note of where an earlier one in its folder stood when it starts.
+
+        Raises:
+            FileNotFoundError, ValueError: In one line, if the checkpoint is missing, damaged or of another config.
         """
         path = self.checkpointer.file_to_resume() if resume else ""
+        self._resumed_from = self.checkpointer.get_checkpoint_file() if path else None
         if path:
-            self.checkpointer.load(path)
+            self.checkpointer.resume(path)
             self.start_iter = self.iter + 1  # the checkpoint has the iteration that was done
             return
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
-        self.checkpointer.forget_last_checkpoint()
         if self.cfg.MODEL.QUANT.ENABLED and not self.cfg.MODEL.WEIGHTS:
             logger.warning(
                 "QUANTIZED TRAINING STARTS FROM RANDOM WEIGHTS: MODEL.WEIGHTS is empty. Train the full-"
@@ -282,9 +376,19 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the optimizer's state is of other parameters or of another optimizer.
+        """
         super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        try:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"--resume: the optimizer's state in {self.cfg.OUTPUT_DIR!r} is of another config "
+                f"({' '.join(str(error).split())}); without --resume a training starts from MODEL.WEIGHTS"
+            ) from error
         if "seed" not in state_dict:
             logger.warning("The checkpoint is of an older version: the order of images and loss normalizers start anew")
             return
@@ -299,6 +403,15 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """Detectron2's schedule, which divides by the number of iterations: without any it is that of one."""
+        if cfg.SOLVER.MAX_ITER == 0:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.MAX_ITER = 1
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """See :func:`aqdet.data.loader.build_train_loader`.
 
@@ -307,7 +420,13 @@ class Trainer(DefaultTrainer):
         """
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
-        with _usable("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+        hint = ""
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            hint = (
+                "; DATALOADER.FILTER_EMPTY_ANNOTATIONS True leaves out images without boxes, which are all: False "
+                "trains on them as negatives"
+            )
+        with _usable("DATASETS.TRAIN", cfg.DATASETS.TRAIN, hint):
             return build_train_loader(cfg, build_mapper(cfg, True))
 
     @classmethod

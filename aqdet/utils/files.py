@@ -66,7 +66,7 @@ def replacing(
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (error.errno in _FULL or error.filename in (None, str(aside))):
+        if isinstance(error, OSError) and error.filename in (None, str(aside)):
             raise named(error, target) from error
         raise
 

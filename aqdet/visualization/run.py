@@ -88,6 +88,8 @@ def load_runs(paths: Sequence[str], *, config_file: str = "", overrides: Sequenc
     for folder, name in zip(folders, run_names(folders), strict=True):
         run = Run(folder, name)
         path = config_file or folder / "config.yaml"
+        if not os.path.isfile(path) and not config_file:
+            path = folder / "inference" / "config.yaml"  # of an evaluation, where nothing was trained
         if os.path.isfile(path) or config_file:
             run.cfg = load_config(path, overrides)
         else:
@@ -119,14 +121,14 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_commands(folder: Path) -> list[str]:
-    """Command lines noted by ``aqdet.engine.experiment`` or in Detectron2's log, each once, oldest first."""
+    """Command lines noted by ``aqdet.engine.experiment`` or in logs, each once, oldest first, evaluations last."""
     commands = []
-    log = folder / "log.txt"
-    if log.is_file():
-        with open(log, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if _ARGUMENTS in line:
-                    commands.append(_command(line.partition(_ARGUMENTS)[2].strip()))
+    for log in (folder / "log.txt", folder / "inference" / "log.txt"):
+        if log.is_file():
+            with open(log, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    if _ARGUMENTS in line:
+                        commands.append(_command(line.partition(_ARGUMENTS)[2].strip()))
     done = folder / "done.json"
     if not commands and done.is_file():
         with contextlib.suppress(ValueError, AttributeError):

@@ -105,7 +105,7 @@ def test_log_and_report(tmp_path, caplog):
     change(other, lambda c: c["images"][0].update(file_name="x.png"))
     cfg = cfg_for(tmp_path, entry, other, test=1)
     register_declared(cfg)
-    check_datasets(cfg)
+    check_datasets(cfg).write(tmp_path / "out")
     assert "4 images, 1 of them without boxes, 6 boxes" in caplog.text
     assert "classes 0: disc (id 1), 1: cross (id 2), 2: ring (id 3)" in caplog.text
     assert "1 images without boxes are not trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS is True)" in caplog.text

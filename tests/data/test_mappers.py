@@ -90,8 +90,9 @@ def test_images_are_checked_before_training(tmp_path, caplog):
     (folder / "again.png").symlink_to(first)
     (tmp_path / "test" / "cross" / "same.png").write_bytes(first.read_bytes())
     (folder / "notes.txt").write_text("no image")
-    check_datasets(cfg)
-    report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
+    check_datasets(cfg).write(tmp_path / "report")
+    assert not (tmp_path / "output").exists()
+    report = json.loads((tmp_path / "report" / "dataset_check.json").read_text())
     counts = {dataset["name"]: dataset["counts"] for dataset in report["datasets"]}
     assert counts["folder_check_train"] == {"image-converted": 1, "image-twice": 1, "file-ignored": 1}
     assert counts["folder_check_test"] == {"image-in-two-sets": 7, "image-twice": 1}  # noise of the same seed

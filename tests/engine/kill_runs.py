@@ -113,7 +113,8 @@ def result(output):
     """What a run ends with: tensors of the last checkpoint, lines of metrics.json, AP."""
     checkpoint = torch.load(output / "model_final.pth", weights_only=True)
     momenta = checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
-    tensors = [*checkpoint["model"].values(), *(state["momentum_buffer"] for state in momenta.values())]
+    tensors = [*checkpoint["model"].values()]
+    tensors += [value for state in momenta.values() for value in state.values() if isinstance(value, torch.Tensor)]
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     lines = [json.dumps({key: value for key, value in line.items() if key not in TIMINGS}) for line in lines]
     return tensors, lines, (output / "inference" / "metrics.json").read_text()

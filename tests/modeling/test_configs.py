@@ -79,6 +79,11 @@ def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
     check("SEED: 1", ["MODEL.AUX.TAP", "both"], r"Non-existent key: MODEL.AUX.TAP; did you mean MODEL.AUX.TAPS or")
     check("MODEL: {AUX: {LOSS_WEIGHT: 2}}", [], "MODEL.AUX.LOSS_WEIGHT; write the number with a decimal point, as 2.0")
     check("SEED: 1", ["SOLVER.EMA_DECAY", "1"], "SOLVER.EMA_DECAY; write the number with a decimal point, as 2.0")
+    check(
+        "DATASETS: {TRAIN: mine}", [], r"DATASETS.TRAIN takes several values, got mine: write \('mine',\), in a shell"
+    )
+    check("SEED: 1", ["DATASETS.TEST", "mine"], r"DATASETS.TEST takes several values, got mine: write \('mine',\)")
+    check("SEED: 1", ["SOLVER.STEPS", "100"], r"SOLVER.STEPS takes several values, got 100: write \(100,\), in a shell")
     check("SEED: [", [], "not valid YAML")
     check("SEED: 1", ["MODEL.QUANT.BITS", "4"], "override: Non-existent key: MODEL.QUANT.BITS")
     check("SEED: 1", ["MODEL.QUANT.ENABLED", "7"], "override: .*MODEL|override: Type mismatch")

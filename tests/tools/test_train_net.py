@@ -205,9 +205,10 @@ def test_an_image_that_goes_during_the_run_is_one_line_from_a_worker_too(
     check = tool.check_datasets
 
     def check_then_lose(*args, **kwargs):
-        check(*args, **kwargs)
+        found = check(*args, **kwargs)
         for path in (tmp_path / "images").glob("*.png"):
             path.unlink()
+        return found
 
     monkeypatch.setattr(tool, "check_datasets", check_then_lose)
     arguments = ("--eval-only", *train_overrides(going, tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1")

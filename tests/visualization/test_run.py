@@ -50,8 +50,10 @@ def test_commands_without_a_log(folder):
     assert read_commands(path) == ["python x"]
     (path / "done.json").write_text("[")
     assert read_commands(path) == []
+    (path / "inference").mkdir(exist_ok=True)
+    (path / "inference" / "log.txt").write_text("INFO: Command line arguments: evaluated\n")
     (path / "log.txt").write_text("INFO: Command line arguments: run(x)(\n")
-    assert read_commands(path) == ["run(x)("]
+    assert read_commands(path) == ["run(x)(", "evaluated"]
 
 
 def test_history_of_a_restarted_training(folder, caplog):
@@ -132,3 +134,11 @@ def test_what_is_no_run_is_one_line(folder, tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             load_runs(paths)
         assert "\n" not in str(error.value)
+
+
+def test_the_config_of_an_evaluation_lies_with_its_results(tmp_path):
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference" / "config.yaml").write_text("SEED: 9\n")
+    assert load_runs([str(tmp_path)])[0].cfg.SEED == 9
+    (tmp_path / "config.yaml").write_text("SEED: 8\n")
+    assert load_runs([str(tmp_path)])[0].cfg.SEED == 8

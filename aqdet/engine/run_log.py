@@ -1,0 +1,73 @@
+"""The log file of a run, which does not exist before the run does."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from types import TracebackType
+
+from detectron2.utils import comm
+
+_LOGGERS = ("detectron2", "fvcore", "aqdet")
+_FORMAT = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt="%m/%d %H:%M:%S")
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        """Passes over a line that a full disk has no room for; the error that stops the run is printed too."""
+
+
+class RunLog(logging.Handler):
+    """Keeps what is logged until a folder is given, and then writes it and all that follows to ``log.txt`` there.
+
+    A command that is refused so leaves no file. Used in a ``with`` statement, whose end closes the file. Processes
+    other than the main one write ``log.txt.rank<number>``, as with Detectron2's ``setup_logger``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self._lines: list[str] = []
+        self._file: logging.FileHandler | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record, or keeps its text."""
+        if self._file is not None:
+            self._file.emit(record)
+        else:
+            self._lines.append(_FORMAT.format(record))
+
+    def write_to(self, folder: str) -> None:
+        """Opens ``log.txt`` in a folder, which is made, and appends what was logged so far.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        os.makedirs(folder, exist_ok=True)
+        rank = comm.get_rank()
+        file = _File(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"), encoding="utf-8")
+        file.setFormatter(_FORMAT)
+        assert file.stream is not None
+        file.stream.writelines(f"{line}\n" for line in self._lines)
+        file.flush()
+        self._lines.clear()
+        self._file = file
+
+    def __enter__(self) -> RunLog:
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(self)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a full disk: the lines that had no room
+                self._file.close()
+        super().close()
