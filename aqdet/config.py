@@ -6,7 +6,7 @@ import ast
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -223,12 +223,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if path:
         content = read_config_file(path)
         try:
+            _check_sections(cfg, content)
             cfg = _merged(cfg, CfgNode(content), path)
         except (KeyError, AssertionError, ValueError) as error:
             raise ValueError(f"{path}: {_explained(cfg, error)}") from error
     if len(overrides) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
     try:
+        for key in overrides[::2]:
+            _check_override(cfg, key)
         cfg.merge_from_list(_with_lists(overrides))
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"override: {_explained(cfg, error)}") from error
@@ -252,6 +255,31 @@ def _with_lists(overrides: Sequence[str]) -> list[Any]:
                     f"{key} must be a list of entries, got {value!r}: {' '.join(str(error).split())}"
                 ) from error
     return values
+
+
+def _check_sections(cfg: CfgNode, content: Mapping[str, Any], prefix: str = "") -> None:
+    """Checks that what is a section of the config is one in a file, which yacs takes for granted."""
+    for key, value in content.items():
+        section = cfg.get(key)
+        if not isinstance(section, CfgNode):
+            continue
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{prefix}{key} is a section: write KEY: VALUE below it, got {value!r}")
+        _check_sections(section, value, f"{prefix}{key}.")
+
+
+def _check_override(cfg: CfgNode, name: str) -> None:
+    """Checks that the name of a value is not that of a section, nor goes on below a value; yacs finds unknown ones."""
+    node: Any = cfg
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if not isinstance(node, CfgNode):
+            raise ValueError(f"{'.'.join(parts[:index])} is a value, and has no key {part!r}")
+        if part not in node:
+            return
+        node = node[part]
+    if isinstance(node, CfgNode):
+        raise ValueError(f"{name} is a section: name one of its keys, as {name}.{next(iter(node))}")
 
 
 def _merged(cfg: CfgNode, loaded: CfgNode, path: str) -> CfgNode:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from PIL import Image
 
 from aqdet.config import add_aqdet_config, load_config
 
@@ -195,3 +196,40 @@ def test_datasets_are_declared_on_a_command_line_as_in_a_file():
         with pytest.raises(ValueError, match="override: DATASETS.DECLARED must be a list of entries, got") as error:
             load_config("", ["DATASETS.DECLARED", text])
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("MODEL: 5", "MODEL is a section: write KEY: VALUE below it, got 5"),
+        ("MODEL:", "MODEL is a section: write KEY: VALUE below it, got None"),
+        ("MODEL: {QUANT: true}", "MODEL.QUANT is a section: write KEY: VALUE below it, got True"),
+        ("SOLVER: [1]", "SOLVER is a section: write KEY: VALUE below it, got [1]"),
+    ],
+)
+def test_a_value_in_place_of_a_section_of_a_file_is_named(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert str(error.value) == f"{tmp_path / 'c.yaml'}: {words}"
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("MODEL", "MODEL is a section: name one of its keys, as MODEL."),
+        ("MODEL.QUANT", "MODEL.QUANT is a section: name one of its keys, as MODEL.QUANT.ENABLED"),
+        ("MODEL.QUANT.ENABLED.X", "MODEL.QUANT.ENABLED is a value, and has no key 'X'"),
+        ("MODEL.NONE.X", "Non-existent key: MODEL.NONE.X"),
+    ],
+)
+def test_an_override_of_no_value_is_named(key, words):
+    with pytest.raises(ValueError) as error:
+        load_config("", [key, "5"])
+    assert str(error.value).startswith(f"override: {words}") and "\n" not in str(error.value)
+
+
+def test_an_image_as_config_is_one_line(tmp_path):
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "c.jpg")
+    with pytest.raises(ValueError, match=r"c.jpg: not valid YAML, it is no text in UTF-8$"):
+        load_config(tmp_path / "c.jpg")

@@ -3,11 +3,10 @@
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
 
 from aqdet.utils.arguments import file_to_write, integer
+from aqdet.utils.files import write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,6 +35,7 @@ def main() -> None:
     from aqdet.data import complete_num_classes
     from aqdet.engine import check_config, fit_to_machine
     from aqdet.engine.checks import our_architectures
+    from aqdet.modeling.exportable import export_obstacles
     from aqdet.modeling.plan import make_plan, total
 
     try:
@@ -49,6 +49,7 @@ def main() -> None:
         fit_to_machine(cfg)
         complete_num_classes(cfg)
         rows = make_plan(build_model(cfg), tuple(args.size))
+        obstacles = export_obstacles(cfg)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     header = ["layer", "kind", "weight", "input", "norm", "parameters", "MMACs", "Gbit-ops"]
@@ -79,15 +80,16 @@ def main() -> None:
         [name, t.layers, t.parameters, t.weight_bytes, t.macs / 1e9, t.bit_ops / 1e9] for name, t in totals.items()
     ]
     print(tabulate(cells, header, floatfmt=".2f", intfmt=","))
+    if obstacles:
+        print("\nWhat is trained with this config cannot be exported:")
+        print("\n".join(f"  {obstacle}" for obstacle in obstacles))
     if args.json:
         content = {
             "rows": [dataclasses.asdict(row) for row in rows],
             "totals": {name: dataclasses.asdict(t) for name, t in totals.items()},
+            "export_obstacles": obstacles,
         }
-        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
-        with open(args.json + ".part", "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(args.json + ".part", args.json)
+        write_json(args.json, content)
 
 
 if __name__ == "__main__":

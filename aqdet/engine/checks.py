@@ -48,6 +48,7 @@ def check_config(cfg: CfgNode) -> None:
         ValueError: in one line, naming the key, the value and the valid ones.
     """
     _check_numbers(cfg)
+    _check_test(cfg)
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
@@ -106,12 +107,27 @@ def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
             )
 
 
+def _check_test(cfg: CfgNode) -> None:
+    if cfg.TEST.DETECTIONS_PER_IMAGE < 1:
+        raise ValueError(f"TEST.DETECTIONS_PER_IMAGE must be at least 1, got {cfg.TEST.DETECTIONS_PER_IMAGE}")
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED must be False: test-time augmentation is not done, and Detectron2's is for two-stage "
+            "detectors in its own tools/train_net.py"
+        )
+
+
 def _check_numbers(cfg: CfgNode) -> None:
     if cfg.SOLVER.MAX_ITER < 0:
         raise ValueError(
             f"SOLVER.MAX_ITER must not be negative, got {cfg.SOLVER.MAX_ITER} (0 calibrates and evaluates)"
         )
     model = cfg.MODEL
+    if not 0 <= model.BACKBONE.FREEZE_AT <= 5:
+        raise ValueError(
+            "MODEL.BACKBONE.FREEZE_AT must be from 0, nothing, to 5, stem and all stages, got "
+            f"{model.BACKBONE.FREEZE_AT}"
+        )
     for key, value in (
         ("QUANT.SCALE_LR", model.QUANT.SCALE_LR),
         ("QUANT.PACT_ALPHA_DECAY", model.QUANT.PACT_ALPHA_DECAY),

@@ -26,6 +26,7 @@ from ..checkpoint import AqdetCheckpointer, check_calibrated
 from ..data import build_mapper
 from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
 from ..evaluation import build_evaluator, check_evaluator
+from ..modeling.exportable import export_obstacles
 from ..modeling.scaffold.auxiliary import detached_auxiliary
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
@@ -126,6 +127,8 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         for name in cfg.DATASETS.TEST:
             check_evaluator(cfg, name)
+        for obstacle in export_obstacles(cfg):
+            logger.warning("What is trained here cannot be exported: %s", obstacle)
         model = self.build_model(cfg)
         if cfg.MODEL.DISTILL.ENABLED:
             model.distillation = build_distillation(cfg)

@@ -1,0 +1,84 @@
+"""What in a config keeps the detector that is trained with it from being exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from .meta_arch.classifier import QuantClassifier
+from .meta_arch.dense import LowPrecisionDense
+from .policy import QuantPolicy
+
+NOT_UNIFORM = ("lqnet", "n2uq")
+"""Methods whose codes are no multiples of one step: they train and evaluate, and have no integer form."""
+NOT_FOLDED = ("GN", "LN")
+"""Norms that depend on the image in evaluation too, and so do not fold into a convolution's integers."""
+
+
+def export_obstacles(cfg: CfgNode) -> list[str]:
+    """Lists what the export would refuse after a training, from the config alone.
+
+    With quantization disabled only what a quantized training takes over from the float detector counts.
+
+    Args:
+        cfg: valid; of a meta-architecture that is not aqdet's there is nothing to say.
+
+    Returns:
+        One line for each obstacle, with its key and the way out.
+
+    Raises:
+        ValueError: in one line, for a malformed rule of ``MODEL.QUANT.RULES``.
+    """
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    quantized = cfg.MODEL.QUANT.ENABLED
+    if issubclass(architecture, QuantClassifier):
+        return [f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: image classifiers have no export"] * quantized
+    if not issubclass(architecture, LowPrecisionDense):
+        return []
+    found = [*_input(cfg), *_norms(cfg, architecture.node)]
+    if quantized:
+        found += [*_methods(cfg), *_anchors(cfg, architecture.node)]
+    return found
+
+
+def _input(cfg: CfgNode) -> Iterator[str]:
+    deviations = [float(value) for value in cfg.MODEL.PIXEL_STD]
+    if len(set(deviations)) > 1:
+        mean = round(sum(deviations) / len(deviations), 3)
+        yield (
+            f"MODEL.PIXEL_STD {deviations} differs by channel, and a uint8 image has one scale: use one value for all, "
+            f"as {[mean] * len(deviations)}, from the full-precision start on"
+        )
+
+
+def _norms(cfg: CfgNode, node: str) -> Iterator[str]:
+    for name in ("RESNETS", "FPN", node):
+        if cfg.MODEL[name].NORM in NOT_FOLDED:
+            yield f"MODEL.{name}.NORM {cfg.MODEL[name].NORM} does not fold into integers: use BN, SyncBN or FrozenBN"
+
+
+def _methods(cfg: CfgNode) -> Iterator[str]:
+    quant = cfg.MODEL.QUANT
+    methods = {
+        "WEIGHT.QUANTIZER": quant.WEIGHT.QUANTIZER,
+        "INPUT.QUANTIZER": quant.INPUT.QUANTIZER,
+        "RESIDUAL_QUANTIZER": quant.RESIDUAL_QUANTIZER,
+    }
+    for index, rule in enumerate(QuantPolicy.from_config(cfg).rules):
+        name = f"RULES[{index}] {rule.pattern.pattern!r}"
+        if rule.overrides.get("ENABLED") is False:
+            yield f"MODEL.QUANT.{name} leaves layers in float: an exported detector runs on integers alone"
+        for key in ("WEIGHT.QUANTIZER", "INPUT.QUANTIZER"):
+            if key in rule.overrides:
+                methods[f"{name}: {key}"] = rule.overrides[key]
+    for key, method in methods.items():
+        if method in NOT_UNIFORM:
+            yield f"MODEL.QUANT.{key} {method} has no integer form: it trains and evaluates; use lsq, pact or dorefa"
+
+
+def _anchors(cfg: CfgNode, node: str) -> Iterator[str]:
+    name = cfg.MODEL.ANCHOR_GENERATOR.NAME
+    if node == "RETINANET" and name != "DefaultAnchorGenerator":
+        yield f"MODEL.ANCHOR_GENERATOR.NAME {name}: the export knows DefaultAnchorGenerator"
