@@ -12,6 +12,7 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from fvcore.common.config import BASE_KEY
 
 from .utils.arithmetic import evaluate
+from .utils.configs import shipped_configs
 
 EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _REMOTE = ("http://", "https://")
@@ -39,7 +40,8 @@ def read_config_file(path: str) -> dict[str, Any]:
     """Reads a config file and, below it, its ``_BASE_`` files.
 
     Args:
-        path: a file, or the name of one in Detectron2's model zoo, with or without ``detectron2://``. A ``_BASE_`` may
+        path: a file, or the name of one that aqdet ships (with or without ``configs/``) or of one in Detectron2's model
+            zoo (with or without ``detectron2://``). A ``_BASE_`` may
             be either too; a relative one is looked up beside the file that names it, then in the zoo.
 
     Returns:
@@ -54,7 +56,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def find_config_file(name: str, beside: str = "") -> str:
-    """Finds a config file by its path or by its name in Detectron2's model zoo.
+    """Finds a config file by its path, or by its name among those that aqdet ships or in Detectron2's model zoo.
 
     Args:
         name: the path or name.
@@ -76,11 +78,18 @@ def find_config_file(name: str, beside: str = "") -> str:
     if path and os.path.isfile(path):
         return path
     if not os.path.isabs(name):
+        shipped = shipped_configs() if path else {}
+        own = os.path.normpath(name).replace(os.sep, "/").removeprefix("configs/")
+        if own in shipped:
+            return str(shipped[own])
         zoo = _zoo()
         if name in zoo:
             return str(zoo[name])
-        close = difflib.get_close_matches(name, zoo, 2, cutoff=0.75)
-        did_you_mean = f"; did you mean {' or '.join(close)} of Detectron2's model zoo?" if close else ""
+        close = [
+            near if near in shipped else f"{near} of Detectron2's model zoo"
+            for near in difflib.get_close_matches(own, [*shipped, *zoo], 2, cutoff=0.75)
+        ]
+        did_you_mean = f"; did you mean {' or '.join(close)}?" if close else ""
         raise FileNotFoundError(f"config file {name!r}{source} does not exist{did_you_mean}")
     raise FileNotFoundError(f"config file {name!r}{source} does not exist")
 

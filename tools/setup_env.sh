@@ -3,7 +3,7 @@
 # the interpreter to use:  python="$(bash tools/setup_env.sh)"
 #
 # Makes .venv with Python 3.11 or newer, installs the releases pinned in constraints.txt,
-# Detectron2 where `import detectron2` fails, and aqdet in editable mode with its `dev` and `export` extras.
+# Detectron2 where `import detectron2` fails, and aqdet in editable mode with its `train`, `export` and `dev` extras.
 # Returns at once when nothing changed since the last time; an interrupted set-up is resumed.
 #
 #   AQDET_VENV=DIR             the virtual environment's folder (relative to the checkout; default: .venv)
@@ -46,13 +46,13 @@ step() {
 
 find_python() {
     local candidate
-    for candidate in python3.11 python3 python; do
+    for candidate in python3.11 python3.12 python3.13 python3 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    die "Python 3.11 or newer is needed: none of python3.11, python3, python on PATH is one"
+    die "Python 3.11 or newer is needed: none of python3.11 to python3.13, python3, python on PATH is one"
 }
 
 if [ "${AQDET_USE_CURRENT_ENV:-0}" = 1 ]; then
@@ -60,10 +60,12 @@ if [ "${AQDET_USE_CURRENT_ENV:-0}" = 1 ]; then
     [ -n "$python" ] || die "AQDET_USE_CURRENT_ENV=1, but there is no python on PATH"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         die "AQDET_USE_CURRENT_ENV=1, but $python is older than Python 3.11"
-    "$python" -P -c 'import detectron2' 2>/dev/null ||
-        die "AQDET_USE_CURRENT_ENV=1, but $python cannot import detectron2: install it there first"
+    if ! reason="$("$python" -P -W ignore -c 'import detectron2.modeling' 2>&1)"; then
+        # The last line of the traceback: not installed, or why what is installed does not work.
+        die "AQDET_USE_CURRENT_ENV=1, but $python cannot import detectron2: ${reason##*$'\n'}"
+    fi
     step "adding aqdet to the environment of $python" \
-        "$python" -m pip install --quiet --no-build-isolation --editable '.[dev,export]'
+        "$python" -m pip install --quiet --no-build-isolation --editable '.[train,export,dev]'
     say "done"
     echo "$python"
     exit
@@ -103,8 +105,8 @@ step "installing PyTorch (several GB the first time)" "${pip[@]}" setuptools whe
 step "installing Detectron2 where missing" \
     "$python" tools/install_detectron2.py --constraint constraints.txt
 step "installing aqdet and its other dependencies" \
-    "${pip[@]}" --no-build-isolation --editable '.[dev,export]'
-step "checking the imports" "$python" -P -c 'import torchvision, detectron2, aqdet'
+    "${pip[@]}" --no-build-isolation --editable '.[train,export,dev]'
+step "checking the imports" "$python" -P -c 'import torchvision, detectron2.modeling, aqdet.modeling'
 echo "$fingerprint" >"$stamp.new"
 mv "$stamp.new" "$stamp"
 say "done: $venv"

@@ -233,7 +233,7 @@ def import_opencv() -> Any:
     try:
         import cv2
     except ModuleNotFoundError as error:
-        raise ValueError("videos, streams and windows need OpenCV: pip install opencv-python") from error
+        raise ValueError("videos, streams and windows need OpenCV: pip install 'aqdet[video]'") from error
     return cv2
 
 
