@@ -268,7 +268,7 @@ class QuantizerWatchHook(HookBase):
             )
             if next_iteration - self.trainer.start_iter >= self._period:
                 self._warn(
-                    [name for name, factor in moved.items() if factor == 1],
+                    [name for name, factor in moved.items() if factor == 1 and not _may_clip_nothing(model, name)],
                     "quantizers have a scale that has not moved since training started: no gradient reaches it",
                 )
 
@@ -286,6 +286,12 @@ def _sizes(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: p.detach().abs().clamp(min=SCALE_EPS) for name, p in learned.items() if p is not None and p.requires_grad
     }
+
+
+def _may_clip_nothing(model: nn.Module, name: str) -> bool:
+    """Whether a quantizer's range has a gradient only where it clips, as PACT's (1805.06085), and may clip nothing."""
+    grid = cast(Quantizer, model.get_submodule(name)).grid()
+    return grid is not None and grid.rule == "pact"
 
 
 @torch.no_grad()

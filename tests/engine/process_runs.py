@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers import calibrated, make_batch, make_model  # noqa: E402
 from kill_runs import TINY  # noqa: E402
+from scale_moves import ScaleMoves, scales_overrides  # noqa: E402
 from tiny_data import train_cfg, write_dataset  # noqa: E402
 
 from aqdet.checkpoint import AqdetCheckpointer  # noqa: E402
@@ -37,6 +38,7 @@ from aqdet.modeling.scaffold.distillation import Distillation  # noqa: E402
 from aqdet.quantization import calibrate, quantizers  # noqa: E402
 
 DETECTOR = ("MODEL.QUANT.ENABLED", "True", "MODEL.AUX.ENABLED", "True", "MODEL.FPN.RELU", "True")
+DETECTOR += ("MODEL.AUX.TAPS", "fpn")
 FROZEN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "FrozenBN")
 FROZEN += ("MODEL.AUX.NORM", "FrozenBN")
 WHOLE = ("MODEL.AUX.TAPS", "both", "MODEL.EXTRA_LOSS.ENABLED", "True", "MODEL.QUANT.INPUT.QUANTIZER", "lsqplus")
@@ -183,6 +185,13 @@ def elastic_worker(cfg):
     dist.destroy_process_group()
 
 
+def learning(cfg):
+    """How far a training of 50 iterations moves the scales."""
+    moves = ScaleMoves()
+    train(cfg, moves)
+    (Path(cfg.OUTPUT_DIR) / f"rank{comm.get_rank()}.txt").write_text(json.dumps(moves.found))
+
+
 def detections(folder):
     """How many each image has, and the sorted scores, of the last evaluation."""
     found = json.loads((folder / "coco_instances_results.json").read_text())
@@ -316,6 +325,11 @@ def main(folder):
     }
     together(folder / "group", lambda _: stopping(cfg["stopped"]))
     report["stopped"] = [json.loads((folder / "stopped" / f"rank{rank}.txt").read_text()) for rank in range(2)]
+
+    learned = train_cfg(entry, folder / "learned", *scales_overrides("SGD", 2, 64), max_iter=50)
+    statuses, _ = together(folder / "learning", lambda _: learning(learned))
+    texts = [(folder / "learned" / f"rank{rank}.txt").read_text() for rank in range(2)]
+    report["learned"] = {"statuses": statuses, "moves": [json.loads(text) for text in texts]}
 
     together(folder / "disks", resuming)
     report["resumed"] = [json.loads((folder / "disks" / f"rank{rank}.txt").read_text()) for rank in range(2)]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine.test_scales import check_moves
 from helpers import ROOT
 
 
@@ -34,6 +35,12 @@ def test_half_the_batch_each_gives_the_gradients_of_the_whole(report, run):
     assert found["gradient_error"] < 1e-5
     # Only PACT's alphas that clip nothing.
     assert all(name.endswith("quantizer.alpha") for name in found["zero_gradients"])
+
+
+def test_scales_learn_in_two_processes_as_in_one(report):
+    learned = report["learned"]
+    assert learned["statuses"] == [0, 0] and learned["moves"][0] == learned["moves"][1]
+    check_moves(learned["moves"][0])
 
 
 def test_adaptors_are_averaged_over_processes(report):
