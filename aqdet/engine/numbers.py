@@ -290,8 +290,7 @@ def _sizes(model: nn.Module) -> dict[str, Tensor]:
 
 def _may_clip_nothing(model: nn.Module, name: str) -> bool:
     """Whether a quantizer's range has a gradient only where it clips, as PACT's (1805.06085), and may clip nothing."""
-    grid = cast(Quantizer, model.get_submodule(name)).grid()
-    return grid is not None and grid.rule == "pact"
+    return cast(Quantizer, model.get_submodule(name)).gradient == "pact"
 
 
 @torch.no_grad()
