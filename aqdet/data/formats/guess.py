@@ -10,6 +10,7 @@ from typing import Any
 from ...utils.files import is_image
 from ..check.findings import Report
 from ..check.images import is_junk
+from ..declaration import Declaration
 from .csv_table import columns_of
 from .labelme import is_labelme
 from .text import parse_xml, read_text
@@ -41,7 +42,7 @@ def guess_entry(path: str, images: str = "") -> dict[str, Any]:
 
     Args:
         path: of the file or folder.
-        images: folder of the images; ``""`` for ``images`` beside a file, or else the file's folder.
+        images: folder of the images; ``""`` for ``images`` beside a file, or the file's folder if more are there.
 
     Returns:
         the entry without a name.
@@ -59,16 +60,25 @@ def guess_entry(path: str, images: str = "") -> dict[str, Any]:
         return {"format": name, **({"images": images, "annotations": file} if images else {"root": file})}
     if name == "labelme":
         return {"format": name, "images": images or file, **({"annotations": file} if images else {})}
-    beside = os.path.join(os.path.dirname(file), "images")
     if name in _FILE_FIELDS:
         # What YOLO and darknet list is relative to their file's folder.
-        root = images or (beside if name == "coco" and os.path.isdir(beside) else os.path.dirname(file) or ".")
+        root = images or (_images_of(name, file) if name == "coco" else os.path.dirname(file) or ".")
         return {"format": name, _FILE_FIELDS[name]: file, "image_root": root}
-    return {
-        "format": name,
-        "annotations": file,
-        "images": images or (beside if os.path.isdir(beside) else os.path.dirname(file) or "."),
-    }
+    return {"format": name, "annotations": file, "images": images or _images_of(name, file)}
+
+
+def _images_of(name: str, file: str) -> str:
+    """The folder that names of images in a file are relative to: ``images`` beside it, or the file's own."""
+    from . import FORMATS
+
+    folder = os.path.dirname(file) or "."
+    beside = os.path.join(folder, "images")
+    if not os.path.isdir(beside):
+        return folder
+    source = FORMATS[name].read(Declaration("", name, file, beside), Report(""))
+    names = [str(image.get("file_name")) for image in source.images[:_LOOKED_AT] if isinstance(image, dict)]
+    found = {root: sum(os.path.isfile(os.path.join(root, name)) for name in names) for root in (beside, folder)}
+    return folder if found[folder] > found[beside] else beside
 
 
 def _of_file(path: str) -> str:

@@ -16,7 +16,7 @@ def test_every_format_is_known_by_its_file_and_by_its_folder(tmp_path, form):
     assert guess_format(path) == guess_format(str(tmp_path / "d")) == expected
     for given in (path, str(tmp_path / "d")):
         report, usable = check_entry(guess_entry(given))
-        assert not report.refused(strict=False), report.text()
+        assert not report.refused(strict=True), report.text()
         assert len(usable["images"]) == len(IMAGES) and len(usable["annotations"]) == 7
 
 
