@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aqdet.utils.arguments import folder_to_write, integer, regex
+from aqdet.utils.arguments import folder_to_write, integer, number, regex
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,20 @@ def parse_args() -> argparse.Namespace:
         "--images", action="append", default=[], metavar="PATH", help="image or folder to measure the agreement on"
     )
     parser.add_argument("--max-images", type=integer(1), default=2, help="at most so many of them (default: 2)")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default="",
+        help="evaluate the trained and the exported model on it (with --max-loss: the run's DATASETS.TEST by default)",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=number(0.0, 100.0),
+        metavar="AP",
+        help="exit with 3 and write nothing where the exported model's AP is lower by more, in points",
+    )
+    parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
+    parser.add_argument("--licence", default="", help="of the weights, for the folder's README.md")
     parser.add_argument(
         "--end-to-end",
         action="store_true",
@@ -57,8 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
     """Images as the network reads them, each (3, H, W) uint8."""
-    from detectron2.data.detection_utils import read_image
-    from detectron2.data.transforms import ResizeShortestEdge
+    from aqdet.export.images import network_image
 
     files: list[Path] = []
     for path in map(Path, paths):
@@ -68,14 +81,12 @@ def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
         if not found:
             raise ValueError(f"--images {path} has no {', '.join(IMAGE_SUFFIXES)} file")
         files += found
-    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     images = []
     for file in files[:limit]:
         try:
-            image = read_image(str(file), cfg.INPUT.FORMAT)
+            images.append(network_image(cfg, file))
         except OSError as error:
             raise ValueError(f"--images {file} cannot be read: {error}") from error
-        images.append(resize.get_transform(image).apply_image(image).transpose(2, 0, 1))
     return images
 
 
@@ -101,11 +112,20 @@ def main() -> None:
         weights = args.weights or cfg.MODEL.WEIGHTS
         if not weights:
             raise ValueError("--weights: name a checkpoint of quantized training")
+        dataset = args.dataset
+        if args.max_loss is not None and not dataset:
+            if len(cfg.DATASETS.TEST) != 1:
+                raise ValueError("--max-loss: name the --dataset, since DATASETS.TEST does not have exactly one")
+            dataset = cfg.DATASETS.TEST[0]
         report = export_detector(
             cfg,
             weights,
             args.output,
             images=read_images(cfg, args.images, args.max_images),
+            dataset=dataset,
+            max_loss=args.max_loss,
+            force=args.force,
+            licence=args.licence,
             tensorrt=args.tensorrt,
             end_to_end=args.end_to_end,
             allow_float=args.allow_float,
@@ -116,7 +136,7 @@ def main() -> None:
         if os.environ.get("AQDET_DEBUG"):
             raise
         print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(getattr(error, "exit_status", USER_ERROR))
     print("Codes that differ from the integer reference, given the same inputs:")
     for total in agreement_totals(report["agreement"]):
         share = total["local"] / max(total["codes"], 1)
@@ -129,7 +149,7 @@ def main() -> None:
     for name, size in sizes.items():
         if name != "ratio":
             print(f"  {size / 1e6:8.2f} MB  1/{sizes['float32_state_dict'] / size:.2f}  {name}")
-    say(f"done: {args.output} (detector.json, report.md, report.json)")
+    say(f"done: {args.output} (README.md, detector.json, report.md)")
 
 
 if __name__ == "__main__":

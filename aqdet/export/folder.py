@@ -21,19 +21,31 @@ from ..checkpoint import load_detector
 from ..modeling.scaffold.auxiliary import TRAINING_ONLY
 from ..quantization import quantizers
 from ..runtime.folder import DESCRIPTION, read_description, write_description
+from ..runtime.golden import GOLDEN, write_golden
 from ..utils.files import sha256, write_json, write_text
 from .agreement import compare
+from .card import model_card
 from .description import describe_detector, graph_metadata, pad_image
 from .end_to_end import build_end_to_end
 from .extract import extract
+from .gate import NotGoodEnough, as_bgr, check_loss, dataset_records, evaluate_both
+from .images import training_images
 from .integer_graph import check_integer
 from .onnx_graph import build_onnx
+from .program import Add, Program
 from .proof import operation_rows, tightest
-from .report import markdown
+from .report import evaluation_lines, markdown
 from .tensorrt_graph import build_tensorrt
+from .usage import measure_usage, other_domain
 
 MODEL, END_TO_END_MODEL = "model.onnx", "model.end_to_end.onnx"
 TENSORRT_MODEL = "model.tensorrt.onnx"
+TRAINING_IMAGES = 4
+"""Images of the training set that ranges are measured on."""
+GOLDEN_SIZE = 160
+"""Pixels of the golden vectors' image at most, which is cut out of the first one."""
+SHIFTED = 0.1
+"""Share of the quantizers that clip more from which images are said to be of another kind."""
 Progress = Callable[[str], object]
 
 
@@ -46,6 +58,10 @@ def export_detector(
     tensorrt: bool = False,
     end_to_end: bool = False,
     allow_float: Sequence[str] = (),
+    dataset: str = "",
+    max_loss: float | None = None,
+    force: bool = False,
+    licence: str = "",
     config_name: str = "",
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
@@ -56,10 +72,14 @@ def export_detector(
         weights: checkpoint of quantized training. Its auxiliary path is left out.
         output: folder to write; replaced if it is an exported detector.
         images: for the agreement, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT`` as the network reads them, of any
-            size; random ones if there are none.
+            size; the training set's if there are none, and random ones if that is not to be had.
         end_to_end: also writes ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
         tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
         allow_float: regexes on the names of operations before the predictions that may compute in float.
+        dataset: name of one on which the trained and the exported model are evaluated; "" for none.
+        max_loss: of AP there, in points, by which the exported model may be below the trained one; None for any.
+        force: writes the folder in spite of ranges that cannot be right and of a loss above ``max_loss``.
+        licence: of the weights, for the model card.
         config_name: noted in the folder.
         progress: called with lines of text.
 
@@ -68,9 +88,12 @@ def export_detector(
 
     Raises:
         FileNotFoundError, ValueError: in one line, naming the layer, file or config key.
+        NotGoodEnough: in one line, if the detector is not to ship; nothing is written.
     """
     output = Path(output)
     _check_target(output)
+    if dataset:
+        dataset_records(cfg, dataset)
     progress(f"loading {weights}")
     if not cfg.MODEL.QUANT.ENABLED:
         raise ValueError("MODEL.QUANT.ENABLED is False: a float detector has no integers to export")
@@ -85,11 +108,15 @@ def export_detector(
         "config": config_name,
         "weights": os.path.basename(weights),
         "weights_sha256": sha256(weights),
+        "datasets": list(cfg.DATASETS.TRAIN),
         "aqdet_version": __version__,
     }
     graph = build_onnx(program, metadata=graph_metadata(content))
     executed = check_integer(graph, allow_float)
     progress(f"{len(rows)} operations, all on integers up to the predictions")
+    training = training_images(cfg, TRAINING_IMAGES, progress)
+    ranges, warnings = _check_ranges(program, training, images, force, progress)
+    given, images = bool(images), images or training[:2]
     random = not images
     if random:
         images = [np.random.default_rng(0).integers(0, 256, (3, 128, 160), dtype=np.uint8)]
@@ -99,7 +126,14 @@ def export_detector(
         "onnxruntime": onnxruntime.__version__,
         "executed": executed,
         "tightest": tightest(rows),
-        "agreement": {"images": len(images), "random": random, "values": [dataclasses.asdict(d) for d in agreement]},
+        "agreement": {
+            "images": len(images),
+            "random": random,
+            "training": not given and not random,
+            "values": [dataclasses.asdict(d) for d in agreement],
+        },
+        "ranges": ranges,
+        "warnings": warnings,
         "operations": rows,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,19 +145,76 @@ def export_detector(
         for name, flavour in flavours.items():
             (aside / name).write_bytes(flavour.SerializeToString())
         report["sizes"] = _sizes(model, aside, files)
-        write_json(aside / "report.json", report)
-        write_text(aside / "report.md", markdown(report))
         write_description(aside, content, files)
         if end_to_end:
             whole = build_end_to_end(graph, read_description(aside))
             (aside / END_TO_END_MODEL).write_bytes(whole.SerializeToString())
             files.append(END_TO_END_MODEL)
-            write_description(aside, content, files)
+        if dataset:
+            report["evaluation"] = evaluate_both(cfg, model, aside, dataset, progress)
+            for line in evaluation_lines(report["evaluation"]):
+                progress(line)
+            if max_loss is not None and not force:
+                check_loss(report["evaluation"], max_loss)
+        golden = as_bgr(images[0][:, :GOLDEN_SIZE, :GOLDEN_SIZE], cfg.INPUT.FORMAT)
+        write_golden(aside, golden, golden_layers(program))
+        files.append(GOLDEN)
+        write_json(aside / "report.json", report)
+        write_text(aside / "report.md", markdown(report))
+        write_text(aside / "README.md", model_card(content, report, files, licence))
+        write_description(aside, content, files)
         _publish(aside, output)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return report
+
+
+def _check_ranges(
+    program: Program,
+    training: Sequence[NDArray[np.uint8]],
+    given: Sequence[NDArray[np.uint8]],
+    force: bool,
+    progress: Progress,
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """What the quantizers' ranges are used for on the training images and on the given ones, and warnings.
+
+    Raises:
+        NotGoodEnough: naming layers, if a range cannot be right.
+    """
+    ranges, measured = {}, {}
+    for name, images in (("training", training), ("given", given)):
+        if images:
+            measured[name] = measure_usage(program, [pad_image(program, image) for image in images], progress)
+            ranges[name] = [dataclasses.asdict(usage) for usage in measured[name]]
+    warnings = []
+    usages = measured.get("training") or measured.get("given") or []
+    faults = [usage.fault for usage in usages if usage.fault]
+    if faults:
+        text = f"{'; '.join(faults[:4])}" + f"; and {len(faults) - 4} more" * (len(faults) > 4)
+        if not force:
+            raise NotGoodEnough(f"{text} (--force exports it nevertheless)")
+        warnings.append(text)
+    hardly = [usage.name for usage in usages if usage.is_hardly_used and not usage.fault]
+    if hardly:
+        warnings.append(f"little of the range of {', '.join(hardly[:4])}{', ...' * (len(hardly) > 4)} is used")
+    if len(measured) == 2:
+        clipping = other_domain(measured["training"], measured["given"])
+        if len(clipping) > SHIFTED * len(usages):
+            warnings.append(
+                f"{len(clipping)} of {len(usages)} quantizers clip far more on the given images than on the training "
+                f"set's, {clipping[0]} for one: the images are of another kind than the detector was trained for"
+            )
+    for warning in warnings:
+        progress(f"warning: {warning}")
+    return ranges, warnings
+
+
+def golden_layers(program: Program) -> list[str]:
+    """Values whose codes go into the golden vectors: the first, the last, and sums between them."""
+    names = [operation.output for operation in program.operations if isinstance(operation, Add)]
+    codes = [conv.output for conv in program.convs() if conv.grid is not None]
+    return list(dict.fromkeys([codes[0], *names[:: max(len(names) // 3, 1)], codes[-1]]))
 
 
 def _check_target(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .agreement import EXECUTIONS, Difference
@@ -58,6 +59,8 @@ def markdown(report: dict[str, Any]) -> str:
         if row["kind"] == "conv":
             bounds = [f"{row['accumulator_bound_by_bits']:,}", f"{row['accumulator_bound']:,}"]
         lines.append(f"| {row['output']} | {row['kind']} | {row['types']} | {bounds[0]} | {bounds[1]} |")
+    if evaluation := report.get("evaluation"):
+        lines += evaluation_lines(evaluation)
     source = "a random image" if agreement["random"] else f"{agreement['images']} images"
     lines += [
         "",
@@ -86,7 +89,48 @@ def markdown(report: dict[str, Any]) -> str:
     for value, found in by_value.items():
         cells = [_cell(found.get(execution)) for execution in executions]
         lines.append(f"| {value} | {' | '.join(cells)} |")
+    lines += range_lines(report.get("ranges", {}), report.get("warnings", ()))
     return "\n".join(lines) + "\n"
+
+
+def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
+    """AP of the trained and the exported model, and their detections side by side."""
+    lines = ["", f"## On {evaluation['dataset']}, {evaluation['images']} images", ""]
+    lines += ["| | trained | exported | difference |", "|---|---|---|---|"]
+    for name, values in evaluation["metrics"].items():
+        cells = ["-" if v is None else f"{v:.2f}" for v in (values["trained"], values["exported"])]
+        difference = values["difference"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {'-' if difference is None else f'{difference:+.2f}'} |")
+    return [*lines, "", detections_line(evaluation["detections"])]
+
+
+def detections_line(detections: Mapping[str, Any]) -> str:
+    """Matched detections, their scores, and the threshold that keeps the recall."""
+    text = (
+        f"Of the trained model's {detections['trained']} detections with a score of at least 0.5, the exported one has "
+        f"{detections['matched']} too (it has {detections['exported']}); their scores differ by "
+        f"{detections['mean_score_difference']:.3f} on average, {detections['largest_score_difference']:.3f} at most."
+    )
+    if detections["threshold"] is not None:
+        text += (
+            f" The trained model's recall at 0.5, {detections['recall']:.3f}, is the exported one's at a threshold of "
+            f"{detections['threshold']:.3f}."
+        )
+    return text
+
+
+def range_lines(ranges: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
+    """How much of each quantizer's range is used."""
+    if not ranges:
+        return ["", "## Ranges", "", "Not measured: neither --images nor the training set were at hand."]
+    lines = ["", "## Ranges", "", *[f"Warning: {warning}" for warning in warnings], *[""] * bool(warnings)]
+    lines += ["Share of the codes other than zero that are clipped, and of the range that is used.", ""]
+    lines += [f"| quantizer |{''.join(f' clipped, {name} | used, {name} |' for name in ranges)}"]
+    lines.append("|---" * (1 + 2 * len(ranges)) + "|")
+    for rows in zip(*ranges.values(), strict=True):
+        cells = "".join(f" {row['clipped']:.3f} | {row['used']:.2f} |" for row in rows)
+        lines.append(f"| {rows[0]['name']} |{cells}")
+    return lines
 
 
 def _cell(difference: Difference | None) -> str:

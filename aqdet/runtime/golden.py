@@ -2,7 +2,7 @@
 
 ``golden.npz`` in the folder holds, for one small image:
 
-- ``image``: ``(H, W, 3)`` uint8 in BGR order, as a program gives it to the detector.
+- ``image``: ``(H, W, 3)`` uint8 in BGR order, as a program gives it to a detector that leaves its size as it is.
 - ``input``: ``(1, 3, h, w)`` uint8, the network's input made of it.
 - ``codes/NAME``: integer values of the tensor NAME inside the network, for a few layers.
 - ``outputs/NAME``: float32 values of each output of the network.
@@ -55,7 +55,7 @@ def write_golden(folder: str | os.PathLike[str], image: np.ndarray, layers: Sequ
         image: ``(H, W, 3)`` uint8 in BGR order; a small one, since the file holds all outputs.
         layers: names of tensors of ``model.onnx`` whose codes are written too.
     """
-    detector = Detector(folder)
+    detector = Detector(folder, size=0)
     batch, _ = make_batch([image], detector.description)
     found = detector(image)
     arrays = {"image": image, "input": batch, **dataclasses.asdict(found)}
@@ -83,7 +83,7 @@ def self_test(
             detector cannot be loaded.
     """
     path = Path(folder) / GOLDEN
-    detector = Detector(folder, threads=threads, provider=provider)
+    detector = Detector(folder, threads=threads, provider=provider, size=0)
     golden = _read(path)
     checks = [Check("files", True, f"{folder}: as exported")]
     batch, _ = make_batch([golden["image"]], detector.description)

@@ -54,7 +54,7 @@ def exported(checkpoint, tmp_path_factory):
 
 def test_the_folder(exported):
     output, report, lines = exported
-    names = {"detector.json", "model.onnx", "report.json", "report.md"}
+    names = {"detector.json", "README.md", "golden.npz", "model.onnx", "report.json", "report.md"}
     assert {path.name for path in output.iterdir()} == names
     assert list(output.parent.iterdir()) == [output]
     read = read_description(output)
@@ -62,7 +62,7 @@ def test_the_folder(exported):
     assert any("class_0 to class_2" in line for line in lines)
     assert [level.stride for level in read.levels] == [8, 16, 32, 64, 128]
     content = json.loads((output / "detector.json").read_text())
-    assert set(content["files"]) == {"model.onnx"}
+    assert set(content["files"]) == {"model.onnx", "golden.npz"}
     assert content["source"]["config"] == "mine.yaml" and len(content["source"]["weights_sha256"]) == 64
     assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report))
     assert not any("auxiliary" in path.read_bytes().decode("latin1") for path in output.iterdir())
@@ -177,7 +177,7 @@ def test_tensorrts_flavour(tmp_path):
     cfg = make_cfg(*OVERRIDES, *SEVEN_BITS)
     report = export_detector(cfg, str(path), tmp_path / "detector", images=list(image(32, 32)), tensorrt=True)
     content = json.loads((tmp_path / "detector" / "detector.json").read_text())
-    assert set(content["files"]) == {"model.onnx", "model.tensorrt.onnx"}
+    assert set(content["files"]) == {"model.onnx", "model.tensorrt.onnx", "golden.npz"}
     totals = {total["execution"]: total for total in agreement_totals(report["agreement"])}
     assert len(totals) == 5 and totals[TENSORRT]["codes"] > 50_000 and totals[TENSORRT]["unexplained"] == 0
     text = (tmp_path / "detector" / "report.md").read_text()
@@ -208,7 +208,7 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "  trained: " in out and out.count(", 0 of them not at a rounding tie") == 4
     assert "Tightest int32 sum: " in out and "model.onnx" in out
-    assert out.strip().splitlines()[-1].endswith("done: out (detector.json, report.md, report.json)")
+    assert out.strip().splitlines()[-1].endswith("done: out (README.md, detector.json, report.md)")
     read = read_description("out")
     assert (read.min_size, read.channels, read.classes) == (24, "BGR", CLASSES)
 

@@ -1,0 +1,88 @@
+"""``README.md`` of an exported folder: what the detector is, how good, and how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NOT_STATED = "not stated: write it here before you pass the folder on"
+
+
+def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Sequence[str], licence: str = "") -> str:
+    """The text.
+
+    Args:
+        content: of ``detector.json``.
+        report: of ``report.json``.
+        files: names of the files of the folder.
+        licence: of the weights.
+    """
+    source, size = content["source"], report["sizes"]
+    lines = [
+        f"# {content['architecture']} detector, {_bits(report['operations'])}",
+        "",
+        f"Detects {len(content['classes'])} classes: {', '.join(content['classes'])}.",
+        "",
+        f"- Licence: {licence or NOT_STATED}",
+        f"- Trained on: {', '.join(source['datasets']) or 'not stated'}",
+        f"- Config: {source['config'] or 'not stated'}; checkpoint {source['weights']}, SHA-256 "
+        f"`{source['weights_sha256']}`",
+        f"- Exported by aqdet {source['aqdet_version']}, checked in ONNX Runtime {report['onnxruntime']}",
+        f"- Input: shorter edge {content['input']['min_size']} pixels, longer at most {content['input']['max_size']}",
+        f"- Size: {size['model.onnx'] / 1e6:.1f} MB, 1/{size['ratio']:.1f} of float32 weights",
+        "",
+        "## How good it is",
+        "",
+    ]
+    evaluation = report.get("evaluation")
+    if not evaluation:
+        lines.append("Not measured: export with `--dataset NAME` for average precision and agreement of detections.")
+    else:
+        lines += [f"On {evaluation['dataset']}, {evaluation['images']} images:", "", "| | trained | as it ships |"]
+        lines.append("|---|---|---|")
+        for name, values in evaluation["metrics"].items():
+            lines.append(f"| {name} | {_number(values['trained'])} | {_number(values['exported'])} |")
+    lines += [
+        "",
+        "## Run it",
+        "",
+        "```",
+        "pip install aqdet               # or NumPy, ONNX Runtime and Pillow beside a copy of aqdet",
+        "python -m aqdet.runtime DIR image.jpg --output found.jpg",
+        "python -m aqdet.runtime --self-test DIR     # the same values on this machine?",
+        "```",
+        "",
+        "In Python: `aqdet.runtime.Detector(DIR)(image)`. In other languages: ONNX Runtime reads `model.onnx`, whose",
+        "metadata say how images are prepared and predictions decoded; `model.end_to_end.onnx`, where it is in the",
+        "folder, needs no decoding.",
+        "",
+        "## Files",
+        "",
+        "Sizes and SHA-256 of the files are in `detector.json`, which the runtime compares with them.",
+        "",
+    ]
+    about = {
+        "model.onnx": "the network on integers, weights packed into their bits",
+        "model.end_to_end.onnx": "uint8 images in, boxes, scores and classes out",
+        "model.tensorrt.onnx": "experimental: for TensorRT, never run in it",
+        "golden.npz": "an image, codes of a few layers, predictions and detections, for the self-test",
+    }
+    lines += [f"- `{name}`: {about[name]}" for name in files if name in about]
+    lines += [
+        "- `detector.json`: what the runtime has to know, with checksums",
+        "- `report.md`, `report.json`: types, bounds, agreement and ranges of every layer",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bits(rows: Sequence[Mapping[str, Any]]) -> str:
+    """E.g. ``weights of 4 bits (8 in 11 of 58 convolutions)``."""
+    bits = [row["weight_bits"] for row in rows if row["kind"] == "conv"]
+    usual = max(set(bits), key=bits.count)
+    others = sorted(set(bits) - {usual})
+    rest = ", ".join(f"{value} in {bits.count(value)}" for value in others)
+    return f"weights of {usual} bits" + f" ({rest} of {len(bits)} convolutions)" * bool(others)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

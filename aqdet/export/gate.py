@@ -1,0 +1,228 @@
+"""Whether an exported detector may ship: its AP and its detections beside the trained model's, on a dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from numpy.typing import NDArray
+from torch import nn
+
+from ..data import register_declared
+from ..evaluation import build_evaluator
+from ..evaluation.exported import ExportedDetector
+from ..runtime import Detector
+
+SHOWN = 0.5
+"""Score from which a detection of the trained model counts as one that its user sees."""
+_OVERLAP = 0.5
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class NotGoodEnough(ValueError):
+    """A detector that is not to ship.
+
+    Attributes:
+        exit_status: of a program that stops for it.
+    """
+
+    exit_status = 3
+
+
+@dataclasses.dataclass
+class Matches:
+    """Detections of the trained and of the exported model, image by image.
+
+    Attributes:
+        trained, exported: numbers of detections with a score of at least :data:`SHOWN`.
+        matched: of ``trained``, how many have one of the same class at an intersection over union of 0.5.
+        differences: of the matched ones' scores, exported less trained.
+        hits: for both, scores of the detections that hit an object of their class.
+        objects: in the dataset.
+    """
+
+    trained: int = 0
+    exported: int = 0
+    matched: int = 0
+    objects: int = 0
+    differences: list[float] = dataclasses.field(default_factory=list)
+    hits: tuple[list[float], list[float]] = dataclasses.field(default_factory=lambda: ([], []))
+
+    def add(self, trained: Instances, exported: Instances, objects: Instances) -> None:
+        """Counts one image."""
+        shown = trained[trained.scores >= SHOWN]
+        self.trained += len(shown)
+        self.exported += int((exported.scores >= SHOWN).sum())
+        pairs = match(shown, exported)
+        self.matched += len(pairs)
+        self.differences += [float(exported.scores[j] - shown.scores[i]) for i, j in pairs]
+        self.objects += len(objects)
+        for found, hits in zip((trained, exported), self.hits, strict=True):
+            hits += [float(found.scores[i]) for i, _ in match(found, objects)]
+
+    def summary(self) -> dict[str, float | int | None]:
+        """Numbers for a report; ``threshold`` is where the exported model has the recall of the trained at SHOWN."""
+        wanted = sum(score >= SHOWN for score in self.hits[0])
+        best = sorted(self.hits[1], reverse=True)
+        differences = np.abs(np.array(self.differences or [0.0]))
+        return {
+            "trained": self.trained,
+            "exported": self.exported,
+            "matched": self.matched,
+            "objects": self.objects,
+            "mean_score_difference": float(differences.mean()),
+            "largest_score_difference": float(differences.max()),
+            "recall": wanted / self.objects if self.objects else None,
+            "threshold": best[wanted - 1] if 0 < wanted <= len(best) else None,
+        }
+
+
+def match(found: Instances, others: Instances) -> list[tuple[int, int]]:
+    """Pairs of detections and objects or other detections of their class, the surest first, each at most once."""
+    if not len(found) or not len(others):
+        return []
+    overlaps = pairwise_iou(_boxes(found), _boxes(others))
+    overlaps[_classes(found)[:, None] != _classes(others)[None]] = 0
+    pairs = []
+    for index in torch.argsort(found.scores, descending=True, stable=True).tolist():
+        value, other = overlaps[index].max(0)
+        if value >= _OVERLAP:
+            pairs.append((index, int(other)))
+            overlaps[:, other] = 0
+    return pairs
+
+
+def _boxes(instances: Instances) -> Boxes:
+    return instances.pred_boxes if instances.has("pred_boxes") else instances.gt_boxes
+
+
+def _classes(instances: Instances) -> torch.Tensor:
+    return instances.pred_classes if instances.has("pred_classes") else instances.gt_classes
+
+
+def dataset_records(cfg: CfgNode, dataset: str) -> tuple[CfgNode, list[dict[str, Any]]]:
+    """A config whose test set is a dataset, and the dataset's records.
+
+    Raises:
+        ValueError: in one line, for a dataset that is not known or has no records.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = (dataset,)
+    try:
+        register_declared(cfg, train=False)
+        records = DatasetCatalog.get(dataset)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--dataset {dataset!r}: {error}") from error
+    if not records:
+        raise ValueError(f"--dataset {dataset!r} has no images")
+    return cfg, records
+
+
+def evaluate_both(
+    cfg: CfgNode,
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    dataset: str,
+    progress: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Evaluates the trained model and the exported folder on the same images.
+
+    Args:
+        cfg: of the detector; not changed.
+        model: the trained, fake-quantized detector.
+        folder: exported.
+        dataset: name of a registered or declared dataset.
+        progress: called with a line of text from time to time.
+
+    Returns:
+        ``dataset``, ``images``, ``metrics`` (``trained``, ``exported`` and their ``difference`` by name) and
+        ``detections``, see :meth:`Matches.summary`.
+
+    Raises:
+        ValueError: in one line, for a dataset that is not known, has other classes or no records.
+    """
+    cfg, records = dataset_records(cfg, dataset)
+    objects = {record["image_id"]: _objects(record) for record in records}
+    exported = ExportedDetector(Detector(folder, threads=torch.get_num_threads()))
+    matches = Matches()
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        evaluators = [build_evaluator(cfg, dataset, os.path.join(scratch, name)) for name in ("trained", "exported")]
+        for evaluator in evaluators:
+            evaluator.reset()
+        start = printed = time.monotonic()
+        done = 0
+        for inputs in build_detection_test_loader(cfg, dataset):
+            outputs = [model(inputs), exported(inputs)]
+            for evaluator, output in zip(evaluators, outputs, strict=True):
+                evaluator.process(inputs, output)
+            for entry, ours, theirs in zip(inputs, *outputs, strict=True):
+                instances = (ours["instances"].to("cpu"), theirs["instances"])
+                matches.add(*instances, objects[entry["image_id"]])
+            done += len(inputs)
+            now = time.monotonic()
+            if now - printed > _SECONDS_BETWEEN_LINES:
+                printed = now
+                left = (len(records) - done) * (now - start) / done
+                progress(f"{dataset}: {done} of {len(records)} images, ETA {int(left) // 60}:{int(left) % 60:02d} min")
+        with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
+            results_of = [evaluator.evaluate() or {} for evaluator in evaluators]
+    found: list[dict[str, Any]] = [dict(next(iter(results.values()), {})) for results in results_of]
+    metrics = {
+        name: {"trained": value, "exported": found[1].get(name), "difference": _difference(value, found[1].get(name))}
+        for name, value in found[0].items()
+        if isinstance(value, int | float)
+    }
+    return {"dataset": dataset, "images": len(records), "metrics": metrics, "detections": matches.summary()}
+
+
+def _objects(record: dict[str, Any]) -> Instances:
+    annotations = [entry for entry in record.get("annotations", ()) if not entry.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS) for entry in annotations]
+    instances = Instances((record.get("height", 0), record.get("width", 0)))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor([entry["category_id"] for entry in annotations], dtype=torch.int64)
+    return instances
+
+
+def _difference(trained: float, exported: float | None) -> float | None:
+    if exported is None or not math.isfinite(trained) or not math.isfinite(exported):
+        return None
+    return exported - trained
+
+
+def check_loss(evaluation: dict[str, Any], max_loss: float) -> None:
+    """Checks that the exported model's AP is not more than ``max_loss`` below the trained one's.
+
+    Raises:
+        NotGoodEnough: in one line, if it is, or if there is no AP to compare.
+    """
+    metrics: dict[str, dict[str, Any]] = evaluation["metrics"]
+    name = next(iter(metrics), "")
+    values = metrics.get(name, {})
+    difference = values.get("difference")
+    if difference is None:
+        raise NotGoodEnough(f"{evaluation['dataset']} gives no {name or 'AP'} by which --max-loss could be judged")
+    if -difference > max_loss:
+        raise NotGoodEnough(
+            f"{name} on {evaluation['dataset']} falls from {values['trained']:.2f} to {values['exported']:.2f} by the "
+            f"export, more than --max-loss {max_loss:g}"
+        )
+
+
+def as_bgr(image: NDArray[np.uint8], channels: str) -> NDArray[np.uint8]:
+    """A network's image, ``(3, H, W)``, as the runtime takes one: ``(H, W, 3)`` BGR."""
+    pixels = image.transpose(1, 2, 0)
+    return np.ascontiguousarray(pixels if channels == "BGR" else pixels[:, :, ::-1])
