@@ -85,10 +85,11 @@ def gradients(model, batch, keys=None, iteration=0):
 
 
 def calibrated(model, batch):
+    from aqdet.modeling.scaffold import aligning
     from aqdet.quantization import calibrate
 
     def run():
-        with torch.no_grad():
+        with torch.no_grad(), aligning(model):
             losses_of(model, batch)
 
     calibrate(model, run, method="minmax")  # quicker than the search of "mse"

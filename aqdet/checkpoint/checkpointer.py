@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from ..modeling.scaffold.auxiliary import PREFIX, detached_auxiliary, strip
+from ..modeling.scaffold import AUXILIARY_PREFIX, strip, without_scaffold
 from ..utils.files import open_replacing
 from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically
 from .keys import MAX_LISTED, MISSING, OTHER_SHAPE, UNEXPECTED, Difference, KeyComparison, shapes_of
@@ -247,7 +247,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         By suffix: a copy of trunk stages in the auxiliary path would make a match ambiguous.
         """
         self._convert_ndarray_to_tensor(checkpoint["model"])
-        with detached_auxiliary(self.model):
+        with without_scaffold(self.model):
             ours = self.model.state_dict()
             is_caffe2 = checkpoint.get("__author__") == CAFFE2
             renamed = align_and_update_state_dicts(ours, checkpoint["model"], c2_conversion=is_caffe2)
@@ -299,7 +299,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         if path is None:
             return
         keys = {key for key in path.state_dict() if not key.endswith("num_batches_tracked")}
-        trained = {key for key in keys if f"{PREFIX}{key}" in stored}
+        trained = {key for key in keys if f"{AUXILIARY_PREFIX}{key}" in stored}
         if keys == trained:
             return
         if self._aux_init != "head" or not has_head:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..modeling.scaffold.auxiliary import PREFIX, TRAINING_ONLY
+from ..modeling.scaffold import AUXILIARY_PREFIX, SCAFFOLD_PREFIXES
 from ..quantization import quantizers
 
 Shape = tuple[int, ...]
@@ -93,8 +93,8 @@ class KeyComparison:
         if self._exact:
             is_same = name == "num_batches_tracked" and kind == MISSING or kind == UNEXPECTED and key in _PREPROCESSING
             return name if is_same else ""
-        if key.startswith(TRAINING_ONLY) and kind != OTHER_SHAPE:
-            return "of the auxiliary path" if key.startswith(PREFIX) else "of the extra head"
+        if key.startswith(SCAFFOLD_PREFIXES) and kind != OTHER_SHAPE:
+            return "of the auxiliary path" if key.startswith(AUXILIARY_PREFIX) else "of the extra head"
         if kind == MISSING and key in self._quantizer_keys and not self._stored_quantizers:
             return "of quantizers, to be calibrated"
         # Batches are counted by one of the two alone: a BN where the other has a FrozenBN.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.scaffold.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold import SCAFFOLD_PREFIXES
 
 _TOLERANCE = 1e-4
 """Above the epsilon by which Detectron2's frozen norms differ from 1."""
@@ -60,5 +60,5 @@ def _batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
-        if not name.startswith(TRAINING_ONLY)
+        if not name.startswith(SCAFFOLD_PREFIXES)
     ]

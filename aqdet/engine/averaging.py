@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor
 
-from ..modeling.scaffold.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold import SCAFFOLD_PREFIXES
 from .state import broadcast_from_main
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class WeightAverageHook(HookBase):
     def _tensors(self) -> dict[str, Tensor]:
         model = self.trainer.model
         state = getattr(model, "module", model).state_dict()
-        return {k: v for k, v in state.items() if v.is_floating_point() and not k.startswith(TRAINING_ONLY)}
+        return {k: v for k, v in state.items() if v.is_floating_point() and not k.startswith(SCAFFOLD_PREFIXES)}
 
     def before_train(self) -> None:
         """Starts from the model, calibrated by now, or from the state of the run that is resumed."""

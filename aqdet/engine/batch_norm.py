@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.scaffold.auxiliary import TRAINING_ONLY, detached_auxiliary
+from ..modeling.scaffold import SCAFFOLD_PREFIXES, without_scaffold
 from .averaging import WeightAverageHook
 from .hooks import leaving_no_trace
 from .state import broadcast_from_main
@@ -63,7 +63,7 @@ def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num
         build_loader: makes an iterable of training batches.
         num_batches: how many of them are used.
     """
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         moments = [(norm, _Moments(norm)) for norm in _norms_in_training(model)]
         handles = [norm.register_forward_pre_hook(moment) for norm, moment in moments]
         try:
@@ -114,7 +114,7 @@ class PreciseBNHook(HookBase):
         if done < self.trainer.max_iter and not (self._period > 0 and done % self._period == 0):
             return
         model = self.trainer.model
-        with detached_auxiliary(model):
+        with without_scaffold(model):
             if not _norms_in_training(model):
                 logger.info("BN statistics are frozen or there are none: they are not estimated again")
                 return
@@ -148,7 +148,7 @@ class FreezeBNHook(HookBase):
             return
         model = self.trainer.model
         named = getattr(model, "module", model).named_modules()
-        norms = [m for name, m in named if isinstance(m, _BatchNorm) and not name.startswith(TRAINING_ONLY)]
+        norms = [m for name, m in named if isinstance(m, _BatchNorm) and not name.startswith(SCAFFOLD_PREFIXES)]
         if self.trainer.iter == self._iteration:
             if not norms:
                 logger.warning("SOLVER.FREEZE_BN_ITER: the detector has no BN to freeze")

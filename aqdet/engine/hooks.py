@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..checkpoint import AqdetCheckpointer
-from ..modeling.scaffold.auxiliary import Adaptor, detached_auxiliary
+from ..modeling.scaffold import aligning, waiting_adaptors, without_scaffold
 from ..quantization import calibrate, quantizers
 from ..quantization.calibration import run_on_all_ranks
 from ..quantization.observer import check_method
@@ -85,22 +85,23 @@ class CalibrationHook(HookBase):
         """Runs once."""
         model = self.trainer.model
         states = [q.is_calibrated or not q.enabled for _, q in quantizers(model)]
-        aligning = [module for module in model.modules() if isinstance(module, Adaptor) and module.needs_alignment]
-        if all(states) and not aligning:
+        adaptors = waiting_adaptors(model)
+        if all(states) and not adaptors:
             if states:
                 logger.info("All %d quantizers are calibrated already", len(states))
             return
 
         def run() -> None:
-            for batch in itertools.islice(self._build_loader(), self._num_batches):
-                model(batch)
+            with aligning(model):
+                for batch in itertools.islice(self._build_loader(), self._num_batches):
+                    model(batch)
 
         with torch.no_grad(), EventStorage(0), leaving_no_trace(model):
             if all(states):
                 run_on_all_ranks(run)
             else:
                 calibrate(model, run, method=self._method)
-            average_over_processes(parameter for adaptor in aligning for parameter in adaptor.parameters())
+            average_over_processes(parameter for adaptor in adaptors for parameter in adaptor.parameters())
 
 
 class StrippedEvalHook(EvalHook):
@@ -125,7 +126,7 @@ class StrippedEvalHook(EvalHook):
         trainer = self.trainer
         broadcast_from_main(trainer.model.buffers())
         try:
-            with detached_auxiliary(trainer.model):
+            with without_scaffold(trainer.model):
                 super()._do_eval()
         except Exception:
             if trainer.iter < trainer.max_iter:  # else model_final.pth exists

@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..modeling.scaffold.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold import SCAFFOLD_PREFIXES
 from ..quantization import Quantizer, quantize
 from ..quantization.functional import broadcast_scale
 
@@ -221,7 +221,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     layers, left_out = {}, []
     for path, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
-        if path.startswith(TRAINING_ONLY):
+        if path.startswith(SCAFFOLD_PREFIXES):
             continue
         if isinstance(quantizer, Quantizer) and quantizer.spec.num_bits <= MAX_BITS:
             if quantizer.grid() is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from ..checkpoint import load_detector
-from ..modeling.scaffold.distillation import Distillation
+from ..modeling.scaffold import Distillation
 
 _ROLE = "the checkpoint of this detector in full precision"
 

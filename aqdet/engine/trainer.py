@@ -27,7 +27,7 @@ from ..data import build_mapper
 from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
 from ..evaluation import build_evaluator, check_evaluator
 from ..modeling.exportable import export_obstacles
-from ..modeling.scaffold.auxiliary import detached_auxiliary
+from ..modeling.scaffold import without_scaffold
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
 from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
@@ -462,6 +462,6 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: if quantizers were never calibrated, as after loading a float checkpoint.
         """
-        with detached_auxiliary(model):
+        with without_scaffold(model):
             check_calibrated(model, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
             return super().test(cfg, model, evaluators)

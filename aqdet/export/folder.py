@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import __version__
 from ..checkpoint import load_detector
-from ..modeling.scaffold.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold import SCAFFOLD_PREFIXES
 from ..quantization import quantizers
 from ..runtime.folder import DESCRIPTION, read_description, write_description
 from ..runtime.golden import GOLDEN, write_golden
@@ -250,7 +250,7 @@ def _sizes(model: nn.Module, folder: Path, files: Sequence[str]) -> dict[str, An
     state = {
         key: value
         for key, value in model.state_dict().items()
-        if not key.startswith(TRAINING_ONLY) and key.rpartition(".")[0] not in names
+        if not key.startswith(SCAFFOLD_PREFIXES) and key.rpartition(".")[0] not in names
     }
     float32 = sum(4 * value.numel() for value in state.values())
     sizes = {name: (folder / name).stat().st_size for name in files}

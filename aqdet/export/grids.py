@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.scaffold.auxiliary import TRAINING_ONLY
+from ..modeling.scaffold import SCAFFOLD_PREFIXES
 from ..quantization import Quantizer
 from .program import Grid
 
@@ -39,7 +39,7 @@ def check_parameters(model: nn.Module) -> None:
         ValueError: in one line that names the layer, the parameter and its value.
     """
     for path, module in model.named_modules():
-        if path.startswith(TRAINING_ONLY):
+        if path.startswith(SCAFFOLD_PREFIXES):
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:

@@ -9,7 +9,7 @@ from .backbone import (
 from .heads import QuantFCOSHead, QuantRetinaNetHead
 from .meta_arch import QuantClassifier, QuantFCOS, QuantRetinaNet
 from .policy import QuantPolicy, quantizable_layers
-from .scaffold.auxiliary import AuxiliaryPath, detached_auxiliary, strip
+from .scaffold import AuxiliaryPath, strip, without_scaffold
 
 __all__ = [
     "AuxiliaryPath",
@@ -23,7 +23,7 @@ __all__ = [
     "build_quant_classifier_backbone",
     "build_quant_resnet_backbone",
     "build_quant_retinanet_resnet_fpn_backbone",
-    "detached_auxiliary",
+    "without_scaffold",
     "quantizable_layers",
     "strip",
 ]

@@ -8,9 +8,7 @@ Shape legend: N batch, C channels, H and W height and width at the stride of a l
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import fvcore.nn.weight_init as weight_init
@@ -201,25 +199,6 @@ class QuantFPN(FPN):
             for level, output in enumerate(self.top_block(source), self._levels[-1] + 1):
                 results[f"p{level}"] = output
         return {name: results[name] for name in self._out_features}
-
-
-@contextlib.contextmanager
-def tapped_sums(bottom_up: ResNet) -> Iterator[list[Tensor]]:
-    """Lists what the stem and every block of a forward pass inside the context compute before ReLU and quantizer.
-
-    A block's sum is that of its operands on their grids, see :class:`~aqdet.layers.QuantAdd`.
-
-    The list fills in the order of the forward pass with the tensors themselves, ``(N, C, H, W)`` each. The hooks
-    that fill it are gone when the context ends.
-    """
-    sums: list[Tensor] = []
-    streams = [m for name, m in bottom_up.named_modules() if name.endswith(".output_stream")]
-    handles = [stream.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0])) for stream in streams]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def feature_names(cfg: CfgNode) -> list[str] | None:

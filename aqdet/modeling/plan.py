@@ -1,4 +1,4 @@
-"""The quantization plan of a detector as a table: what each layer is, and what it costs."""
+"""The quantization plan of a detector as a table: the quantizers of each layer, and its costs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import nn
 
 from ..layers import LAYER_KINDS, Layer, QuantAdd, StreamQuantizer, quantized_form, weighted_layers
 from ..quantization import Quantizer
-from .backbone import tapped_sums
-from .scaffold.auxiliary import TRAINING_ONLY
+from .scaffold import SCAFFOLD_PREFIXES
 
 FLOAT_BITS = 32
 IMAGE_BITS = 8
@@ -105,7 +104,7 @@ def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
 
 @torch.no_grad()
 def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
-    """The plan of a dense detector or image classifier (``backbone``, ``head``, ``auxiliary``), for one image.
+    """Makes the plan of a dense detector or image classifier, for one image.
 
     Args:
         model: calibrated or not; its state is not changed, but it is left in evaluation mode.
@@ -118,16 +117,14 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     for quantizer in active:
         quantizer.enabled = False
     try:
-        with _counting(model, macs):
-            image = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
-            with tapped_sums(model.backbone.bottom_up) as sums:
-                features = model.backbone(image)
+        scaffold = model.scaffold
+        path = scaffold.auxiliary
+        with _counting(model, macs), contextlib.nullcontext() if path is None else path.tapping(model.backbone):
+            features = model.backbone(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
             levels = [features[name] for name in model.head_in_features]
-            model.head(levels)
-            if model.auxiliary is not None:
-                model.auxiliary(levels, sums)
-            if getattr(model, "extra_head", None) is not None:
-                model.extra_head(levels)
+            for head in (model.head, path, scaffold.extra_head):
+                if head is not None:
+                    head(levels)
     finally:
         for quantizer, state in zip(active, enabled, strict=True):
             quantizer.enabled = state
@@ -137,7 +134,7 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     for path, module in model.named_modules():
         if path in layers:
             rows.append(_layer_row(path, module, following.get(module), macs.get(path, 0)))
-        elif path.startswith(TRAINING_ONLY):
+        elif path.startswith(SCAFFOLD_PREFIXES):
             continue  # sums in float
         elif isinstance(module, QuantAdd):
             text = [
@@ -163,7 +160,7 @@ def _layer_row(path: str, layer: Layer, following: nn.Module | None, macs: int) 
     if is_image:
         input_bits = IMAGE_BITS
     constants = sum(q.num_constants for q in (weight_quantizer, input_quantizer) if q is not None)
-    part = "auxiliary" if path.startswith(TRAINING_ONLY) else "quantized" if quantized else "float"
+    part = "auxiliary" if path.startswith(SCAFFOLD_PREFIXES) else "quantized" if quantized else "float"
     parameters = sum(p.numel() for p in layer.parameters(recurse=False))
     parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
     return PlanRow(

@@ -13,7 +13,7 @@ from helpers import AUX, QUANT, calibrated, make_batch, make_model
 
 from aqdet.checkpoint import AqdetCheckpointer, load_pickled_arrays
 from aqdet.modeling import strip
-from aqdet.modeling.scaffold.auxiliary import EARLY_SHARE
+from aqdet.modeling.scaffold.aggregation import EARLY_SHARE
 from aqdet.quantization import quantizers
 
 

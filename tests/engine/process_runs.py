@@ -34,7 +34,7 @@ from aqdet.engine import Trainer  # noqa: E402
 from aqdet.engine.hooks import CalibrationHook  # noqa: E402
 from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
 from aqdet.engine.trainer import distribute, unwrap  # noqa: E402
-from aqdet.modeling.scaffold.distillation import Distillation  # noqa: E402
+from aqdet.modeling.scaffold import Distillation  # noqa: E402
 from aqdet.quantization import calibrate, quantizers  # noqa: E402
 
 DETECTOR = ("MODEL.QUANT.ENABLED", "True", "MODEL.AUX.ENABLED", "True", "MODEL.FPN.RELU", "True")

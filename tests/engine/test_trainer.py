@@ -17,7 +17,7 @@ from aqdet.data import register_declared
 from aqdet.engine import Trainer, build_checkpointer, hooks
 from aqdet.engine.batch_norm import PreciseBNHook
 from aqdet.engine.launch import make_deterministic
-from aqdet.modeling import detached_auxiliary
+from aqdet.modeling import without_scaffold
 from aqdet.quantization import quantizers
 
 BOTH = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
@@ -130,7 +130,7 @@ def test_the_stripped_detector_equals_the_trained_one_bit_for_bit(trained):
     for model in (shipped, trainer.model):
         model.eval()
         model.test_score_thresh = 0.0
-        with torch.no_grad(), detached_auxiliary(model):
+        with torch.no_grad(), without_scaffold(model):
             outputs.append([x["instances"] for x in model(batch)])
     trainer.model.train()
     for a, b in zip(*outputs, strict=True):

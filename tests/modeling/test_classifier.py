@@ -6,14 +6,15 @@ import pytest
 import torch
 import torchvision
 from detectron2.modeling import build_model
-from helpers import AUX, CLASSIFIER, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
+from helpers import CLASSIFIER, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
 from aqdet.checkpoint import AqdetCheckpointer, convert_torchvision_resnet
 from aqdet.layers import QuantConv2d, QuantLinear
-from aqdet.modeling import detached_auxiliary, strip
+from aqdet.modeling import strip, without_scaffold
 from aqdet.modeling.plan import make_plan, total
 from aqdet.quantization import quantizers, set_quantization
 
+AUX = ("MODEL.AUX.ENABLED", "True")
 BATCH = make_batch()
 RGB = ("MODEL.PIXEL_MEAN", "[0.,0.,0.]", "MODEL.PIXEL_STD", "[64.,64.,64.]")
 
@@ -50,7 +51,7 @@ def test_a_step_and_dropped_is_dropped():
     assert set(losses_of(bare, BATCH)) == {"loss_cls"}
     bare.load_state_dict(strip(model.state_dict()))
     model.eval(), bare.eval()
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         inside = model(BATCH)
     for a, b, c in zip(inside, bare(BATCH), model(BATCH), strict=True):
         assert torch.equal(a["scores"], b["scores"]) and torch.equal(a["scores"], c["scores"])

@@ -7,8 +7,8 @@ import torch
 from helpers import AUX, QUANT, calibrated, gradients, make_batch, make_cfg, make_model
 
 from aqdet.layers import QuantConv2d, StreamQuantizer
-from aqdet.modeling import detached_auxiliary, quantizable_layers, strip
-from aqdet.modeling.scaffold.auxiliary import TAPS
+from aqdet.modeling import quantizable_layers, strip, without_scaffold
+from aqdet.modeling.scaffold import TAPS
 from aqdet.quantization import quantizers, set_quantization
 
 BATCH = make_batch()
@@ -81,7 +81,7 @@ def test_dropped_is_dropped(taps):
     model.eval(), bare.eval()
     model.test_score_thresh = bare.test_score_thresh = 0.0
     path = model.auxiliary
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         assert not any(name.startswith("auxiliary") for name, _ in model.named_parameters())
         inside = model(BATCH)
     assert model.auxiliary is path and "auxiliary" in dict(model.named_children())
@@ -91,7 +91,7 @@ def test_dropped_is_dropped(taps):
             assert torch.equal(a["instances"].scores, other["instances"].scores)
             assert torch.equal(a["instances"].pred_boxes.tensor, other["instances"].pred_boxes.tensor)
     with pytest.raises(ZeroDivisionError):
-        with detached_auxiliary(model):
+        with without_scaffold(model):
             raise ZeroDivisionError
     assert model.auxiliary is path
 

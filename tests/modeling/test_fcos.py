@@ -11,9 +11,9 @@ from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_bat
 from aqdet.checkpoint import AqdetCheckpointer
 from aqdet.engine import check_config
 from aqdet.layers import QuantConv2d
-from aqdet.modeling import detached_auxiliary, strip
+from aqdet.modeling import strip, without_scaffold
 from aqdet.modeling.plan import make_plan, total
-from aqdet.modeling.scaffold.auxiliary import TAPS
+from aqdet.modeling.scaffold import TAPS
 from aqdet.quantization import quantizers, set_quantization
 
 BATCH = make_batch()
@@ -93,7 +93,7 @@ def test_a_step_and_dropped_is_dropped(taps):
     assert set(bare.state_dict()) == set(strip(model.state_dict()))
     bare.load_state_dict(strip(model.state_dict()))
     model.eval(), bare.eval()
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         inside = model(BATCH)
     for a, b in zip(inside, bare(BATCH), strict=True):
         assert len(a["instances"]) > 0

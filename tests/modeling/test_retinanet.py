@@ -6,7 +6,7 @@ import torch.distributed as dist
 from helpers import AUX, QUANT, calibrated, gradients, losses_of, make_batch, make_model
 
 from aqdet.layers import QuantConv2d
-from aqdet.modeling import detached_auxiliary
+from aqdet.modeling import without_scaffold
 from aqdet.quantization import set_quantization
 
 BATCH = make_batch()
@@ -67,7 +67,7 @@ def test_the_normalizer_is_free_again_after_an_exception(model, monkeypatch):
 
 def test_the_main_losses_do_not_know_of_the_auxiliary_path(model):
     with_path = gradients(model, BATCH)[0]
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         without = gradients(model, BATCH)[0]
     assert set(with_path) - set(without) == {"aux_loss_cls", "aux_loss_box_reg"}
     assert all(torch.equal(with_path[k], v) for k, v in without.items())
@@ -144,10 +144,10 @@ def test_detached_in_ddp_twice_and_after_an_exception(model, tmp_path):
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         path, names = model.auxiliary, list(model.state_dict())
-        with pytest.raises(ZeroDivisionError), detached_auxiliary(wrapped) as inner:
+        with pytest.raises(ZeroDivisionError), without_scaffold(wrapped) as inner:
             assert inner is wrapped and model.auxiliary is None
             assert not any("auxiliary" in key for key in wrapped.state_dict())
-            with detached_auxiliary(model):
+            with without_scaffold(model):
                 assert model.auxiliary is None
             assert model.auxiliary is None
             raise ZeroDivisionError
@@ -158,6 +158,6 @@ def test_detached_in_ddp_twice_and_after_an_exception(model, tmp_path):
 
 def test_a_detector_without_a_path_passes_through_detaching():
     plain = torch.nn.Linear(1, 1)
-    with detached_auxiliary(plain) as inner:
+    with without_scaffold(plain) as inner:
         assert inner is plain
     assert not hasattr(plain, "auxiliary")

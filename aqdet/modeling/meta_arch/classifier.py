@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ...layers import declare_site
 from ...quantization import name_quantizers
-from ..backbone import tapped_sums
 from ..policy import QuantPolicy
-from ..scaffold.auxiliary import AuxiliaryPath, build_auxiliary
+from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary
 
 FEATURE = "res5"
 
@@ -26,7 +25,7 @@ class ClassifierHead(nn.Module):
     """Global average pooling and a fully connected layer with a declared site.
 
     Args:
-        channels: of the feature.
+        channels: channels of the feature.
         num_classes: number of logits.
     """
 
@@ -38,26 +37,25 @@ class ClassifierHead(nn.Module):
         declare_site(self.linear, signed=False, role="prediction")
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """One ``(N, C, H, W)`` to logits ``(N, K)``."""
+        """Maps one ``(N, C, H, W)`` to logits ``(N, K)``."""
         (feature,) = features
         return self.linear(feature.mean(dim=(2, 3)))
 
 
 @META_ARCH_REGISTRY.register()
-class QuantClassifier(nn.Module):
-    """Image classifier whose trunk and head can be quantized; what the paper of the auxiliary path is about.
+class QuantClassifier(Scaffolded, nn.Module):
+    """Image classifier whose trunk and head can be quantized, as in the paper of the auxiliary path.
 
     The auxiliary path aggregates the blocks' sums and ends in pooling and a classifier of its own. In
     evaluation, and when it is detached, nothing of it runs.
 
     Args:
         backbone: trunk with a ResNet in ``bottom_up``.
-        head: list of features to logits.
-        auxiliary: the path, or None.
-        pixel_mean, pixel_std: for each channel.
+        head: maps the list of features to logits.
+        auxiliary: full-precision path, or None.
+        pixel_mean, pixel_std: means and standard deviations of the channels.
     """
 
-    auxiliary: AuxiliaryPath | None
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -74,7 +72,7 @@ class QuantClassifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.auxiliary = auxiliary
+        self.scaffold = Scaffold(auxiliary)
         self.head_in_features = [FEATURE]
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -82,7 +80,7 @@ class QuantClassifier(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from ``MODEL.CLASSIFIER``.
+        """Builds the arguments from ``MODEL.CLASSIFIER``.
 
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.
@@ -113,7 +111,7 @@ class QuantClassifier(nn.Module):
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, class probabilities in evaluation.
+        """Computes losses in training, class probabilities in evaluation.
 
         Args:
             batched_inputs: for each image ``image``, uint8 ``(3, H, W)``, all of one size, and in training
@@ -131,10 +129,10 @@ class QuantClassifier(nn.Module):
         labels = torch.tensor([x["label"] for x in batched_inputs], device=device)
         if path is None:
             return {"loss_cls": F.cross_entropy(self.head([self.backbone(images)[FEATURE]]), labels)}
-        with tapped_sums(self.backbone.bottom_up) as sums:
-            features = [self.backbone(images)[FEATURE]]
         weight = path.weight_at(get_event_storage().iter)
-        return {
-            "loss_cls": F.cross_entropy(self.head(features), labels),
-            "aux_loss_cls": weight * F.cross_entropy(path(features, sums), labels),
-        }
+        with path.tapping(self.backbone):
+            features = [self.backbone(images)[FEATURE]]
+            return {
+                "loss_cls": F.cross_entropy(self.head(features), labels),
+                "aux_loss_cls": weight * F.cross_entropy(path(features), labels),
+            }

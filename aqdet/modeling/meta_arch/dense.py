@@ -1,4 +1,4 @@
-"""What dense detectors with a low-precision trunk and head and an auxiliary path share."""
+"""The common part of dense detectors with a low-precision trunk and head and a scaffold."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ...layers import forget_sites
 from ...quantization import name_quantizers
-from ..backbone import tapped_sums
 from ..policy import QuantPolicy
-from ..scaffold.auxiliary import AuxiliaryPath, build_auxiliary
-from ..scaffold.distillation import Distillation
+from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary, build_extra_head
 
 
-class LowPrecisionDense(DenseDetector):
+class LowPrecisionDense(Scaffolded, DenseDetector):
     """Mixin before a dense detector of Detectron2's.
 
     In training the auxiliary path, if there is one, reads the trunk; its predictions get the losses of the main
@@ -33,23 +30,18 @@ class LowPrecisionDense(DenseDetector):
     runs.
 
     Args:
-        auxiliary: the path, or None.
-        extra_head: the extra head, or None.
-        extra_loss_weight: factor of its losses.
-        kwargs: of the detector.
+        auxiliary, extra_head, extra_loss_weight: see :class:`~aqdet.modeling.scaffold.Scaffold`.
+        kwargs: arguments of the detector.
 
     Attributes:
-        distillation: the teacher, which who trains attaches; None until then.
+        normalizer_moves: False while the losses of the scaffold are computed, which are divided by the same moving
+            average as those of the detector's head.
     """
 
     head_class: type[nn.Module]
     """Its constructor takes a config and a list of ``ShapeSpec``; its convolutions have declared sites."""
     node: str
     """Name of the detector's node under ``MODEL``, which has ``NORM`` and ``IN_FEATURES``."""
-
-    auxiliary: AuxiliaryPath | None
-    extra_head: nn.Module | None
-    distillation: Distillation | None
 
     def __init__(
         self,
@@ -60,17 +52,13 @@ class LowPrecisionDense(DenseDetector):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.auxiliary = auxiliary
-        self.extra_head = extra_head
-        self.extra_loss_weight = extra_loss_weight
-        self.distillation = None
+        self.scaffold = Scaffold(auxiliary, extra_head, extra_loss_weight)
+        self.normalizer_moves = True
         name_quantizers(self)
-        self._normalizer_held = False
-        self._sums: list[Tensor] = []  # of a forward in progress, which hands forward_training the features only
 
     @classmethod
     def build_heads(cls, cfg: CfgNode, backbone: Backbone) -> dict[str, Any]:
-        """The arguments ``head`` and ``extra_head``, quantized if ``MODEL.QUANT`` is enabled, and ``auxiliary``.
+        """Builds the arguments ``head`` and ``extra_head``, quantized if ``MODEL.QUANT`` is enabled, and ``auxiliary``.
 
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.
@@ -91,7 +79,7 @@ class LowPrecisionDense(DenseDetector):
             auxiliary = build_auxiliary(cfg, head=auxiliary_head, backbone=backbone, shapes=shapes)
         extra_head = None
         if cfg.MODEL.EXTRA_LOSS.ENABLED:
-            extra_head = _build_extra_head(cfg, cls.head_class(cfg, levels))
+            extra_head = build_extra_head(cfg, cls.head_class(cfg, levels))
         return {
             "head": head,
             "auxiliary": auxiliary,
@@ -101,14 +89,10 @@ class LowPrecisionDense(DenseDetector):
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """See Detectron2's."""
-        path = self.auxiliary
-        if path is None or not path.reads_sums or not self.training:
+        if self.auxiliary is None or not self.training:
             return super().forward(batched_inputs)
-        with tapped_sums(self.backbone.bottom_up) as self._sums:
-            try:
-                return super().forward(batched_inputs)
-            finally:
-                self._sums = []
+        with self.auxiliary.tapping(self.backbone):
+            return super().forward(batched_inputs)
 
     def forward_training(
         self,
@@ -117,12 +101,12 @@ class LowPrecisionDense(DenseDetector):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Losses of the main head and, prefixed ``aux_``, ``extra_`` and ``distill_``, of what training has beside it.
+        """Computes the losses of the main head and, prefixed ``aux_``, ``extra_`` and ``distill_``, of the scaffold.
 
         Args:
             images: the batch.
             features: one ``(N, C, H, W)`` for each level.
-            predictions: of the main head: class logits, box deltas and, for FCOS, centerness.
+            predictions: predictions of the main head: class logits, box deltas and, for FCOS, centerness.
             gt_instances: N ground truths.
         """
         anchors = self.anchor_generator(features)
@@ -133,64 +117,47 @@ class LowPrecisionDense(DenseDetector):
             return self.losses(anchors, logits, gt_labels, deltas, gt_boxes, *rest)
 
         losses = losses_of(predictions)
-        if self.auxiliary is not None:
-            weight = self.auxiliary.weight_at(get_event_storage().iter)
-            with self._hold_normalizer():
-                auxiliary_losses = losses_of(self.auxiliary(features, self._sums))
-            losses.update({f"aux_{key}": weight * v for key, v in auxiliary_losses.items()})
-        if self.extra_head is not None:
-            with self._hold_normalizer():
-                extra_losses = losses_of(self.extra_head(features))
-            losses.update({f"extra_{key}": self.extra_loss_weight * v for key, v in extra_losses.items()})
-        if self.distillation is not None:
+        scaffold = self.scaffold
+        with self._holding_normalizer():
+            if scaffold.auxiliary is not None:
+                weight = scaffold.auxiliary.weight_at(get_event_storage().iter)
+                auxiliary_losses = losses_of(scaffold.auxiliary(features))
+                losses.update({f"aux_{key}": weight * value for key, value in auxiliary_losses.items()})
+            if scaffold.extra_head is not None:
+                extra_losses = losses_of(scaffold.extra_head(features))
+                losses.update({f"extra_{key}": scaffold.extra_loss_weight * v for key, v in extra_losses.items()})
+        if scaffold.distillation is not None:
             normalizer = self.loss_normalizer / comm.get_world_size()
             by_anchor = self.by_anchor(predictions)
-            losses.update(self.distillation.losses(images.tensor, features, by_anchor, normalizer))
+            losses.update(scaffold.distillation.losses(images.tensor, features, by_anchor, normalizer))
         return losses
 
     def by_anchor(self, predictions: list[list[Tensor]]) -> list[list[Tensor]]:
-        """Predictions of a head, ``(N, A K, H, W)`` for each level, as ``(N, H W A, K)``."""
+        """Lays out the predictions of a head, ``(N, A K, H, W)`` for each level, as ``(N, H W A, K)``."""
         sizes = [self.num_classes, 4, 1][: len(predictions)]
         return self._transpose_dense_predictions(predictions, sizes)
 
     @contextlib.contextmanager
-    def _hold_normalizer(self) -> Iterator[None]:
+    def _holding_normalizer(self) -> Iterator[None]:
         """Keeps the moving average of the loss normalizer where it is."""
-        self._normalizer_held = True
+        self.normalizer_moves = False
         try:
             yield
         finally:
-            self._normalizer_held = False
+            self.normalizer_moves = True
 
     def _ema_update(self, name: str, value: float, *args: Any, **kwargs: Any) -> float:
-        """The moving average of the whole batch's value, as each process's share.
+        """Moves the moving average by the whole batch's value; returns each process's share of it.
 
         Deviation: in Detectron2 each process averages its own value, from its own start, and a batch that is
         spread over processes has other gradients than in one. Here they are the same, if each process has a
         positive anchor. Without gradients, as in calibration, processes do not wait for each other.
         """
         world_size = comm.get_world_size()
-        if not self._normalizer_held:
+        if self.normalizer_moves:
             if world_size > 1 and torch.is_grad_enabled():
                 total = torch.tensor(float(value), device=self.device)
                 dist.all_reduce(total)
                 value = total.item()
             super()._ema_update(name, value, *args, **kwargs)
         return getattr(self, name) / world_size
-
-
-def _build_extra_head(cfg: CfgNode, head: nn.Module) -> nn.Module:
-    """Makes a fresh head the extra one of ``MODEL.EXTRA_LOSS``, with the quantizers of the detector's own.
-
-    All of it is quantized as the detector's head is: an extra loss with a full-precision head would be an auxiliary
-    path without adaptors, and leave open whether the loss helps or the precision. It keeps its random weights.
-
-    Raises:
-        ValueError: for a negative ``LOSS_WEIGHT``.
-    """
-    if not cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT >= 0:
-        raise ValueError(f"MODEL.EXTRA_LOSS.LOSS_WEIGHT must not be negative, got {cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT}")
-    if cfg.MODEL.QUANT.ENABLED:
-        QuantPolicy.from_config(cfg).apply(head, "head.")  # its rules are those of the detector's head
-    forget_sites(head)
-    return head

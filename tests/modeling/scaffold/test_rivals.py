@@ -9,7 +9,7 @@ from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_bat
 
 from aqdet.config import detector_only
 from aqdet.layers import QuantConv2d
-from aqdet.modeling import detached_auxiliary, quantizable_layers, strip
+from aqdet.modeling import quantizable_layers, strip, without_scaffold
 from aqdet.modeling.plan import make_plan, total
 from aqdet.modeling.scaffold.distillation import Distillation, feature_loss, logit_loss
 from aqdet.quantization import quantizers, set_quantization
@@ -23,7 +23,8 @@ ARCHITECTURES = pytest.mark.parametrize("arch", [(), tuple(FCOS)], ids=["retinan
 def distilled(*overrides, weights=(1.0, 1.0)):
     """A calibrated 4-bit detector and its teacher, of other weights."""
     model = calibrated(make_model(*QUANT, *RELU, *overrides), BATCH)
-    floats = [part for part in overrides if part not in (*AUX, *EXTRA)]
+    pairs = zip(overrides[::2], overrides[1::2], strict=True)
+    floats = [part for pair in pairs if not pair[0].startswith(("MODEL.AUX.", "MODEL.EXTRA_LOSS.")) for part in pair]
     teacher = make_model(*RELU, *floats, seed=1)
     model.distillation = Distillation(teacher, feature_weight=weights[0], logit_weight=weights[1])
     return model
@@ -181,7 +182,7 @@ def test_the_main_losses_and_the_normalizer_do_not_know_of_the_rivals():
         gradients(model, BATCH)
     losses, _ = gradients(model, BATCH)
     normalizer = model.loss_normalizer
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         bare, _ = gradients(model, BATCH)
     assert model.loss_normalizer == normalizer
     assert all(torch.equal(losses[k], v) for k, v in bare.items())
@@ -209,7 +210,7 @@ def test_dropped_is_dropped(arch, beside, monkeypatch):
     parts = model.extra_head, model.distillation
     monkeypatch.setattr(parts[0], "forward", lambda *_: pytest.fail("ran"))
     monkeypatch.setattr(parts[1].teacher.backbone, "forward", lambda *_: pytest.fail("ran"))
-    with detached_auxiliary(model):
+    with without_scaffold(model):
         assert model.extra_head is model.distillation is None
         kinds = [(n, type(m)) for n, m in model.named_modules()]
         inside = model(BATCH)
