@@ -249,6 +249,7 @@ VARIANTS = {
     ),
     "an address": (renamed("ü 0.png", "https://host/a/%C3%BC%200.png?token=1"), {"image-elsewhere": 1}),
     "in a sub-folder": (renamed("Train/Data/0.png", "0.png"), {"image-elsewhere": 1}),
+    "with the mark of an upload": (image(file_name="images/8ad5e3f1-0.png"), {"image-elsewhere": 1}),
     "with the root's own folder": (renamed("Train/0.png", "images/Train/0.png"), {"image-elsewhere": 1}),
     "of another image": (image(file_name="x/1.png"), {"image-missing": 1}),
     "the longer name of two": (
@@ -465,6 +466,13 @@ def test_candidates_are_named(broken):
     content["images"][0]["file_name"] = "upload/x.png"
     report, _ = check(folder, content)
     assert report.findings[0].value == "upload/x.png (there are a/x.png, b/x.png, c/x.png and 3 more)"
+
+
+def test_a_folder_in_place_of_an_image_is_said_to_be_one(broken):
+    folder, content = broken
+    _made(folder / "images/x.png")
+    content["images"][0]["file_name"] = "x.png"
+    assert check(folder, content)[0].findings[0].value == "x.png (it is a folder)"
 
 
 @pytest.mark.parametrize("name, near", [("1.PNG", "1.png"), ("data/images/1.png", "1.png"), ("none.png", None)])

@@ -39,6 +39,16 @@ def test_classes_are_the_folders_and_other_files_are_counted(tmp_path, caplog):
     assert grey["image"].shape == (3, 32, 32)
 
 
+def test_files_of_systems_are_no_images(tmp_path):
+    entry = write_image_folder(tmp_path / "a", "folder_junk", per_class=2)
+    (tmp_path / "a/.git").mkdir()
+    (tmp_path / "a/cross/._0.png").write_bytes(b"x")
+    (tmp_path / "a/cross/Thumbs.db").write_bytes(b"x")
+    register_declared(cfg_of(entry))
+    assert MetadataCatalog.get("folder_junk").thing_classes == ["cross", "disc", "ring"]
+    assert len(DatasetCatalog.get("folder_junk")) == 6
+
+
 def test_one_class_is_said(tmp_path, caplog):
     for name in ("cross", "disc"):
         (tmp_path / "a" / name).mkdir(parents=True)

@@ -253,6 +253,16 @@ def test_folders_of_labelimg(tmp_path, one_folder, by_root):
     assert len(usable["annotations"]) == 6
 
 
+def test_images_and_xml_in_one_folder_of_the_root(tmp_path):
+    flat(tmp_path)
+    for path in (tmp_path / "annotations").iterdir():
+        path.rename(tmp_path / "images" / path.name)
+    (tmp_path / "annotations").rmdir()
+    (tmp_path / "images/.ipynb_checkpoints").mkdir()
+    report, usable = check_entry({"name": "mine", "format": "voc", "root": str(tmp_path)})
+    assert report.counts == {"file-junk": 2} and len(usable["images"]) == 6, report.text()
+
+
 def test_the_filename_counts_where_the_own_name_has_no_image(tmp_path):
     entry = flat(tmp_path)
     folder = tmp_path / "annotations"

@@ -208,8 +208,9 @@ def test_files_of_systems_and_tools_are_passed_over(tmp_path):
     junk = ["images/train/._bild ü 0.png", "images/train/Thumbs.db", "images/train/.DS_Store", "images/train/a.cache"]
     for name in [*junk, "labels/train/._bild ü 0.txt", "labels/train/train.cache"]:
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "images/train/__MACOSX").mkdir()
     report, usable = check(tmp_path)
-    assert report.counts == {"file-junk": 6} and len(usable["images"]) == 2
+    assert report.counts == {"file-junk": 7} and len(usable["images"]) == 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])

@@ -14,12 +14,16 @@ import re
 import stat
 import unicodedata
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["ImageFolder", "is_junk"]
+from .findings import Report
+
+__all__ = ["ImageFolder", "is_junk", "without_junk"]
 
 _JUNK_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 _JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+# What Label Studio puts in front of the name of an uploaded file.
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
 _SHOWN_CANDIDATES = 3
 
 
@@ -27,6 +31,17 @@ def is_junk(name: str) -> bool:
     """Whether a file or folder is one that a system or a tool leaves beside others: hidden, ``Thumbs.db``, a cache."""
     lower = os.path.basename(name).lower()
     return lower.startswith(".") or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
+
+
+def without_junk(folder: str, names: Iterable[str], report: Report) -> list[str]:
+    """The names in a folder, sorted, without those that :func:`is_junk`, which are counted."""
+    kept = []
+    for name in sorted(names):
+        if is_junk(name):
+            report.add("file-junk", os.path.join(folder, name))
+        else:
+            kept.append(name)
+    return kept
 
 
 class ImageFolder:
@@ -146,6 +161,9 @@ class ImageFolder:
 
     def _with_hint(self, name: str) -> str:
         """The name, with the file that was probably meant: of another case, or without the first folders."""
+        mode = self._mode(name)
+        if mode is not None and stat.S_ISDIR(mode):
+            return f"{name} (it is a folder)"
         parts = name.split("/")
         shorter = ("/".join(parts[index:]) for index in range(1, len(parts)))
         near = next((short for short in shorter if self._mode(short) is not None), None)
@@ -172,9 +190,10 @@ class ImageFolder:
                 mode = self._mode(relative)
                 if mode is not None and stat.S_ISREG(mode) and self._is_inside(relative, False):
                     return is_meant, [relative]
-            candidates = self._index().get(unicodedata.normalize("NFC", parts[-1]), []) if parts else []
-            if candidates:
-                return is_meant, candidates
+            for base in (parts[-1], _UPLOAD.sub("", parts[-1])) if parts else ():
+                candidates = self._index().get(unicodedata.normalize("NFC", base), [])
+                if candidates:
+                    return is_meant, candidates
         return False, []
 
     def _index(self) -> dict[str, list[str]]:

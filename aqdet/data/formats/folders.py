@@ -6,7 +6,7 @@ import os
 
 from ...utils.files import is_image
 from ..check.findings import Report
-from ..check.images import is_junk
+from ..check.images import without_junk
 from ..declaration import Declaration
 from .source import Source
 
@@ -31,13 +31,11 @@ def read_folders(declaration: Declaration, report: Report) -> Source:
         paths: list[str] = []
         for folder, folders, files in os.walk(os.path.join(root, name)):
             source.inputs.add(folder)
-            folders[:] = [below for below in folders if not is_junk(below)]
-            paths += [os.path.join(folder, file) for file in files]
+            folders[:] = without_junk(folder, folders, report)
+            paths += [os.path.join(folder, file) for file in without_junk(folder, files, report)]
         images = []
         for path in sorted(paths):
-            if is_junk(path):
-                report.add("file-junk", path)
-            elif is_image(path):
+            if is_image(path):
                 images.append(os.path.relpath(path, root))
             else:
                 report.add("file-ignored", path)

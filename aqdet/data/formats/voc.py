@@ -23,7 +23,7 @@ from typing import Any
 
 from ...utils.files import IMAGE_ENDINGS, is_image
 from ..check.findings import Report
-from ..check.images import is_junk
+from ..check.images import is_junk, without_junk
 from ..declaration import Declaration
 from .source import Source
 from .text import parse_xml, read_text
@@ -76,7 +76,10 @@ def locate_voc(paths: Mapping[str, str], split: str) -> tuple[str, str]:
     images = _subfolder(root, _IMAGE_FOLDERS)
     if split:
         return root, images if images != root else os.path.join(root, "JPEGImages")
-    return _subfolder(root, _ANNOTATION_FOLDERS), images
+    annotations = _subfolder(root, _ANNOTATION_FOLDERS)
+    if annotations == root and not any(name.lower().endswith(".xml") for name in os.listdir(root)):
+        annotations = images
+    return annotations, images
 
 
 def read_voc(declaration: Declaration, report: Report) -> Source:
@@ -216,13 +219,11 @@ def _files_below(folder: str, endings: tuple[str, ...], source: Source, report: 
     found: dict[str, list[str]] = collections.defaultdict(list)
     for path, folders, files in os.walk(folder):
         source.inputs.add(path)
-        folders[:] = sorted(name for name in folders if not is_junk(name))
-        for file in sorted(files):
+        folders[:] = without_junk(path, folders, report)
+        for file in without_junk(path, files, report):
             name = os.path.relpath(os.path.join(path, file), folder).replace(os.sep, "/")
             stem, ending = os.path.splitext(name)
-            if is_junk(file):
-                report.add("file-junk", os.path.join(path, file))
-            elif ending.lower() in endings:
+            if ending.lower() in endings:
                 found[stem].append(name)
     return dict(found)
 

@@ -19,7 +19,7 @@ import yaml
 
 from ...utils.files import is_image
 from ..check.findings import Report
-from ..check.images import ImageFolder, is_junk
+from ..check.images import ImageFolder, without_junk
 from ..check.values import whole_number
 from ..declaration import Declaration
 from .source import Source
@@ -181,13 +181,11 @@ class _Reader:
     def _in_folder(self, folder: str) -> list[str]:
         names = []
         for path, folders, files in os.walk(folder):
-            folders[:] = sorted(name for name in folders if not is_junk(name))
+            folders[:] = without_junk(path, folders, self.report)
             self.source.inputs.add(path)
-            for file in sorted(files):
+            for file in without_junk(path, files, self.report):
                 full = os.path.join(path, file)
-                if is_junk(file):
-                    self.report.add("file-junk", full)
-                elif is_image(file):
+                if is_image(file):
                     names.append(self._relative(full))
                 elif not file.lower().endswith(".txt"):
                     self.report.add("file-ignored", full)
@@ -299,12 +297,10 @@ class _Reader:
                 continue
             self.source.inputs.add(folder)
             stems = {os.path.splitext(file)[0] for file in os.listdir(image_folder)}
-            for file in sorted(os.listdir(folder)):
+            for file in without_junk(folder, os.listdir(folder), self.report):
                 stem, ending = os.path.splitext(file)
-                if is_junk(file):
-                    self.report.add("file-junk", os.path.join(folder, file))
                 # labelImg writes the names of the classes there.
-                elif ending == ".txt" and stem not in stems and file != "classes.txt":
+                if ending == ".txt" and stem not in stems and file != "classes.txt":
                     self.report.add("label-without-image", os.path.join(folder, file))
 
 
