@@ -257,7 +257,7 @@ def test_a_training_logs_it_also_from_the_cache(tmp_path, caplog, monkeypatch):
     register_declared(cfg)
     for _ in range(2):
         caplog.clear()
-        check_datasets(cfg)
+        check_datasets(cfg).write(tmp_path / "out")
         lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         advice = [line for line in lines if line.startswith(("advice_", "DATASETS.TRAIN"))]
         assert [line.split(":")[0] for line in advice] == [
