@@ -14,13 +14,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from latency import Machine, Times, interleave, peak_memory, saturating
 from tabulate import tabulate
 from torch import nn
 
 from aqdet.checkpoint import load_detector
 from aqdet.config import load_config
 from aqdet.engine import fit_to_machine
-from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, saturating
 from aqdet.quantization import quantizers, set_quantization
 from aqdet.runtime import Detector, read_description, write_description
 from aqdet.runtime.detector import LevelOutputs

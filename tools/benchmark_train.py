@@ -21,8 +21,8 @@ from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from aqdet.analysis.plan import make_plan
 from aqdet.config import load_config
-from aqdet.modeling.plan import make_plan
 from aqdet.quantization import calibrate
 from aqdet.quantization.lean.integer import largest_integer_weight
 

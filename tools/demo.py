@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> Summary:
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes
     from aqdet.engine import check_config, fit_to_machine
+    from aqdet.evaluation.demo import Demo
     from aqdet.runtime.media import MediaLoop, has_display
     from aqdet.runtime.sources import find_sources, output_paths
-    from aqdet.visualization.demo import Demo
 
     if not args.output and not has_display():
         raise ValueError("there is no display to open a window on: say where to write with --output")

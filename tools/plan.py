@@ -31,12 +31,12 @@ def main() -> None:
     from detectron2.modeling import build_model
     from tabulate import tabulate
 
+    from aqdet.analysis.plan import make_plan, total
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes
     from aqdet.engine import check_config, fit_to_machine
     from aqdet.engine.checks import our_architectures
     from aqdet.modeling.exportable import export_obstacles
-    from aqdet.modeling.plan import make_plan, total
 
     try:
         cfg = load_config(args.config_file, args.opts)

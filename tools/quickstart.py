@@ -15,8 +15,7 @@ from aqdet.utils.arguments import folder_to_write
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from aqdet.engine.experiment import Job
+    from jobs import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
@@ -37,8 +36,9 @@ def make_jobs(output: str, short: bool) -> dict[str, Job]:
 
     One start for all three: run by itself, the config with the auxiliary path starts from full precision with the path.
     """
+    from jobs import Job
+
     from aqdet.config import load_config
-    from aqdet.engine.experiment import Job
 
     jobs = {}
     for key in ("start", *VARIANTS):
@@ -61,8 +61,8 @@ def describe(key: str, job: Job) -> dict[str, Any]:
     """Metrics of a job, with parameters and packed weight bytes of the detector as shipped."""
     from detectron2.modeling import build_model
 
+    from aqdet.analysis.plan import make_plan, total
     from aqdet.config import load_config
-    from aqdet.modeling.plan import make_plan, total
 
     cfg = load_config(job.config, job.overrides)
     rows = make_plan(build_model(cfg), (192, 192))
@@ -139,10 +139,10 @@ def main() -> None:
     args = parser.parse_args()
     # Late, so that --help opens at once.
     import torch
+    from jobs import markdown_table, run_jobs
 
     from aqdet.config import load_config
     from aqdet.data import register_declared
-    from aqdet.engine.experiment import markdown_table, run_jobs
 
     start = time.monotonic()
     try:

@@ -41,10 +41,10 @@ def main() -> None:
     args = parse_args()
     # Late, so that --help opens at once.
     from aqdet.engine import fit_to_machine
-    from aqdet.visualization import load_runs, make_report
+    from aqdet.report import load_runs, make_report
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("aqdet.visualization").setLevel(logging.INFO)
+    logging.getLogger("aqdet.report").setLevel(logging.INFO)
     try:
         runs = load_runs(args.output_dirs, config_file=args.config_file or "", overrides=args.opts)
         for run in runs:

@@ -8,10 +8,10 @@ import torchvision
 from detectron2.modeling import build_model
 from helpers import CLASSIFIER, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
+from aqdet.analysis.plan import make_plan, total
 from aqdet.checkpoint import AqdetCheckpointer, convert_torchvision_resnet
 from aqdet.layers import QuantConv2d, QuantLinear
 from aqdet.modeling import strip, without_scaffold
-from aqdet.modeling.plan import make_plan, total
 from aqdet.quantization import quantizers, set_quantization
 
 AUX = ("MODEL.AUX.ENABLED", "True")

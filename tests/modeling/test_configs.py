@@ -7,9 +7,9 @@ import torch
 from detectron2.modeling import build_model
 from helpers import ROOT, calibrated, losses_of, make_batch
 
+from aqdet.analysis.plan import make_plan, total
 from aqdet.config import load_config
 from aqdet.engine import fit_to_machine
-from aqdet.modeling.plan import make_plan, total
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
 

@@ -8,11 +8,11 @@ from detectron2.modeling.meta_arch.fcos import FCOS as TheirFCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
+from aqdet.analysis.plan import make_plan, total
 from aqdet.checkpoint import AqdetCheckpointer
 from aqdet.engine import check_config
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import strip, without_scaffold
-from aqdet.modeling.plan import make_plan, total
 from aqdet.modeling.scaffold import TAPS
 from aqdet.quantization import quantizers, set_quantization
 

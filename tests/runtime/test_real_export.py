@@ -11,10 +11,10 @@ import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
 from helpers import FCOS, QUANT, calibrated, make_batch, make_cfg, make_model
+from latency import peak_memory
 from tiny_export import make_photo
 
 from aqdet.evaluation.exported import load_exported
-from aqdet.evaluation.latency import peak_memory
 from aqdet.export.folder import export_detector, load_detector
 from aqdet.runtime import Detector
 from aqdet.runtime.preprocess import make_batch as make_runtime_batch

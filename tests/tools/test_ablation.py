@@ -13,7 +13,7 @@ from aqdet.engine import check_config
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "tools" / "ablation.py")
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "tools" / "experiments" / "ablation.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["ablation"] = module  # its dataclass looks there for annotations
     spec.loader.exec_module(module)
@@ -165,7 +165,7 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     assert "\nLeft out (seeds): retinanet_lsq_w2a2_distill (2); retinanet_dorefa_w2a2_baseline (0, 1, 2); " in text
     assert "aux_fpn" not in text  # not asked for
     assert "AP of the starts: retinanet 30.0" in text and "2026-01-02" in text
-    assert (tmp_path / "tools" / "plots" / "ablation_shapes.png").stat().st_size > 5000
+    assert (tmp_path / "tools" / "experiments" / "plots" / "ablation_shapes.png").stat().st_size > 5000
     assert "Left out" in capsys.readouterr().out
     assert "--seeds 0 1 2 --methods baseline distill --bits 2 --taps backbone`" in text
     assert "AdamW, learning rate 0.002: retinanet starts, retinanet 2 bits, " in text
@@ -180,7 +180,7 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
 
 
 def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
-    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "experiments").mkdir(parents=True)
     options = ("--seeds", "0", "1", "--bits", "2", "--detectors", "retinanet", "--quantizers", "lsq")
     options += ("--methods", "baseline")
     start, baseline = (tool.Cell("retinanet", *rest, tool.BASELINE) for rest in ((tool.START, 32), ("lsq", 2)))
@@ -209,9 +209,9 @@ def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
         Path(jobs[1, start].output_dir, "model_final.pth").touch()
         tool.recall_runs("shapes", list(jobs.values()))
         assert jobs[1, start].finished()
-        kept = json.loads((tmp_path / "tools" / tool.RUNS).read_text())
+        kept = json.loads((tmp_path / "tools" / "experiments" / tool.RUNS).read_text())
         kept["shapes seed 0 retinanet_lsq_w2a2_baseline"]["fingerprint"] = "of another config"
-        (tmp_path / "tools" / tool.RUNS).write_text(json.dumps(kept))
+        (tmp_path / "tools" / "experiments" / tool.RUNS).write_text(json.dumps(kept))
         (tmp_path / "output").rename(tmp_path / "gone too")
         tool.recall_runs("shapes", list(jobs.values()))
         assert not jobs[0, baseline].finished() and not jobs[0, start].finished()
@@ -231,7 +231,7 @@ def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkey
     for quantizer in ("lsq", "pact"):
         assert f"192x192 (retinanet {quantizer})\n" in text
         assert f"--detectors retinanet --quantizers {quantizer} --taps backbone" in text
-        assert (tmp_path / "tools" / "plots" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
+        assert (tmp_path / "tools" / "experiments" / "plots" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
 
 
 def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, m
         finish(baseline, 40)
         with monkeypatch.context() as patched:
             patched.setattr(tool, "ROOT", tmp_path)
-            (tmp_path / "tools").mkdir(exist_ok=True)
+            (tmp_path / "tools" / "experiments").mkdir(parents=True, exist_ok=True)
             tool.write_results(args, cells, jobs)
         names.append((start.name, baseline.name, baseline.iterations))
     start, run = "seed 0 retinanet_start", "seed 0 retinanet_lsq_w2a2_baseline"
@@ -287,7 +287,7 @@ def test_detectors_are_evaluated_on_another_split_without_training_again(tool, p
     assert job.output_dir != jobs[0, distill].output_dir and job.sources == (jobs[0, distill],)
     with monkeypatch.context() as patched:
         patched.setattr(tool, "ROOT", tmp_path)
-        (tmp_path / "tools").mkdir()
+        (tmp_path / "tools" / "experiments").mkdir(parents=True)
         for seed, cell in ((0, reference), (0, distill), (1, distill)):
             finish(jobs[seed, cell], 40)
         finish(tests[0, distill], 30)

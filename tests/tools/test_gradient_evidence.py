@@ -7,12 +7,12 @@ import torch
 from helpers import AUX, QUANT, calibrated, load_tool, make_batch, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
 
-from aqdet.engine.gradients import Alignment
+from aqdet.analysis.gradients import Alignment
 
 
 @pytest.fixture(scope="module")
 def tool():
-    return load_tool("gradient_evidence")
+    return load_tool("experiments/gradient_evidence")
 
 
 def test_tables_by_hand(tool):
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_compared_and_plotted(tool, tmp_path, monkeypatch, capsy
     assert "(standard error over batches, paired)" in shown
     assert " --batches 2 --section g`" in shown and "| pyramid (8 layers) |" in shown
     assert len((tmp_path / "out" / "gradients.md").read_text().splitlines()) == 2 + 28
-    assert (tmp_path / "tools" / "plots" / "gradients.png").stat().st_size > 5000
+    assert (tmp_path / "tools" / "experiments" / "plots" / "gradients.png").stat().st_size > 5000
     results = tmp_path / "RESULTS.md"
     assert "begin g" in results.read_text()
     results.write_text(results.read_text().replace("\n<!-- end g -->", "\n\nReading: by hand.\n<!-- end g -->"))

@@ -12,7 +12,9 @@ from helpers import ROOT
 from aqdet.utils import arguments
 
 TOOLS = sorted(
-    path.stem for path in (ROOT / "tools").glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8")
+    str(path.relative_to(ROOT / "tools").with_suffix(""))
+    for path in (ROOT / "tools").rglob("*.py")
+    if 'if __name__ == "__main__"' in path.read_text("utf-8")
 )
 SLOW = ("torch", "detectron2", "fvcore", "matplotlib")
 

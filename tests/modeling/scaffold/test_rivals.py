@@ -7,10 +7,10 @@ import torch
 from detectron2.modeling import build_model
 from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
 
+from aqdet.analysis.plan import make_plan, total
 from aqdet.config import detector_only
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import quantizable_layers, strip, without_scaffold
-from aqdet.modeling.plan import make_plan, total
 from aqdet.modeling.scaffold.distillation import Distillation, feature_loss, logit_loss
 from aqdet.quantization import quantizers, set_quantization
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import AUX, QUANT, calibrated, gradients, make_batch, make_model
 
-from aqdet.engine.gradients import cosine, gradient_alignment
+from aqdet.analysis.gradients import cosine, gradient_alignment
 from aqdet.quantization import set_quantization
 
 BITS = ("MODEL.QUANT.WEIGHT.NUM_BITS", "2", "MODEL.QUANT.INPUT.NUM_BITS", "2", "MODEL.FPN.RELU", "True")

@@ -6,8 +6,9 @@ extra loss, distillation from the full-precision run of the same start, the auxi
 combinations ("aux_both+distill"); with "two_stage" the start is trained with the auxiliary path too. Stop it at any
 time and run it again: it goes on where it stopped. With --split test the detectors, once trained, are evaluated on
 images that the grid has not seen, 2000 of the embedded dataset or 72 of BCCD, in a table of its own. KEY VALUE pairs
-after -- are for every run, as for train_net.py. What finished runs gave is kept in tools/ablation_runs.json too, so
-that a grid can go on in another checkout; a run with another config, start or teacher is run anew.
+after -- are for every run, as for train_net.py. What finished runs gave is kept in
+tools/experiments/ablation_runs.json too, so that a grid can go on in another checkout; a run with another config, start
+or teacher is run anew.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 from aqdet.utils.arguments import Distinct, folder_to_write, integer
 
 if TYPE_CHECKING:
-    from aqdet.engine.experiment import Job
+    from jobs import Job
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))  # jobs.py
 DATASETS = {"shapes": "quickstart", "bccd": "BCCD"}
 TITLES = {
     "shapes": "the embedded dataset, 192x192",
@@ -218,7 +220,7 @@ def config_of(dataset: str, cell: Cell) -> Path:
 
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
     """The runs in their order: seed by seed, each detector's start before what starts from it."""
-    from aqdet.engine.experiment import Job
+    from jobs import Job
 
     data = declared(args, "train", "val")
     usual_start, usual_run = LENGTHS[args.dataset]
@@ -273,7 +275,7 @@ def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int
 
 def evaluations(args: argparse.Namespace, jobs: dict[tuple[int, Cell], Job]) -> dict[tuple[int, Cell], Job]:
     """The evaluation of each run's detector on ``args.split``, where training has not evaluated it."""
-    from aqdet.engine.experiment import Job
+    from jobs import Job
 
     if args.split == "val":
         return {}
@@ -300,7 +302,7 @@ def prune(job: Job, first_seed: int) -> None:
     """Deletes what nothing reads later: a grid of whole checkpoints takes 50 GB.
 
     Kept are the stripped detector, a start's ``model_final.pth``, and of the first seed's runs the checkpoint of half
-    way, for tools/gradient_evidence.py.
+    way, for tools/experiments/gradient_evidence.py.
     """
     folder = Path(job.output_dir)
     keep = {STRIPPED}
@@ -315,7 +317,7 @@ def prune(job: Job, first_seed: int) -> None:
 
 def kept_runs() -> dict[str, dict[str, Any]]:
     """What runs gave, of any grid, by dataset and the run's name."""
-    path = ROOT / "tools" / RUNS
+    path = ROOT / "tools" / "experiments" / RUNS
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -329,7 +331,7 @@ def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         if noted is not None:
             noted.pop("command")
             kept[f"{dataset} {job.name}"] = {**noted, "metrics": job.metrics()}
-    write_text(ROOT / "tools" / RUNS, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    write_text(ROOT / "tools" / "experiments" / RUNS, json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return kept
 
 
@@ -339,7 +341,8 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
     What another run needs the weights of is run again where they are not there: starts, full-precision runs that
     distillation learns from, and what is still to be evaluated.
     """
-    from aqdet.engine.experiment import DONE
+    from jobs import DONE
+
     from aqdet.utils.files import write_text
 
     kept = kept_runs()
@@ -379,7 +382,7 @@ def make_rows(
     seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
 ) -> list[list[str]]:
     """Rows of the table from the metrics of finished runs; none for a cell without one."""
-    from aqdet.engine.experiment import mean_and_spread
+    from jobs import mean_and_spread
 
     def values(cell: Cell, key: str = "AP") -> dict[int, float]:
         return {s: done[s, cell][key] for s in seeds if (s, cell) in done and done[s, cell][key] is not None}
@@ -471,8 +474,7 @@ def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
     """The section of RESULTS.md and the plot, from what has finished, here or before."""
     import torch
-
-    from aqdet.engine.experiment import LEFT_OUT, kept_remark, markdown_table, mean_and_spread, write_section
+    from jobs import LEFT_OUT, kept_remark, markdown_table, mean_and_spread, write_section
 
     done, dates, machines = {}, set(), set()
     evaluated = evaluations(args, jobs)
@@ -493,7 +495,7 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
         return
     header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed"]
     part = part_name(args)
-    plot = Path("tools", PLOTS, f"ablation_{part.replace(' ', '_')}.png")
+    plot = Path("tools", "experiments", PLOTS, f"ablation_{part.replace(' ', '_')}.png")
     (ROOT / plot).parent.mkdir(parents=True, exist_ok=True)
     make_plot(str(ROOT / plot), args.seeds, cells, done)
     missing = []
@@ -514,7 +516,7 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
         for name, cell in starts.items()
     ]
     seeds = " ".join(map(str, args.seeds))
-    command = f"python tools/ablation.py --dataset {args.dataset} --seeds {seeds}"
+    command = f"python tools/experiments/ablation.py --dataset {args.dataset} --seeds {seeds}"
     command += " --bccd-root BCCD" * (args.dataset == "bccd")
     for option in ("detectors", "quantizers", "methods"):
         if getattr(args, option):
@@ -555,7 +557,7 @@ torch {torch.__version__}.
 
 def main() -> None:
     args = parse_args()
-    from aqdet.engine.experiment import run_jobs  # late, so that --help opens at once
+    from jobs import run_jobs  # late, so that --help opens at once
 
     try:
         cells = part_of_grid(args, planned(args.dataset, args.taps, args.methods or ()))

@@ -3,8 +3,7 @@ import json
 import sys
 
 import pytest
-
-from aqdet.engine.experiment import Job, markdown_table, mean_and_spread, run_jobs, write_section
+from jobs import Job, markdown_table, mean_and_spread, run_jobs, write_section
 
 SCRIPT = """
 import json, os, sys
@@ -21,7 +20,7 @@ json.dump({"AP": 12.0}, open(os.path.join(out, "inference", "metrics.json"), "w"
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    monkeypatch.setattr("aqdet.engine.experiment._POLL_SECONDS", 0.05)
+    monkeypatch.setattr("jobs._POLL_SECONDS", 0.05)
     script, base, config = (tmp_path / name for name in ("net.py", "base.yaml", "c.yaml"))
     script.write_text(SCRIPT)
     base.write_text("SEED: 1")

@@ -11,7 +11,7 @@ import html
 import math
 from collections.abc import Sequence
 
-from .histograms import SiteHistogram
+from ..analysis.histograms import SiteHistogram
 
 COLOURS = ("#1f5fa8", "#c4511c", "#2a8a57", "#7b4aa0", "#8a6d1d", "#5a6470")
 _MAX_LINES = 32  # Levels drawn one by one; a wider range is drawn as its two ends.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_data import write_dataset
 
-from aqdet.visualization.detections import (
+from aqdet.report.detections import (
     FALSE,
     FOUND,
     MISSED,

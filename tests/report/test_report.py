@@ -17,7 +17,7 @@ from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer
 from aqdet.quantization import quantizers
-from aqdet.visualization import load_runs, make_report
+from aqdet.report import load_runs, make_report
 
 FLOAT = ("MODEL.FPN.RELU", "True", "INPUT.MAX_SIZE_TEST", "64")
 QUANTIZED = (*QUANT, *AUX, *FLOAT)

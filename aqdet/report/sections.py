@@ -12,14 +12,14 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
+from ..analysis.histograms import SiteHistogram
+from ..analysis.plan import PlanRow, total
 from ..evaluation.coco import COCO_LIMIT, LIMIT_KEY, METRICS
-from ..modeling.plan import PlanRow, total
 from . import svg
-from .collect import UNREADABLE, Inside, TestSet, collect_test_sets, limit_of, look_inside
+from .contents import UNREADABLE, Inside, TestSet, collect_test_sets, limit_of, look_inside
 from .detections import FALSE, FOUND, MISSED, Outcome, f1, image_outcomes, precision_recall, rank_images
-from .histograms import SiteHistogram
 from .page import chips, escape, grid, page, table
-from .run import Run, config_differences, flatten, series
+from .runs import Run, config_differences, flatten, series
 
 MAX_CLASSES = 12
 _COLUMNS = {2: 2, 3: 3, 5: 3, 6: 3}  # For this many pictures of one image; else 4.
@@ -47,7 +47,7 @@ def make_report(runs: Sequence[Run], *, min_score: float = 0.5, num_pictures: in
     """The page as text.
 
     Args:
-        runs: see :func:`aqdet.visualization.load_runs`; the first is what the others are compared with. Their
+        runs: see :func:`aqdet.report.load_runs`; the first is what the others are compared with. Their
             configs name devices that exist.
         min_score: of the detections that pictures show and that images are ranked by.
         num_pictures: how many of the worst and of the best images are shown.

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_data import write_dataset
 
 from aqdet.config import load_config
-from aqdet.visualization import demo
+from aqdet.evaluation import demo
 
 
 def write_video(path, num_frames=5, size=64):

@@ -121,7 +121,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_commands(folder: Path) -> list[str]:
-    """Command lines noted by ``aqdet.engine.experiment`` or in logs, each once, oldest first, evaluations last."""
+    """Command lines noted by ``jobs`` or in logs, each once, oldest first, evaluations last."""
     commands = []
     for log in (folder / "log.txt", folder / "inference" / "log.txt"):
         if log.is_file():

@@ -21,15 +21,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from ..analysis.histograms import SiteHistogram, activation_histograms, weight_histograms
+from ..analysis.plan import PlanRow, make_plan
 from ..checkpoint import load_detector
 from ..config import detector_only
 from ..data import register_declared
 from ..evaluation.coco import COCO_LIMIT, LIMIT_KEY
-from ..modeling.plan import PlanRow, make_plan
 from ..quantization import quantizers
 from .detections import average_precision, evaluate, load_truth
-from .histograms import SiteHistogram, activation_histograms, weight_histograms
-from .run import Run
+from .runs import Run
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aqdet.utils.arguments import file_to_read, folder_to_write, integer
 
 if TYPE_CHECKING:
-    from aqdet.engine.gradients import Alignment
+    from aqdet.analysis.gradients import Alignment
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # jobs.py
 COLUMNS = {
     "own": "own losses",
     "all": "with added losses",
@@ -90,7 +92,7 @@ def gains(found: Sequence[Alignment]) -> list[float]:
 
 def make_table(found: Sequence[Alignment], summary: bool) -> str:
     """Mean cosines over batches: a row a layer, or for the summary a row a stage and one for what is reached."""
-    from aqdet.engine.experiment import markdown_table
+    from jobs import markdown_table
 
     groups = {alignment.layer.removeprefix("backbone."): [alignment] for alignment in found}
     if summary:
@@ -130,10 +132,10 @@ def make_plot(found: Sequence[Alignment], path: str) -> None:
 
 def measure(args: argparse.Namespace) -> list[Alignment]:
     """Loads the run's model and compares gradients on batches of its training data."""
+    from aqdet.analysis.gradients import gradient_alignment
     from aqdet.config import load_config
     from aqdet.data import check_num_classes, register_declared
     from aqdet.engine import Trainer, build_checkpointer, check_config, fit_to_machine
-    from aqdet.engine.gradients import gradient_alignment
 
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
@@ -150,14 +152,13 @@ def main() -> None:
     args = parse_args()
     # Late, so that --help opens at once.
     import torch
-
-    from aqdet.engine.experiment import describe_machine, kept_remark, write_section
+    from jobs import describe_machine, kept_remark, write_section
 
     try:
         found = measure(args)
         os.makedirs(args.output, exist_ok=True)
         table = os.path.join(args.output, "gradients.md")
-        plot = os.path.join("tools/plots" if args.section else args.output, "gradients.png")
+        plot = os.path.join("tools/experiments/plots" if args.section else args.output, "gradients.png")
         os.makedirs(os.path.dirname(plot), exist_ok=True)
         with open(f"{table}.part", "w", encoding="utf-8") as file:
             file.write(make_table(found, summary=False) + "\n")
@@ -178,7 +179,7 @@ In the layers that the added losses reach, they bring the gradient nearer to the
 
 ![Cosine by layer]({plot})
 
-By layer: `{table}`. Command: `python tools/gradient_evidence.py --config-file {args.config_file}
+By layer: `{table}`. Command: `python tools/experiments/gradient_evidence.py --config-file {args.config_file}
 --weights {args.weights} --batches {args.batches}{f" --section {args.section}" if args.section else ""}{opts}`.
 {time.strftime("%Y-%m-%d")}, {describe_machine()}, torch {torch.__version__}.
 """

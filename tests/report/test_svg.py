@@ -4,9 +4,9 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from aqdet.analysis.histograms import NUM_BINS, SiteHistogram
 from aqdet.quantization import QuantSpec
-from aqdet.visualization import svg
-from aqdet.visualization.histograms import NUM_BINS, SiteHistogram
+from aqdet.report import svg
 
 
 def parse(figure):

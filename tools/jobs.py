@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from ..config import load_config
+from aqdet.config import load_config
 
 DONE = "done.json"
 LEFT_OUT = "Left out"

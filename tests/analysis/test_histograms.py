@@ -8,9 +8,9 @@ from detectron2.layers import Conv2d
 from helpers import QUANT, calibrated, make_batch, make_model
 from torch import nn
 
+from aqdet.analysis.histograms import NUM_BINS, activation_histograms, weight_histograms
 from aqdet.layers import QuantAdd, QuantConv2d, StreamQuantizer
 from aqdet.quantization import QuantSpec, calibrate, quantizers
-from aqdet.visualization.histograms import NUM_BINS, activation_histograms, weight_histograms
 
 
 def make_layer(weight=("lsq", 4), signed=True, per_channel=True):

@@ -2,8 +2,7 @@ import sys
 import time
 
 import pytest
-
-from aqdet.evaluation.latency import Machine, Times, interleave, peak_memory, saturating
+from latency import Machine, Times, interleave, peak_memory, saturating
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.0GHz

@@ -6,7 +6,7 @@ import plan as tool
 import pytest
 from helpers import AUX, QUANT, ROOT, make_model
 
-from aqdet.modeling.plan import make_plan, total
+from aqdet.analysis.plan import make_plan, total
 
 
 def test_numbers_by_hand():

@@ -1,0 +1,1 @@
+"""What a config costs, and what quantizers do to values and gradients."""
