@@ -23,7 +23,7 @@ def test_tensor_operations_are_lsq(per_channel, range_):
     grad = torch.linspace(-1, 1, x.numel()).view_as(x)
     (dx, dscale), y = torch.autograd.grad(naive(x), (x, naive.scale), grad), naive(x)
     scale = naive.scale.detach().clone().requires_grad_()
-    expected = fake_quantize(x, scale, *range_, rule="lsq")
+    expected = fake_quantize(x, scale, *range_, gradient="lsq")
     torch.testing.assert_close(y, expected)
     expected_dx, expected_dscale = torch.autograd.grad(expected, (x, scale), grad)
     torch.testing.assert_close(dx, expected_dx)
