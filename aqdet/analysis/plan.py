@@ -12,9 +12,8 @@ from detectron2.layers import CycleBatchNormList
 from torch import nn
 
 from ..layers import LAYER_KINDS, Layer, QuantAdd, StreamQuantizer, quantized_form, weighted_layers
-from ..modeling.backbone import tapped_sums
-from ..quantization import Quantizer
 from ..modeling.scaffold import SCAFFOLD_PREFIXES
+from ..quantization import Quantizer
 
 FLOAT_BITS = 32
 IMAGE_BITS = 8
