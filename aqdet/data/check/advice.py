@@ -7,6 +7,7 @@ Nothing is refused for it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ __all__ = ["advise"]
 FEW_OBJECTS = 10
 # Share of a class's objects that no anchor reaches, above which it is worth a line; and what a remedy must leave.
 UNMATCHED = 0.1
+# Objects that remedies are tried on: many remedies on all of a large dataset would take a minute.
+REMEDY_OBJECTS = 5000
 REMEDIED = 0.02
 SCALES = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 # Of two datasets: factor between the medians of sizes; difference of the means of colours, in grey levels and in
@@ -75,8 +78,8 @@ def _unmatched(cfg: CfgNode, report: Report) -> Iterator[str]:
     rule = "no point of FCOS lies in them" if matcher.threshold is None else f"no anchor has IoU {matcher.threshold:g}"
     size = f"INPUT.MIN_SIZE_TRAIN {tuple(_listed(cfg.INPUT.MIN_SIZE_TRAIN))}"
     yield (
-        f"{report.name}: {_percent(missed.mean())} of the objects are too small or too thin to be learnt ({rule} at "
-        f"{size}): {listed}{more}; {_remedies(cfg, statistics, missed)}"
+        f"{report.name}: {_percent(missed.mean())} of the objects are too small or too thin to be learnt well ({rule} "
+        f"at {size}): {listed}{more}; {_remedies(cfg, statistics, missed)}"
     )
 
 
@@ -94,6 +97,8 @@ def _missed(cfg: CfgNode, matcher: Matcher, statistics: Statistics, scale: float
 
 def _remedies(cfg: CfgNode, statistics: Statistics, missed: np.ndarray) -> str:
     """What to change in the config, each tried on the data: the least change that leaves few, else the best."""
+    step = -(-len(missed) // REMEDY_OBJECTS)
+    statistics, missed = dataclasses.replace(statistics, objects=statistics.objects[::step]), missed[::step]
     tried: list[tuple[str, float]] = []
     share = float(missed.mean())
     goal = min(REMEDIED, share / 4)
@@ -135,7 +140,11 @@ def _least(tried: Sequence[tuple[float, float]], goal: float) -> tuple[float, fl
 def _ratios(statistics: Statistics, missed: np.ndarray) -> list[float]:
     """Heights by widths for anchors: 1, and in steps of two as far as the objects that are missed need them."""
     rows = np.array(statistics.objects, dtype=np.float64)[missed > 0]
-    logs = np.log2(rows[:, 4] / rows[:, 3])
+    if not len(rows):
+        return [0.5, 1.0, 2.0]
+    # Sides are kept with two digits: one of less is 0 there.
+    sides = rows[:, 3:5].clip(0.01)
+    logs = np.log2(sides[:, 1] / sides[:, 0])
     low, high = min(-1, round(np.percentile(logs, 5))), max(1, round(np.percentile(logs, 95)))
     return [2.0**power for power in range(max(low, -4), min(high, 4) + 1)]
 

@@ -109,7 +109,7 @@ def test_small_objects_and_what_would_help():
     small, large = (0, 108, 108, 8, 8), (1, 100, 100, 100, 100)
     cfg = config("INPUT.MIN_SIZE_TRAIN", "(200,)", "INPUT.MAX_SIZE_TRAIN", "1000", "DATASETS.TEST", "()")
     (line,) = advise(cfg, {"a": report("a", [small, large])})
-    assert line.startswith("a: 50% of the objects are too small or too thin to be learnt (no anchor has IoU 0.4")
+    assert line.startswith("a: 50% of the objects are too small or too thin to be learnt well (no anchor has IoU 0.4")
     assert "at INPUT.MIN_SIZE_TRAIN (200,)): 100% of 20 cat; change one: " in line and "dog" not in line
     # 24 px at 1200, and anchors of 5.3 px at 200, have an IoU of 0.56; twice as far the other way it is 0.25.
     assert "INPUT.MIN_SIZE_TRAIN (1200,) with MAX_SIZE_TRAIN 6000 leaves 0%" in line
@@ -124,6 +124,20 @@ def test_thin_objects_need_ratios():
     (line,) = advise(cfg, {"a": report("a", thin)})
     assert line.startswith("a: 100% of the objects are too small or too thin")
     assert "change one: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS [[0.0625, 0.125, 0.25, 0.5, 1, 2]] leaves 0%" in line
+
+
+def test_objects_of_less_than_a_hundredth_of_a_pixel(recwarn):
+    cfg = config("INPUT.MIN_SIZE_TRAIN", "(400,)", "DATASETS.TEST", "()")
+    (line,) = advise(cfg, {"a": report("a", [(0, 10, 10, 0.0, 5), (1, 10, 10, 5, 0.0)])})
+    assert line.startswith("a: 100% of the objects") and not recwarn.list
+
+
+def test_remedies_of_many_objects_are_tried_on_some(monkeypatch):
+    rows = [(0, 108, 108, 8, 8), (1, 100, 100, 100, 100)] * 3
+    cfg = config("INPUT.MIN_SIZE_TRAIN", "(200,)", "INPUT.MAX_SIZE_TRAIN", "1000", "DATASETS.TEST", "()")
+    whole = advise(cfg, {"a": report("a", rows)})
+    monkeypatch.setattr("aqdet.data.check.advice.REMEDY_OBJECTS", 41)
+    assert advise(cfg, {"a": report("a", rows)}) == whole
 
 
 def test_points_have_no_anchors_to_change():
