@@ -24,6 +24,7 @@ from ..data import register_declared
 from ..evaluation import build_evaluator
 from ..evaluation.exported import ExportedDetector
 from ..runtime import Detector
+from .extract import with_rounded_constants
 
 SHOWN = 0.5
 """Score from which a detection of the trained model counts as one that its user sees."""
@@ -138,7 +139,10 @@ def evaluate_both(
     dataset: str,
     progress: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluates the trained model and the exported folder on the same images.
+    """Evaluates the trained model, the same with the constants that ship, and the exported folder on the same images.
+
+    What is left between the second and the third is float32's rounding at ties; between the first and the second lie
+    biases rounded to int32 and the scales of sums, see :func:`~aqdet.export.extract.with_rounded_constants`.
 
     Args:
         cfg: of the detector; not changed.
@@ -148,8 +152,9 @@ def evaluate_both(
         progress: called with a line of text from time to time.
 
     Returns:
-        ``dataset``, ``images``, ``metrics`` (``trained``, ``exported`` and their ``difference`` by name) and
-        ``detections``, see :meth:`Matches.summary`.
+        ``dataset``, ``images``, ``metrics`` (``trained``, ``rounded``, ``exported`` and the ``difference`` of the last
+        and the first by name), ``detections`` of the first and ``rounded_detections`` of the second beside the
+        exported ones, see :meth:`Matches.summary`.
 
     Raises:
         ValueError: in one line, for a dataset that is not known, has other classes or no records.
@@ -157,20 +162,22 @@ def evaluate_both(
     cfg, records = dataset_records(cfg, dataset)
     objects = {record["image_id"]: _objects(record) for record in records}
     exported = ExportedDetector(Detector(folder, threads=torch.get_num_threads()))
-    matches = Matches()
+    rounded = with_rounded_constants(model)
+    matches = {"trained": Matches(), "rounded": Matches()}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        evaluators = [build_evaluator(cfg, dataset, os.path.join(scratch, name)) for name in ("trained", "exported")]
+        evaluators = [build_evaluator(cfg, dataset, os.path.join(scratch, name)) for name in (*matches, "exported")]
         for evaluator in evaluators:
             evaluator.reset()
         start = printed = time.monotonic()
         done = 0
         for inputs in build_detection_test_loader(cfg, dataset):
-            outputs = [model(inputs), exported(inputs)]
+            outputs = [model(inputs), rounded(inputs), exported(inputs)]
             for evaluator, output in zip(evaluators, outputs, strict=True):
                 evaluator.process(inputs, output)
-            for entry, ours, theirs in zip(inputs, *outputs, strict=True):
-                instances = (ours["instances"].to("cpu"), theirs["instances"])
-                matches.add(*instances, objects[entry["image_id"]])
+            for index, entry in enumerate(inputs):
+                shipped = outputs[-1][index]["instances"]
+                for own, output in zip(matches.values(), outputs, strict=False):
+                    own.add(output[index]["instances"].to("cpu"), shipped, objects[entry["image_id"]])
             done += len(inputs)
             now = time.monotonic()
             if now - printed > _SECONDS_BETWEEN_LINES:
@@ -180,12 +187,18 @@ def evaluate_both(
         with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
             results_of = [evaluator.evaluate() or {} for evaluator in evaluators]
     found: list[dict[str, Any]] = [dict(next(iter(results.values()), {})) for results in results_of]
-    metrics = {
-        name: {"trained": value, "exported": found[1].get(name), "difference": _difference(value, found[1].get(name))}
-        for name, value in found[0].items()
-        if isinstance(value, int | float)
+    metrics = {}
+    for name, value in found[0].items():
+        if isinstance(value, int | float):
+            values = dict(zip((*matches, "exported"), (results.get(name) for results in found), strict=True))
+            metrics[name] = {**values, "difference": _difference(value, values["exported"])}
+    return {
+        "dataset": dataset,
+        "images": len(records),
+        "metrics": metrics,
+        "detections": matches["trained"].summary(),
+        "rounded_detections": matches["rounded"].summary(),
     }
-    return {"dataset": dataset, "images": len(records), "metrics": metrics, "detections": matches.summary()}
 
 
 def _objects(record: dict[str, Any]) -> Instances:

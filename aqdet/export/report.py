@@ -96,12 +96,20 @@ def markdown(report: dict[str, Any]) -> str:
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     """AP of the trained and the exported model, and their detections side by side."""
     lines = ["", f"## On {evaluation['dataset']}, {evaluation['images']} images", ""]
-    lines += ["| | trained | exported | difference |", "|---|---|---|---|"]
+    lines += ["| | trained | with the constants that ship | exported | exported - trained |", "|---|---|---|---|---|"]
     for name, values in evaluation["metrics"].items():
-        cells = ["-" if v is None else f"{v:.2f}" for v in (values["trained"], values["exported"])]
+        cells = ["-" if v is None else f"{v:.2f}" for v in (values[key] for key in ("trained", "rounded", "exported"))]
         difference = values["difference"]
         lines.append(f"| {name} | {' | '.join(cells)} | {'-' if difference is None else f'{difference:+.2f}'} |")
-    return [*lines, "", detections_line(evaluation["detections"])]
+    rounded = evaluation["rounded_detections"]
+    return [
+        *lines,
+        "",
+        detections_line(evaluation["detections"]),
+        f"With the constants that ship (biases in int32, scales of sums) the trained model has {rounded['trained']} "
+        f"such detections, {rounded['matched']} of them exported too; scores differ by "
+        f"{rounded['mean_score_difference']:.1e} on average, {rounded['largest_score_difference']:.1e} at most.",
+    ]
 
 
 def detections_line(detections: Mapping[str, Any]) -> str:

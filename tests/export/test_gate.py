@@ -65,7 +65,8 @@ def test_no_detections_and_no_objects_have_a_summary():
 
 def evaluation(trained, exported):
     difference = None if exported is None else exported - trained
-    return {"dataset": "d", "metrics": {"AP": {"trained": trained, "exported": exported, "difference": difference}}}
+    values = {"trained": trained, "rounded": trained, "exported": exported, "difference": difference}
+    return {"dataset": "d", "metrics": {"AP": values}}
 
 
 def test_a_loss_above_the_stated_one_stops():
@@ -126,6 +127,8 @@ def test_a_dataset_is_evaluated_and_everything_is_in_the_folder(run, tmp_path, m
     report = json.loads((output / "report.json").read_text())
     measured = report["evaluation"]
     assert measured["dataset"] == "tiny_gate" and {"AP", "APs", f"AP-{CLASSES[0]}"} <= set(measured["metrics"])
+    alike = measured["rounded_detections"]
+    assert alike["matched"] == alike["trained"] and alike["largest_score_difference"] < 1e-3
     assert report["agreement"]["training"] and not report["agreement"]["random"]
     assert {row["name"] for row in report["ranges"]["training"]} >= {"backbone.p3_stream.quantizer"}
     text = (output / "report.md").read_text()
@@ -190,7 +193,7 @@ def test_a_loss_stops_with_3_and_leaves_the_former_export(run, tmp_path, monkeyp
     assert (output / "detector.json").read_text() == "former" and [p.name for p in tmp_path.iterdir()] == ["detector"]
 
 
-REST = {"images": 1, "detections": Matches().summary()}
+REST = {"images": 1, "detections": Matches().summary(), "rounded_detections": Matches().summary()}
 
 
 @pytest.mark.parametrize(
