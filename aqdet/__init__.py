@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from . import data, modeling
     from .config import add_aqdet_config, load_config
     from .data.embedded import register as _register  # noqa: F401  (registers)
+    from .engine import prepare, prepare_trainer
 
 __version__ = "0.1.0"
-__all__ = ["add_aqdet_config", "data", "load_config", "modeling"]
+__all__ = ["add_aqdet_config", "data", "load_config", "modeling", "prepare", "prepare_trainer"]
 
 # Where each public name is defined; imported when it is first asked for.
 _HOMES = {
@@ -24,6 +25,8 @@ _HOMES = {
     "data": "aqdet.data",
     "load_config": "aqdet.config",
     "modeling": "aqdet.modeling",
+    "prepare": "aqdet.engine",
+    "prepare_trainer": "aqdet.engine",
 }
 
 ImportAfter({"detectron2.data": "aqdet.data.embedded.register", "detectron2.modeling": "aqdet.modeling"}).install()

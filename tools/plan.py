@@ -35,7 +35,7 @@ def main() -> None:
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes
     from aqdet.engine import check_config, fit_to_machine
-    from aqdet.engine.checks import our_architectures
+    from aqdet.modeling.architecture import our_architectures
     from aqdet.modeling.exportable import export_obstacles
 
     try:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from detectron2.data import DatasetFromList, MapDataset, build_detection_train_l
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 1.0
 
@@ -248,3 +251,34 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
     )
+
+
+class OtherLoader:
+    """Any iterable of training batches in the place of a :class:`TrainLoader`, such as Detectron2's own loader.
+
+    Its order is its own: a training with it runs, and a resumed one goes on with other images.
+
+    Args:
+        batches: the iterable.
+        seed: of all random numbers but those of the loader.
+    """
+
+    def __init__(self, batches: Iterable[Any], seed: int) -> None:
+        self.batches = batches
+        self.seed = seed
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def as_train_loader(loader: Iterable[Any], cfg: CfgNode) -> TrainLoader | OtherLoader:
+    """Returns a loader of ours as it is, and any other in an :class:`OtherLoader`, with a warning."""
+    if isinstance(loader, TrainLoader | OtherLoader):
+        return loader
+    logger.warning(
+        "build_train_loader gives a %s: its order is not a function of the iteration, and a resumed run does not go on "
+        "where it stopped; aqdet.data.loader.build_train_loader(cfg, mapper) does, with any mapper",
+        type(loader).__name__,
+    )
+    return OtherLoader(loader, cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())

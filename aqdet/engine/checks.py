@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from ..modeling.architecture import check_architecture
 from ..modeling.backbone import feature_names
 from ..modeling.meta_arch.classifier import FEATURE, QuantClassifier
 from ..modeling.meta_arch.dense import LowPrecisionDense
@@ -36,11 +37,6 @@ def fit_to_machine(cfg: CfgNode) -> None:
                 node.NORM = "BN"
 
 
-def our_architectures() -> list[str]:
-    """Names for ``MODEL.META_ARCHITECTURE`` that can be quantized."""
-    return sorted(name for name, _ in META_ARCH_REGISTRY if name.startswith("Quant"))
-
-
 def check_config(cfg: CfgNode) -> None:
     """Checks what Detectron2 would fail on without saying which key it comes from, or take without a word.
 
@@ -61,14 +57,7 @@ def check_config(cfg: CfgNode) -> None:
             names = ", ".join(sorted(name for name, _ in registry))
             raise ValueError(f"{key} must be one of {names}, got {value!r}")
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if not any(base.__module__.startswith("aqdet.") for base in getattr(architecture, "__mro__", ())):
-        ours = ", ".join(our_architectures())
-        for key in ("QUANT", "AUX", "EXTRA_LOSS", "DISTILL"):
-            if cfg.MODEL[key].ENABLED:
-                raise ValueError(
-                    f"MODEL.{key}.ENABLED is True, but MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is "
-                    f"Detectron2's and would leave its head in float: use one of {ours}"
-                )
+    check_architecture(cfg)
     if not issubclass(architecture, LowPrecisionDense):
         dense = ", ".join(sorted(name for name, known in META_ARCH_REGISTRY if issubclass(known, LowPrecisionDense)))
         for key in ("EXTRA_LOSS", "DISTILL"):

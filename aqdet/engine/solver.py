@@ -11,6 +11,7 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.solver.build import _create_gradient_clipper, get_default_optimizer_params
 from torch import Tensor, nn
 
+from ..modeling.requests import OPTIMIZER_KEYS, acknowledge
 from ..quantization import quantizers
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
@@ -174,6 +175,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: for an unknown ``SOLVER.OPTIMIZER``.
     """
+    acknowledge(model, *OPTIMIZER_KEYS)
     solver = cfg.SOLVER
     options: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZER == "SGD":

@@ -24,9 +24,10 @@ from torch import nn
 
 from ..checkpoint import AqdetCheckpointer, check_calibrated
 from ..data import build_mapper
-from ..data.loader import TrainLoader, build_train_loader, seed_generators, start_worker
+from ..data.loader import OtherLoader, TrainLoader, as_train_loader, build_train_loader, seed_generators, start_worker
 from ..evaluation import build_evaluator, check_evaluator
 from ..modeling.exportable import export_obstacles
+from ..modeling.requests import CHECKPOINTER_KEYS, HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from .averaging import WeightAverageHook
 from .batch_norm import FreezeBNHook, PreciseBNHook
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> AqdetCheckpointer:
     """The checkpointer of a config."""
+    acknowledge(model, *CHECKPOINTER_KEYS)
     return AqdetCheckpointer(
         model,
         cfg.OUTPUT_DIR,
@@ -116,7 +118,7 @@ class Trainer(DefaultTrainer):
 
     iter: int
     model: nn.Module
-    data_loader: TrainLoader
+    data_loader: TrainLoader | OtherLoader
     checkpointer: AqdetCheckpointer
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -130,10 +132,11 @@ class Trainer(DefaultTrainer):
         for obstacle in export_obstacles(cfg):
             logger.warning("What is trained here cannot be exported: %s", obstacle)
         model = self.build_model(cfg)
+        acknowledge(model, *HOOK_KEYS, "TEST.COCO_EVAL")
         if cfg.MODEL.DISTILL.ENABLED:
             model.distillation = build_distillation(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
+        data_loader = as_train_loader(self.build_train_loader(cfg), cfg)
         trainer_class = CheckedAMPTrainer if cfg.SOLVER.AMP.ENABLED else CheckedTrainer
         self._trainer = trainer_class(distribute(model), data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -157,8 +160,8 @@ class Trainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         calibration = cfg.MODEL.QUANT.CALIBRATION
 
-        def build_loader() -> TrainLoader:
-            loader = self.build_train_loader(cfg)
+        def build_loader() -> TrainLoader | OtherLoader:
+            loader = as_train_loader(self.build_train_loader(cfg), cfg)
             loader.seed = self.data_loader.seed  # a resumed run's, where the config has none
             return loader
 
@@ -288,6 +291,8 @@ class Trainer(DefaultTrainer):
         """What is known of a loss or gradient that is not finite; all processes call this, their state put back."""
         model = unwrap(self.model)
         saved = self._save_from_before(model)
+        if isinstance(self.data_loader, OtherLoader):
+            return f"not finite in iteration {self.iter}: {wrong}; its images are not known{saved}"
         self.data_loader.start = self.iter
         batch = next(iter(self.data_loader))
         seed_generators(self.data_loader.seed, self.iter, comm.get_rank())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantAdd, StreamQuantizer, declare_site, max_pool2d, relu_before
 from ..quantization import quantizers
+from .architecture import check_architecture
 from .policy import QuantPolicy
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -226,6 +227,7 @@ def feature_names(cfg: CfgNode) -> list[str] | None:
 
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """ResNet in float with declared sites, from Detectron2's ``MODEL.RESNETS`` keys."""
+    check_architecture(cfg)
     resnets = cfg.MODEL.RESNETS
     depth = resnets.DEPTH
     if depth not in BLOCKS_PER_STAGE:

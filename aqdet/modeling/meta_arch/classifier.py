@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...layers import declare_site
 from ...quantization import name_quantizers
 from ..policy import QuantPolicy
+from ..requests import Requests
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary
 
 FEATURE = "res5"
@@ -54,6 +55,7 @@ class QuantClassifier(Scaffolded, nn.Module):
         head: maps the list of features to logits.
         auxiliary: full-precision path, or None.
         pixel_mean, pixel_std: means and standard deviations of the channels.
+        requests: keys that the config asks the training to act on; None without a config.
     """
 
     pixel_mean: Tensor
@@ -68,12 +70,14 @@ class QuantClassifier(Scaffolded, nn.Module):
         auxiliary: AuxiliaryPath | None = None,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        requests: Requests | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.scaffold = Scaffold(auxiliary)
         self.head_in_features = [FEATURE]
+        self.requests = requests
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         name_quantizers(self)
@@ -108,6 +112,7 @@ class QuantClassifier(Scaffolded, nn.Module):
             "auxiliary": auxiliary,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "requests": Requests.from_config(cfg),
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -120,6 +125,8 @@ class QuantClassifier(Scaffolded, nn.Module):
         Returns:
             ``{"loss_cls": ..., "aux_loss_cls": ...}``, or for each image ``{"scores": (K,)}``.
         """
+        if self.requests is not None and self.training and torch.is_grad_enabled():
+            self.requests.remind()
         device = self.pixel_mean.device
         images = torch.stack([x["image"].to(device) for x in batched_inputs])
         images = (images - self.pixel_mean) / self.pixel_std

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...quantization import name_quantizers
 from ..policy import QuantPolicy
+from ..requests import Requests
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary, build_extra_head
 
 
@@ -31,6 +32,7 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
 
     Args:
         auxiliary, extra_head, extra_loss_weight: see :class:`~aqdet.modeling.scaffold.Scaffold`.
+        requests: keys that the config asks the training to act on; None without a config.
         kwargs: arguments of the detector.
 
     Attributes:
@@ -49,11 +51,13 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         auxiliary: AuxiliaryPath | None = None,
         extra_head: nn.Module | None = None,
         extra_loss_weight: float = 1.0,
+        requests: Requests | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.scaffold = Scaffold(auxiliary, extra_head, extra_loss_weight)
         self.normalizer_moves = True
+        self.requests = requests
         name_quantizers(self)
 
     @classmethod
@@ -85,10 +89,13 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
             "auxiliary": auxiliary,
             "extra_head": extra_head,
             "extra_loss_weight": cfg.MODEL.EXTRA_LOSS.LOSS_WEIGHT,
+            "requests": Requests.from_config(cfg),
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """See Detectron2's."""
+        if self.requests is not None and self.training and torch.is_grad_enabled():
+            self.requests.remind()
         if self.auxiliary is None or not self.training:
             return super().forward(batched_inputs)
         with self.auxiliary.tapping(self.backbone):
