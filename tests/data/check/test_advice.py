@@ -259,7 +259,7 @@ def test_colours():
 
 def test_a_training_logs_it_also_from_the_cache(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("AQDET_CACHE", str(tmp_path / "cache"))
-    train = write_dataset(tmp_path / "train", "advice_train")
+    train = write_dataset(tmp_path / "train", "advice_train", num_images=6)
     test = write_dataset(tmp_path / "test", "advice_test", num_images=6)
     for path in (tmp_path / "test").glob("*.png"):
         Image.new("RGB", (64, 64), (255, 0, int(path.stem))).save(path)
@@ -275,8 +275,11 @@ def test_a_training_logs_it_also_from_the_cache(tmp_path, caplog, monkeypatch):
         lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         advice = [line for line in lines if line.startswith(("advice_", "DATASETS.TRAIN"))]
         assert [line.split(":")[0] for line in advice] == [
-            *("advice_train", "DATASETS.TRAIN", "advice_train", "advice_test", "advice_train and advice_test"),
+            *("advice_train", "DATASETS.TRAIN", "advice_train", "advice_test"),
+            *("advice_train and advice_test", "advice_train and advice_test"),
         ]
+        # Noise around 127, and red.
+        assert "colours (means, of 255): red 1" in advice[-1] and " and 255, green 1" in advice[-1]
         assert not any("\n" in line for line in advice)
     content = json.loads((tmp_path / "out/dataset_check.json").read_text())
     assert content["advice"] == advice and "statistics" not in content["datasets"][0]
