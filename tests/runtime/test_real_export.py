@@ -1,5 +1,7 @@
 """The runtime on what the exporter writes, and the benchmark of both."""
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
-from helpers import FCOS, QUANT, calibrated, make_batch, make_cfg, make_model
+from helpers import FCOS, QUANT, ROOT, calibrated, make_batch, make_cfg, make_model
 from latency import peak_memory
 from tiny_export import make_photo
 
@@ -52,6 +54,24 @@ def test_the_network_is_that_of_the_trained_model(exported, model):
     for kind in (0, 1):
         one, other = (np.concatenate([v.ravel() for v in values[kind::2]]) for values in (found, expected))
         assert np.corrcoef(one, other)[0, 1] > 0.9
+
+
+def test_node_computes_the_same_values(exported, tmp_path):
+    """Runs where node and onnxruntime-node are installed: npm install --ignore-scripts onnxruntime-node."""
+    node = shutil.which("node")
+    resolve = [node, "-e", "require.resolve('onnxruntime-node')"]
+    if node is None or subprocess.run(resolve, cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("needs node and onnxruntime-node")
+    detector = Detector(exported / "exported", threads=1)
+    batch, _ = make_runtime_batch([make_photo(), make_photo(seed=1)], detector.description)
+    (tmp_path / "input.bin").write_bytes(batch.tobytes())
+    sizes = [str(batch.shape[axis]) for axis in (0, 2, 3)]
+    files = [exported / "exported", *sizes, tmp_path / "input.bin", tmp_path / "out"]
+    subprocess.run([node, ROOT / "tools" / "onnxruntime_node.mjs", *files], cwd=ROOT, check=True)
+    for level, values in zip(detector.description.levels, detector.run(batch), strict=True):
+        for name, value in zip(level.outputs, values, strict=True):
+            found = np.fromfile(tmp_path / "out" / f"{name}.bin", np.float32).reshape(value.shape)
+            np.testing.assert_array_equal(found, value, err_msg=name)
 
 
 def test_decodes_as_the_model(exported, model):
