@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from data_forms import FORMS, write_form
 from detectron2.data import DatasetCatalog
 from helpers import CLASSIFIER, make_cfg
 from PIL import Image
@@ -81,6 +82,19 @@ def test_every_format_is_split(tmp_path, index, form):
         assert 5 < len(part["images"]) < 35
         assert report.number("error", "repaired", "dropped") == 0, report.text()
         assert names[0] == {n for n in names[0] | names[1] if Share.parse(0.7, 3).takes(n)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_labelling_tools_are_split(tmp_path, form):
+    entry = write_form(tmp_path / "d", form)
+    whole, usable = check(entry)
+    field = "share" if "split" in entry else "split"
+    parts = [check({**entry, field: share, "seed": 3}) for share in (0.5, -0.5)]
+    names = [{image["file_name"] for image in part["images"]} for _, part in parts]
+    assert names[0] | names[1] == {image["file_name"] for image in usable["images"]}
+    assert not names[0] & names[1] and all(names)
+    assert sum(report.facts["boxes"] for report, _ in parts) == whole.facts["boxes"]
+    assert [part["categories"] for _, part in parts] == [usable["categories"]] * 2
 
 
 def test_findings_are_those_of_the_part(tmp_path):

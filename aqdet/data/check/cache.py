@@ -117,7 +117,7 @@ def _key(declaration: Declaration) -> str:
 def _code() -> bytes:
     here = Path(__file__).parent.parent
     files = sorted(path for folder in ("check", "formats") for path in (here / folder).glob("*.py"))
-    return b"".join(path.read_bytes() for path in files)
+    return b"".join(path.read_bytes() for path in (*files, here / "share.py"))
 
 
 def _stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
