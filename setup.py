@@ -69,6 +69,8 @@ setup(
         "video": ["opencv-python>=4.7"],
         "eval": ["faster-coco-eval>=1.6"],
         "export": ["onnx>=1.16"],
+        # Its executor and transformations, for who develops; the export itself writes QONNX without it.
+        "qonnx": ["qonnx>=1.0"],
         "openvino": ["openvino>=2024.0"],
         "dev": [
             "faster-coco-eval>=1.6",

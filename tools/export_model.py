@@ -52,6 +52,13 @@ def parse_args() -> argparse.Namespace:
         help="also write model.end_to_end.onnx: uint8 images in, boxes, scores and classes out",
     )
     parser.add_argument(
+        "--qonnx",
+        type=integer(1),
+        default=0,
+        metavar="SIZE",
+        help="also write model.qonnx.onnx, whose bits are the trained ones, for images SIZE pixels high and wide",
+    )
+    parser.add_argument(
         "--tensorrt",
         action="store_true",
         help="experimental: also write model.tensorrt.onnx, signed 8 bits with zero points 0; checked in ONNX Runtime, "
@@ -126,6 +133,7 @@ def main() -> None:
             max_loss=args.max_loss,
             force=args.force,
             licence=args.licence,
+            qonnx=args.qonnx,
             tensorrt=args.tensorrt,
             end_to_end=args.end_to_end,
             allow_float=args.allow_float,

@@ -5,6 +5,7 @@
 - ``model.onnx``: the network on integers (:mod:`~aqdet.export.onnx_graph`), weights packed into their bits
   (:mod:`~aqdet.export.packed_weights`); its ``metadata_props`` hold what ``detector.json`` says.
 - ``model.end_to_end.onnx``, if asked for: pixels to detections (:mod:`~aqdet.export.end_to_end`).
+- ``model.qonnx.onnx``, if asked for: QONNX with the true bit widths (:mod:`~aqdet.export.qonnx_graph`).
 - ``golden.npz``: ``image``, ``input``, ``codes/NAME``, ``outputs/NAME``, ``boxes``, ``scores``, ``classes``: what the
   detector computes for one image at the size that it has, for the self-test of :mod:`aqdet.runtime`.
 - ``detector.json``: what the runtime has to know, and the SHA-256 of the files above.

@@ -64,6 +64,7 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
     about = {
         "model.onnx": "the network on integers, weights packed into their bits",
         "model.end_to_end.onnx": "uint8 images in, boxes, scores and classes out",
+        "model.qonnx.onnx": "QONNX, for hardware with the bits that were trained; not run by aqdet.runtime",
         "model.tensorrt.onnx": "experimental: for TensorRT, never run in it",
         "golden.npz": "an image, codes of a few layers, predictions and detections, for the self-test",
     }

@@ -34,12 +34,13 @@ from .integer_graph import check_integer
 from .onnx_graph import build_onnx
 from .program import Add, Program
 from .proof import operation_rows, tightest
+from .qonnx_graph import build_qonnx
 from .report import evaluation_lines, markdown
 from .tensorrt_graph import build_tensorrt
 from .usage import measure_usage, other_domain
 
 MODEL, END_TO_END_MODEL = "model.onnx", "model.end_to_end.onnx"
-TENSORRT_MODEL = "model.tensorrt.onnx"
+QONNX_MODEL, TENSORRT_MODEL = "model.qonnx.onnx", "model.tensorrt.onnx"
 TRAINING_IMAGES = 4
 """Images of the training set that ranges are measured on."""
 GOLDEN_SIZE = 160
@@ -57,6 +58,7 @@ def export_detector(
     images: Sequence[NDArray[np.uint8]] = (),
     tensorrt: bool = False,
     end_to_end: bool = False,
+    qonnx: int = 0,
     allow_float: Sequence[str] = (),
     dataset: str = "",
     max_loss: float | None = None,
@@ -74,6 +76,8 @@ def export_detector(
         images: for the agreement, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT`` as the network reads them, of any
             size; the training set's if there are none, and random ones if that is not to be had.
         end_to_end: also writes ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
+        qonnx: also writes ``model.qonnx.onnx`` for images of so many pixels high and wide, see
+            :mod:`~aqdet.export.qonnx_graph`; 0 for none.
         tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
         allow_float: regexes on the names of operations before the predictions that may compute in float.
         dataset: name of one on which the trained and the exported model are evaluated; "" for none.
@@ -102,6 +106,8 @@ def export_detector(
     flavours = {}
     if tensorrt:
         flavours[TENSORRT_MODEL] = build_tensorrt(program)
+    if qonnx:
+        flavours[QONNX_MODEL] = build_qonnx(program, qonnx, qonnx)
     rows = operation_rows(program)
     content = describe_detector(cfg, model, program, rows, progress)
     content["source"] = {

@@ -121,7 +121,7 @@ def command(monkeypatch, root, *arguments):
 def test_a_dataset_is_evaluated_and_everything_is_in_the_folder(run, tmp_path, monkeypatch, capsys):
     root, _ = run
     output = tmp_path / "detector"
-    command(monkeypatch, root, "--output", output, "--max-loss", 100, "--licence", "CC0-1.0", "--force")
+    command(monkeypatch, root, "--output", output, "--max-loss", 100, "--licence", "CC0-1.0", "--force", "--qonnx", 64)
     out = capsys.readouterr().out
     assert "## On tiny_gate" in out and "| AP |" in out and "Average Precision" not in out
     report = json.loads((output / "report.json").read_text())
@@ -138,8 +138,12 @@ def test_a_dataset_is_evaluated_and_everything_is_in_the_folder(run, tmp_path, m
     assert (
         "CC0-1.0" in card and "Trained on: tiny_gate" in card and "--self-test" in card and ", ".join(CLASSES) in card
     )
-    assert "| AP |" in card and "`golden.npz`" in card
-    assert set(json.loads((output / "detector.json").read_text())["files"]) == {"model.onnx", "golden.npz"}
+    assert "| AP |" in card and "`golden.npz`" in card and "`model.qonnx.onnx`" in card
+    assert set(json.loads((output / "detector.json").read_text())["files"]) == {
+        "model.onnx",
+        "golden.npz",
+        "model.qonnx.onnx",
+    }
 
 
 def test_the_golden_vectors_pass_on_the_machine_that_made_them(run, tmp_path):

@@ -1,0 +1,196 @@
+"""The integer program as QONNX (2206.07527), for hardware whose arithmetic has the bits that were trained.
+
+Every tensor is integer-valued, and a ``Quant`` node with scale 1 says how many bits it has: weights and activations
+their own, not a byte. Before each stands the multiplication by which a sum gets onto its grid. A tool that folds these
+into thresholds, as FINN does, is left with integers alone.
+
+All is float32 for QONNX's own executor, which gives the reference's codes while a sum stays below 2**24. Shapes are
+static, as its tools want them. What they are known to refuse: FINN and hls4ml have no Resize with factor 2 in every
+version, and hls4ml no padding that is not zero, which the image's mean pixel is here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from .. import __version__
+from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
+from .reference import conv_multiplier
+
+DOMAIN = "qonnx.custom_op.general"
+OPSET, _IR_VERSION = 17, 8
+
+
+def build_qonnx(program: Program, height: int, width: int) -> onnx.ModelProto:
+    """The program as a QONNX model.
+
+    Args:
+        program: what to write.
+        height, width: of the image, multiples of ``program.size_divisibility``.
+
+    Returns:
+        A model with input ``image``, float32 ``(1, 3, height, width)`` of whole numbers 0 to 255, and the outputs
+        of :class:`~aqdet.export.program.Program`.
+
+    Raises:
+        ValueError: in one line, for a size that does not fit.
+    """
+    step = program.size_divisibility
+    if height < 1 or width < 1 or height % step or width % step:
+        raise ValueError(f"a QONNX model's height and width must be multiples of {step}, got {height} and {width}")
+    return _Builder(program).build(height, width)
+
+
+class _Builder:
+    def __init__(self, program: Program) -> None:
+        self.program, self.grids = program, program.grids()
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[tuple[bytes, str, tuple[int, ...]], TensorProto] = {}
+        self._weights: dict[tuple[bytes, int], str] = {}
+
+    def build(self, height: int, width: int) -> onnx.ModelProto:
+        for operation in self.program.operations:
+            if isinstance(operation, PadImage):
+                self.pad_image(operation)
+            elif isinstance(operation, Conv):
+                self.conv(operation)
+            elif isinstance(operation, Requantize):
+                self.requantize(operation)
+            elif isinstance(operation, Add):
+                self.add(operation)
+            elif isinstance(operation, MaxPool):
+                window = {"kernel_shape": [operation.kernel] * 2, "strides": [operation.stride] * 2}
+                self.op("MaxPool", [operation.input], operation.output, pads=[operation.padding] * 4, **window)
+            else:
+                scales = self.constant(f"{operation.output}.scales", [1, 1, 2, 2])
+                rule = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
+                self.op("Resize", [operation.input, "", scales], operation.output, **rule)
+        channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
+        outputs = [
+            helper.make_tensor_value_info(
+                name, TensorProto.FLOAT, [1, channels[name], -(-height // level.stride), -(-width // level.stride)]
+            )
+            for level in self.program.outputs
+            for name in level.names
+        ]
+        image = helper.make_tensor_value_info(IMAGE, TensorProto.FLOAT, [1, 3, height, width])
+        graph = helper.make_graph(self.nodes, "aqdet", [image], outputs, list(self.constants.values()))
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+            ir_version=_IR_VERSION,
+            producer_name="aqdet",
+            producer_version=__version__,
+        )
+
+    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        array = np.array(value, dtype, order="C")
+        key = (array.tobytes(), str(array.dtype), array.shape)
+        if key not in self.constants:
+            self.constants[key] = numpy_helper.from_array(array, name)
+        return self.constants[key].name
+
+    def per_channel(self, name: str, values: NDArray[Any]) -> str:
+        return self.constant(name, values.reshape(1, -1, 1, 1))
+
+    def quant(self, x: str, output: str, lowest: int, highest: int) -> str:
+        """Rounds onto the integers from ``lowest`` to ``highest``: signed, narrow or unsigned, or by a zero point."""
+        bits = (highest - lowest).bit_length()
+        signed, narrow, zero = lowest < 0, 0, 0
+        if signed and lowest == -highest and highest == 2 ** (bits - 1) - 1:
+            narrow = 1
+        elif signed and (lowest, highest) != (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1):
+            signed, zero = False, -lowest
+        parameters = [
+            self.constant("one", 1.0),
+            self.constant(f"zero_point_{zero}", float(zero)),
+            self.constant(f"bits_{bits}", float(bits)),
+        ]
+        rule = {"signed": int(signed), "narrow": narrow, "rounding_mode": "ROUND"}
+        return self.op("Quant", [x, *parameters], output, domain=DOMAIN, **rule)
+
+    def onto(self, real: str, output: str) -> None:
+        grid = self.grids[output]
+        self.quant(real, output, grid.quant_min, grid.quant_max)
+
+    # --- operations ---
+
+    def pad_image(self, operation: PadImage) -> None:
+        pixels = self.quant(operation.input, f"{operation.input}.pixels", 0, 255)
+        vertical, horizontal = operation.amount
+        pads = self.constant("image_pads", [0, 0, vertical, horizontal] * 2, np.int64)
+        if len(set(operation.values)) == 1:
+            code = self.constant("pad_code", float(operation.values[0]))
+            self.op("Pad", [pixels, pads, code], operation.output, mode="constant")
+            return
+        # Pad has one value for all channels; zero between a subtraction and an addition of whole numbers.
+        codes = self.per_channel("pad_codes", np.array(operation.values))
+        centred = self.op("Sub", [pixels, codes], f"{operation.output}.centred")
+        padded = self.op("Pad", [centred, pads], f"{operation.output}.around_zero", mode="constant")
+        self.op("Add", [padded, codes], operation.output)
+
+    def weight(self, conv: Conv) -> str:
+        """A weight behind its Quant, shared by the levels of the pyramid."""
+        key = (conv.weight.tobytes(), conv.weight_bits)
+        if key not in self._weights:
+            bits = conv.weight_bits
+            while conv.weight.min() < -(2 ** (bits - 1)) or conv.weight.max() > 2 ** (bits - 1) - 1:
+                bits += 1  # odd codes, as DoReFa's are, stand for half steps
+            name = self.constant(f"{conv.output}.weight", conv.weight)
+            self._weights[key] = self.quant(name, f"{name}.quant", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return self._weights[key]
+
+    def conv(self, operation: Conv) -> None:
+        name = operation.output
+        sums = self.op(
+            "Conv",
+            [operation.input, self.weight(operation)],
+            f"{name}.products",
+            kernel_shape=list(operation.weight.shape[2:]),
+            strides=list(operation.stride),
+            pads=[*operation.padding, *operation.padding],
+            dilations=list(operation.dilation),
+            group=operation.groups,
+        )
+        factor = operation.sign.astype(np.float32) * operation.multiple
+        if (factor != 1).any():
+            sums = self.op("Mul", [sums, self.per_channel(f"{name}.factor", factor)], f"{name}.scaled")
+        sums = self.op("Add", [sums, self.per_channel(f"{name}.bias", operation.bias)], f"{name}.sums")
+        multiplier = self.per_channel(f"{name}.multiplier", conv_multiplier(operation, self._scale(operation.input)))
+        if operation.grid is None:
+            self.op("Mul", [sums, multiplier], name)
+        else:
+            self.onto(self.op("Mul", [sums, multiplier], f"{name}.real"), name)
+
+    def requantize(self, operation: Requantize) -> None:
+        source, name = self.grids[operation.input], operation.output
+        ours, theirs = np.float32(source.scale), np.float32(operation.grid.scale)
+        codes = np.arange(source.quant_min, source.quant_max + 1).astype(np.float32)
+        ratio = ours / theirs
+        if np.array_equal(np.rint(codes * ratio), np.rint(codes * ours / theirs)):
+            real = self.op("Mul", [operation.input, self.constant(f"{name}.ratio", ratio)], f"{name}.real")
+        else:
+            real = self.op("Mul", [operation.input, self.constant(f"{name}.source", ours)], f"{name}.value")
+            real = self.op("Div", [real, self.constant(f"{name}.step", theirs)], f"{name}.real")
+        self.onto(real, name)
+
+    def add(self, operation: Add) -> None:
+        name = operation.output
+        terms = [
+            self.op("Mul", [x, self.constant(f"{name}.ratio_{i}", m / 2**operation.shift)], f"{name}.term_{i}")
+            for i, (x, m) in enumerate(zip(operation.inputs, operation.multipliers, strict=True))
+        ]
+        self.onto(self.op("Add", terms, f"{name}.real"), name)
+
+    def _scale(self, name: str) -> float:
+        grid: Grid = self.grids[name]
+        return grid.scale

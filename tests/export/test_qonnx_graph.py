@@ -1,0 +1,77 @@
+"""QONNX in its own executor: the reference's codes, and the bits that were trained."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+from programs import LSQPLUS, image, shared
+
+from aqdet.export.program import PadImage
+from aqdet.export.qonnx_graph import DOMAIN, build_qonnx
+from aqdet.export.reference import run
+
+DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
+
+
+@pytest.mark.parametrize("overrides", [(), LSQPLUS, DOREFA], ids=["lsq", "lsq+", "dorefa"])
+def test_the_executor_has_the_references_codes(overrides):
+    wrapper = pytest.importorskip("qonnx.core.modelwrapper")
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.infer_shapes import InferShapes
+
+    _, program = shared(*overrides)
+    batch = image(32, 32)
+    model = wrapper.ModelWrapper(build_qonnx(program, 32, 32)).transform(InferShapes())
+    context = execute_onnx(model, {"image": batch.astype(np.float32)}, return_full_exec_context=True)
+    reference, count = run(program, batch), 0
+    for operation in program.operations:
+        found, expected = context[operation.output], reference[operation.output]
+        np.testing.assert_array_equal(found, expected, operation.output)
+        count += expected.size
+    assert count > 100_000
+
+
+def test_every_tensor_has_its_own_bits():
+    _, program = shared()
+    graph = build_qonnx(program, 32, 64).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    quants = [node for node in graph.node if node.op_type == "Quant"]
+    grids = program.grids()
+    for node in quants:
+        assert node.domain == DOMAIN and all(constants[name].shape == () for name in node.input[1:])
+        assert constants[node.input[1]] == 1.0
+        if node.output[0] in grids:
+            assert constants[node.input[3]] == grids[node.output[0]].num_bits
+    written = [operation.output for operation in program.operations if getattr(operation, "grid", None)]
+    weights = Counter(float(constants[node.input[3]]) for node in quants if node.input[0] in constants)
+    paths = {conv.path: conv.weight_bits for conv in program.convs()}
+    assert weights == Counter(float(bits) for bits in paths.values())
+    assert len(quants) == len(written) + len(paths) + 1  # and the image
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 3, 32, 64]
+    assert [d.dim_value for d in graph.output[-1].type.tensor_type.shape.dim] == [1, 12, 1, 1]
+
+
+def test_one_pad_where_the_mean_pixel_is_grey():
+    _, program = shared("MODEL.PIXEL_MEAN", "[128.0, 128.0, 128.0]")
+    assert isinstance(program.operations[0], PadImage)
+    nodes = build_qonnx(program, 32, 32).graph.node
+    assert [node.op_type for node in nodes[:2]] == ["Quant", "Pad"]
+
+
+def test_cleanup_passes_and_the_bits_are_inferred():
+    pytest.importorskip("qonnx")
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_datatypes import InferDataTypes
+    from qonnx.util.cleanup import cleanup_model
+
+    _, program = shared()
+    model = cleanup_model(ModelWrapper(build_qonnx(program, 32, 32))).transform(InferDataTypes())
+    kinds = Counter(str(model.get_tensor_datatype(n.output[0])) for n in model.graph.node if n.op_type == "Quant")
+    assert kinds["UINT4"] > 20 and kinds["INT4"] > 20
+
+
+@pytest.mark.parametrize("size", [(33, 32), (0, 32), (32, -32)])
+def test_a_size_off_the_stride_is_refused(size):
+    with pytest.raises(ValueError, match="must be multiples of 32, got"):
+        build_qonnx(shared()[1], *size)
