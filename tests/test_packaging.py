@@ -67,6 +67,8 @@ def test_what_is_installed(wheel):
     assert configs == {name for name in installed if name.endswith(".yaml")}
     programs = {f"aqdet/programs/{program}.py" for program, _, _ in command.PROGRAMS.values()}
     assert programs == {name for name in installed if name.startswith("aqdet/programs/")}
+    others = {path for path in (ROOT / "aqdet").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert {path.relative_to(ROOT).as_posix() for path in others} <= installed  # each kind is in package_data
     assert {name.split("/")[0] for name in installed if ".dist-info/" not in name} == {"aqdet"}
     (file,) = wheel.glob("*.dist-info/entry_points.txt")
     assert "aqdet = aqdet.main:main" in file.read_text()
