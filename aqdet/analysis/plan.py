@@ -63,7 +63,7 @@ def _norm_name(module: nn.Module | None) -> str:
 
 
 def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Norms that stand behind a convolution in a ``Sequential`` rather than inside it."""
+    """Returns the norms that stand behind a convolution in a ``Sequential`` rather than inside it."""
     norms: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -196,7 +196,7 @@ class PlanTotal:
 
 
 def total(rows: list[PlanRow], *parts: str) -> PlanTotal:
-    """Totals of the rows in the given parts."""
+    """Returns the totals of the rows in the given parts."""
     chosen = [row for row in rows if row.part in parts]
     return PlanTotal(
         sum(row.kind in KINDS.values() for row in chosen),

@@ -53,7 +53,7 @@ class QuantStem(_FreezesQuantizers, BasicStem):
         self.output_stream = StreamQuantizer(relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to ``(N, C, H / 4, W / 4)``."""
+        """Maps ``(N, 3, H, W)`` to ``(N, C, H / 4, W / 4)``."""
         x = max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
         return self.output_stream(x)
 
@@ -92,7 +92,7 @@ class QuantBasicBlock(_FreezesQuantizers, BasicBlock, _ResidualMixin):
         self._add_residual()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
+        """Maps ``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
         out = _relu_between(self.conv1(x), self.conv2)
         return self._finish(self.conv2(out), x)
 
@@ -111,7 +111,7 @@ class QuantBottleneckBlock(_FreezesQuantizers, BottleneckBlock, _ResidualMixin):
         self._add_residual()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
+        """Maps ``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
         out = _relu_between(self.conv1(x), self.conv2)
         out = _relu_between(self.conv2(out), self.conv3)
         return self._finish(self.conv3(out), x)
@@ -124,7 +124,7 @@ class QuantLastLevelP6P7(LastLevelP6P7):
         in_channels, out_channels: channels of ``in_feature`` and of the pyramid.
         in_feature: ``"res5"`` or ``"p5"``.
         norm: norm after both convolutions, ``""`` for none (Detectron2's form).
-        relu: ReLU after both.
+        relu: whether a ReLU follows both.
     """
 
     def __init__(self, *, in_channels: int, out_channels: int, in_feature: str, norm: str, relu: bool) -> None:
@@ -141,7 +141,7 @@ class QuantLastLevelP6P7(LastLevelP6P7):
         self.p7_stream = StreamQuantizer(relu=relu, signed=True)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``(N, C, H, W)`` to P6 and P7 at half and a quarter of that."""
+        """Maps ``(N, C, H, W)`` to P6 and P7 at half and a quarter of its size."""
         p6 = self.p6_stream(self.p6(x))
         p7 = self.p7_stream(self.p7(F.relu(p6)))
         return [p6, p7]
@@ -151,7 +151,7 @@ class QuantFPN(FPN):
     """Detectron2's FPN with the top-down sums and the levels as modules.
 
     Args:
-        relu: ReLU after every convolution's norm, as AQD has it; what the head reads is then unsigned.
+        relu: whether a ReLU follows every convolution's norm, as in AQD; the levels are then unsigned.
         kwargs: see :class:`detectron2.modeling.FPN`; only ``fuse_type="sum"``.
 
     Raises:
@@ -177,7 +177,7 @@ class QuantFPN(FPN):
             self.add_module(f"p{level}_stream", StreamQuantizer(relu=relu, signed=True))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """``(N, 3, H, W)`` to ``{"p3": (N, C, H / 8, W / 8), ...}``, high to low resolution."""
+        """Maps ``(N, 3, H, W)`` to ``{"p3": (N, C, H / 8, W / 8), ...}``, high to low resolution."""
         bottom_up = self.bottom_up(x)
         results: dict[str, Tensor] = {}
         previous: Tensor | None = None
@@ -203,7 +203,7 @@ class QuantFPN(FPN):
 
 
 def feature_names(cfg: CfgNode) -> list[str] | None:
-    """What the backbone of a config gives, by name, without building it; None for a backbone that is not ours.
+    """Returns the names of the features of a config's backbone without building it; None if it is not one of ours.
 
     Raises:
         ValueError: in one line, for features that the ResNet, or the pyramid that reads it, cannot have.
@@ -226,7 +226,7 @@ def feature_names(cfg: CfgNode) -> list[str] | None:
 
 
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """ResNet in float with declared sites, from Detectron2's ``MODEL.RESNETS`` keys."""
+    """Builds a ResNet in float with declared sites, from Detectron2's ``MODEL.RESNETS`` keys."""
     check_architecture(cfg)
     resnets = cfg.MODEL.RESNETS
     depth = resnets.DEPTH
@@ -278,7 +278,7 @@ def _quantize_and_freeze(cfg: CfgNode, backbone: Backbone, bottom_up: ResNet) ->
 
 @BACKBONE_REGISTRY.register()
 def build_quant_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """ResNet-18/34/50/101, quantized by ``MODEL.QUANT`` if enabled; Detectron2's keys otherwise."""
+    """Builds a ResNet-18/34/50/101, quantized by ``MODEL.QUANT`` if enabled; Detectron2's keys otherwise."""
     backbone = _build_resnet(cfg, input_shape)
     _quantize_and_freeze(cfg, backbone, backbone)
     return backbone
@@ -288,7 +288,7 @@ class BottomUp(Backbone):
     """A trunk without a pyramid, under the name that it has in a detector: ``backbone.bottom_up``.
 
     Args:
-        bottom_up: ResNet, or an aggregation of its taps.
+        bottom_up: a ResNet, or an aggregation of its taps.
     """
 
     def __init__(self, bottom_up: Backbone) -> None:
@@ -296,17 +296,17 @@ class BottomUp(Backbone):
         self.bottom_up = bottom_up
 
     def forward(self, x: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Input of ``bottom_up`` to its features by name, ``(N, C, H, W)`` each."""
+        """Maps the input of ``bottom_up`` to its features by name, ``(N, C, H, W)`` each."""
         return self.bottom_up(x)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Of ``bottom_up``."""
+        """Returns the output shape of ``bottom_up``."""
         return self.bottom_up.output_shape()
 
 
 @BACKBONE_REGISTRY.register()
 def build_quant_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> BottomUp:
-    """ResNet-18/34/50/101 of an image classifier, quantized by ``MODEL.QUANT`` if enabled.
+    """Builds the ResNet-18/34/50/101 of an image classifier, quantized by ``MODEL.QUANT`` if enabled.
 
     Its layers have the names that they have in a detector, for rules and for checkpoints.
     """
@@ -318,7 +318,7 @@ def build_quant_classifier_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Bot
 
 @BACKBONE_REGISTRY.register()
 def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> QuantFPN:
-    """ResNet with FPN and P6, P7, quantized by ``MODEL.QUANT`` if enabled.
+    """Builds a ResNet with FPN and P6, P7, quantized by ``MODEL.QUANT`` if enabled.
 
     Raises:
         ValueError: for a config value that it does not support, naming the key.
@@ -330,7 +330,7 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
 
 
 def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, norm: str) -> QuantFPN:
-    """FPN with P6 and P7 in float by ``MODEL.FPN``, except for its norm.
+    """Builds an FPN with P6 and P7 in float by ``MODEL.FPN``, except for its norm.
 
     Raises:
         ValueError: for a config value that it does not support, naming the key.

@@ -69,7 +69,7 @@ class QuantRetinaNetHead(RetinaNetHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Detectron2's arguments; the levels are unsigned where the FPN ends in ReLU."""
+        """Builds Detectron2's arguments; the levels are unsigned where the FPN ends in ReLU."""
         arguments = super().from_config(cfg, input_shape)
         return {**arguments, "signed_input": not cfg.MODEL.FPN.RELU}
 
@@ -90,13 +90,13 @@ class QuantFCOSHead(FCOSHead):
         _declare_sites(self, signed_input, self.cls_score, self.bbox_pred, self.ctrness)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Class logits, box deltas and centerness, each ``(N, K, H, W)`` for each level."""
+        """Computes class logits, box deltas and centerness, each ``(N, K, H, W)`` for each level."""
         with shared_weights(self):
             return super().forward(features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Arguments from ``MODEL.FCOS``; the levels are unsigned where the FPN ends in ReLU."""
+        """Builds the arguments from ``MODEL.FCOS``; the levels are unsigned where the FPN ends in ReLU."""
         fcos = cfg.MODEL.FCOS
         return {
             "input_shape": input_shape,

@@ -1,4 +1,4 @@
-"""Quantizers by name."""
+"""The registry of quantizers, and their construction by name."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def build_quantizer(spec: QuantSpec, *, num_channels: int = 1) -> Quantizer:
     """Builds an uncalibrated quantizer.
 
     Args:
-        spec: what to build.
-        num_channels: output channels of the layer, used where ``spec.per_channel``.
+        spec: description of the quantizer.
+        num_channels: number of output channels of the layer, used where ``spec.per_channel``.
 
     Raises:
         ValueError: if the name is unknown or has no class for the role; lists the valid names.

@@ -31,10 +31,11 @@ _NUM_COARSE, _NUM_FINE = 100, 28
 
 @dataclasses.dataclass
 class Statistics:
-    """Weighted samples of one tensor site, per channel.
+    """Weighted samples of the values of one tensor, per channel.
 
     Attributes:
-        values: ``(C, K)`` representative values; counts: ``(C, K)`` how often each occurs.
+        values: ``(C, K)`` representative values.
+        counts: ``(C, K)`` how often each occurs.
         negative_share: share of all values that were below zero.
     """
 
@@ -44,7 +45,7 @@ class Statistics:
 
 
 class HistogramObserver:
-    """Counts the magnitudes of a tensor site, negative and positive apart.
+    """Counts the magnitudes of the values of one tensor, negative and positive apart.
 
     Resolution is 2^(1/32), i.e. 2.2 %, from 2^-30 to 2^20; smaller magnitudes count as zero, larger ones in
     the last bin.
@@ -80,7 +81,7 @@ class HistogramObserver:
         return self._counts is None
 
     def statistics(self) -> Statistics:
-        """The counts as weighted values (geometric bin centres), ``C = 1``."""
+        """Returns the counts as weighted values (geometric bin centres), ``C = 1``."""
         assert self._counts is not None, "observer saw no data"
         counts = self._counts.cpu()
         centres = torch.arange(_NUM_BINS, dtype=torch.float64) + 0.5
@@ -93,14 +94,14 @@ class HistogramObserver:
 
 
 def tensor_statistics(x: Tensor, per_channel: bool) -> Statistics:
-    """Exact statistics of a tensor at hand, e.g. a weight ``(O, ...)``; channels are axis 0."""
+    """Computes the exact statistics of a tensor at hand, e.g. a weight ``(O, ...)``; channels are axis 0."""
     values = x.detach().float().flatten(1) if per_channel and x.dim() > 1 else x.detach().float()
     values = values.reshape(x.shape[0] if per_channel else 1, -1)
     return Statistics(values, torch.ones_like(values), float((values < 0).float().mean()))
 
 
 def check_method(method: str) -> None:
-    """Refuses a calibration method that does not exist.
+    """Checks that a calibration method exists.
 
     Raises:
         ValueError: listing the valid ones.
@@ -111,7 +112,7 @@ def check_method(method: str) -> None:
 
 
 def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method: str) -> Tensor:
-    """First step size for the integer range from statistics.
+    """Chooses the first step size for the integer range from statistics.
 
     Args:
         statistics: see :class:`Statistics`.
@@ -151,7 +152,7 @@ def initial_scale(statistics: Statistics, quant_min: int, quant_max: int, method
 
 
 def search_fractions(errors: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Fraction of the largest value at which the range of least error ends, for each channel.
+    """Finds the fraction of the largest value at which the range of least error ends, for each channel.
 
     The search is geometric, first over four decades, since a few outliers can be a hundred times the values that
     matter, then between the neighbours of the best.
@@ -178,7 +179,7 @@ def search_fractions(errors: Callable[[Tensor], Tensor], like: Tensor) -> Tensor
 
 
 def _search_scale(values: Tensor, counts: Tensor, largest: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Scale of least squared quantization error for each channel."""
+    """Finds the scale of least squared quantization error for each channel."""
 
     def scale_of(fraction: Tensor) -> Tensor:
         return (largest * (fraction / quant_max)).clamp(min=SCALE_EPS)

@@ -16,7 +16,7 @@ from .dense import LowPrecisionDense
 
 @META_ARCH_REGISTRY.register()
 class QuantFCOS(LowPrecisionDense, FCOS):
-    """FCOS (1904.01355) as Detectron2 has it, whose backbone, FPN and head can be quantized.
+    """Detectron2's FCOS (1904.01355), whose backbone, FPN and head can be quantized.
 
     Args:
         kwargs: see :class:`LowPrecisionDense` and :class:`detectron2.modeling.meta_arch.fcos.FCOS`.
@@ -31,7 +31,7 @@ class QuantFCOS(LowPrecisionDense, FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from ``MODEL.FCOS``, with our head and the auxiliary path.
+        """Builds the arguments from ``MODEL.FCOS``, with our head and the scaffold.
 
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.

@@ -29,7 +29,7 @@ class QuantRetinaNet(LowPrecisionDense, RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Detectron2's arguments with our head and the auxiliary path.
+        """Builds Detectron2's arguments, with our head and the scaffold.
 
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.

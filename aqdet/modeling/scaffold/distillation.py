@@ -13,11 +13,11 @@ TERMS = ("FEATURE_WEIGHT", "LOGIT_WEIGHT")
 BOXES = 1
 """Index of the box deltas among a head's predictions, which are no logits."""
 DEAD = 1e-6
-"""Mean square, relative to that of the largest level, below which a teacher's level has no size of its own."""
+"""Mean square, relative to the largest level's, below which a teacher's level has no size of its own."""
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """``|s - t|^2 / |t|^2``, averaged over the levels: 0-dim; 0 where they agree, 1 for a student of zeros.
+    """Computes ``|s - t|^2 / |t|^2``, averaged over the levels: 0-dim; 0 where they agree, 1 for a student of zeros.
 
     The hint of FitNets (1412.6550). Deviations: relative to the size of the teacher's feature, so that no level
     and no detector needs a factor of its own, and without a regressor, since both have the same channels. A level
@@ -36,7 +36,7 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 
 def logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Divergence of the teacher's probabilities from the student's, summed over all predictions: 0-dim.
+    """Computes the divergence of the teacher's probabilities from the student's, summed over all predictions: 0-dim.
 
     Knowledge distillation (1503.02531) at temperature 1 for detectors, whose classes are independent: each logit
     is a probability of its own, and ``w KL(p_t || p_s)`` is summed. Its gradient is ``w (p_s - p_t)``.
@@ -61,8 +61,8 @@ class Distillation:
     Not a module: the teacher is in no state dict, optimizer or list of modules of the detector that holds this.
 
     Args:
-        teacher: detector of the student's structure, all in full precision; put in evaluation mode without
-            gradients. A :class:`~aqdet.modeling.meta_arch.dense.LowPrecisionDense`.
+        teacher: detector of the student's structure, all in full precision, which is put in evaluation mode without
+            gradients: a :class:`~aqdet.modeling.meta_arch.dense.LowPrecisionDense`.
         feature_weight, logit_weight: factors of the losses, 0 for none.
 
     Raises:
@@ -82,14 +82,14 @@ class Distillation:
     def losses(
         self, images: Tensor, features: Sequence[Tensor], predictions: Sequence[Sequence[Tensor]], normalizer: float
     ) -> dict[str, Tensor]:
-        """Losses of a training step, for the terms that have a weight.
+        """Computes the losses of a training step, for the terms that have a weight.
 
         Args:
             images: normalized batch, ``(N, 3, H, W)``.
-            features: the student's, one ``(N, C, H, W)`` for each level.
-            predictions: of the student's head by anchor, ``(N, R, K)`` for each level: class logits, box deltas
-                and, for FCOS, centerness logits.
-            normalizer: of the student's own losses, for the logits' sum.
+            features: features of the student, one ``(N, C, H, W)`` for each level.
+            predictions: predictions of the student's head by anchor, ``(N, R, K)`` for each level: class logits,
+                box deltas and, for FCOS, centerness logits.
+            normalizer: divisor of the student's own losses, for the logits' sum.
 
         Returns:
             ``"distill_loss_features"`` and ``"distill_loss_logits"``. An anchor counts as much as the teacher is sure

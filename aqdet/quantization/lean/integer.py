@@ -1,4 +1,4 @@
-"""Convolution of integer codes on a CPU: what the forward of quantized training comes down to.
+"""Convolution of integer codes on a CPU, which the forward of quantized training comes down to.
 
 The product of two fake-quantized tensors is a product of small integers times two scales. A CPU with
 instructions for it (VNNI) multiplies bytes about four times as fast as floats, and sums them exactly in int32, so
@@ -34,7 +34,7 @@ _VNNI, _PAIRS = 128, 64
 
 @functools.cache
 def _largest_beside_uint8() -> int:
-    """Largest magnitude of a weight code that :func:`integer_conv2d` multiplies exactly with 255 here; 0 for none.
+    """Returns the largest magnitude of a code that :func:`integer_conv2d` multiplies exactly with 255 here; 0 for none.
 
     CPUs with VNNI add products in 32 bits. Others with AVX2 or AVX-512 first add two in 16 bits, with saturation.
     """
@@ -56,7 +56,7 @@ def _largest_beside_uint8() -> int:
 
 
 def largest_integer_weight(largest_input: int) -> int:
-    """Largest magnitude of weight codes for which :func:`integer_conv2d` is exact, and faster than floats, here.
+    """Returns the largest weight code for which :func:`integer_conv2d` is exact, and faster than floats, here.
 
     Args:
         largest_input: the largest uint8 code of the input, 1 to 255.
@@ -93,7 +93,7 @@ def integer_conv2d(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """``conv2d((codes - zero_point) * scale, weight.codes * weight.scale, bias)``, without gradient rules.
+    """Computes ``conv2d((codes - zero_point) * scale, weight.codes * weight.scale, bias)``, without gradients.
 
     Args:
         codes: uint8 ``(N, C, H, W)``; a padded value is ``zero_point``.
