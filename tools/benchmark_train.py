@@ -139,7 +139,7 @@ def spread(values: list[float]) -> str:
 def auxiliary_share(variant: Variant, size: int) -> float:
     """Multiply-accumulates of the auxiliary path over those of the rest."""
     rows = make_plan(variant.model, (size, size))
-    own = sum(row.macs for row in rows if row.path.startswith("auxiliary."))
+    own = sum(row.macs for row in rows if row.name.startswith("auxiliary."))
     return own / (sum(row.macs for row in rows) - own)
 
 

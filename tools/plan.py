@@ -55,7 +55,7 @@ def main() -> None:
     header = ["layer", "kind", "weight", "input", "norm", "parameters", "MMACs", "Gbit-ops"]
     cells = [
         [
-            row.path,
+            row.name,
             row.kind,
             row.weight,
             row.input,

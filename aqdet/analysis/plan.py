@@ -25,16 +25,18 @@ class PlanRow:
     """One layer, or one tensor that several layers read.
 
     Attributes:
-        path: dotted name. kind: ``"conv"``, ``"deconv"``, ``"linear"``, ``"sum"`` or ``"stream"``. part: ``"float"``,
-            ``"quantized"`` or ``"auxiliary"``, which is what only training has.
+        name: dotted name.
+        kind: ``"conv"``, ``"deconv"``, ``"linear"``, ``"sum"`` or ``"stream"``.
+        part: ``"float"``, ``"quantized"`` or ``"auxiliary"``, which is the whole scaffold.
         weight, input: quantizer, bits, signedness and granularity, as text.
         norm: class of the norm after it, with the number of levels where there are several; or ``"-"``.
-        parameters: number of parameters, the norm's included. weight_bits: what the layer's weights, bias, norm
-            and scales take when packed.
-        macs: multiply-accumulates for one image, over all its calls. bit_ops: macs x weight bits x input bits.
+        parameters: number of parameters, the norm's included.
+        weight_bits: size of the layer's weights, bias, norm and scales when packed, in bits.
+        macs: multiply-accumulates for one image, over all its calls.
+        bit_ops: ``macs`` times the bits of the weight times those of the input.
     """
 
-    path: str
+    name: str
     kind: str
     part: str
     weight: str
@@ -78,23 +80,23 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Returns the layers with a weight by name; refuses one of a class that the plan does not know."""
     layers = dict(weighted_layers(model))
-    for path, layer in layers.items():
+    for name, layer in layers.items():
         if quantized_form(layer) is None:
-            raise ValueError(f"layer {path} ({type(layer).__name__}) has a weight, and there is no plan of its class")
+            raise ValueError(f"layer {name} ({type(layer).__name__}) has a weight, and there is no plan of its class")
     return layers
 
 
 @contextlib.contextmanager
 def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
-    def count(path: str) -> Any:
+    def count(name: str) -> Any:
         def hook(layer: Layer, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             # A transposed convolution multiplies every input, the others add up to every output.
             values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-            macs[path] = macs.get(path, 0) + values[0].numel() * layer.weight[0].numel()
+            macs[name] = macs.get(name, 0) + values[0].numel() * layer.weight[0].numel()
 
         return hook
 
-    handles = [layer.register_forward_hook(count(path)) for path, layer in _layers(model).items()]
+    handles = [layer.register_forward_hook(count(name)) for name, layer in _layers(model).items()]
     try:
         yield
     finally:
@@ -131,23 +133,23 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     following = _following_norms(model)
     rows = []
     layers = _layers(model)
-    for path, module in model.named_modules():
-        if path in layers:
-            rows.append(_layer_row(path, module, following.get(module), macs.get(path, 0)))
-        elif path.startswith(SCAFFOLD_PREFIXES):
+    for name, module in model.named_modules():
+        if name in layers:
+            rows.append(_layer_row(name, module, following.get(module), macs.get(name, 0)))
+        elif name.startswith(SCAFFOLD_PREFIXES):
             continue  # sums in float
         elif isinstance(module, QuantAdd):
             text = [
                 _describe(q, "on grid" if signed is None else "float")
                 for q, signed in zip((module.x_quantizer, module.y_quantizer), module.signed, strict=True)
             ]
-            rows.append(_shared_row(path, "sum", " + ".join(text), module))
+            rows.append(_shared_row(name, "sum", " + ".join(text), module))
         elif isinstance(module, StreamQuantizer):
-            rows.append(_shared_row(path, "stream", _describe(module.quantizer, "float"), module))
+            rows.append(_shared_row(name, "stream", _describe(module.quantizer, "float"), module))
     return rows
 
 
-def _layer_row(path: str, layer: Layer, following: nn.Module | None, macs: int) -> PlanRow:
+def _layer_row(name: str, layer: Layer, following: nn.Module | None, macs: int) -> PlanRow:
     norm = getattr(layer, "norm", None) or following
     extra = list(norm.parameters()) + [b for b in norm.buffers() if b.dim()] if norm else []
     rest = sum(t.numel() for t in extra) + (0 if layer.bias is None else layer.bias.numel())
@@ -160,11 +162,11 @@ def _layer_row(path: str, layer: Layer, following: nn.Module | None, macs: int) 
     if is_image:
         input_bits = IMAGE_BITS
     constants = sum(q.num_constants for q in (weight_quantizer, input_quantizer) if q is not None)
-    part = "auxiliary" if path.startswith(SCAFFOLD_PREFIXES) else "quantized" if quantized else "float"
+    part = "auxiliary" if name.startswith(SCAFFOLD_PREFIXES) else "quantized" if quantized else "float"
     parameters = sum(p.numel() for p in layer.parameters(recurse=False))
     parameters += sum(p.numel() for p in norm.parameters()) if norm else 0
     return PlanRow(
-        path,
+        name,
         next(kind for layer_class, kind in KINDS.items() if isinstance(layer, layer_class)),
         part,
         _describe(weight_quantizer, "float 32"),
@@ -177,11 +179,11 @@ def _layer_row(path: str, layer: Layer, following: nn.Module | None, macs: int) 
     )
 
 
-def _shared_row(path: str, kind: str, text: str, module: nn.Module) -> PlanRow:
+def _shared_row(name: str, kind: str, text: str, module: nn.Module) -> PlanRow:
     found = [q for q in module.modules() if isinstance(q, Quantizer)]
     part = "quantized" if found else "float"
     bits = sum(q.num_constants for q in found) * FLOAT_BITS
-    return PlanRow(path, kind, part, "-", text, "-", 0, bits, 0, 0)
+    return PlanRow(name, kind, part, "-", text, "-", 0, bits, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)

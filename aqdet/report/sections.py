@@ -397,7 +397,7 @@ def _layers(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
 def _in_order(inside: Inside) -> Iterator[str]:
     """Paths of quantizers by layer, as the plan lists the layers; each layer's weight first."""
     paths = [*inside.weights, *inside.activations]
-    order = {row.path: index for index, row in enumerate(inside.rows)}
+    order = {row.name: index for index, row in enumerate(inside.rows)}
     yield from sorted(
         paths, key=lambda path: (order.get(path.rpartition(".")[0], len(order)), path not in inside.weights)
     )
@@ -423,7 +423,7 @@ def _plan(runs: Sequence[Run], insides: Sequence[Inside]) -> str:
         )
     header = ["detector as shipped", "image, px", "convs", "parameters", "weights, MB", "GMACs", "Gbit-ops"]
     parts = [table(header, totals)]
-    tables = [{row.path: row for row in inside.rows} for _, inside in shown]
+    tables = [{row.name: row for row in inside.rows} for _, inside in shown]
     rows = []
     quantized = [any(row.part == "quantized" for row in inside.rows) for _, inside in shown]
     for path in dict.fromkeys(path for by_path in tables for path in by_path):

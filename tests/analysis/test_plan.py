@@ -10,7 +10,7 @@ from aqdet.analysis.plan import make_plan, total
 
 
 def test_numbers_by_hand():
-    rows = {r.path: r for r in make_plan(make_model(*QUANT, *AUX), (64, 64))}
+    rows = {r.name: r for r in make_plan(make_model(*QUANT, *AUX), (64, 64))}
     stem = rows["backbone.bottom_up.stem.conv1"]
     assert (stem.weight, stem.input, stem.norm) == ("lsq 8/ch", "image u8", "BatchNorm2d")
     assert stem.parameters == 64 * 3 * 49 + 128
@@ -42,7 +42,7 @@ def test_totals_and_float_plan():
 
 def test_the_auxiliary_path_of_both_taps_is_listed_and_summed():
     model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", "both")
-    rows = {r.path: r for r in make_plan(model, (64, 64)) if r.part == "auxiliary"}
+    rows = {r.name: r for r in make_plan(model, (64, 64)) if r.part == "auxiliary"}
     # stem, eight blocks, three projections; five levels; own pyramid of three laterals, three outputs, P6 and P7; head
     assert sum(r.kind == "conv" for r in rows.values()) == 9 + 3 + 5 + 8 + 4
     adaptor = rows["auxiliary.trunk.bottom_up.res3.0.adaptor.conv"]

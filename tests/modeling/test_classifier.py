@@ -67,7 +67,7 @@ def test_the_policy_has_the_classifier_and_the_stem_at_eight_bits():
     convs = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert all(isinstance(m, QuantConv2d) != n.startswith("auxiliary.") for n, m in convs.items())
     assert not any(n.startswith("auxiliary.") for n, _ in quantizers(model))
-    rows = {r.path: r for r in make_plan(model, (64, 64))}
+    rows = {r.name: r for r in make_plan(model, (64, 64))}
     assert (rows["head.linear"].kind, rows["head.linear"].macs, rows["head.linear"].parameters) == (
         "linear",
         1536,

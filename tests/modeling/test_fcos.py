@@ -138,7 +138,7 @@ def test_the_path_starts_from_a_float_fcos_and_is_planned(tmp_path):
     assert torch.equal(model.auxiliary.head.ctrness.weight, model.head.ctrness.weight)
     assert model.auxiliary.needs_alignment
     rows = make_plan(model, (64, 64))
-    assert {"head.ctrness", "auxiliary.head.ctrness"} <= {row.path for row in rows}
+    assert {"head.ctrness", "auxiliary.head.ctrness"} <= {row.name for row in rows}
     assert total(rows, "float").layers == 0
 
 

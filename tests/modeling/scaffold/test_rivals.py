@@ -240,8 +240,8 @@ def test_the_plan_counts_the_extra_head_as_training_only():
     rows = make_plan(make_model(*QUANT, *RELU, *EXTRA), (64, 64))
     bare = make_plan(make_model(*QUANT, *RELU), (64, 64))
     assert total(rows, "float", "quantized") == total(bare, "float", "quantized")
-    head = [(row.path, row.macs, row.weight) for row in bare if row.path.startswith("head.")]
-    own = [(row.path.removeprefix("extra_"), row.macs, row.weight) for row in rows if row.part == "auxiliary"]
+    head = [(row.name, row.macs, row.weight) for row in bare if row.name.startswith("head.")]
+    own = [(row.name.removeprefix("extra_"), row.macs, row.weight) for row in rows if row.part == "auxiliary"]
     assert own == head
 
 
