@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from helpers import QUANT, make_cfg
 from torch import nn
 
+from aqdet.analysis.plan import make_plan
 from aqdet.layers import QuantConvTranspose2d, declare_site
 from aqdet.modeling import QuantPolicy
-from aqdet.modeling.plan import make_plan
 from aqdet.quantization import QuantSpec, calibrate
 
 INPUT = QuantSpec("lsq", 4, "input", signed=False)

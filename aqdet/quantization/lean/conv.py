@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
 from .norm import normalize
 from .recipe import Recipe, recipe_of
-from .weight import WeightRecipe, integer_weight, recipe_of_weight, usable_grid
+from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
 
 
 class Geometry(NamedTuple):
@@ -32,7 +32,7 @@ class _Options(NamedTuple):
     gradient: str
     geometry: Geometry
     dtype: torch.dtype
-    compute_weight: Callable[..., Tensor] | None
+    replay_weight: Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]]
 
 
 class _QuantizedConv2d(torch.autograd.Function):
@@ -43,23 +43,21 @@ class _QuantizedConv2d(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         scale: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         packed: IntegerWeight | None,
         input_recipe: Recipe,
-        weight_recipe: WeightRecipe | None,
         options: _Options,
+        *weight_tensors: Tensor,
     ) -> Tensor:
-        kept = (weight,) if weight_recipe is None else weight_recipe.tensors
-        ctx.save_for_backward(*input_recipe, scale, *kept)
+        ctx.save_for_backward(*input_recipe, scale, *weight_tensors)
         ctx.options = options
         ctx.x_dtype = x.dtype
-        ctx.weight_dtype = weight.dtype
-        ctx.bias_size = None if bias is None else list(bias.shape)
+        ctx.bias_size, ctx.bias_dtype = (None, None) if bias is None else (list(bias.shape), bias.dtype)
         quant_min, quant_max = options.grid.quant_min, options.grid.quant_max
         if packed is not None:
             codes = quantize_to_bytes(x, scale, quant_min, quant_max)
             return integer_conv2d(codes, -quant_min, scale, packed, bias, *options.geometry)
+        weight, _ = options.replay_weight(*weight_tensors)
         x_q = fake_quantized(x, scale, quant_min, quant_max, options.dtype)
         bias = None if bias is None else bias.to(options.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -67,10 +65,10 @@ class _QuantizedConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        base, factor, shift, scale, *kept = ctx.saved_tensors
+        base, factor, shift, scale, *weight_tensors = ctx.saved_tensors
         recipe = Recipe(base, factor, shift)
-        grid, gradient, geometry, dtype, compute_weight = ctx.options
-        weight = kept[0] if compute_weight is None else compute_weight(*kept)
+        grid, gradient, geometry, dtype, replay_weight = ctx.options
+        weight, weight_gradients = replay_weight(*weight_tensors)
         x_q = torch.empty_like(base, dtype=dtype)
         for part, (out_part,) in recipe.parts(x_q):
             torch.mul(quantize(part.compute(), scale, grid.quant_min, grid.quant_max), scale, out=out_part)
@@ -78,7 +76,7 @@ class _QuantizedConv2d(torch.autograd.Function):
             # Channels last would have the weight and its gradient converted.
             grad, x_q = grad.contiguous(), x_q.contiguous()
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        needs_weight = ctx.needs_input_grad[2]
+        needs_weight = any(ctx.needs_input_grad[6:])
         grad_x_q, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
             x_q,
@@ -96,22 +94,22 @@ class _QuantizedConv2d(torch.autograd.Function):
         if needs_x:
             dx, dscale = recipe_gradients(grad_x_q, recipe, scale, grid.quant_min, grid.quant_max, gradient)
             dx = dx.to(ctx.x_dtype)
-        # The weight's gradient may come along with the bias's.
-        grad_weight = grad_weight.to(ctx.weight_dtype).contiguous() if needs_weight else None
-        grad_bias = None if grad_bias is None else grad_bias.to(ctx.weight_dtype)
-        return dx, dscale, grad_weight, grad_bias, None, None, None, None
+        grads: Sequence[Tensor | None] = [None] * len(weight_tensors)
+        if needs_weight:  # its gradient may come along with the bias's
+            grads = weight_gradients(grad_weight.to(weight.dtype).contiguous())
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+        return dx, dscale, grad_bias, None, None, None, *grads
 
 
 def quantized_conv2d(
     x: Tensor,
     grid: AffineGrid,
-    weight: Tensor,
+    weight: WeightRecipe,
     bias: Tensor | None,
     geometry: Geometry,
     *,
     gradient: str,
     dtype: torch.dtype | None = None,
-    weight_recipe: WeightRecipe | None = None,
     packed: IntegerWeight | None = None,
 ) -> Tensor:
     """Computes ``conv2d(fake_quantize(x, *grid), weight, bias)`` with the memory of a float convolution.
@@ -123,22 +121,20 @@ def quantized_conv2d(
     Args:
         x: ``(N, C, H, W)``.
         grid: of ``x``, with one scale.
-        weight: ``(O, C / groups, kH, kW)``, quantized.
+        weight: what the quantized weight, ``(O, C / groups, kH, kW)``, is computed from.
         bias: ``(O,)`` or None.
         geometry: stride, padding, dilation and groups.
         gradient: ``"lsq"`` or ``"pact"``, that of the scale.
         dtype: in which the convolution runs; that of ``weight`` if None.
-        weight_recipe: what ``weight`` is computed from again in backward; None to keep it.
-        packed: ``weight`` from :func:`~.integer.pack_weight`, for a float32 convolution in integer arithmetic; equal
-            to the float one but for its rounding.
+        packed: the quantized weight from :func:`~.integer.pack_weight`, for a float32 convolution in integer
+            arithmetic; equal to the float one but for its rounding.
 
     Returns:
         ``(N, O, H', W')``.
     """
-    compute = None if weight_recipe is None else weight_recipe.compute
-    options = _Options(grid._replace(scale=grid.scale.detach()), gradient, geometry, dtype or weight.dtype, compute)
-    scale = grid.scale.reshape(())
-    return _QuantizedConv2d.apply(x, scale, weight, bias, packed, recipe_of(x), weight_recipe, options)
+    dtype = dtype or weight.tensors[0].dtype
+    options = _Options(grid._replace(scale=grid.scale.detach()), gradient, geometry, dtype, weight.replay)
+    return _QuantizedConv2d.apply(x, grid.scale.reshape(()), bias, packed, recipe_of(x), options, *weight.tensors)
 
 
 def conv2d(layer: Any, x: Tensor) -> Tensor:
@@ -161,14 +157,14 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:
             # The layout of the integer convolutions that follow, in which norms and pooling are faster too.
             x = x.contiguous(memory_format=torch.channels_last)
         return torch.conv2d(x, layer.quantized_weight(), layer.bias, *geometry)
-    weight = layer.quantized_weight()
+    # A shared weight is alive until the backward of the last call in any case.
+    shared = layer.shared_weight
+    weight = recipe_of_weight(layer.weight_quantizer, layer.weight) if shared is None else kept_weight(shared)
     dtype = packed = None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    elif layer.training and x.is_cpu and weight.dtype == torch.float32:
-        packed = _packed_weight(layer, weight, x, grid, geometry)
-    # A shared weight is alive until the last call's backward in any case.
-    recipe = None if weight is layer.shared_weight else recipe_of_weight(layer.weight_quantizer, layer.weight)
+    elif layer.training and x.is_cpu and layer.weight.dtype == torch.float32:
+        packed = _packed_weight(layer, x, grid, geometry)
     return quantized_conv2d(
         x,
         grid,
@@ -177,21 +173,21 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:
         geometry,
         gradient=layer.input_quantizer.gradient,
         dtype=dtype,
-        weight_recipe=recipe,
         packed=packed,
     )
 
 
-def _packed_weight(layer: Any, weight: Tensor, x: Tensor, grid: AffineGrid, geometry: Geometry) -> IntegerWeight | None:
+def _packed_weight(layer: Any, x: Tensor, grid: AffineGrid, geometry: Geometry) -> IntegerWeight | None:
     """Returns the weight for a convolution in integer arithmetic; None where the CPU or the method has none."""
     largest = largest_integer_weight(grid.quant_max - grid.quant_min)
     if not largest:
         return None
-    packed: IntegerWeight | None = getattr(weight, "aqdet_packed", None)  # of an earlier call, where it is shared
+    shared = layer.shared_weight
+    packed: IntegerWeight | None = getattr(shared, "aqdet_packed", None)  # of an earlier call
     if packed is None:
         packed = integer_weight(layer.weight_quantizer, layer.weight, largest)
         if packed is not None:
             packed = pack_weight(packed, x.shape, *geometry)
-            if weight is layer.shared_weight:
-                weight.aqdet_packed = packed  # type: ignore[attr-defined]
+            if shared is not None:
+                shared.aqdet_packed = packed
     return packed

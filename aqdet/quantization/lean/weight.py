@@ -11,16 +11,22 @@ from torch import Tensor
 from ..functional import broadcast_scale, quantize
 from ..methods.dorefa import DoReFaWeightQuantizer, largest_magnitude
 from ..quantizer import AffineGrid, Quantizer
-from .elementwise import fake_quantized
+from .elementwise import fake_quantized, scale_gradients
 from .integer import IntegerWeight
 from .parts import split_parts
 
 
 class WeightRecipe(NamedTuple):
-    """What a quantized weight can be computed from again: ``compute(*tensors)``, to the bit."""
+    """What a quantized weight is computed from, in forward and again in backward.
 
-    tensors: Sequence[Tensor]
-    compute: Callable[..., Tensor]
+    Attributes:
+        tensors: differentiable tensors, the weight before quantization first.
+        replay: maps ``tensors`` to the quantized weight and a function that maps the gradient of that to those of
+            ``tensors``; without autograd.
+    """
+
+    tensors: tuple[Tensor, ...]
+    replay: Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]]
 
 
 def usable_grid(quantizer: Quantizer | None) -> AffineGrid | None:
@@ -30,9 +36,8 @@ def usable_grid(quantizer: Quantizer | None) -> AffineGrid | None:
     return quantizer.grid()
 
 
-def _dorefa_codes(w: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> Tensor:
-    """Writes the codes to ``out``, in parts; returns the scale."""
-    squashed = torch.tanh(w.float())
+def _dorefa_codes(squashed: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> Tensor:
+    """Writes the codes of ``squashed = tanh(w)`` to ``out``, in parts; returns the scale."""
     magnitude = largest_magnitude(squashed, per_channel)
     steps = 2**num_bits - 1
     for m, squashed_part, out_part in split_parts(magnitude, squashed, out):
@@ -41,22 +46,25 @@ def _dorefa_codes(w: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> T
     return magnitude / steps
 
 
-def _dorefa_values(w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
+def _dorefa_values(w: Tensor, squashed: Tensor, num_bits: int, per_channel: bool) -> Tensor:
     values = torch.empty_like(w, dtype=torch.float32)
-    scale = _dorefa_codes(w, num_bits, per_channel, values)
-    return values.mul_(scale).to(w.dtype)
+    return values.mul_(_dorefa_codes(squashed, num_bits, per_channel, values)).to(w.dtype)
+
+
+def _tanh_gradient(grad: Tensor, squashed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.aten.tanh_backward(grad.float(), squashed).to(dtype)
 
 
 class _DoReFaWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
         ctx.save_for_backward(w)
-        return _dorefa_values(w, num_bits, per_channel)
+        return _dorefa_values(w, torch.tanh(w.float()), num_bits, per_channel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (w,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(grad.float(), torch.tanh(w.float())).to(w.dtype), None, None
+        return _tanh_gradient(grad, torch.tanh(w.float()), w.dtype), None, None
 
 
 def dorefa_weight(w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
@@ -64,19 +72,35 @@ def dorefa_weight(w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
     return _DoReFaWeight.apply(w, num_bits, per_channel)
 
 
-def recipe_of_weight(quantizer: Quantizer, weight: Tensor) -> WeightRecipe | None:
-    """Returns what ``quantizer(weight)`` can be computed from again; None if it cannot."""
-    if not quantizer.is_active:
-        return None
+def kept_weight(weight: Tensor) -> WeightRecipe:
+    """Returns the recipe of a quantized weight that is kept itself."""
+    return WeightRecipe((weight,), lambda w: (w, lambda grad: (grad,)))
+
+
+def recipe_of_weight(quantizer: Quantizer, weight: Tensor) -> WeightRecipe:
+    """Returns what ``quantizer(weight)`` is computed from; where it cannot be computed again, that itself."""
     spec = quantizer.spec
-    if isinstance(quantizer, DoReFaWeightQuantizer):
-        return WeightRecipe((weight,), lambda w: _dorefa_values(w, spec.num_bits, spec.per_channel))
-    grid = usable_grid(quantizer)
-    if grid is None:
-        return None
-    scale = broadcast_scale(grid.scale.detach(), weight)
+    if isinstance(quantizer, DoReFaWeightQuantizer) and quantizer.is_active:
+
+        def replay_dorefa(w: Tensor) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+            squashed = torch.tanh(w.float())
+            values = _dorefa_values(w, squashed, spec.num_bits, spec.per_channel)
+            return values, lambda grad: (_tanh_gradient(grad, squashed, w.dtype),)
+
+        return WeightRecipe((weight,), replay_dorefa)
+    grid, gradient = usable_grid(quantizer), quantizer.gradient
+    if grid is None or gradient is None:
+        return kept_weight(quantizer(weight))
     low, high = grid.quant_min, grid.quant_max
-    return WeightRecipe((weight, scale), lambda w, s: fake_quantized(w, s, low, high, w.dtype))
+
+    def replay(w: Tensor, scale: Tensor) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+        def gradients(grad: Tensor) -> Sequence[Tensor]:
+            dw, dscale = scale_gradients(grad, w, scale, low, high, gradient)
+            return dw.to(w.dtype), dscale
+
+        return fake_quantized(w, scale, low, high, w.dtype), gradients
+
+    return WeightRecipe((weight, broadcast_scale(grid.scale, weight)), replay)
 
 
 @torch.no_grad()
@@ -95,7 +119,7 @@ def integer_weight(quantizer: Quantizer, weight: Tensor, largest: int = 128) -> 
         spec = quantizer.spec
         if 2**spec.num_bits - 1 > min(largest, 127):
             return None
-        scale = _dorefa_codes(weight, spec.num_bits, spec.per_channel, codes)
+        scale = _dorefa_codes(torch.tanh(weight.float()), spec.num_bits, spec.per_channel, codes)
     else:
         grid = usable_grid(quantizer)
         if grid is None or grid.quant_max > 127 or max(-grid.quant_min, grid.quant_max) > largest:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aqdet.quantization import AffineGrid, QuantSpec, fake_quantize
 from aqdet.quantization.lean.conv import Geometry, quantized_conv2d
-from aqdet.quantization.lean.weight import recipe_of_weight
+from aqdet.quantization.lean.weight import WeightRecipe, kept_weight, recipe_of_weight
 
 GEOMETRIES = {
     "3x3": {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1},
@@ -36,6 +36,7 @@ def operands(groups=1, dtype=torch.float32, batch=2, needed=OPERANDS, bias=True)
 
 
 def fused(x, scale, weight, bias, low=0, high=15, *, gradient="lsq", geometry=PLAIN, **options):
+    weight = weight if isinstance(weight, WeightRecipe) else kept_weight(weight)
     return quantized_conv2d(
         x, AffineGrid(scale, low, high), weight, bias, Geometry(**geometry), gradient=gradient, **options
     )
@@ -132,7 +133,7 @@ def test_half_precision_input_is_quantized_in_float32():
 
 def with_quantized_weight(quantizer, x, scale, weight, bias):
     """The convolution with a weight that is quantized, and that backward quantizes again."""
-    return fused(x, scale, quantizer(weight), bias, weight_recipe=recipe_of_weight(quantizer, weight))
+    return fused(x, scale, recipe_of_weight(quantizer, weight), bias)
 
 
 @pytest.mark.parametrize("name", ("lsq", "pact", "dorefa"))
@@ -207,9 +208,9 @@ def test_the_convolution_runs_in_the_dtype_it_is_given(rule, dtype, quantized_ag
     for autocast in (False, True):
         x, scale, weight, bias = operands().values()
         quantizer = ready(QuantSpec("lsq", 4, "weight"), weight.detach())
-        options = {"weight_recipe": recipe_of_weight(quantizer, weight)} if quantized_again else {}
+        operand = recipe_of_weight if quantized_again else lambda quantizer, weight: quantizer(weight)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            y = fused(x, scale, quantizer(weight), bias, -8, 7, gradient=rule, dtype=dtype, **options)
+            y = fused(x, scale, operand(quantizer, weight), bias, -8, 7, gradient=rule, dtype=dtype)
         y.float().square().sum().backward()
         results.append([y, *(leaf.grad for leaf in (x, scale, weight, bias, quantizer.scale))])
     plain, cast = results

@@ -98,11 +98,11 @@ def test_gradients_are_those_of_the_float_convolution(rule, low, high):
         values = operands()
         quantizer.zero_grad()
         x, scale, weight, bias = values.values()
-        options = {"gradient": rule, "weight_recipe": recipe_of_weight(quantizer, weight)}
+        options = {"gradient": rule}
         if integer:
             options["packed"] = pack_weight(integer_weight(quantizer, weight), x.shape, **GEOMETRIES["3x3"])
             alive = weakref.ref(options["packed"].codes)
-        y = fused(x, scale, quantizer(weight), bias, low, high, **options)
+        y = fused(x, scale, recipe_of_weight(quantizer, weight), bias, low, high, **options)
         if integer:
             del options["packed"]
             gc.collect()
