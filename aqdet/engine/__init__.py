@@ -1,9 +1,9 @@
 """Training: trainer, checks, hooks, parameter groups, starting and resuming."""
 
-from .checks import check_config, fit_to_machine
+from .config_check import check_config, fit_to_machine
+from .hooks.interrupt import Interrupted
 from .numbers import NonFiniteLoss
 from .prepare import Preparation, prepare, prepare_trainer
-from .resume import Interrupted
 from .solver import build_optimizer
 from .trainer import Trainer, build_checkpointer
 

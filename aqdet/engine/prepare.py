@@ -22,10 +22,10 @@ from ..modeling.architecture import check_architecture
 from ..modeling.exportable import export_obstacles
 from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
-from .averaging import WeightAverageHook
-from .batch_norm import FreezeBNHook
-from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook
-from .oscillation import build_oscillation_hook
+from .hooks.calibration import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook
+from .hooks.oscillation import build_oscillation_hook
+from .hooks.precise_bn import FreezeBNHook
+from .hooks.weight_average import WeightAverageHook
 from .solver import build_optimizer
 from .teacher import build_distillation
 from .trainer import build_checkpointer, unwrap

@@ -29,9 +29,12 @@ from ..evaluation import build_evaluator, check_evaluator
 from ..modeling.exportable import export_obstacles
 from ..modeling.requests import CHECKPOINTER_KEYS, HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
-from .averaging import WeightAverageHook
-from .batch_norm import FreezeBNHook, PreciseBNHook
-from .hooks import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
+from .forward_state import ForwardState, loss_normalizers, set_loss_normalizers
+from .hooks.calibration import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
+from .hooks.interrupt import Interrupted, InterruptHook, MetricsHook
+from .hooks.oscillation import build_oscillation_hook
+from .hooks.precise_bn import FreezeBNHook, PreciseBNHook
+from .hooks.weight_average import WeightAverageHook
 from .no_detections import describe_nothing_found
 from .numbers import (
     CheckedAMPTrainer,
@@ -42,11 +45,8 @@ from .numbers import (
     describe_single_value,
     find_origin,
 )
-from .oscillation import build_oscillation_hook
 from .output_folder import evaluation_noted, holding, write_config
-from .resume import Interrupted, InterruptHook, MetricsHook
 from .solver import build_optimizer
-from .state import ForwardState, loss_normalizers, set_loss_normalizers
 from .teacher import build_distillation
 from .writers import MetricsWriter, TensorboardWriter
 

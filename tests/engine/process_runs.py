@@ -31,7 +31,7 @@ from tiny_data import train_cfg, write_dataset  # noqa: E402
 
 from aqdet.checkpoint import AqdetCheckpointer  # noqa: E402
 from aqdet.engine import Trainer  # noqa: E402
-from aqdet.engine.hooks import CalibrationHook  # noqa: E402
+from aqdet.engine.hooks.calibration import CalibrationHook  # noqa: E402
 from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
 from aqdet.engine.trainer import distribute, unwrap  # noqa: E402
 from aqdet.modeling.scaffold import Distillation  # noqa: E402

@@ -6,7 +6,7 @@ from helpers import AUX, CLASSIFIER, QUANT, make_cfg, make_model
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer, check_config
-from aqdet.engine.oscillation import _layers
+from aqdet.engine.hooks.oscillation import _layers
 from aqdet.engine.teacher import build_distillation
 
 RELU = ("MODEL.FPN.RELU", "True")

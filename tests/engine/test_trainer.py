@@ -14,8 +14,9 @@ from helpers import AUX, QUANT, make_batch, make_model
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
-from aqdet.engine import Trainer, build_checkpointer, hooks
-from aqdet.engine.batch_norm import PreciseBNHook
+from aqdet.engine import Trainer, build_checkpointer
+from aqdet.engine.hooks import calibration as hooks
+from aqdet.engine.hooks.precise_bn import PreciseBNHook
 from aqdet.engine.launch import make_deterministic
 from aqdet.modeling import without_scaffold
 from aqdet.quantization import quantizers

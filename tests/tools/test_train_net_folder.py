@@ -16,7 +16,7 @@ from helpers import QUANT, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
 
 from aqdet.checkpoint import files as checkpoint_files
-from aqdet.engine import hooks
+from aqdet.engine.hooks import calibration
 from aqdet.engine.output_folder import LOCK
 
 
@@ -196,7 +196,7 @@ def test_ctrl_c_while_calibrating(entry, config_file, tmp_path, monkeypatch, max
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hooks, "calibrate", interrupted)
+    monkeypatch.setattr(calibration, "calibrate", interrupted)
     status, printed = call(config_file, *train_overrides(entry, tmp_path, max_iter=max_iter))
     assert status == 130
     assert printed.splitlines()[-1] == "stopped by SIGINT before the first iteration: nothing is saved"

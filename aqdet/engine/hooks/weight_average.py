@@ -11,8 +11,8 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor
 
-from ..modeling.scaffold import SCAFFOLD_PREFIXES
-from .state import broadcast_from_main
+from ...modeling.scaffold import SCAFFOLD_PREFIXES
+from ..forward_state import broadcast_from_main
 
 logger = logging.getLogger(__name__)
 

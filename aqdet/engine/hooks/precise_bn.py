@@ -15,10 +15,10 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modeling.scaffold import SCAFFOLD_PREFIXES, without_scaffold
-from .averaging import WeightAverageHook
-from .hooks import leaving_no_trace
-from .state import broadcast_from_main
+from ...modeling.scaffold import SCAFFOLD_PREFIXES, without_scaffold
+from ..forward_state import broadcast_from_main
+from .calibration import leaving_no_trace
+from .weight_average import WeightAverageHook
 
 logger = logging.getLogger(__name__)
 

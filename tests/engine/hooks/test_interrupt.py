@@ -17,7 +17,7 @@ SEED = os.environ.get("AQDET_TEST_KILL_SEED", "0")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("kill_runs.py"))]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent.parent / "kill_runs.py")]
     command += [str(tmp_path_factory.mktemp("kills")), str(KILLS), SEED]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

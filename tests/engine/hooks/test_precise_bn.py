@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
 from torch import nn
 
-from aqdet.engine.batch_norm import FreezeBNHook, PreciseBNHook, _Moments, estimate_bn
+from aqdet.engine.hooks.precise_bn import FreezeBNHook, PreciseBNHook, _Moments, estimate_bn
 
 ALL = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
 
@@ -103,7 +103,7 @@ def test_an_error_on_the_way_changes_nothing(model):
 )
 def test_it_runs_before_each_evaluation_and_at_the_end(monkeypatch, period, iteration, due):
     calls = []
-    monkeypatch.setattr("aqdet.engine.batch_norm.estimate_bn", lambda *args: calls.append(args))
+    monkeypatch.setattr("aqdet.engine.hooks.precise_bn.estimate_bn", lambda *args: calls.append(args))
     hook = PreciseBNHook(period, list, 7)
     hook.trainer = StandIn(nn.BatchNorm2d(3), iteration)
     hook.after_step()

@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from helpers import make_cfg
 from torch import nn
 
-from aqdet.engine.oscillation import OscillationHook, WeightHistory, build_oscillation_hook, dampening_loss
+from aqdet.engine.hooks.oscillation import OscillationHook, WeightHistory, build_oscillation_hook, dampening_loss
 from aqdet.layers import QuantConv2d
 from aqdet.quantization import QuantSpec, calibrate
 

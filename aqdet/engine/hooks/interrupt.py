@@ -12,8 +12,8 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..checkpoint import AqdetCheckpointer
-from .writers import WINDOW, MetricsWriter
+from ...checkpoint import AqdetCheckpointer
+from ..writers import WINDOW, MetricsWriter
 
 logger = logging.getLogger(__name__)
 

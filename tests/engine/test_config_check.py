@@ -6,7 +6,7 @@ from detectron2.modeling import build_backbone
 from helpers import make_cfg
 
 from aqdet.engine import check_config, fit_to_machine
-from aqdet.engine.checks import NORMS
+from aqdet.engine.config_check import NORMS
 from aqdet.modeling.backbone import feature_names
 
 

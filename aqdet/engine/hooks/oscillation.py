@@ -13,9 +13,9 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..modeling.scaffold import SCAFFOLD_PREFIXES
-from ..quantization import Quantizer, quantize
-from ..quantization.functional import broadcast_scale
+from ...modeling.scaffold import SCAFFOLD_PREFIXES
+from ...quantization import Quantizer, quantize
+from ...quantization.functional import broadcast_scale
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import nn
 
-from aqdet.engine.averaging import WeightAverageHook
+from aqdet.engine.hooks.weight_average import WeightAverageHook
 from aqdet.quantization import QuantSpec, build_quantizer
 
 

@@ -17,12 +17,12 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..checkpoint import AqdetCheckpointer
-from ..modeling.scaffold import aligning, waiting_adaptors, without_scaffold
-from ..quantization import calibrate, quantizers
-from ..quantization.calibration import run_on_all_ranks
-from ..quantization.observer import check_method
-from .state import average_over_processes, broadcast_from_main
+from ...checkpoint import AqdetCheckpointer
+from ...modeling.scaffold import aligning, waiting_adaptors, without_scaffold
+from ...quantization import calibrate, quantizers
+from ...quantization.calibration import run_on_all_ranks
+from ...quantization.observer import check_method
+from ..forward_state import average_over_processes, broadcast_from_main
 
 logger = logging.getLogger(__name__)
 
