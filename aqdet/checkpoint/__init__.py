@@ -1,12 +1,13 @@
 """Checkpoints: loaded without running code, loaded strictly, saved atomically."""
 
-from .checkpointer import AqdetCheckpointer
+from .checkpointer import AqdetCheckpointer, build_checkpointer
 from .detector import check_calibrated, load_detector
 from .files import damage_of, load_pickled_arrays, load_weights_file, save_atomically
 from .torchvision import convert_torchvision_resnet
 
 __all__ = [
     "AqdetCheckpointer",
+    "build_checkpointer",
     "check_calibrated",
     "convert_torchvision_resnet",
     "damage_of",

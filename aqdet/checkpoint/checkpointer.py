@@ -10,10 +10,12 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
+from ..modeling.requests import CHECKPOINTER_KEYS, acknowledge
 from ..modeling.scaffold import AUXILIARY_PREFIX, strip, without_scaffold
 from ..utils.files import open_replacing
 from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically
@@ -322,3 +324,23 @@ class AqdetCheckpointer(DetectionCheckpointer):
             )
         else:
             logger.info("The auxiliary path starts from the detector's own layers")
+
+
+def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> AqdetCheckpointer:
+    """Builds the checkpointer of a config, which saves in ``OUTPUT_DIR``.
+
+    Args:
+        cfg: config.
+        model: the model, wrapped for distribution or not.
+        checkpointables: what is saved and resumed beside it.
+    """
+    acknowledge(model, *CHECKPOINTER_KEYS)
+    return AqdetCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        allow_keys=cfg.CHECKPOINT.ALLOW_KEYS,
+        aux_init=cfg.MODEL.AUX.INIT,
+        allow_pickle=cfg.CHECKPOINT.ALLOW_PICKLE,
+        keep=cfg.CHECKPOINT.KEEP,
+        **checkpointables,
+    )

@@ -16,7 +16,7 @@ from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import get_cache_dir
 
-from ..utils.files import named, open_replacing
+from ..utils.files import open_replacing
 
 CAFFE2 = "Caffe2"
 """``__author__`` of a file with Caffe2's names."""
@@ -172,12 +172,12 @@ def save_atomically(data: Any, path: str) -> None:
     Raises:
         OSError: in one line that names the file; if the disk is full, with the room that the file needs.
     """
-    with open_replacing(path, "wb", durable=True) as file:
+    with open_replacing(path, "wb", durable=True, needed=_size_of(data)) as file:
         target = _FirstError(file)
         try:
             torch.save(data, cast(IO[bytes], target))
         except Exception as error:  # PyTorch's writer makes another error of the system's, which would be lost.
-            raise named(target.error, path, _size_of(data)) if target.error else error from None
+            raise target.error or error from None
 
 
 class _FirstError:

@@ -1,11 +1,12 @@
 """Training: trainer, checks, hooks, parameter groups, starting and resuming."""
 
+from ..checkpoint import build_checkpointer
 from .config_check import check_config, fit_to_machine
 from .hooks.interrupt import Interrupted
 from .numbers import NonFiniteLoss
 from .prepare import Preparation, prepare, prepare_trainer
 from .solver import build_optimizer
-from .trainer import Trainer, build_checkpointer
+from .trainer import Trainer
 
 __all__ = [
     "Interrupted",

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Mapping
 
-import torch.distributed as dist
-from detectron2.utils import comm
+import numpy as np
+import torch
+from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
-
-def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
-    """Gives all processes the values of the main one's floating point tensors, in place."""
-    if comm.get_world_size() > 1:
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                dist.broadcast(tensor, 0)
-
-
-def average_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Gives all processes the mean of their values of floating point tensors, in place."""
-    if comm.get_world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= comm.get_world_size()
+from ..quantization import quantizers
 
 
 def loss_normalizers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:
@@ -55,3 +44,33 @@ class ForwardState:
         for buffer, value in zip(self._buffers, state[0], strict=True):
             buffer.copy_(value)
         set_loss_normalizers(self._modules, state[1])
+
+
+@contextlib.contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Restores buffers (BN statistics), loss normalizers, BN list positions and random states afterwards.
+
+    Quantizers are left alone.
+    """
+    owned = {id(buffer) for _, quantizer in quantizers(model) for buffer in quantizer.buffers()}
+    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in owned]
+    attributes = []
+    for module in model.modules():
+        if isinstance(module, CycleBatchNormList):
+            attributes.append((module, "_pos", module._pos))
+        attributes.append((module, "loss_normalizer", vars(module).get("loss_normalizer")))
+    random_states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+        for module, name, value in attributes:
+            if value is not None:
+                setattr(module, name, value)
+            else:
+                vars(module).pop(name, None)

@@ -17,18 +17,20 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..checkpoint import AqdetCheckpointer, check_calibrated
+from ..checkpoint import AqdetCheckpointer, build_checkpointer, check_calibrated
 from ..modeling.architecture import check_architecture
 from ..modeling.exportable import export_obstacles
 from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
-from .hooks.calibration import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook
+from ..utils.distributed import unwrap
+from .hooks.calibration import CalibrationHook
+from .hooks.freeze_bn import FreezeBNHook
 from .hooks.oscillation import build_oscillation_hook
-from .hooks.precise_bn import FreezeBNHook
+from .hooks.stripped_checkpoint import StrippedCheckpointHook
+from .hooks.stripped_evaluation import StrippedEvalHook
 from .hooks.weight_average import WeightAverageHook
 from .solver import build_optimizer
 from .teacher import build_distillation
-from .trainer import build_checkpointer, unwrap
 
 logger = logging.getLogger(__name__)
 

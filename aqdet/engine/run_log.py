@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from types import TracebackType
 
 from detectron2.utils import comm
@@ -71,3 +72,27 @@ class RunLog(logging.Handler):
             with contextlib.suppress(OSError):  # of a full disk: the lines that had no room
                 self._file.close()
         super().close()
+
+
+@contextlib.contextmanager
+def errors_in_one_line(*kinds: type[BaseException]) -> Iterator[None]:
+    """Leaves the traceback out of what Detectron2's training loop logs of errors that are no fault of the program.
+
+    With ``AQDET_DEBUG`` set in the environment it stays.
+
+    Args:
+        kinds: The errors that are meant.
+    """
+
+    def shorten(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, kinds) and not os.environ.get("AQDET_DEBUG"):
+            record.msg, record.exc_info = f"{record.msg} {' '.join(str(error).split())}", None
+        return True
+
+    train_loop = logging.getLogger("detectron2.engine.train_loop")
+    train_loop.addFilter(shorten)
+    try:
+        yield
+    finally:
+        train_loop.removeFilter(shorten)

@@ -15,70 +15,48 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..checkpoint import AqdetCheckpointer, check_calibrated
+from ..checkpoint import AqdetCheckpointer, build_checkpointer, check_calibrated
 from ..data import build_mapper
 from ..data.loader import OtherLoader, TrainLoader, as_train_loader, build_train_loader, seed_generators, start_worker
 from ..evaluation import build_evaluator, check_evaluator
 from ..modeling.exportable import export_obstacles
-from ..modeling.requests import CHECKPOINTER_KEYS, HOOK_KEYS, acknowledge
+from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
+from ..utils.distributed import distribute, unwrap
 from .forward_state import ForwardState, loss_normalizers, set_loss_normalizers
-from .hooks.calibration import CalibrationHook, StrippedCheckpointHook, StrippedEvalHook, leaving_no_trace
-from .hooks.interrupt import Interrupted, InterruptHook, MetricsHook
+from .hooks.calibration import CalibrationHook
+from .hooks.freeze_bn import FreezeBNHook
+from .hooks.interrupt import Interrupted, InterruptHook
+from .hooks.metrics import MetricsHook
 from .hooks.oscillation import build_oscillation_hook
-from .hooks.precise_bn import FreezeBNHook, PreciseBNHook
+from .hooks.precise_bn import PreciseBNHook
+from .hooks.stripped_checkpoint import StrippedCheckpointHook
+from .hooks.stripped_evaluation import StrippedEvalHook
 from .hooks.weight_average import WeightAverageHook
 from .no_detections import describe_nothing_found
+from .non_finite import explain_non_finite
 from .numbers import (
     CheckedAMPTrainer,
     CheckedTrainer,
     NonFiniteLoss,
     QuantizerWatchHook,
-    describe_scales,
     describe_single_value,
-    find_origin,
 )
 from .output_folder import evaluation_noted, holding, write_config
+from .run_log import errors_in_one_line
 from .solver import build_optimizer
 from .teacher import build_distillation
 from .writers import MetricsWriter, TensorboardWriter
 
 logger = logging.getLogger(__name__)
-
-
-def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> AqdetCheckpointer:
-    """The checkpointer of a config."""
-    acknowledge(model, *CHECKPOINTER_KEYS)
-    return AqdetCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        allow_keys=cfg.CHECKPOINT.ALLOW_KEYS,
-        aux_init=cfg.MODEL.AUX.INIT,
-        allow_pickle=cfg.CHECKPOINT.ALLOW_PICKLE,
-        keep=cfg.CHECKPOINT.KEEP,
-        **checkpointables,
-    )
-
-
-def distribute(model: nn.Module) -> nn.Module:
-    """The model in a ``DistributedDataParallel``, on the GPU it is on or on the CPU; itself in a single process."""
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    device_ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside :func:`distribute`."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
@@ -88,24 +66,6 @@ def _usable(key: str, names: Any, hint: str = "") -> Iterator[None]:
         yield
     except AssertionError as error:
         raise ValueError(f"{key} {tuple(names)}: {error or 'no data'}{hint}") from error
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Leaves the traceback out of what Detectron2 logs of errors that are no fault of the program."""
-
-    def shorten(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, OSError | NonFiniteLoss) and not os.environ.get("AQDET_DEBUG"):
-            record.msg, record.exc_info = f"{record.msg} {' '.join(str(error).split())}", None
-        return True
-
-    train_loop = logging.getLogger("detectron2.engine.train_loop")
-    train_loop.addFilter(shorten)
-    try:
-        yield
-    finally:
-        train_loop.removeFilter(shorten)
 
 
 class Trainer(DefaultTrainer):
@@ -146,7 +106,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, with ours in these places; the last thing that the constructor calls.
+        """Builds the list of hooks in the order in which they run; the last thing that the constructor calls.
 
         Calibration comes first, before anything reads the model. The oscillation hook, which may set weights,
         comes before the one that averages them, and both before BN statistics are estimated. Evaluation and the
@@ -158,48 +118,38 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
-        calibration = cfg.MODEL.QUANT.CALIBRATION
 
         def build_loader() -> TrainLoader | OtherLoader:
             loader = as_train_loader(self.build_train_loader(cfg), cfg)
             loader.seed = self.data_loader.seed  # a resumed run's, where the config has none
             return loader
 
-        hooks: list[HookBase] = [CalibrationHook(build_loader, calibration.NUM_BATCHES, calibration.METHOD)]
-        if cfg.SOLVER.FREEZE_BN_ITER >= cfg.SOLVER.MAX_ITER:
-            logger.warning(
-                "SOLVER.FREEZE_BN_ITER %d is not before SOLVER.MAX_ITER %d: BN never freezes",
-                cfg.SOLVER.FREEZE_BN_ITER,
-                cfg.SOLVER.MAX_ITER,
-            )
-        if cfg.SOLVER.FREEZE_BN_ITER != -1:
-            hooks.append(FreezeBNHook(cfg.SOLVER.FREEZE_BN_ITER))
-        if oscillation := build_oscillation_hook(cfg, self.model):
-            hooks.append(oscillation)
+        is_main = comm.is_main_process()
+        period, calibration = cfg.TEST.EVAL_PERIOD, cfg.MODEL.QUANT.CALIBRATION
+        precise = cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)
         self._average = WeightAverageHook(cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
-        if self._average is not None:
-            hooks.append(self._average)
-        self._metrics: MetricsWriter | None = None
-        last: list[HookBase] = []
-        for hook in super().build_hooks():
-            if isinstance(hook, PeriodicCheckpointer):
-                last.append(hook)
-            elif isinstance(hook, PreciseBN):
-                num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
-                hooks.append(PreciseBNHook(cfg.TEST.EVAL_PERIOD, build_loader, num_iter, self._average))
-            elif isinstance(hook, EvalHook):
-                if comm.is_main_process():
-                    hooks.append(StrippedCheckpointHook(self.checkpointer))
-                hooks.append(StrippedEvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate, self.checkpointer))
-            elif hook is not None:
-                hooks.append(hook)
-        if comm.is_main_process():
-            hooks.append(QuantizerWatchHook())
-        return [*hooks, MetricsHook(self._metrics), *last, InterruptHook(self.checkpointer)]
+        self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")) if is_main else None
+        hooks = [
+            CalibrationHook(build_loader, calibration.NUM_BATCHES, calibration.METHOD),
+            FreezeBNHook(cfg.SOLVER.FREEZE_BN_ITER, self.max_iter) if cfg.SOLVER.FREEZE_BN_ITER != -1 else None,
+            build_oscillation_hook(cfg, self.model),
+            self._average,
+            IterationTimer(),
+            LRScheduler(),
+            PreciseBNHook(period, build_loader, cfg.TEST.PRECISE_BN.NUM_ITER, self._average) if precise else None,
+            StrippedCheckpointHook(self.checkpointer) if is_main else None,
+            StrippedEvalHook(period, self._evaluate, self.checkpointer),
+            PeriodicWriter(self.build_writers()) if is_main else None,
+            QuantizerWatchHook() if is_main else None,
+            MetricsHook(self._metrics),
+            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD) if is_main else None,
+            InterruptHook(self.checkpointer),
+        ]
+        return [hook for hook in hooks if hook is not None]
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's, with a ``metrics.json`` that goes on where a resumed run does."""
-        self._metrics = MetricsWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        """Builds Detectron2's writers, with a ``metrics.json`` that goes on where a resumed run does."""
+        assert self._metrics is not None
         return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardWriter(self.cfg.OUTPUT_DIR)]
 
     @contextlib.contextmanager
@@ -255,7 +205,7 @@ class Trainer(DefaultTrainer):
                 if self.cfg.MODEL.QUANT.ENABLED
                 else "Nothing is quantized",
             )
-        with self.started(), _errors_in_one_line():
+        with self.started(), errors_in_one_line(OSError, NonFiniteLoss):
             try:
                 return super().train()
             except KeyboardInterrupt:
@@ -285,32 +235,8 @@ class Trainer(DefaultTrainer):
                 super().run_step()
         except NonFiniteLoss as error:
             self._forward_state.set(before)
-            raise NonFiniteLoss(self._explain(str(error))) from None
-
-    def _explain(self, wrong: str) -> str:
-        """What is known of a loss or gradient that is not finite; all processes call this, their state put back."""
-        model = unwrap(self.model)
-        saved = self._save_from_before(model)
-        if isinstance(self.data_loader, OtherLoader):
-            return f"not finite in iteration {self.iter}: {wrong}; its images are not known{saved}"
-        self.data_loader.start = self.iter
-        batch = next(iter(self.data_loader))
-        seed_generators(self.data_loader.seed, self.iter, comm.get_rank())
-        amp = torch.autocast("cuda", enabled=self.cfg.SOLVER.AMP.ENABLED)
-        with torch.no_grad(), EventStorage(self.iter), leaving_no_trace(model), amp:
-            origin = find_origin(model, lambda: model(batch))
-        words = [f"not finite in iteration {self.iter}: {wrong}"]
-        if origin is not None:
-            level = f", level {origin.level}" * bool(origin.level)
-            words.append(f"first tensor that is not finite: {origin.what}{level}")
-            words.append(f"scales around it: {describe_scales(model, origin.around)}")
-        else:
-            words.append("parameters and outputs of layers are finite: it arises behind them")
-        words.append(f"learning rate {max(group['lr'] for group in self.optimizer.param_groups):.3g}")
-        words.append(f"images {', '.join(str(image.get('image_id', image.get('file_name'))) for image in batch)}")
-        # The process where it happened knows most: the others' tensors are finite.
-        texts = comm.all_gather("; ".join(words) if origin is not None else "")
-        return next((text for text in texts if text), "; ".join(words)) + saved
+            saved = self._save_from_before(unwrap(self.model))
+            raise NonFiniteLoss(explain_non_finite(self, str(error)) + saved) from None
 
     def _save_from_before(self, model: nn.Module) -> str:
         if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):

@@ -31,7 +31,12 @@ def is_image(path: StrPath) -> bool:
 
 @contextlib.contextmanager
 def replacing(
-    path: StrPath, *, keep_ending: bool = False, shared: bool = False, durable: bool = False
+    path: StrPath,
+    *,
+    keep_ending: bool = False,
+    shared: bool = False,
+    durable: bool = False,
+    needed: int | None = None,
 ) -> Iterator[Path]:
     """Gives the path of a file beside the target, which replaces the target when the block ends without an error.
 
@@ -46,6 +51,7 @@ def replacing(
             then named ``curve.part.png`` instead of ``curve.png.part``.
         shared: Several processes may write the same target: each gets a file of its own.
         durable: The content is on the disk before the target is replaced, so that a power cut loses nothing either.
+        needed: Size of the content in bytes, if known, for the message that a disk is full.
 
     Raises:
         OSError: naming the target; of a full disk also the free space.
@@ -67,25 +73,31 @@ def replacing(
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(aside)):
-            raise named(error, target) from error
+            raise named(error, target, needed) from error
         raise
 
 
 @contextlib.contextmanager
 def open_replacing(
-    path: StrPath, mode: str = "w", *, shared: bool = False, durable: bool = False, errors: str | None = None
+    path: StrPath,
+    mode: str = "w",
+    *,
+    shared: bool = False,
+    durable: bool = False,
+    needed: int | None = None,
+    errors: str | None = None,
 ) -> Iterator[IO[Any]]:
     """Opens a file to be written that replaces ``path`` when the block ends without an error; see :func:`replacing`.
 
     Args:
         path: The target.
         mode: ``"w"`` for text, which is written in UTF-8, or ``"wb"``.
-        shared, durable: See :func:`replacing`.
+        shared, durable, needed: See :func:`replacing`.
         errors: See :func:`open`.
     """
     encoding = None if "b" in mode else "utf-8"
     with (
-        replacing(path, shared=shared, durable=durable) as aside,
+        replacing(path, shared=shared, durable=durable, needed=needed) as aside,
         open(aside, mode, encoding=encoding, errors=errors) as file,
     ):
         yield file

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tiny_data import train_cfg, write_dataset  # noqa: E402
 
 from aqdet.engine import Trainer  # noqa: E402
-from aqdet.engine.hooks.interrupt import TIMINGS  # noqa: E402
+from aqdet.engine.hooks.metrics import TIMINGS  # noqa: E402
 
 ITERATIONS = 10
 TINY = (

@@ -33,9 +33,9 @@ from aqdet.checkpoint import AqdetCheckpointer  # noqa: E402
 from aqdet.engine import Trainer  # noqa: E402
 from aqdet.engine.hooks.calibration import CalibrationHook  # noqa: E402
 from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
-from aqdet.engine.trainer import distribute, unwrap  # noqa: E402
 from aqdet.modeling.scaffold import Distillation  # noqa: E402
 from aqdet.quantization import calibrate, quantizers  # noqa: E402
+from aqdet.utils.distributed import distribute, unwrap  # noqa: E402
 
 DETECTOR = ("MODEL.QUANT.ENABLED", "True", "MODEL.AUX.ENABLED", "True", "MODEL.FPN.RELU", "True")
 DETECTOR += ("MODEL.AUX.TAPS", "fpn")

@@ -15,6 +15,7 @@ from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
 from aqdet.engine import Trainer, build_checkpointer
+from aqdet.engine.forward_state import leaving_no_trace
 from aqdet.engine.hooks import calibration as hooks
 from aqdet.engine.hooks.precise_bn import PreciseBNHook
 from aqdet.engine.launch import make_deterministic
@@ -240,7 +241,7 @@ def test_an_interrupted_calibration_leaves_no_trace_either():
     # A whole pass ends at the first level again, an interrupted one anywhere.
     model = make_model(*BOTH)
     norms = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
-    with pytest.raises(Killed), hooks.leaving_no_trace(model):
+    with pytest.raises(Killed), leaving_no_trace(model):
         for norm in norms:
             norm(torch.rand(1, 16, 2, 2))
         assert all(norm._pos == 1 for norm in norms)

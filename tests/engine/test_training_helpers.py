@@ -11,8 +11,9 @@ from helpers import AUX, QUANT, make_model
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer
+from aqdet.engine.hooks.freeze_bn import FreezeBNHook
 from aqdet.engine.hooks.oscillation import OscillationHook
-from aqdet.engine.hooks.precise_bn import FreezeBNHook, PreciseBNHook
+from aqdet.engine.hooks.precise_bn import PreciseBNHook
 from aqdet.engine.hooks.weight_average import WeightAverageHook
 
 OFF = (*QUANT, *AUX, "MODEL.FPN.RELU", "True", "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...modeling.scaffold import SCAFFOLD_PREFIXES
 from ...quantization import Quantizer, quantize
 from ...quantization.functional import broadcast_scale
+from ...utils.distributed import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ def build_oscillation_hook(cfg: CfgNode, model: nn.Module) -> OscillationHook | 
     if not (node.TRACK or node.DAMPENING or node.FREEZE_THRESHOLD):
         return None
     return OscillationHook(
-        getattr(model, "module", model),
+        unwrap(model),
         dampening=node.DAMPENING,
         threshold=node.FREEZE_THRESHOLD,
         threshold_start=node.FREEZE_THRESHOLD_START,

@@ -1,4 +1,4 @@
-"""BN statistics: estimated again before evaluation, and frozen late in training."""
+"""BN statistics that are estimated again before evaluation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...modeling.scaffold import SCAFFOLD_PREFIXES, without_scaffold
-from ..forward_state import broadcast_from_main
-from .calibration import leaving_no_trace
+from ...modeling.scaffold import without_scaffold
+from ..forward_state import leaving_no_trace
 from .weight_average import WeightAverageHook
 
 logger = logging.getLogger(__name__)
@@ -121,39 +120,3 @@ class PreciseBNHook(HookBase):
         logger.info("Estimating BN statistics from %d batches", self._num_batches)
         with contextlib.nullcontext() if self._average is None else self._average.applied():
             estimate_bn(model, self._build_loader, self._num_batches)
-
-
-class FreezeBNHook(HookBase):
-    """From an iteration on, the detector's BNs normalize by their running statistics and leave them as they are.
-
-    Their affine parameters train on. The auxiliary path goes on as before. Set anew before each step, since
-    evaluation switches the whole model back to training mode; a resume needs no state. All processes freeze the
-    main one's statistics, which are those in the checkpoint.
-
-    Args:
-        iteration: ``SOLVER.FREEZE_BN_ITER``.
-
-    Raises:
-        ValueError: if it is negative.
-    """
-
-    def __init__(self, iteration: int) -> None:
-        if iteration < 0:
-            raise ValueError(f"SOLVER.FREEZE_BN_ITER must be -1 for never, or an iteration from 0, got {iteration}")
-        self._iteration = iteration
-
-    def before_step(self) -> None:
-        """Freezes if it is time."""
-        if self.trainer.iter < self._iteration:
-            return
-        model = self.trainer.model
-        named = getattr(model, "module", model).named_modules()
-        norms = [m for name, m in named if isinstance(m, _BatchNorm) and not name.startswith(SCAFFOLD_PREFIXES)]
-        if self.trainer.iter == self._iteration:
-            if not norms:
-                logger.warning("SOLVER.FREEZE_BN_ITER: the detector has no BN to freeze")
-                return
-            logger.info("BN statistics are frozen from iteration %d on", self._iteration)
-            broadcast_from_main(buffer for norm in norms for buffer in norm.buffers())
-        for norm in norms:
-            norm.eval()

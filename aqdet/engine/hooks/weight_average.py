@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from torch import Tensor
 
 from ...modeling.scaffold import SCAFFOLD_PREFIXES
-from ..forward_state import broadcast_from_main
+from ...utils.distributed import broadcast_from_main, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class WeightAverageHook(HookBase):
 
     def _tensors(self) -> dict[str, Tensor]:
         model = self.trainer.model
-        state = getattr(model, "module", model).state_dict()
+        state = unwrap(model).state_dict()
         return {k: v for k, v in state.items() if v.is_floating_point() and not k.startswith(SCAFFOLD_PREFIXES)}
 
     def before_train(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
+from ...utils.distributed import unwrap
 from .auxiliary import AuxiliaryPath
 from .distillation import Distillation
 
@@ -56,11 +56,6 @@ class Scaffolded:
             setattr(self, field.name, getattr(scaffold, field.name))
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    """Returns the model inside a DistributedDataParallel wrapper, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 @contextlib.contextmanager
 def without_scaffold(model: nn.Module) -> Iterator[nn.Module]:
     """Takes the scaffold out of a model for the duration, and puts the same back.
@@ -68,7 +63,7 @@ def without_scaffold(model: nn.Module) -> Iterator[nn.Module]:
     Inside, the model is the shipped one: it has no parameter of the scaffold. The optimizer keeps its references, so
     that training goes on afterwards as if nothing had happened. A model that has no scaffold stays as it is.
     """
-    owner = _unwrapped(model)
+    owner = unwrap(model)
     if not isinstance(owner, Scaffolded):
         yield model
         return

@@ -11,7 +11,8 @@ from detectron2.utils import comm
 from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
 from torch import nn
 
-from aqdet.engine.hooks.precise_bn import FreezeBNHook, PreciseBNHook, _Moments, estimate_bn
+from aqdet.engine.hooks.freeze_bn import FreezeBNHook
+from aqdet.engine.hooks.precise_bn import PreciseBNHook, _Moments, estimate_bn
 
 ALL = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
 
