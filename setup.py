@@ -49,7 +49,7 @@ setup(
     zip_safe=False,
     python_requires=">=3.11",
     # What an exported detector needs; the rest is in the extras.
-    install_requires=["Pillow>=10.1", "numpy>=1.24", "onnxruntime>=1.20", "tqdm>=4.60"],
+    install_requires=["Pillow>=10.1", "numpy>=1.24", "onnxruntime>=1.23", "tqdm>=4.60"],
     extras_require={
         # Beside Detectron2, which is not on PyPI.
         "train": [

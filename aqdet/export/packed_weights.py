@@ -5,7 +5,7 @@ multiple, cast. They depend on constants alone, so that ONNX Runtime computes th
 then sees the int8 weights that its integer convolutions take: half or a quarter of the file, the same speed and values.
 
 - 1 and 2 bits: four codes a byte of a UINT8 tensor, the first in the lowest bits. Four shifts and a mask unpack them.
-- 3 and 4 bits: an INT4 tensor, two codes a byte.
+- 3 and 4 bits: an INT4 tensor, two codes a byte. ONNX Runtime reads it from version 1.23 on.
 - more: int8 as it is, sign and multiple included.
 """
 

@@ -10,6 +10,7 @@ import numpy as np
 from .containers import INT8_LIMIT, int8_parts
 from .fold import INT32_LIMIT
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
+from .sums import largest_move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,8 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
             names = {PadImage: "pad", Requantize: "requantize", Add: "add", MaxPool: "max pool"}
             target = describe(grids[operation.output])
             row |= {"kind": names.get(type(operation), "upsample"), "types": f"{describe(source)} -> {target}"}
+            if isinstance(operation, Add):
+                row["largest_move"] = largest_move(operation, grids)
         rows.append(row)
     return rows
 
