@@ -257,6 +257,20 @@ def _with_lists(overrides: Sequence[str]) -> list[Any]:
     return values
 
 
+def flatten(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of each key, as ``("MODEL.QUANT.ENABLED", True)``, in the config's order.
+
+    Args:
+        cfg: The config, or a section of it.
+        prefix: The name of the section with a dot behind it.
+    """
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _check_sections(cfg: CfgNode, content: Mapping[str, Any], prefix: str = "") -> None:
     """Checks that what is a section of the config is one in a file, which yacs takes for granted."""
     for key, value in content.items():
@@ -300,7 +314,9 @@ def _explained(cfg: CfgNode, error: Exception) -> str:
     text = str(error.args[0] if error.args else error)
     key = re.search(r"Non-existent (?:config )?key: ([\w.]+)", text)
     if key is not None:
-        close = difflib.get_close_matches(key[1], list(_keys(cfg)), 3)
+        known = (name.split(".") for name, _ in flatten(cfg))
+        names = dict.fromkeys(".".join(parts[:end]) for parts in known for end in range(1, len(parts) + 1))
+        close = difflib.get_close_matches(key[1], list(names), 3)
         return text + (f"; did you mean {' or '.join(close)}?" if close else "")
     if "<class 'float'> vs. <class 'int'>" in text:
         return f"{' '.join(text.split())}; write the number with a decimal point, as 2.0"
@@ -309,10 +325,3 @@ def _explained(cfg: CfgNode, error: Exception) -> str:
         value = repr(single[2]) if single[1] == "str" else single[2]
         return f'{single[3]} takes several values, got {single[2]}: write ({value},), in a shell "({value},)"'
     return text
-
-
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")

@@ -14,7 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from latency import Machine, Times, interleave, peak_memory, saturating
+from latency import Times, interleave, peak_memory, saturating
+from machine import Machine
 from tabulate import tabulate
 from torch import nn
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 INT16_MAX = 2**15 - 1
-_VNNI_FLAGS = ("avx512_vnni", "avx_vnni")
 _WARM_UP = 3
 _PAUSE_SECONDS = 0.1
 _MEMORY_LINE = "peak kB:"
@@ -23,35 +20,6 @@ for line in open("/proc/self/status"):
     if line.startswith("VmHWM:"):
         print("{_MEMORY_LINE}", line.split()[1])
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where something was measured.
-
-    Attributes:
-        processor: its model's name.
-        cores: that this machine has.
-        vnni: its instructions that add products of 8-bit integers in int32; empty if it has none.
-    """
-
-    processor: str
-    cores: int
-    vnni: tuple[str, ...]
-
-    @classmethod
-    def here(cls, cpuinfo: str = "/proc/cpuinfo") -> Machine:
-        """This machine, as ``/proc/cpuinfo`` has it."""
-        text = Path(cpuinfo).read_text(encoding="utf-8") if os.path.exists(cpuinfo) else ""
-        fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = fields.get("flags", "").split()
-        name = fields.get("model name") or platform.processor() or platform.machine()
-        return cls(name, os.cpu_count() or 1, tuple(flag for flag in _VNNI_FLAGS if flag in flags))
-
-    def __str__(self) -> str:
-        vnni = f"VNNI ({', '.join(self.vnni)})" if self.vnni else "no VNNI"
-        return f"{self.processor}, {platform.machine()}, {self.cores} cores, {vnni}"
 
 
 def saturating(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import folder_to_write
+from aqdet.utils.files import replacing, write_json, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,46 +23,61 @@ VARIANTS = {
     "lsq_w4a4": "4-bit",
     "lsq_w4a4_aux": "4-bit with auxiliary path",
 }
-ITERATIONS = 200
-"""Of each run from the start: half of what the configs have, so that all of it takes minutes."""
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+START, START_CONFIG = "start", "fp_bn_aux"
+START_ITERATIONS, ITERATIONS = 160, 80
+"""Lengths of the start and of each run from it: with them all of it takes minutes, where the configs train longer."""
+BASE_LR, WARMUP_ITERS = 0.001, 20
+"""Of the runs. Twice the configs' rate, since the start is far from trained."""
+SECONDS = {START: 0.41, "fp_bn": 0.34, "lsq_w4a4": 0.6, "lsq_w4a4_aux": 0.7}
+"""Of processor time that an iteration takes; only their ratios matter, to the ETA."""
+OVERHEAD = {START: 6.0, "fp_bn": 14.0, "lsq_w4a4": 25.0, "lsq_w4a4_aux": 25.0}
+"""Of processor time that start, calibration and evaluation take, in the same unit."""
 COLOURS = ((60, 60, 230), (60, 180, 60), (230, 120, 40), (40, 190, 220), (200, 60, 200), (150, 150, 40))
 MIN_SCORE = 0.5
 NUM_PICTURES = 5
 
 
 def make_jobs(output: str, short: bool) -> dict[str, Job]:
-    """A full-precision start, then three runs of equal length from it.
+    """Makes the jobs: a full-precision start with the auxiliary path, then three runs of equal length from it.
 
-    One start for all three: run by itself, the config with the auxiliary path starts from full precision with the path.
+    All three share the start, so that the table shows what the runs differ in. It has the path, as the configs have it
+    (1903.11236); a run without the path leaves the path's parameters out. The longest run comes first: two of them go
+    side by side on two cores.
     """
     from jobs import Job
 
-    from aqdet.config import load_config
-
-    jobs = {}
-    for key in ("start", *VARIANTS):
-        config = ROOT / "configs" / "quickstart" / f"retinanet_r18_{'fp_bn' if key == 'start' else key}.yaml"
-        overrides: list[str] = ["SEED", "1"]
-        if key == "start":
-            solver = load_config(config).SOLVER
+    jobs: dict[str, Job] = {}
+    for key in (START, *reversed(VARIANTS)):
+        is_start = key == START
+        config = ROOT / "configs" / "quickstart" / f"retinanet_r18_{START_CONFIG if is_start else key}.yaml"
+        iterations = 4 if short else START_ITERATIONS if is_start else ITERATIONS
+        settings: dict[str, object] = {"SEED": 1, "SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 40}
+        settings["SOLVER.WARMUP_ITERS"] = WARMUP_ITERS
+        if is_start:
+            settings["DATASETS.TEST"] = ()  # it is no row of the table
         else:
-            solver = load_config(config.with_name("retinanet_r18_lsq_w4a4.yaml")).SOLVER
-            overrides += ["MODEL.WEIGHTS", os.path.join(output, "start", "model_final.pth")]
-        iterations = 4 if short else solver.MAX_ITER if key == "start" else ITERATIONS
-        overrides += ["SOLVER.BASE_LR", str(solver.BASE_LR), "SOLVER.MAX_ITER", str(iterations)]
-        path = os.path.relpath(config)
-        sources = () if key == "start" else (jobs["start"],)
-        jobs[key] = Job(key, path, tuple(overrides), os.path.join(output, key), iterations, sources)
+            settings["MODEL.WEIGHTS"] = os.path.join(output, START, "model_final.pth")
+            settings["SOLVER.BASE_LR"] = BASE_LR
+        jobs[key] = Job(
+            name=VARIANTS.get(key, "full-precision start"),
+            config=os.path.relpath(config),
+            overrides=tuple(str(word) for setting in settings.items() for word in setting),
+            output_dir=os.path.join(output, key),
+            iterations=iterations,
+            sources=() if is_start else (jobs[START],),
+            cost=SECONDS[key],
+            overhead=OVERHEAD[key],
+        )
     return jobs
 
 
 def describe(key: str, job: Job) -> dict[str, Any]:
-    """Metrics of a job, with parameters and packed weight bytes of the detector as shipped."""
+    """Returns the metrics of a job, with parameters and packed weight bytes of the detector as shipped."""
     from detectron2.modeling import build_model
 
     from aqdet.analysis.plan import make_plan, total
     from aqdet.config import load_config
+    from aqdet.evaluation.coco import METRICS
 
     cfg = load_config(job.config, job.overrides)
     rows = make_plan(build_model(cfg), (192, 192))
@@ -76,7 +91,7 @@ def describe(key: str, job: Job) -> dict[str, Any]:
 
 
 def draw(image: np.ndarray, boxes: np.ndarray, classes: list[int], scale: int = 2) -> np.ndarray:
-    """The image, enlarged, with a box for each object in its class's colour."""
+    """Returns the image, enlarged, with a box for each object in the colour of its class."""
     import cv2
     import numpy as np
 
@@ -88,7 +103,7 @@ def draw(image: np.ndarray, boxes: np.ndarray, classes: list[int], scale: int = 
 
 
 def make_picture(jobs: dict[str, Job], path: str) -> None:
-    """Rows of images: ground truth and what each detector finds with a score of at least 0.5."""
+    """Writes rows of images: the ground truth, and what each detector finds with a score of at least 0.5."""
     import cv2
     import numpy as np
     from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -125,9 +140,8 @@ def make_picture(jobs: dict[str, Job], path: str) -> None:
         left = 8 + index * table.shape[1] // len(COLOURS)
         cv2.rectangle(legend, (left, 10), (left + 16, 24), COLOURS[index], -1)
         cv2.putText(legend, name, (left + 24, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    aside = path.replace(".png", ".part.png")
-    cv2.imwrite(aside, np.vstack([titles, table, legend]))
-    os.replace(aside, path)
+    with replacing(path, keep_ending=True) as aside:
+        cv2.imwrite(str(aside), np.vstack([titles, table, legend]))
 
 
 def main() -> None:
@@ -138,35 +152,38 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few iterations only, to see that it runs")
     args = parser.parse_args()
     # Late, so that --help opens at once.
-    import torch
-    from jobs import markdown_table, run_jobs
+    from jobs import run_jobs
+    from machine import Machine
+    from tabulate import tabulate
 
     from aqdet.config import load_config
     from aqdet.data import register_declared
+    from aqdet.evaluation.coco import METRICS
 
     start = time.monotonic()
     try:
         jobs = make_jobs(args.output, args.short)
-        register_declared(load_config(jobs["start"].config))
-        run_jobs(list(jobs.values()), os.path.relpath(ROOT / "tools" / "train_net.py"))
+        register_declared(load_config(jobs[START].config))
+        cores = os.cpu_count() or 1
+        run_jobs(list(jobs.values()), os.path.relpath(ROOT / "tools" / "train_net.py"), at_once=min(cores, 3))
         results = [describe(key, jobs[key]) for key in VARIANTS]
         picture = os.path.join(args.output, "detections.png")
         make_picture(jobs, picture)
+        rows = [
+            [r["detector"], *("-" if r[m] is None else f"{r[m]:.1f}" for m in METRICS)]
+            + [f"{r['parameters']:,}", f"{r['weight bytes']:,}"]
+            for r in results
+        ]
+        header = ["detector", *METRICS, "parameters", "weight bytes"]
+        table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
+        write_text(os.path.join(args.output, "results.md"), table + "\n")
+        write_json(os.path.join(args.output, "results.json"), results)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to continue")
-    cells = [
-        [r["detector"], *("-" if r[m] is None else f"{r[m]:.1f}" for m in METRICS)]
-        + [f"{r['parameters']:,}", f"{r['weight bytes']:,}"]
-        for r in results
-    ]
-    table = markdown_table(["detector", *METRICS, "parameters", "weight bytes"], cells)
-    for name, text in (("results.md", table + "\n"), ("results.json", json.dumps(results, indent=1))):
-        aside = os.path.join(args.output, name + ".part")
-        Path(aside).write_text(text)
-        os.replace(aside, os.path.join(args.output, name))
-    print(f"\nEmbedded dataset, seed 1, {torch.get_num_threads()} threads; one seed is no comparison.\n\n{table}\n")
+    print(f"\nEmbedded dataset, seed 1, {START_ITERATIONS} + {ITERATIONS} iterations; {Machine.here()}.")
+    print(f"One seed of a short training is no comparison: RESULTS.md has those.\n\n{table}\n")
     print(f"Picture: {picture}\nTable: {args.output}/results.md and results.json")
     print(f"Detectors and logs: {args.output}/{{start,{','.join(VARIANTS)}}}")
     print(f"This run took {(time.monotonic() - start) / 60:.1f} minutes.")

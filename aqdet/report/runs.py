@@ -9,13 +9,13 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..config import load_config
+from ..config import flatten, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +186,6 @@ def series(run: Run, key: str) -> tuple[list[float], list[float]]:
     """Iterations and values of one key of the history, where it has a number."""
     points = [(r["iteration"], r[key]) for r in run.history if isinstance(r.get(key), int | float)]
     return [float(x) for x, _ in points], [float(y) for _, y in points]
-
-
-def flatten(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``("MODEL.QUANT.ENABLED", True)`` and so on, in the config's order."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def config_differences(cfgs: Sequence[CfgNode]) -> list[tuple[str, list[str]]]:

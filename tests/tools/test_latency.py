@@ -2,7 +2,8 @@ import sys
 import time
 
 import pytest
-from latency import Machine, Times, interleave, peak_memory, saturating
+from latency import Times, interleave, peak_memory, saturating
+from machine import Machine
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.0GHz

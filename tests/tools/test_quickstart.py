@@ -12,15 +12,31 @@ def tool():
 
 def test_three_runs_of_equal_length_from_one_start(tool, tmp_path):
     jobs = tool.make_jobs(str(tmp_path), short=False)
-    assert list(jobs) == ["start", *tool.VARIANTS] and not jobs["start"].sources
-    start, *runs = (load_config(job.config, job.overrides) for job in jobs.values())
-    for cfg in (start, *runs):
+    assert set(jobs) == {"start", *tool.VARIANTS} and not jobs["start"].sources
+    cfgs = {key: load_config(job.config, job.overrides) for key, job in jobs.items()}
+    for cfg in cfgs.values():
         check_config(cfg)
-    assert start.MODEL.WEIGHTS == "" and not start.MODEL.QUANT.ENABLED
-    assert {cfg.MODEL.WEIGHTS for cfg in runs} == {f"{tmp_path}/start/model_final.pth"}
-    assert all(job.sources == (jobs["start"],) for job in list(jobs.values())[1:])
-    lengths = {(cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SEED) for cfg in runs}
-    assert lengths == {(tool.ITERATIONS, runs[1].SOLVER.BASE_LR, start.SEED)}
-    assert [cfg.MODEL.QUANT.ENABLED for cfg in runs] == [False, True, True]
-    assert [cfg.MODEL.AUX.ENABLED for cfg in runs] == [False, False, True]
+    start = cfgs.pop("start")
+    assert start.MODEL.WEIGHTS == "" and not start.MODEL.QUANT.ENABLED and start.MODEL.AUX.ENABLED
+    assert start.DATASETS.TEST == () and start.SOLVER.MAX_ITER == tool.START_ITERATIONS
+    assert {cfg.MODEL.WEIGHTS for cfg in cfgs.values()} == {f"{tmp_path}/start/model_final.pth"}
+    assert all(jobs[key].sources == (jobs["start"],) for key in cfgs)
+    lengths = {(cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS, cfg.SEED) for cfg in cfgs.values()}
+    assert lengths == {(tool.ITERATIONS, tool.BASE_LR, tool.WARMUP_ITERS, start.SEED)}
+    assert [cfgs[key].MODEL.QUANT.ENABLED for key in tool.VARIANTS] == [False, True, True]
+    assert [cfgs[key].MODEL.AUX.ENABLED for key in tool.VARIANTS] == [False, False, True]
+    # An interruption loses half a run at the most.
+    assert all(2 * cfg.SOLVER.CHECKPOINT_PERIOD <= cfg.SOLVER.MAX_ITER for cfg in (start, *cfgs.values()))
     assert {job.iterations for job in tool.make_jobs(str(tmp_path), short=True).values()} == {4}
+
+
+def test_the_longest_run_is_started_first(tool, tmp_path):
+    runs = list(tool.make_jobs(str(tmp_path), short=False).values())[1:]
+    assert [job.work for job in runs] == sorted((job.work for job in runs), reverse=True)
+
+
+def test_it_takes_a_share_of_eight_minutes(tool, tmp_path):
+    """Processor time with two jobs side by side, of a processor half as fast as the one the figures are of."""
+    jobs = tool.make_jobs(str(tmp_path), short=False)
+    aux, plain, full = (jobs[key].work for key in ("lsq_w4a4_aux", "lsq_w4a4", "fp_bn"))
+    assert 2 * (jobs["start"].work + max(aux, plain + full)) < 8 * 60

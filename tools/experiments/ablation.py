@@ -382,7 +382,7 @@ def make_rows(
     seeds: Sequence[int], cells: Sequence[Cell], done: dict[tuple[int, Cell], dict[str, Any]]
 ) -> list[list[str]]:
     """Rows of the table from the metrics of finished runs; none for a cell without one."""
-    from jobs import mean_and_spread
+    from results_file import mean_and_spread
 
     def values(cell: Cell, key: str = "AP") -> dict[int, float]:
         return {s: done[s, cell][key] for s in seeds if (s, cell) in done and done[s, cell][key] is not None}
@@ -474,7 +474,7 @@ def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:
 def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tuple[int, Cell], Job]) -> None:
     """The section of RESULTS.md and the plot, from what has finished, here or before."""
     import torch
-    from jobs import LEFT_OUT, kept_remark, markdown_table, mean_and_spread, write_section
+    from results_file import LEFT_OUT, kept_remark, markdown_table, mean_and_spread, write_section
 
     done, dates, machines = {}, set(), set()
     evaluated = evaluations(args, jobs)

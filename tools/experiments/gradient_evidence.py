@@ -26,7 +26,7 @@ from aqdet.utils.arguments import file_to_read, folder_to_write, integer
 if TYPE_CHECKING:
     from aqdet.analysis.gradients import Alignment
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # jobs.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # machine.py
 COLUMNS = {
     "own": "own losses",
     "all": "with added losses",
@@ -92,7 +92,7 @@ def gains(found: Sequence[Alignment]) -> list[float]:
 
 def make_table(found: Sequence[Alignment], summary: bool) -> str:
     """Mean cosines over batches: a row a layer, or for the summary a row a stage and one for what is reached."""
-    from jobs import markdown_table
+    from results_file import markdown_table
 
     groups = {alignment.layer.removeprefix("backbone."): [alignment] for alignment in found}
     if summary:
@@ -152,7 +152,8 @@ def main() -> None:
     args = parse_args()
     # Late, so that --help opens at once.
     import torch
-    from jobs import describe_machine, kept_remark, write_section
+    from machine import Machine
+    from results_file import kept_remark, write_section
 
     try:
         found = measure(args)
@@ -181,7 +182,7 @@ In the layers that the added losses reach, they bring the gradient nearer to the
 
 By layer: `{table}`. Command: `python tools/experiments/gradient_evidence.py --config-file {args.config_file}
 --weights {args.weights} --batches {args.batches}{f" --section {args.section}" if args.section else ""}{opts}`.
-{time.strftime("%Y-%m-%d")}, {describe_machine()}, torch {torch.__version__}.
+{time.strftime("%Y-%m-%d")}, {Machine.here()}, torch {torch.__version__}.
 """
         if args.section and (remark := kept_remark("RESULTS.md", args.section)):
             text += f"\n{remark}\n"
