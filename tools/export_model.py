@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aqdet.utils.arguments import folder_to_write, integer, number, regex
+from aqdet.utils.files import IMAGE_ENDINGS, is_image
 
 if TYPE_CHECKING:
     import numpy as np
     from detectron2.config import CfgNode
 
 USER_ERROR = 2
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,9 +84,9 @@ def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"--images {path} does not exist")
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        found = sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"--images {path} has no {', '.join(IMAGE_SUFFIXES)} file")
+            raise ValueError(f"--images {path} has no {', '.join(IMAGE_ENDINGS)} file")
         files += found
     images = []
     for file in files[:limit]:

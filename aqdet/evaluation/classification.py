@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+
+from ..utils.files import write_json
 
 
 class TopKEvaluator(DatasetEvaluator):
@@ -42,9 +43,5 @@ class TopKEvaluator(DatasetEvaluator):
             return {}
         images = sum(count for count, _ in parts)
         values = {key: 100 * sum(hits[key] for _, hits in parts) / images for key in self._hits}
-        os.makedirs(self._output_dir, exist_ok=True)
-        path = os.path.join(self._output_dir, "metrics.json")
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-        os.replace(path + ".part", path)
+        write_json(os.path.join(self._output_dir, "metrics.json"), values)
         return {"classification": values}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -18,6 +17,8 @@ from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
+
+from ..utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -143,18 +144,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         logger.info(
             "AP by class of %s, of the best %d detections of an image:\n%s", self._metadata.name, self.limit, table
         )
-        written = {key: v if math.isfinite(v) else None for key, v in values.items()}
-        if self.limit != COCO_LIMIT:
-            written[LIMIT_KEY] = self.limit
-        self._write("metrics.json", written, indent=1)
+        limit = {LIMIT_KEY: self.limit} if self.limit != COCO_LIMIT else {}
+        write_json(os.path.join(self._output_dir, "metrics.json"), {**values, **limit})
         return {"bbox": values}
-
-    def _write(self, name: str, content: Any, indent: int | None = None) -> None:
-        os.makedirs(self._output_dir, exist_ok=True)
-        path = os.path.join(self._output_dir, name)
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=indent)
-        os.replace(path + ".part", path)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Collection[int] | None = None) -> None:
         """Detectron2's for boxes, with the implementation asked for: results in the dataset's class ids, then AP."""
@@ -164,7 +156,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         if original:
             for result in found:
                 result["category_id"] = original[result["category_id"]]
-        self._write("coco_instances_results.json", found)
+        write_json(os.path.join(self._output_dir, "coco_instances_results.json"), found, indent=None)
         if not self._do_evaluation:
             logger.info("%s has no annotations to evaluate with", self._metadata.name)
             return

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import sha256, write_json
+
 FORMAT = "aqdet-detector"
 VERSION = 1
 DESCRIPTION = "detector.json"
@@ -100,13 +102,11 @@ def write_description(
     sealed = {
         "format": FORMAT,
         "version": VERSION,
-        "files": {n: {"sha256": _sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in files},
+        "files": {n: {"sha256": sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in files},
         **{key: value for key, value in content.items() if key not in SEAL},
     }
     sealed["sha256"] = _checksum(sealed)
-    aside = folder / (DESCRIPTION + ".part")
-    aside.write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-    os.replace(aside, folder / DESCRIPTION)
+    write_json(folder / DESCRIPTION, sealed)
 
 
 def read_description(folder: str | os.PathLike[str]) -> Description:
@@ -146,7 +146,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
             continue  # which nothing here executes
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: copy the whole folder, or export the model again")
-        if file.stat().st_size != size or _sha256(file) != digest:
+        if file.stat().st_size != size or sha256(file) != digest:
             raise ValueError(
                 f"{file}: damaged, or of another model than {DESCRIPTION} (its SHA-256 differs from the one there): "
                 "copy the whole folder again, or export the model again"
@@ -215,11 +215,6 @@ def _anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> tuple[tup
     """``(width, height)`` of a location's anchors: area ``size ** 2``, ``height / width`` the ratio."""
     widths = [math.sqrt(size**2.0 / ratio) for size in sizes for ratio in ratios]
     return tuple((w, ratio * w) for w, ratio in zip(widths, list(ratios) * len(sizes), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

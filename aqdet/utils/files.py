@@ -121,7 +121,10 @@ def to_json(value: Any, **options: Any) -> str:
         value: Mappings, lists, tuples, strings, numbers, booleans and None.
         options: Arguments of :func:`json.dumps`.
     """
-    return json.dumps(_without_non_finite(value), allow_nan=False, **options)
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (TypeError, ValueError):  # a number that JSON does not have, or a mapping that is no dict
+        return json.dumps(_without_non_finite(value), allow_nan=False, **options)
 
 
 def _without_non_finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from helpers import ROOT
@@ -75,6 +76,10 @@ def test_json_is_strict(tmp_path):
     files.write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text()
     assert text.endswith("}\n") and json.loads(text, parse_constant=pytest.fail) == expected
+
+
+def test_json_of_mappings_that_are_no_dict():
+    assert files.to_json(types.MappingProxyType({"a": (1, math.inf)})) == '{"a": [1, null]}'
 
 
 def test_endings_of_images():

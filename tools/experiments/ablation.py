@@ -323,7 +323,7 @@ def kept_runs() -> dict[str, dict[str, Any]]:
 
 def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """Adds the finished runs to what is kept, and returns it."""
-    from aqdet.utils.files import write_text
+    from aqdet.utils.files import to_json, write_text
 
     kept = kept_runs()
     for job in jobs:
@@ -331,7 +331,7 @@ def keep_runs(dataset: str, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         if noted is not None:
             noted.pop("command")
             kept[f"{dataset} {job.name}"] = {**noted, "metrics": job.metrics()}
-    write_text(ROOT / "tools" / "experiments" / RUNS, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    write_text(ROOT / "tools" / "experiments" / RUNS, to_json(kept, indent=1, sort_keys=True) + "\n")
     return kept
 
 
@@ -343,7 +343,7 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
     """
     from jobs import DONE
 
-    from aqdet.utils.files import write_text
+    from aqdet.utils.files import write_json
 
     kept = kept_runs()
 
@@ -351,9 +351,9 @@ def recall_runs(dataset: str, jobs: Sequence[Job]) -> None:
         noted = kept.get(f"{dataset} {job.name}")
         if job.finished() is None and noted is not None and noted["fingerprint"] == job.fingerprint():
             folder = Path(job.output_dir)
-            write_text(folder / "inference" / "metrics.json", json.dumps(noted["metrics"]))
+            write_json(folder / "inference" / "metrics.json", noted["metrics"])
             facts = {key: value for key, value in noted.items() if key != "metrics"}
-            write_text(folder / DONE, json.dumps({**facts, "command": " ".join(job.command("tools/train_net.py"))}))
+            write_json(folder / DONE, {**facts, "command": " ".join(job.command("tools/train_net.py"))})
 
     for job in jobs:
         recall(job)
@@ -423,6 +423,8 @@ def make_plot(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from aqdet.utils.files import replacing
+
     panels: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
         if cell.quantizer != FLOAT and any((s, cell) in done for s in seeds):
@@ -451,10 +453,9 @@ def make_plot(
         ax.grid(axis="x", alpha=0.3)
         ax.set_title(f"{detector}, {quantizer} w{bits}a{bits}", fontsize="medium")
     axes[-1, 0].set_xlabel("AP of the detector alone, in percent: a dot a seed, a bar their mean")
-    aside = path.replace(".png", ".part.png")
-    figure.savefig(aside, dpi=120)
+    with replacing(path, keep_ending=True) as aside:
+        figure.savefig(aside, dpi=120)
     plt.close(figure)
-    os.replace(aside, path)
 
 
 def learning_rates(jobs: dict[tuple[int, Cell], Job]) -> str:

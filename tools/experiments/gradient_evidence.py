@@ -113,6 +113,8 @@ def make_plot(found: Sequence[Alignment], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from aqdet.utils.files import replacing
+
     layers = [alignment for members in by_part(found).values() for alignment in members]
     names = [alignment.layer.removeprefix("backbone.").removeprefix("bottom_up.") for alignment in layers]
     figure, ax = plt.subplots(figsize=(max(8, 0.3 * len(names)), 5), layout="constrained")
@@ -124,10 +126,9 @@ def make_plot(found: Sequence[Alignment], path: str) -> None:
     ax.set_ylabel("cosine to the gradient without quantizers")
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
-    aside = path.replace(".png", ".part.png")
-    figure.savefig(aside, dpi=120)
+    with replacing(path, keep_ending=True) as aside:
+        figure.savefig(aside, dpi=120)
     plt.close(figure)
-    os.replace(aside, path)
 
 
 def measure(args: argparse.Namespace) -> list[Alignment]:
@@ -155,15 +156,13 @@ def main() -> None:
     from machine import Machine
     from results_file import kept_remark, write_section
 
+    from aqdet.utils.files import write_text
+
     try:
         found = measure(args)
-        os.makedirs(args.output, exist_ok=True)
         table = os.path.join(args.output, "gradients.md")
         plot = os.path.join("tools/experiments/plots" if args.section else args.output, "gradients.png")
-        os.makedirs(os.path.dirname(plot), exist_ok=True)
-        with open(f"{table}.part", "w", encoding="utf-8") as file:
-            file.write(make_table(found, summary=False) + "\n")
-        os.replace(f"{table}.part", table)
+        write_text(table, make_table(found, summary=False) + "\n")
         make_plot(found, plot)
         opts = "".join(f" {value}" for value in args.opts)
         text = f"""## Gradients of the trunk with and without quantizers

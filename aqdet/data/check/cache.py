@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...utils.files import write_text
+from ...utils.files import to_json, write_text
 from ..cache_folder import cache_dir
 from ..declaration import IMAGE_FOLDER, Declaration
 from ..formats import FORMATS, Source
@@ -82,8 +82,8 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
     noted = {"inputs": _stamps(source.inputs), "is_copied": is_copied, "report": report.as_dict()}
     try:
         if is_copied:
-            write_text(usable, json.dumps(content), shared=True, errors="surrogatepass")
-        write_text(report_file, json.dumps(noted), shared=True, errors="surrogatepass")
+            write_text(usable, to_json(content), shared=True, errors="surrogatepass")
+        write_text(report_file, to_json(noted), shared=True, errors="surrogatepass")
     except OSError as error:
         raise ValueError(
             f"DATASETS.CACHE_DIR: the check of {declaration.name} cannot be kept in {str(entry.parent)!r}: {error}"

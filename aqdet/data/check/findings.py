@@ -23,6 +23,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ...utils.files import to_json
 from .statistics import Statistics
 
 __all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report", "reports_as_json"]
@@ -281,7 +282,7 @@ def reports_as_json(reports: Sequence[Report], strict: bool, advice: Sequence[st
     datasets = [{k: v for k, v in report.as_dict().items() if k not in left_out} for report in reports]
     refused = sum(report.refused(strict) for report in reports)
     content = {"refused": refused, "strict": strict, "advice": list(advice), "datasets": datasets}
-    return json.dumps(content, indent=1, ensure_ascii=False)
+    return to_json(content, indent=1, ensure_ascii=False)
 
 
 def _shown(value: Any) -> str:
