@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from aqdet.config import load_config
+from aqdet.config_files import find_config_file
 from aqdet.data import check_datasets, check_num_classes, register_declared
 from aqdet.data.registry import DatasetCheck
 from aqdet.engine import Interrupted, NonFiniteLoss, Trainer, build_checkpointer, check_config, fit_to_machine
@@ -62,6 +63,8 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, DatasetCheck]:
     nowhere = cfg.clone()
     nowhere.defrost()
     nowhere.OUTPUT_DIR = None  # Detectron2 would write its config and log there, whether or not a run comes of it
+    if args.config_file:
+        args.config_file = find_config_file(args.config_file)  # Detectron2 logs the file, and does not know names
     default_setup(nowhere, args)
     make_deterministic(cfg)
     logging.getLogger("aqdet.train_net").info("Running with full config:\n%s", cfg.dump())

@@ -63,6 +63,17 @@ def test_wrong_input_is_one_line(data, arguments, words, monkeypatch, capsys):
     assert stop.value.code == 2 and last.startswith("error: ") and words in last
 
 
+@pytest.mark.parametrize("name", ["quickstart/retinanet_r18_fp_bn.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml"])
+def test_a_config_by_its_name(data, name, monkeypatch, capsys):
+    root, names = data
+    monkeypatch.chdir(root)
+    command = ["--config-file", name, "--eval-only", *names, "MODEL.RETINANET.NUM_CLASSES", "6", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(SystemExit):
+        main(argument_parser().parse_args([*command, "OUTPUT_DIR", "out_named", "MODEL.WEIGHTS", "none.pth"]))
+    # The config has been read and logged: it ends at the weights.
+    assert "checkpoint 'none.pth' does not exist" in capsys.readouterr().err
+
+
 def test_a_missing_config_has_no_traceback(data):
     root, _ = data
     code, _, stderr = train_net(root, config="none.yaml")
