@@ -530,7 +530,7 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     command += f" --split {args.split}" * (args.split != "val")
     command += " ".join([" --", *args.opts]) if args.opts else ""
     title = TITLES[args.dataset] + (f" ({part.partition(' ')[2]})" if " " in part else "")
-    text = f"""## What helps: ResNet-18 detectors on {title}
+    text = f"""### What helps: ResNet-18 detectors on {title}
 
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
 {args.iterations}, full precision included. COCO AP of the detector alone, in percent, on

@@ -165,7 +165,7 @@ def main() -> None:
         write_text(table, make_table(found, summary=False) + "\n")
         make_plot(found, plot)
         opts = "".join(f" {value}" for value in args.opts)
-        text = f"""## Gradients of the trunk with and without quantizers
+        text = f"""### Gradients of the trunk with and without quantizers
 
 Cosine between the gradient of a layer's latent weights in the quantized model and in the same model with its quantizers
 off: same weights and batches, batch norms by the batch's statistics. Mean over {args.batches} batches, then over
