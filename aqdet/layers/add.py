@@ -56,7 +56,7 @@ class StreamQuantizer(nn.Module):
 
 
 class QuantAdd(nn.Module):
-    """``x + y`` with quantized operands.
+    """Sum ``x + y`` with quantized operands.
 
     Args:
         signed: for each operand, whether it can be negative; None if it comes from a

@@ -9,7 +9,7 @@ from ..quantization import Quantizer, QuantSpec, build_quantizer
 
 
 class QuantConvTranspose2d(nn.ConvTranspose2d):
-    """``torch.nn.ConvTranspose2d`` with ``weight_quantizer`` and ``input_quantizer``.
+    """A ``torch.nn.ConvTranspose2d`` with ``weight_quantizer`` and ``input_quantizer``.
 
     Parameter names are the float layer's. Made by :meth:`from_float`.
     """

@@ -9,7 +9,7 @@ from ..quantization import Quantizer, QuantSpec, build_quantizer
 
 
 class QuantLinear(nn.Linear):
-    """``torch.nn.Linear`` with ``weight_quantizer`` and ``input_quantizer``; parameter names are the float layer's.
+    """A ``torch.nn.Linear`` with ``weight_quantizer`` and ``input_quantizer``; parameter names are the float layer's.
 
     Made by :meth:`from_float`.
     """

@@ -13,7 +13,7 @@ from .recipe import Recipe, note_recipe, recipe_of
 
 
 def fake_quantized(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
-    """Quantizes and dequantizes in parts, without gradient rules."""
+    """Quantizes and dequantizes in parts, without gradients."""
     out = torch.empty_like(x, dtype=dtype)
     for s, x_part, out_part in split_parts(scale, x, out):
         torch.mul(quantize(x_part, s, quant_min, quant_max), s, out=out_part)

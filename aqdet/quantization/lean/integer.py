@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class IntegerWeight(NamedTuple):
-    """A weight as codes: ``codes * scale`` is the fake-quantized weight.
+    """Weight as integer codes: ``codes * scale`` is the fake-quantized weight.
 
     Attributes:
         codes: int8, ``(O, C / groups, kH, kW)``; laid out for the kernel after :func:`pack_weight`.

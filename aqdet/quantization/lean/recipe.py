@@ -17,7 +17,7 @@ from .parts import PART_SIZE, can_split, split_parts
 
 
 class Recipe(NamedTuple):
-    """``x = base * scale + shift``, computed in float32 and in this order.
+    """Recipe of an activation: ``x = base * scale + shift``, computed in float32 and in this order.
 
     Attributes:
         base: tensor of the shape of ``x`` and any dtype.

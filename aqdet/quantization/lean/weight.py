@@ -17,7 +17,7 @@ from .parts import split_parts
 
 
 class WeightRecipe(NamedTuple):
-    """What a quantized weight is computed from, in forward and again in backward.
+    """Recipe of a quantized weight, which forward and backward compute from the weight before quantization.
 
     Attributes:
         tensors: differentiable tensors, the weight before quantization first.

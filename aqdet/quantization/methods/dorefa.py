@@ -46,7 +46,7 @@ def dorefa_weight(w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
 
 
 class DoReFaWeightQuantizer(Quantizer):
-    """``2 q(tanh(w) / (2 M) + 1/2) - 1`` times ``M``, where ``M = max|tanh w|`` and q has 2^b values.
+    """DoReFa's weights: ``2 q(tanh(w) / (2 M) + 1/2) - 1`` times ``M``, where ``M = max|tanh w|`` and q has 2^b values.
 
     There is no code for zero: the integers are the odd numbers from ``-(2^b - 1)`` to ``2^b - 1``, and the
     scale is ``M / (2^b - 1)``. The gradient is straight-through with M held constant: ``1 - tanh(w)^2``.
@@ -71,7 +71,7 @@ class DoReFaWeightQuantizer(Quantizer):
 
 
 class DoReFaInputQuantizer(Quantizer):
-    """``q(clip(a, 0, 1))`` with a fixed clipping range in place of 1.
+    """DoReFa's activations: ``q(clip(a, 0, 1))`` with a fixed clipping range in place of 1.
 
     Deviations: the paper clips to [0, 1], which cuts off most of what a detector's BN + ReLU puts out; the
     range here is chosen once by calibration and then fixed (a range of 1 is the paper). Signed sites clip

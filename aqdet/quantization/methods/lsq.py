@@ -12,7 +12,7 @@ from ..spec import QuantSpec
 
 
 class LSQQuantizer(Quantizer):
-    """``scale * round(clamp(x / scale, quant_min, quant_max))`` with a learned ``scale``.
+    """LSQ: ``scale * round(clamp(x / scale, quant_min, quant_max))`` with a learned ``scale``.
 
     The gradient of the scale is the paper's equation 3. Deviations: the paper's factor ``1 / sqrt(N quant_max)``, which
     is to balance the steps of scales and weights under SGD, is left out: the optimizer steps scales by a share of their

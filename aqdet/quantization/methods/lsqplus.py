@@ -45,7 +45,7 @@ class _FakeQuantizeOffset(torch.autograd.Function):
 
 
 class LSQPlusQuantizer(LSQQuantizer):
-    """``scale * round(clamp((x - offset) / scale, 0, 2^b - 1)) + offset`` for activations that can be negative.
+    """LSQ+: ``scale * round(clamp((x - offset) / scale, 0, 2^b - 1)) + offset``, for activations that can be negative.
 
     Gradients as in the paper, with ``v = (x - offset) / scale``: for the scale ``round(v) - v`` inside the
     range, 0 below and ``2^b - 1`` above it; for the offset 0 inside and 1 outside; for x 1 inside.

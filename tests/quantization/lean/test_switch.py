@@ -83,7 +83,8 @@ def test_kernels_are_chosen_by_name_and_put_back():
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            module = "." * node.level + (f"{node.module}." if node.module else "")
+            yield from (module + alias.name for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -93,6 +94,17 @@ def test_nothing_needs_the_lean_kernels_but_one_line():
     files = [path for path in package.rglob("*.py") if "lean" not in path.parts]
     users = [path for path in files if any("lean" in name.split(".") for name in imports_of(path))]
     assert users == [package / "quantization" / "__init__.py"]
+
+
+def test_quantizers_know_torch_alone_and_layers_nothing_above_them():
+    package = Path(aqdet.__file__).parent
+    for folder, allowed in (("quantization", ()), ("layers", ("detectron2",))):
+        for path in (package / folder).rglob("*.py"):
+            depth = len(path.relative_to(package).parts)  # as many dots lead out of the package
+            for name in imports_of(path):
+                assert not name.startswith("aqdet.") and (allowed or "detectron2" not in name), (path, name)
+                above = name.startswith("." * depth) and not name.startswith("..quantization")
+                assert not above, (path, name)
 
 
 def test_the_arithmetic_is_plain():
