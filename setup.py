@@ -19,13 +19,13 @@ class BuildModules(build_py):
 setup(
     name="aqdet",
     version="0.1.0",
-    description="Quantization-aware training of Detectron2 detectors with auxiliary heads",
+    description="Object detectors at 4 bits and below, trained on Detectron2 with a full-precision auxiliary path",
     long_description=(
-        "aqdet extends Detectron2 with DoReFa, PACT and LSQ quantization of dense object "
-        "detectors down to 2 bits, trained with a full-precision auxiliary head that shares the "
-        "quantized trunk and is dropped after training. By itself the package runs exported "
-        "detectors, with ONNX Runtime; aqdet[train] trains them. Detectron2 itself is not on PyPI: "
-        "build it from source, or run tools/install_detectron2.py for its Python part."
+        "aqdet trains quantized object detectors (RetinaNet, FCOS) on Detectron2 with weights and activations of 2 to "
+        "8 bits: LSQ, LSQ+, PACT, DoReFa, LQ-Nets and N2UQ, and a full-precision auxiliary path that reads the "
+        "quantized backbone during training and is gone from what is evaluated and shipped. By itself the package "
+        "runs exported detectors, with ONNX Runtime; aqdet[train,export] trains and exports them. Detectron2 itself "
+        "is not on PyPI: build it from source, or run tools/install_detectron2.py for its Python part."
     ),
     long_description_content_type="text/plain",
     license="Apache-2.0",
@@ -48,10 +48,10 @@ setup(
     entry_points={"console_scripts": ["aqdet = aqdet.main:main"]},
     zip_safe=False,
     python_requires=">=3.11",
-    # What an exported detector needs; the rest is in the extras.
+    # An exported detector needs no more than these; training, export and development have extras.
     install_requires=["Pillow>=10.1", "numpy>=1.24", "onnxruntime>=1.23", "tqdm>=4.60"],
     extras_require={
-        # Beside Detectron2, which is not on PyPI.
+        # Detectron2 is needed too, and is not on PyPI.
         "train": [
             "defusedxml>=0.7",
             "fvcore>=0.1.5",
@@ -69,7 +69,7 @@ setup(
         "video": ["opencv-python>=4.7"],
         "eval": ["faster-coco-eval>=1.6"],
         "export": ["onnx>=1.16"],
-        # Its executor and transformations, for who develops; the export itself writes QONNX without it.
+        # QONNX's executor and transformations, for development; the export writes QONNX files without them.
         "qonnx": ["qonnx>=1.0"],
         "openvino": ["openvino>=2024.0"],
         "dev": [

@@ -67,15 +67,15 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # paper's is 0.01 at the end of training; the threshold falls to it from FREEZE_THRESHOLD_START.
     cfg.MODEL.QUANT.OSCILLATION.FREEZE_THRESHOLD = 0.0
     cfg.MODEL.QUANT.OSCILLATION.FREEZE_THRESHOLD_START = 0.1
-    # Of the moving averages that decide it.
+    # Momentum of the moving averages that detect oscillation.
     cfg.MODEL.QUANT.OSCILLATION.MOMENTUM = 0.01
 
     # --- The full-precision auxiliary path; training only ---
     cfg.MODEL.AUX = CfgNode()
     cfg.MODEL.AUX.ENABLED = False
-    # What it reads. "backbone": the sum of every residual block and the stem, aggregated into a float pyramid of its
-    # own (image classifiers: without the pyramid); keeps every sum for backward. "fpn": the pyramid levels, of any
-    # backbone and for the least memory. "both": the mean of the two.
+    # The tensors that the path reads. "backbone": the sum of every residual block and the stem, aggregated into a
+    # float pyramid of the path's own (image classifiers: without the pyramid); keeps every sum for backward. "fpn":
+    # the pyramid levels, of any backbone and for the least memory. "both": the mean of the two.
     cfg.MODEL.AUX.TAPS = "backbone"
     # Factor of the auxiliary losses.
     cfg.MODEL.AUX.LOSS_WEIGHT = 1.0
@@ -83,7 +83,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.AUX.SCHEDULE = "constant"
     # Norm of the adaptors and of the auxiliary head ("BN": one BN per level).
     cfg.MODEL.AUX.NORM = "BN"
-    # How it starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's own
+    # How the path starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's own
     # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
     cfg.MODEL.AUX.INIT = "head"
 
