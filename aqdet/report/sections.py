@@ -17,10 +17,10 @@ from ..analysis.plan import PlanRow, total
 from ..config import flatten
 from ..evaluation.coco import COCO_LIMIT, LIMIT_KEY, METRICS
 from . import svg
-from .contents import UNREADABLE, Inside, TestSet, collect_test_sets, limit_of, look_inside
 from .detections import FALSE, FOUND, MISSED, Outcome, f1, image_outcomes, precision_recall, rank_images
+from .layer_facts import UNREADABLE, Inside, TestSet, collect_test_sets, limit_of, look_inside
 from .page import chips, escape, grid, page, table
-from .runs import Run, config_differences, series
+from .run_folder import Run, config_differences, series
 
 MAX_CLASSES = 12
 _COLUMNS = {2: 2, 3: 3, 5: 3, 6: 3}  # For this many pictures of one image; else 4.

@@ -29,7 +29,7 @@ from ..data import register_declared
 from ..evaluation.coco import COCO_LIMIT, LIMIT_KEY
 from ..quantization import quantizers
 from .detections import average_precision, evaluate, load_truth
-from .runs import Run
+from .run_folder import Run
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import pytest
 from helpers import make_cfg
 
 from aqdet.report import load_runs
-from aqdet.report.runs import config_differences, read_commands, run_names, series
+from aqdet.report.run_folder import config_differences, read_commands, run_names, series
 
 LOG = (
     "[11/25 06:49:51] detectron2 INFO: Command line arguments: Namespace(config_file='a b.yaml', resume={resume}, "
