@@ -22,7 +22,7 @@ from detectron2.config import CfgNode
 from machine import Machine
 
 from aqdet.config import flatten, load_config
-from aqdet.utils.files import write_json
+from aqdet.utils.files import from_json, write_json
 
 DONE = "done.json"
 _DECLARATIONS = ("DATASETS.DECLARED", "DATASETS.IMAGE_FOLDERS")
@@ -101,7 +101,7 @@ class Job:
     def metrics(self) -> dict[str, float | None]:
         """Returns AP and the like, in percent, from ``inference/metrics.json``; empty if nothing was evaluated."""
         path = Path(self.output_dir) / "inference" / "metrics.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return from_json(path.read_text()) if path.is_file() else {}
 
 
 class _Running:

@@ -1,1 +1,1 @@
-"""What a config costs, and what quantizers do to values and gradients."""
+"""Analysis of configs and detectors: costs, and the effect of quantizers on values and gradients."""

@@ -1,4 +1,4 @@
-"""How far quantizers turn a trunk's gradient away, with and without a loss beside the detector's own."""
+"""Angles between the gradients of a quantized trunk and those of full precision, with and without added losses."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Alignment:
     q is the quantized model, f the same one with its quantizers off.
 
     Attributes:
-        layer: path of the layer.
-        own: q and f, both of the detector's own losses.
-        all: q and f, both of all losses.
-        all_to_own: q of all losses, f of the detector's own: whether the added loss helps the detector's purpose,
-            for which f of all losses would be a reference that has moved along.
-        beside_to_own: q of the added losses alone, f of the detector's own; nan where none reaches the layer.
+        layer: The name of the layer.
+        own: Cosines of q and f, both of the detector's own losses.
+        all: Cosines of q and f, both of all losses.
+        all_to_own: Cosines of q of all losses and f of the detector's own. They tell whether the added loss helps the
+            detector's purpose, for which f of all losses would be a reference that has moved along.
+        beside_to_own: Cosines of q of the added losses alone and f of the detector's own; nan where no added loss
+            reaches the layer.
     """
 
     layer: str
@@ -41,7 +42,7 @@ class Alignment:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of two tensors of one shape as vectors; nan if one is zero."""
+    """Returns the cosine of the angle between two tensors of one shape, as vectors; nan if one is zero."""
     a, b = a.double().flatten(), b.double().flatten()
     return float(a @ b / (a.norm() * b.norm()))
 
@@ -54,12 +55,15 @@ def gradient_alignment(model: nn.Module, batches: Iterable[Any], prefix: str = "
     statistics are of the quantized model, and would normalize the other wrongly. A copy of the model does the work.
 
     Args:
-        model: calibrated detector whose training forward gives losses with one of the prefixes :data:`BESIDE`.
-        batches: as for training.
-        prefix: of the layers compared.
+        model: A calibrated detector whose training forward gives losses with one of the prefixes :data:`BESIDE`.
+        batches: Batches of the training's loader.
+        prefix: The prefix of the names of the layers that are compared.
+
+    Returns:
+        The alignment of each layer, in the model's order.
 
     Raises:
-        ValueError: if there is no quantized layer or no loss beside the detector's own.
+        ValueError: If there is no quantized layer or no loss beside the detector's own.
     """
     model = copy.deepcopy(model).train()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d) and n.startswith(prefix)}
@@ -81,7 +85,7 @@ def gradient_alignment(model: nn.Module, batches: Iterable[Any], prefix: str = "
 
 
 def _gradients(model: nn.Module, batch: Any, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For each weight the gradient of the detector's own losses and that of the losses beside them."""
+    """Returns, for each weight, the gradients of the detector's own losses and of the losses beside them."""
     with EventStorage(0):
         losses: dict[str, Tensor] = model(batch)
     beside = [value for key, value in losses.items() if key.startswith(BESIDE)]

@@ -1,4 +1,4 @@
-"""Histograms of what quantizers read, on the axis of their own levels, and how much of it they clip."""
+"""Histograms of the values that quantizers read, on the axis of their own levels, and the shares that they clip."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ _ARGUMENT = {"input_quantizer": 0, "quantizer": 0, "x_quantizer": 0, "y_quantize
 
 @dataclasses.dataclass(frozen=True)
 class SiteHistogram:
-    """What one quantizer reads.
+    """Histogram of the values that one quantizer reads.
 
     Attributes:
-        path: of the quantizer in the model. spec: what it is.
-        unit: ``"steps"``: values over their scale, so that the levels are integers. Methods without a uniform
-            grid have ``"values"``, or, per channel, values over the largest level of their channel.
-        edges: ``(NUM_BINS + 1,)`` of equal bins, in the unit. counts: ``(NUM_BINS,)``; values outside the edges
-            are in the first and the last bin.
-        levels: the quantized values, in the unit; empty if there are too many to name.
-        used: how many of the levels occur; None if that is not known.
-        below, above: shares of the values outside the outermost levels, which are clipped; None for a method
+        name: The name of the quantizer in the model.
+        spec: The quantizer's spec.
+        unit: ``"steps"`` if values are divided by their scale, so that the levels are integers. Methods without a
+            uniform grid have ``"values"``; per channel these are divided by the largest level of their channel.
+        edges: ``(NUM_BINS + 1,)``, the ends of equal bins, in the unit.
+        counts: ``(NUM_BINS,)``; values outside the edges are in the first and the last bin.
+        levels: The quantized values, in the unit; empty if there are too many to name.
+        used: The number of levels that occur; None if it is not known.
+        below, above: The shares of values outside the outermost levels, which are clipped; None for a method
             without a uniform grid, where no such range exists.
     """
 
-    path: str
+    name: str
     spec: QuantSpec
     unit: str
     edges: np.ndarray
@@ -53,9 +54,9 @@ class SiteHistogram:
 class _Counter:
     """Adds up tensors that one calibrated quantizer reads."""
 
-    def __init__(self, quantizer: Quantizer, path: str) -> None:
+    def __init__(self, quantizer: Quantizer, name: str) -> None:
         self._quantizer = quantizer
-        self._path = path
+        self._name = name
         self._counts = torch.zeros(NUM_BINS, dtype=torch.int64)
         self._range: tuple[float, float] | None = None
         self._codes: Tensor | None = None
@@ -63,16 +64,16 @@ class _Counter:
         self._below = self._above = 0
 
     def add(self, x: Tensor) -> None:
-        """Counts the values of ``x``, any shape; for weights, channels are axis 0.
+        """Counts the values of ``x``, of any shape; channels of weights are axis 0.
 
         Raises:
-            ValueError: if a value is not finite.
+            ValueError: If a value is not finite, with the quantizer's name.
         """
         if x.numel() == 0:
             return
         x = x.detach().float()
         if not torch.isfinite(x).all():
-            raise ValueError(f"{self._path} reads values that are not finite")
+            raise ValueError(f"{self._name} reads values that are not finite")
         grid = self._quantizer.grid()
         if grid is not None:
             x = x / broadcast_scale(grid.scale.detach(), x)
@@ -105,7 +106,7 @@ class _Counter:
         return x, np.unique(np.round(levels / largest, 5)) * largest
 
     def result(self) -> SiteHistogram | None:
-        """The histogram, or None if nothing was counted."""
+        """Returns the histogram, or None if nothing was counted."""
         total = int(self._counts.sum())
         if total == 0 or self._range is None:
             return None
@@ -123,12 +124,12 @@ class _Counter:
             levels = np.empty(0)  # They differ from channel to channel.
         edges = np.linspace(*self._range, NUM_BINS + 1)
         unit = "steps" if grid is not None else "values"
-        return SiteHistogram(self._path, spec, unit, edges, self._counts.numpy(), levels, used, below, above)
+        return SiteHistogram(self._name, spec, unit, edges, self._counts.numpy(), levels, used, below, above)
 
 
 @torch.no_grad()
 def weight_histograms(model: nn.Module) -> dict[str, SiteHistogram]:
-    """One histogram for each layer with a calibrated weight quantizer, by the quantizer's path."""
+    """Makes a histogram for each layer with a calibrated weight quantizer, by the quantizer's name."""
     found = {}
     for name, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
@@ -137,19 +138,19 @@ def weight_histograms(model: nn.Module) -> dict[str, SiteHistogram]:
             counter.add(module.weight)  # type: ignore[arg-type]
             histogram = counter.result()
             if histogram is not None:
-                found[histogram.path] = histogram
+                found[histogram.name] = histogram
     return found
 
 
 @torch.no_grad()
 def activation_histograms(model: nn.Module, run: Callable[[], object]) -> dict[str, SiteHistogram]:
-    """One histogram for each calibrated activation quantizer that ``run`` reaches, by the quantizer's path.
+    """Makes a histogram for each calibrated activation quantizer that ``run`` reaches, by the quantizer's name.
 
-    An unsigned quantizer of a sum takes over its ReLU, so that what it reads may be negative.
+    An unsigned quantizer of a sum takes over its ReLU, so the values that it reads may be negative.
 
     Args:
-        model: the model; in evaluation mode for what is shipped.
-        run: forwards some batches through it.
+        model: The model, in evaluation mode if the detector that ships is of interest.
+        run: A function that forwards some batches through the model.
     """
     owners = {quantizer: name for name, quantizer in quantizers(model) if quantizer.is_active}
     counters: dict[str, _Counter] = {}
@@ -158,12 +159,12 @@ def activation_histograms(model: nn.Module, run: Callable[[], object]) -> dict[s
             for attribute, index in _ARGUMENT.items():
                 quantizer = getattr(module, attribute, None)
                 if isinstance(quantizer, Quantizer) and quantizer in owners:
-                    path = owners[quantizer]
-                    counters[path] = _Counter(quantizer, path)
-                    stack.enter_context(_reading(module, counters[path], index))
+                    name = owners[quantizer]
+                    counters[name] = _Counter(quantizer, name)
+                    stack.enter_context(_reading(module, counters[name], index))
         run()
-    results = {path: counter.result() for path, counter in counters.items()}
-    return {path: histogram for path, histogram in results.items() if histogram is not None}
+    results = {name: counter.result() for name, counter in counters.items()}
+    return {name: histogram for name, histogram in results.items() if histogram is not None}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Reports of runs as HTML, and detections drawn on images and videos."""
+"""Reports of runs as HTML."""
 
+from .page import make_report
 from .run_folder import Run, load_runs
-from .sections import make_report
 
 __all__ = ["Run", "load_runs", "make_report"]

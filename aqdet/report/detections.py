@@ -1,4 +1,4 @@
-"""What a COCO evaluation knows besides AP: precision-recall curves, and what was found in each image."""
+"""COCO's evaluation beyond AP: curves of precision over recall, and the outcome of each detection and object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Outcome:
     Attributes:
         kind: :data:`FOUND`, :data:`FALSE` or :data:`MISSED`.
         box: x, y, width and height in pixels of the image as annotated.
-        category_id: of the dataset. score: None for a missed object.
+        category_id: The category's id in the dataset.
+        score: The detection's score; None for a missed object.
     """
 
     kind: str
@@ -37,13 +38,13 @@ class Outcome:
 
 
 def f1(outcomes: Sequence[Outcome]) -> float:
-    """``2 found / (2 found + false + missed)``: 1 where there is nothing and nothing is found."""
+    """Returns ``2 found / (2 found + false + missed)``; 1 where there is nothing and nothing is found."""
     found = sum(outcome.kind == FOUND for outcome in outcomes)
     return 2 * found / (len(outcomes) + found) if outcomes else 1.0
 
 
 def load_truth(json_file: str | os.PathLike[str], name: str) -> COCO:
-    """Ground truth with the fields that pycocotools needs; ``name`` is the dataset's, for messages."""
+    """Loads ground truth with the fields that pycocotools needs; ``name`` is the dataset's, for messages."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(os.fspath(json_file))
     fill_in(truth, name)
@@ -51,15 +52,18 @@ def load_truth(json_file: str | os.PathLike[str], name: str) -> COCO:
 
 
 def evaluate(truth: COCO, results_file: str | os.PathLike[str], max_dets_per_image: int = COCO_LIMIT) -> COCOeval:
-    """COCO box evaluation of ``coco_instances_results.json``, accumulated, with its arrays.
+    """Runs COCO's box evaluation of a ``coco_instances_results.json``.
 
     Args:
-        truth: see :func:`load_truth`.
-        results_file: detections.
-        max_dets_per_image: how many of an image and class count, the best first.
+        truth: The ground truth, see :func:`load_truth`.
+        results_file: The file of the detections.
+        max_dets_per_image: How many detections of an image and class count, the best first.
+
+    Returns:
+        The evaluation, accumulated, with its arrays.
 
     Raises:
-        ValueError: in one line, if the file is no list of detections in images of the dataset.
+        ValueError: In one line, if the file is no list of detections in images of the dataset.
     """
     try:
         with open(results_file, encoding="utf-8") as file:
@@ -88,7 +92,7 @@ def _as_detections(truth: COCO, results: list[dict]) -> COCO:
 
 
 def average_precision(evaluation: COCOeval) -> float:
-    """COCO AP in percent, of all areas; NaN without objects."""
+    """Returns COCO AP in percent, of objects of all areas; NaN without objects."""
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     known = precision[precision > -1]
     return 100 * float(known.mean()) if known.size else math.nan
@@ -97,12 +101,12 @@ def average_precision(evaluation: COCOeval) -> float:
 def precision_recall(
     evaluation: COCOeval, iou: float, category_id: int | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Precision over recall, as COCO interpolates it, for objects of all areas.
+    """Returns precision over recall, as COCO interpolates it, for objects of all areas.
 
     Args:
-        evaluation: accumulated.
-        iou: one of COCO's thresholds, 0.5, 0.55, ... 0.95.
-        category_id: of one class; None for the mean over the classes that have objects.
+        evaluation: An accumulated evaluation.
+        iou: One of COCO's thresholds, 0.5, 0.55, ... 0.95.
+        category_id: The id of one class; None for the mean over the classes that have objects.
 
     Returns:
         Recall and precision, both ``(101,)`` in [0, 1]; None if there are no objects.
@@ -119,7 +123,7 @@ def precision_recall(
 
 
 def image_outcomes(evaluation: COCOeval, min_score: float) -> dict[int, list[Outcome]]:
-    """What happened in each image to objects, and to detections with at least ``min_score``.
+    """Returns the outcomes of objects, and of detections with at least ``min_score``, in each image.
 
     A detection is right if COCO's matching gives it an object of its class at an IoU of 0.5. Matching goes
     by falling score, so that leaving out low scores changes no other match. Crowd regions, and detections
@@ -149,10 +153,10 @@ def image_outcomes(evaluation: COCOeval, min_score: float) -> dict[int, list[Out
 
 
 def rank_images(runs: Sequence[Mapping[int, Sequence[Outcome]]]) -> list[tuple[int, float]]:
-    """Image ids with their mean F1 over runs, worst first; images of one score by id.
+    """Returns image ids with their mean F1 over runs, the worst first; images of one score by id.
 
     Args:
-        runs: see :func:`image_outcomes`, all of the same dataset.
+        runs: Outcomes by image of each run, see :func:`image_outcomes`, all of the same dataset.
     """
     scores = {image_id: float(np.mean([f1(run[image_id]) for run in runs])) for image_id in runs[0]}
     return sorted(scores.items(), key=lambda item: (item[1], item[0]))

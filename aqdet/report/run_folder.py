@@ -1,4 +1,4 @@
-"""What a training left behind: config, commands, and the history in ``metrics.json``."""
+"""Output folders of runs: config, commands, and the history in ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..config import flatten, load_config
+from ..utils.files import from_json
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ("model_final_stripped.pth", "model_final.pth")
 _ARGUMENTS = "Command line arguments: "
+_HAS_BEGUN = re.compile(r"Starting training from iteration|SOLVER\.MAX_ITER is 0|Start inference on")
+"""Lines of a log that a command writes when it is not refused any more."""
 
 
 @dataclasses.dataclass
@@ -28,16 +32,21 @@ class Run:
     """One output folder.
 
     Attributes:
-        path: the folder. name: what tells it apart from the runs it is compared with.
-        cfg: its config, None where there is none to be read.
-        commands: the command lines that wrote into it, oldest first.
-        history: the records of ``metrics.json`` by iteration, without those that a restart made obsolete.
-        notes: what is missing or odd, a sentence each.
+        path: The folder.
+        name: The name that tells the run apart from those it is compared with.
+        cfg: The run's config, None where there is none to be read.
+        test_cfg: The config of the evaluation that the results in the folder are of.
+        evaluation: The facts that were noted with these results: ``weights`` or ``iterations``, and ``date``.
+        commands: The command lines that wrote into the folder, oldest first.
+        history: The records of ``metrics.json`` by iteration, without those that a restart made obsolete.
+        notes: The things that are missing or odd, a sentence each.
     """
 
     path: Path
     name: str
     cfg: CfgNode | None = None
+    test_cfg: CfgNode | None = None
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
     commands: list[str] = dataclasses.field(default_factory=list)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -47,8 +56,17 @@ class Run:
         logger.warning("%s: %s", self.name, text)
         self.notes.append(text)
 
+    def was_trained(self) -> bool:
+        """Returns whether an iteration was trained in the folder."""
+        return any("total_loss" in record for record in self.history)
+
+    def is_post_training(self) -> bool:
+        """Returns whether the quantizers were calibrated and no iteration was trained."""
+        cfg = self.cfg
+        return cfg is not None and cfg.SOLVER.MAX_ITER == 0 and cfg.MODEL.QUANT.ENABLED and not self.was_trained()
+
     def weights(self) -> Path | None:
-        """The detector to look into: stripped, final or last checkpoint; of an evaluation, ``MODEL.WEIGHTS``."""
+        """Returns the detector: the stripped, final or last checkpoint, or ``MODEL.WEIGHTS`` of an evaluation."""
         names = list(CHECKPOINTS)
         last = self.path / "last_checkpoint"
         if last.is_file():
@@ -56,13 +74,12 @@ class Run:
         for name in names:
             if (self.path / name).is_file():
                 return self.path / name
-        trained = any("total_loss" in record for record in self.history)
-        if not trained and self.cfg is not None and os.path.isfile(self.cfg.MODEL.WEIGHTS):
+        if not self.was_trained() and self.cfg is not None and os.path.isfile(self.cfg.MODEL.WEIGHTS):
             return Path(self.cfg.MODEL.WEIGHTS)
         return None
 
     def evaluation_folder(self, dataset_name: str) -> Path:
-        """Where the results on a dataset are: the trainer makes a folder each for several test sets."""
+        """Returns the folder of the results on a dataset; several test sets have a folder each."""
         folder = self.path / "inference"
         return folder / dataset_name if (folder / dataset_name).is_dir() else folder
 
@@ -87,13 +104,17 @@ def load_runs(paths: Sequence[str], *, config_file: str = "", overrides: Sequenc
     runs = []
     for folder, name in zip(folders, run_names(folders), strict=True):
         run = Run(folder, name)
+        noted = folder / "inference" / "config.yaml"
         path = config_file or folder / "config.yaml"
         if not os.path.isfile(path) and not config_file:
-            path = folder / "inference" / "config.yaml"  # of an evaluation, where nothing was trained
+            path = noted  # of an evaluation, where nothing was trained
         if os.path.isfile(path) or config_file:
-            run.cfg = load_config(path, overrides)
+            run.cfg = run.test_cfg = load_config(path, overrides)
         else:
             run.note("config.yaml is missing: no config, curves of detection, pictures, plan or histograms")
+        if noted.is_file() and not config_file:
+            run.test_cfg = load_config(noted, overrides)
+        run.evaluation = _read_evaluation(folder)
         run.commands = read_commands(folder)
         if not run.commands:
             run.note("neither done.json nor log.txt tells the command")
@@ -111,7 +132,7 @@ def _check_is_run(folder: Path, config_file: str) -> None:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart, e.g. ``["seed0/lsq", "seed1/lsq"]``."""
+    """Returns the shortest ends of the paths that tell them apart, as ``["seed0/lsq", "seed1/lsq"]``."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts))):
         names = ["/".join(p[-count:]) for p in parts]
@@ -120,15 +141,29 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder.resolve()) for folder in folders]
 
 
+def _read_evaluation(folder: Path) -> dict[str, Any]:
+    try:
+        noted = from_json((folder / "inference" / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
 def read_commands(folder: Path) -> list[str]:
-    """Command lines noted by ``jobs`` or in logs, each once, oldest first, evaluations last."""
+    """Returns the command lines from logs, each once, oldest first, evaluations last; else that in ``done.json``.
+
+    A command that was refused before it trained or evaluated anything is left out: logs of before have it, too.
+    """
     commands = []
     for log in (folder / "log.txt", folder / "inference" / "log.txt"):
+        latest = ""
         if log.is_file():
             with open(log, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     if _ARGUMENTS in line:
-                        commands.append(_command(line.partition(_ARGUMENTS)[2].strip()))
+                        latest = _command(line.partition(_ARGUMENTS)[2].strip())
+                    elif _HAS_BEGUN.search(line):
+                        commands.append(latest)
     done = folder / "done.json"
     if not commands and done.is_file():
         with contextlib.suppress(ValueError, AttributeError):
@@ -137,7 +172,7 @@ def read_commands(folder: Path) -> list[str]:
 
 
 def _command(namespace: str) -> str:
-    """The command line behind a printed ``argparse.Namespace``; the text itself where it is something else."""
+    """Returns the command line behind a printed ``argparse.Namespace``; the text itself where it is something else."""
     try:
         call = ast.parse(namespace, mode="eval").body
         arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}  # type: ignore[attr-defined]
@@ -152,7 +187,7 @@ def _command(namespace: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """For a shell, legibly: lists of strings, which have single quotes in them, in double ones."""
+    """Quotes a word for a shell, legibly: lists of strings, which have single quotes in them, in double ones."""
     if "'" in word and not set(word) & set('"$`\\!'):
         return f'"{word}"'
     return shlex.quote(word)
@@ -161,12 +196,13 @@ def _quoted(word: str) -> str:
 def _read_history(run: Run) -> None:
     path = run.path / "metrics.json"
     if not path.is_file():
-        run.note("metrics.json is missing: no curves of loss and AP")
+        if not run.is_post_training():
+            run.note("metrics.json is missing: no curves of loss and AP")
         return
     broken = replaced = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except ValueError:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
@@ -183,13 +219,13 @@ def _read_history(run: Run) -> None:
 
 
 def series(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """Iterations and values of one key of the history, where it has a number."""
+    """Returns iterations and values of one key of the history, where it has a number."""
     points = [(r["iteration"], r[key]) for r in run.history if isinstance(r.get(key), int | float)]
     return [float(x) for x, _ in points], [float(y) for _, y in points]
 
 
 def config_differences(cfgs: Sequence[CfgNode]) -> list[tuple[str, list[str]]]:
-    """Keys whose values differ between configs, with the values as text; ``"-"`` where a config lacks the key."""
+    """Returns the keys whose values differ, with the values as text; ``"-"`` where a config lacks the key."""
     tables = [{key: repr(value) for key, value in flatten(cfg)} for cfg in cfgs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [table.get(key, "-") for table in tables]) for key in keys]

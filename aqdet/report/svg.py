@@ -28,12 +28,12 @@ class Series:
 
 
 def colour(index: int) -> str:
-    """The colour of the run with this number."""
+    """Returns the colour of the run with this number."""
     return COLOURS[index % len(COLOURS)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """At most ``count + 1`` round numbers from ``low`` to ``high``: 1, 2 or 5 times a power of ten apart.
+    """Returns at most ``count + 1`` round numbers from ``low`` to ``high``, 1, 2 or 5 times a power of ten apart.
 
     Example: ``ticks(0, 153, 5)`` is ``[0, 50, 100, 150]``.
     """
@@ -51,7 +51,7 @@ def _label(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """Data to pixels of the drawing area, in a picture of ``width`` x ``height``."""
+    """Maps data to pixels of the drawing area, in a picture of ``width`` x ``height``."""
 
     width: int
     height: int
@@ -73,7 +73,7 @@ class _Axes:
         )
 
     def frame(self, x_ticks: Sequence[float], y_ticks: Sequence[tuple[float, str]], x_label: str, y_label: str) -> str:
-        """Grid, tick labels and axis titles."""
+        """Draws the grid, tick labels and axis titles."""
         base, left, right = self.height - self.bottom, self.left, self.width - self.right
         parts = []
         for value, text in y_ticks:
@@ -92,7 +92,7 @@ class _Axes:
         return "".join(parts)
 
     def wrap(self, title: str, content: str) -> str:
-        """The whole picture."""
+        """Wraps the content into a whole picture."""
         name = html.escape(title, quote=True)
         return f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{name}">{content}</svg>'
 
@@ -117,13 +117,16 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """A figure with one line for each series; a series of few points gets a marker on each.
+    """Draws a figure with one line for each series; a series of few points gets a marker on each.
 
     Args:
-        lines: at least one, each with at least one point of finite values; others are skipped.
-        title: shown above.
-        x_label, y_label: axis titles, with units.
-        x_range, y_range: ends of the axes; from the data where None.
+        lines: The series; points that are not finite are left out, and without any point the figure says so.
+        title: The text above the figure.
+        x_label, y_label: Axis titles, with units.
+        x_range, y_range: The ends of the axes; None takes them from the data.
+
+    Returns:
+        HTML, with all texts escaped.
     """
     points = []
     for line in lines:
@@ -151,7 +154,7 @@ def line_chart(
 
 
 def histogram_chart(histogram: SiteHistogram, *, title: str, caption: str, colour: str) -> str:
-    """A small figure: share of the values by bin, on a logarithmic axis, and the levels as lines."""
+    """Draws a small figure of the shares of values by bin, on a logarithmic axis, and the levels as lines."""
     shares = histogram.counts / max(int(histogram.counts.sum()), 1)
     floor = -5
     axes = _Axes(

@@ -127,6 +127,15 @@ def to_json(value: Any, **options: Any) -> str:
         return json.dumps(_without_non_finite(value), allow_nan=False, **options)
 
 
+def from_json(text: str) -> Any:
+    """Reads JSON. NaN and infinities, which JSON's standard does not have, become None: files of before hold them.
+
+    Raises:
+        ValueError: If the text is no JSON.
+    """
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 def _without_non_finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

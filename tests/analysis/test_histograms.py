@@ -134,7 +134,7 @@ def test_a_detector_has_a_histogram_for_every_quantizer():
     found = {**weight_histograms(model), **activation_histograms(model, lambda: model(make_batch()))}
     assert set(found) == {name for name, _ in quantizers(model)}
     for path, histogram in found.items():
-        assert histogram.path == path and histogram.counts.sum() > 0
+        assert histogram.name == path and histogram.counts.sum() > 0
 
 
 def test_without_calibration_there_is_nothing_to_show():

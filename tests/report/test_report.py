@@ -1,6 +1,5 @@
 """Reports of a small training made here, and of folders that lack something."""
 
-import html
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import pytest
 import report as tool
 import torch
 from helpers import AUX, QUANT, make_model
+from markupsafe import escape
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer
@@ -42,7 +42,8 @@ def trained(entry, tmp_path_factory):
     trainer.train()
     (output / "config.yaml").write_text(cfg.dump())
     (output / "log.txt").write_text(
-        "INFO: Command line arguments: Namespace(config_file='low.yaml', opts=['SEED', '1'])"
+        "INFO: Command line arguments: Namespace(config_file='low.yaml', opts=['SEED', '1'])\n"
+        "INFO: Starting training from iteration 0\n"
     )
     return output
 
@@ -108,7 +109,7 @@ def test_two_runs(runs):
     page = Page(text)
     # Complete in itself, and nothing of the data runs.
     assert page.references and all(r.startswith("data:image/jpeg;base64,") for r in page.references)
-    assert "script" not in page.tags and html.escape(HOSTILE) in text
+    assert "script" not in page.tags and str(escape(HOSTILE)) in text
     assert re.findall(r'<section id="(.*?)">', text) == [
         "results", "training", "precision-and-recall", "pictures", "layers", "plan", "config",
     ]  # fmt: skip
@@ -116,7 +117,7 @@ def test_two_runs(runs):
         "neither done.json nor log.txt tells the command",
         "no histograms: the detector is in full precision and has no quantizers",
     ]
-    assert all(html.escape(note) in text for note in found[0].notes) and found[1].notes == []
+    assert all(str(escape(note)) in text for note in found[0].notes) and found[1].notes == []
     # The table of results, to the decimal; the low run found nothing.
     assert '<td>AP, IoU 0.50 to 0.95</td><td class="best">12.9</td><td>0.0 <small>-12.9</small></td>' in text
     assert '<td>AP50, IoU 0.50</td><td class="best">12.5</td><td>0.0 <small>-12.5</small></td>' in text
@@ -138,6 +139,39 @@ def test_another_limit_of_detections_than_cocos_is_said_and_kept(runs):
     found, text = report_of(full, low, num_pictures=0, num_images=0)
     assert "Detections of an image that count, the best first: 1 (full), 100 (low)." in text
     assert "max_dets_per_image" not in text and not [note for note in found[0].notes if "different" in note]
+
+
+def test_post_training_quantization_is_said(runs):
+    low = runs[1]
+    config = (low / "config.yaml").read_text().replace("MAX_ITER: 2", "MAX_ITER: 0")
+    assert "MAX_ITER: 0" in config
+    assert "2 of 2 iterations" in report_of(low, num_pictures=0, num_images=0)[1]
+    (low / "config.yaml").write_text(config)
+    (low / "metrics.json").write_text('{"iteration": 0, "bbox/AP": 1.0}')
+    text = report_of(low, num_pictures=0, num_images=0)[1]
+    assert "post-training quantization: calibrated, no iteration trained" in text and "of 0 iterations" not in text
+
+
+def test_results_are_those_of_the_evaluation_s_config(runs, entry, tmp_path):
+    """An evaluation of other data, which leaves the config of the training as it is."""
+    full = runs[0]
+    other = write_dataset(tmp_path / "other", "elsewhere", classes=CLASSES)
+    cfg = train_cfg(other, full, *FLOAT)
+    (full / "inference" / "config.yaml").write_text(cfg.dump())
+    noted = {"weights": "some<b>.pth", "date": "2026-01-02 03:04:05"}
+    (full / "inference" / "evaluation.json").write_text(json.dumps(noted))
+    _, text = report_of(full, num_pictures=1, num_images=0)
+    assert "<h3>elsewhere</h3>" in text and "<h3>tiny_report</h3>" not in text
+    assert "results of some&lt;b&gt;.pth, 2026-01-02 03:04:05" in text
+    (full / "inference" / "evaluation.json").write_text('{"iterations": 1200}')
+    assert "results of iteration 1,200" in report_of(full, num_pictures=0, num_images=0)[1]
+
+
+def test_metrics_with_nan_are_read(runs):
+    (runs[0] / "inference" / "metrics.json").write_text('{"AP": 12.9, "APs": NaN, "APl": Infinity}')
+    found, text = report_of(runs[0], num_pictures=0, num_images=0)
+    assert "<td>APs, area up to 32² px</td><td>-</td>" in text and "<td>APl, area from 96² px</td><td>-</td>" in text
+    assert not any("cannot be read" in note for note in found[0].notes)
 
 
 def test_histograms_of_every_quantizer_and_the_plan(runs):
@@ -184,7 +218,7 @@ def test_a_missing_file_is_said_and_the_rest_is_there(runs, names, words, caplog
     without(folder, *names)
     found, text = report_of(folder, num_pictures=1, num_images=1)
     assert any(words in note for note in found[0].notes) and words in caplog.text
-    assert html.escape(next(note for note in found[0].notes if words in note)) in text
+    assert str(escape(next(note for note in found[0].notes if words in note))) in text
     Page(text)
 
 

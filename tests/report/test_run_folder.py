@@ -12,6 +12,7 @@ LOG = (
     "eval_only=False, num_gpus=2, num_machines=1, "
     "opts=['SEED', '0', 'DATASETS.TRAIN', \"('x',)\", 'OUTPUT_DIR', '$o'])\n"
 )
+BEGUN = "[11/25 06:50:02] d2.engine.train_loop INFO: Starting training from iteration 0\n"
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def test_names_are_as_short_as_they_can_be():
 
 def test_commands_come_from_the_log_each_once(folder):
     path = folder("a")
-    (path / "log.txt").write_text(LOG.format(resume=False) * 2 + "else\n" + LOG.format(resume=True))
+    first, second = LOG.format(resume=False) + BEGUN, LOG.format(resume=True) + "else\n" + BEGUN
+    (path / "log.txt").write_text(first * 2 + second)
     (path / "done.json").write_text('{"command": "not this"}')
     start = "python tools/train_net.py --config-file 'a b.yaml'"
     end = "--num-gpus 2 SEED 0 DATASETS.TRAIN \"('x',)\" OUTPUT_DIR '$o'"
@@ -51,9 +53,49 @@ def test_commands_without_a_log(folder):
     (path / "done.json").write_text("[")
     assert read_commands(path) == []
     (path / "inference").mkdir(exist_ok=True)
-    (path / "inference" / "log.txt").write_text("INFO: Command line arguments: evaluated\n")
-    (path / "log.txt").write_text("INFO: Command line arguments: run(x)(\n")
+    evaluated = "INFO: Command line arguments: evaluated\nINFO: Start inference on 4 batches\n"
+    (path / "inference" / "log.txt").write_text(evaluated)
+    (path / "log.txt").write_text("INFO: Command line arguments: run(x)(\n" + BEGUN)
     assert read_commands(path) == ["run(x)(", "evaluated"]
+
+
+def test_refused_commands_are_not_listed(folder):
+    """Logs of before have them; each of these lines is of a command that was refused before it began."""
+    path, log = folder("a"), LOG.format(resume=False)
+    refused = log.replace("'SEED', '0'", "'SEED', 'x'")
+    (path / "log.txt").write_text(refused + log + BEGUN + BEGUN + refused)
+    (command,) = read_commands(path)
+    assert "SEED 0" in command
+    (path / "log.txt").write_text(refused)
+    assert read_commands(path) == []
+
+
+def test_a_command_without_a_step_is_listed(folder):
+    path = folder("a")
+    (path / "log.txt").write_text(
+        LOG.format(resume=False) + "[11/25] aqdet.engine INFO: SOLVER.MAX_ITER is 0: no step\n"
+    )
+    assert len(read_commands(path)) == 1
+
+
+def test_history_with_values_that_are_not_finite(folder):
+    lines = ['{"iteration": 1, "total_loss": NaN, "lr": 1.0}', '{"iteration": 2, "total_loss": 3.0, "lr": Infinity}']
+    (run,) = load_runs([str(folder("a", lines))])
+    assert series(run, "total_loss") == ([2], [3.0]) and series(run, "lr") == ([1], [1.0])
+    assert run.was_trained() and not any("cannot be read" in note for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    "iterations, quantized, trained", [(0, True, False), (0, False, False), (2, True, False), (0, True, True)]
+)
+def test_post_training_quantization_is_known(folder, iterations, quantized, trained):
+    lines = ('{"iteration": 0, "total_loss": 1.0}',) if trained else ('{"iteration": 0, "bbox/AP": 1.0}',)
+    path = folder("a", lines, "SOLVER.MAX_ITER", str(iterations), "MODEL.QUANT.ENABLED", str(quantized))
+    (run,) = load_runs([str(path)])
+    assert run.is_post_training() == (iterations == 0 and quantized and not trained)
+    (path / "metrics.json").unlink()
+    (run,) = load_runs([str(path)])
+    assert any("metrics.json is missing" in note for note in run.notes) != run.is_post_training()
 
 
 def test_history_of_a_restarted_training(folder, caplog):
@@ -141,4 +183,21 @@ def test_the_config_of_an_evaluation_lies_with_its_results(tmp_path):
     (tmp_path / "inference" / "config.yaml").write_text("SEED: 9\n")
     assert load_runs([str(tmp_path)])[0].cfg.SEED == 9
     (tmp_path / "config.yaml").write_text("SEED: 8\n")
-    assert load_runs([str(tmp_path)])[0].cfg.SEED == 8
+    (run,) = load_runs([str(tmp_path)])
+    assert run.cfg.SEED == 8 and run.test_cfg.SEED == 9
+    (tmp_path / "other.yaml").write_text("SEED: 7\n")
+    (run,) = load_runs([str(tmp_path)], config_file=str(tmp_path / "other.yaml"))
+    assert run.cfg.SEED == run.test_cfg.SEED == 7
+
+
+def test_a_run_that_was_not_evaluated_has_the_test_sets_of_its_config(folder):
+    (run,) = load_runs([str(folder("a"))])
+    assert run.test_cfg is run.cfg and run.evaluation == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_note_of_the_evaluation_is_passed_over(folder, text):
+    path = folder("a")
+    (path / "inference").mkdir()
+    (path / "inference" / "evaluation.json").write_text(text)
+    assert load_runs([str(path)])[0].evaluation == {}

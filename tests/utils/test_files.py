@@ -98,3 +98,9 @@ def test_nothing_but_the_standard_library_is_imported():
     folder = ROOT / "aqdet" / "utils"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_json_of_before_is_read(tmp_path):
+    assert files.from_json('{"a": NaN, "b": [Infinity, -Infinity, 1.5]}') == {"a": None, "b": [None, None, 1.5]}
+    with pytest.raises(ValueError):
+        files.from_json('{"a": nan}')
