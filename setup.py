@@ -61,6 +61,7 @@ setup(
             "opencv-python>=4.7",
             "pycocotools>=2.0.6",
             "pyyaml>=6",
+            "scipy>=1.11",
             "tabulate>=0.9",
             "tensorboard>=2.12",
             "torch>=2.6",

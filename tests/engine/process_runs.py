@@ -326,7 +326,8 @@ def main(folder):
     together(folder / "group", lambda _: stopping(cfg["stopped"]))
     report["stopped"] = [json.loads((folder / "stopped" / f"rank{rank}.txt").read_text()) for rank in range(2)]
 
-    learned = train_cfg(entry, folder / "learned", *scales_overrides("SGD", 2, 64), max_iter=50)
+    batch = ("SOLVER.IMS_PER_BATCH", "8")  # four in each process, as alone
+    learned = train_cfg(entry, folder / "learned", *scales_overrides("SGD", 2, 64), *batch, max_iter=50)
     statuses, _ = together(folder / "learning", lambda _: learning(learned))
     texts = [(folder / "learned" / f"rank{rank}.txt").read_text() for rank in range(2)]
     report["learned"] = {"statuses": statuses, "moves": [json.loads(text) for text in texts]}
