@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Measures quantized detectors beside the float model, in one run.
+"""Measures quantized detectors beside the float model, in one run, or counts what they would take of a GPU.
 
     python tools/benchmark.py train [--size 128 256] [--batch 1 4] [--fpn-channels 64 256] [--rounds 7] [--threads 2]
         [--peers]
     python tools/benchmark.py export --model DIR --config-file X --weights W [--size 320] [--threads 2] [--rounds 30]
+    python tools/benchmark.py count --config-file X [--config-file Y] [--size 800 1344] [--batch 2] [--details 12]
+        [KEY VALUE ...]
 
 Every speed is a ratio against the float detector of the same structure; rounds visit all variants in turn, so that a
 slow moment of the machine hits all of them, and a ratio is taken within its round. Where others share the machine,
@@ -31,6 +33,13 @@ def run_export(args: argparse.Namespace) -> None:
     from benchmark_export import export
 
     export(args)
+
+
+def run_count(args: argparse.Namespace) -> None:
+    """Launches, bytes, waits and collectives of a training step on a GPU, counted without one."""
+    from benchmark_count import count
+
+    count(args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,6 +80,26 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--rounds", type=positive, default=30, help="measured runs of each network (default: %(default)s)")
     sub.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     sub.set_defaults(run=run_export)
+    sub = commands.add_parser("count", help=run_count.__doc__)
+    sub.add_argument("--config-file", type=file_to_read, action="append", required=True, help="may be repeated")
+    sub.add_argument(
+        "--size",
+        type=integer(32, multiple_of=32),
+        nargs=2,
+        default=[800, 1344],
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images (default: %(default)s)",
+    )
+    sub.add_argument("--batch", type=positive, default=2, help="images of one process (default: %(default)s)")
+    sub.add_argument(
+        "--details",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="also print the N operations that move most, and every wait (default: %(default)s)",
+    )
+    sub.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    sub.set_defaults(run=run_count)
     return parser.parse_args()
 
 

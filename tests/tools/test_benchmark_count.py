@@ -1,0 +1,89 @@
+"""A budget for what a COCO training step would take of a GPU, counted without one."""
+
+import sys
+
+import benchmark
+import pytest
+from benchmark_count import count_network, count_step
+from helpers import ROOT, make_cfg
+
+from aqdet.config import load_config
+
+TWO_BITS = ("MODEL.QUANT.WEIGHT.NUM_BITS", "2", "MODEL.QUANT.INPUT.NUM_BITS", "2")
+COCO = ROOT / "configs" / "COCO-Detection"
+
+
+def coco(name, *overrides):
+    return load_config(COCO / f"retinanet_R_18_FPN_1x_{name}.yaml", ["MODEL.DEVICE", "cpu", *overrides])
+
+
+@pytest.mark.parametrize(
+    "name, amp, launches, gigabytes, kept, collectives",
+    [
+        # Ceilings: what is counted today. One that is undercut by much should be lowered.
+        ("lsq_w4a4", False, 3548, 61.7, 2.19, 136),
+    ],
+)
+def test_the_network_keeps_its_budget(name, amp, launches, gigabytes, kept, collectives):
+    found = count_network(coco(name, *TWO_BITS, "SOLVER.AMP.ENABLED", str(amp)), (800, 1344), 2)
+    assert found.launches <= launches
+    assert found.moved <= gigabytes * 1e9
+    assert found.kept <= kept * 1e9
+    assert found.collectives <= collectives
+    # Two images of 800x1344 through ResNet-18, FPN and both subnets: 393 GMACs an image forward, twice that backward.
+    assert 2.2e12 < found.flops < 2.5e12
+
+
+def test_a_float_step_moves_its_activations_only():
+    small = (*TWO_BITS, "MODEL.FPN.OUT_CHANNELS", "64")
+    found = count_network(coco("fp_bn", *small), (128, 128), 2)
+    quantized = count_network(coco("lsq_w4a4", *small), (128, 128), 2)
+    assert found.flops == quantized.flops and found.collectives == quantized.collectives
+    assert found.launches < quantized.launches and found.moved < quantized.moved
+    double = count_network(coco("fp_bn", *small), (128, 256), 2)
+    assert double.launches == found.launches and double.flops == 2 * found.flops
+    assert (
+        found.moved_by_products
+        + sum(
+            moved
+            for name, (_, moved) in found.by_operation.items()
+            if not name.startswith(("convolution", "mm", "addmm"))
+        )
+        == found.moved
+    )
+
+
+def test_an_iteration_keeps_its_budget_of_waits():
+    quantized = ("MODEL.QUANT.ENABLED", "True", "MODEL.FPN.RELU", "True")
+    waits = count_step(make_cfg(*quantized)).waits
+    theirs = {place: n for place, n in waits.items() if place[1].startswith("detectron2/")}
+    assert waits.total() - sum(theirs.values()) <= 5, waits
+    assert sum(theirs.values()) <= 24, waits
+
+
+def test_the_program_prints_a_table_and_its_waits(monkeypatch, capsys):
+    config = str(COCO / "retinanet_R_18_FPN_1x_fp_bn.yaml")
+    command = ["benchmark.py", "count", "--size", "64", "96", "--details", "2", "--config-file", config]
+    monkeypatch.setattr(sys, "argv", [*command, "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.RETINANET.NUM_CONVS", "1"])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("convolution_backward ") for line in lines)
+    assert any(line.startswith("waits ") and "detectron2/modeling/matcher.py" in line for line in lines)
+    header, _, row = lines[-3:]
+    assert header.split()[0] == "config" and header.split()[-1] == "waits"
+    assert row.split()[0] == "retinanet_R_18_FPN_1x_fp_bn" and int(row.split()[1]) > 400
+
+
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [
+        (["MODEL.NO_SUCH_KEY", "1"], "error: override: Non-existent key: MODEL.NO_SUCH_KEY"),
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "error: MODEL.META_ARCHITECTURE 'GeneralizedRCNN': counts"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_in_one_line(monkeypatch, overrides, wanted):
+    config = str(COCO / "retinanet_R_18_FPN_1x_fp_bn.yaml")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "count", "--config-file", config, *overrides])
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main()
+    assert str(refused.value).startswith(wanted) and "\n" not in str(refused.value)
