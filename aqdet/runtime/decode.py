@@ -107,7 +107,15 @@ def _decode_level(
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # 1 / (1 + inf) is the limit
-        return 1 / (1 + np.exp(-x))
+        return 1 / (1 + _exp(-x))
+
+
+def _exp(x: np.ndarray) -> np.ndarray:
+    """The exponential of float32 values, rounded once from float64.
+
+    NumPy's own in float32 differs in the last bit between processors, and so would scores and boxes.
+    """
+    return np.exp(x.astype(np.float64)).astype(np.float32)
 
 
 def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -124,7 +132,7 @@ def _apply_deltas(deltas: np.ndarray, anchors: np.ndarray, description: Descript
     centre = anchors[:, :2] + np.float32(0.5) * size
     deltas = deltas / np.array(description.box_weights, np.float32)
     centre = deltas[:, :2] * size + centre
-    half = np.float32(0.5) * (np.exp(np.minimum(deltas[:, 2:], np.float32(description.scale_clamp))) * size)
+    half = np.float32(0.5) * (_exp(np.minimum(deltas[:, 2:], np.float32(description.scale_clamp))) * size)
     return np.concatenate([centre - half, centre + half], axis=1)
 
 

@@ -26,7 +26,8 @@ from .preprocess import make_batch
 
 GOLDEN = "golden.npz"
 _CODES, _OUTPUTS = "codes/", "outputs/"
-# Detections are decoded in float32 by NumPy, whose exponential may differ in the last bit between machines.
+# Detections are decoded with NumPy's exponential of float64. It may differ in the last bit between machines, which
+# moves the float32 value that it is rounded to in one of many millions.
 _SCORE_TOLERANCE = 1e-5
 _BOX_TOLERANCE = 1e-2
 

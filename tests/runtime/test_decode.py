@@ -1,6 +1,7 @@
 """Decoding against Detectron2's RetinaNet and FCOS on the same predictions."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -76,6 +77,18 @@ def test_equals_detectron2(tmp_path, decode_arguments):
     assert (sum(len(e) for e in expected) == 0) == (decode_arguments.get("test_score_thresh") == 1.0)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
+
+
+def test_exponentials_are_rounded_once_whatever_the_processor(tmp_path):
+    """NumPy's exponential of float32 has another last bit with AVX512 than on ARM; Python's of float64 is the truth."""
+    folder = write_folder(tmp_path, make_twin(test_score_thresh=0.0, test_nms_thresh=1.0, test_topk_candidates=10**6))
+    logits, deltas = make_predictions(96, 128)
+    levels = [[x[0].numpy(), 0 * y[0].numpy()] for x, y in zip(logits, deltas, strict=True)]  # boxes that are anchors
+    description = dataclasses.replace(read_description(folder), max_detections=10**6)
+    found = decode(levels, (96, 128), (96, 128), description)
+    exponentials = [math.exp(-logit) for level in logits for logit in level.ravel().tolist()]
+    expected = np.sort(1 / (1 + np.array(exponentials, np.float32)))[::-1]
+    np.testing.assert_array_equal(found.scores, expected)
 
 
 def make_fcos(folder, **decode):
