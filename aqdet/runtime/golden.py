@@ -88,15 +88,15 @@ def self_test(
     golden = _read(path)
     checks = [Check("files", True, f"{folder}: as exported")]
     batch, _ = make_batch([golden["image"]], detector.description)
-    checks.append(_exact("network input", batch, golden["input"]))
+    checks.append(compare_arrays("network input", batch, golden["input"]))
     layers = [name.removeprefix(_CODES) for name in golden if name.startswith(_CODES)]
     if layers:
         for name, value in zip(layers, detector.tensors(layers, golden["input"]), strict=True):
-            checks.append(_exact(f"codes of {name}", value, golden[_CODES + name]))
+            checks.append(compare_arrays(f"codes of {name}", value, golden[_CODES + name]))
     for name, value in _outputs(detector, golden["input"]).items():
         if _OUTPUTS + name not in golden:
             raise ValueError(f"{path}: lacks {_OUTPUTS + name}, of another model: export the model again")
-        checks.append(_exact(f"output {name}", value, golden[_OUTPUTS + name]))
+        checks.append(compare_arrays(f"output {name}", value, golden[_OUTPUTS + name]))
     expected = Detections(golden["boxes"], golden["scores"], golden["classes"])
     checks.append(_detections(detector(golden["image"]), expected))
     return checks
@@ -122,8 +122,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return golden
 
 
-def _exact(what: str, found: np.ndarray, expected: np.ndarray) -> Check:
-    """Whether arrays are equal to the bit, and how many values are not."""
+def compare_arrays(what: str, found: np.ndarray, expected: np.ndarray) -> Check:
+    """Whether arrays are equal to the bit, and how many values are not; ``what`` says what was compared."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         shapes = f"{found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
         return Check(what, False, shapes)
