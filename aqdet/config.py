@@ -31,9 +31,9 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # One scale for each output channel instead of one for the tensor.
     cfg.MODEL.QUANT.WEIGHT.PER_CHANNEL = True
     cfg.MODEL.QUANT.INPUT = CfgNode()
-    # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative), "lqnet" (non-
-    # uniform) or "n2uq" (learned thresholds, uniform levels); the last two train and evaluate, and are not exported.
-    # Activations always have one scale for the tensor.
+    # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative; experimental, not measured
+    # here), "lqnet" (non-uniform) or "n2uq" (learned thresholds, uniform levels); the last two train and evaluate, and
+    # are not exported. Activations always have one scale for the tensor.
     cfg.MODEL.QUANT.INPUT.QUANTIZER = "lsq"
     cfg.MODEL.QUANT.INPUT.NUM_BITS = 4
     # Weights of the stem, weights and inputs of the prediction convs. The stem reads the uint8 image.
@@ -57,7 +57,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.register_deprecated_key("MODEL.QUANT.SCALE_LR_FACTOR")
     # The L2 term of PACT's alpha.
     cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4
-    # Weights that flip between two levels (2203.11086); for lsq, lsqplus and pact weights of at most 4 bits.
+    # Experimental, not measured here: weights that flip between two levels (2203.11086); for lsq, lsqplus and pact
+    # weights of at most 4 bits.
     cfg.MODEL.QUANT.OSCILLATION = CfgNode()
     # Log each layer's share of oscillating weights. On with either of the remedies below.
     cfg.MODEL.QUANT.OSCILLATION.TRACK = False
@@ -79,7 +80,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.AUX.TAPS = "backbone"
     # Factor of the auxiliary losses.
     cfg.MODEL.AUX.LOSS_WEIGHT = 1.0
-    # How that factor changes over training: "constant", or down to 0 at the end by "linear" or "cosine".
+    # How that factor changes over training: "constant", or (experimental, not measured here) down to 0 at the end by
+    # "linear" or "cosine".
     cfg.MODEL.AUX.SCHEDULE = "constant"
     # Norm of the adaptors and of the auxiliary head ("BN": one BN per level).
     cfg.MODEL.AUX.NORM = "BN"
@@ -145,7 +147,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # Decay of a moving average of weights, scales and BN statistics, which evaluation and the final checkpoint
     # get; 0 for none. TEST.PRECISE_BN, Detectron2's key, then estimates the average's BN statistics.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # Iteration from which on BN uses its running statistics and leaves them as they are; -1 for never.
+    # Experimental, not measured here: iteration from which on BN uses its running statistics and leaves them as they
+    # are; -1 for never.
     cfg.SOLVER.FREEZE_BN_ITER = -1
     # The same losses in every run with the same SEED, config and device. Slower on GPUs, where an operation that has
     # no deterministic form stops with an error that names it. CPUs need no such thing.

@@ -1,83 +1,31 @@
-"""What turns a record of a dataset into the input of a model, with its augmentations."""
+"""Mappers, which turn a record of a dataset into the input of a model, augmented."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
 from PIL import Image
-
-
-class RandomResizedCrop(T.Augmentation):
-    """A random part of the image, resized to a square (1409.4842): area and aspect ratio are drawn.
-
-    Args:
-        size: side of the square in pixels.
-        min_area: smallest area as a share of the image's; the largest is all of it.
-        max_aspect: aspect ratios are log-uniform from ``1 / max_aspect`` to this.
-        tries: draws until the part fits in the image; the largest centred square after that.
-    """
-
-    def __init__(self, size: int, min_area: float, max_aspect: float = 4 / 3, tries: int = 10) -> None:
-        super().__init__()
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> T.TransformList:
-        """The crop and the resizing for an image ``(H, W, C)``."""
-        height, width = image.shape[:2]
-        for _ in range(self.tries):
-            area = height * width * np.random.uniform(self.min_area, 1)
-            aspect = math.exp(np.random.uniform(-math.log(self.max_aspect), math.log(self.max_aspect)))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                x, y = np.random.randint(width - w + 1), np.random.randint(height - h + 1)
-                break
-        else:
-            w = h = min(height, width)
-            x, y = (width - w) // 2, (height - h) // 2
-        resize = T.ResizeTransform(h, w, self.size, self.size, Image.Resampling.BILINEAR)
-        return T.TransformList([T.CropTransform(x, y, w, h), resize])
-
-
-class CenterCrop(T.Augmentation):
-    """The square in the middle of an image that is at least as large.
-
-    Args:
-        size: side in pixels.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self._init(locals())
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        """The crop for an image ``(H, W, C)``."""
-        height, width = image.shape[:2]
-        return T.CropTransform((width - self.size) // 2, (height - self.size) // 2, self.size, self.size)
+from torchvision import transforms as T
 
 
 class ClassificationMapper:
     """Turns a record of an image folder into what the classifier reads.
 
     Args:
-        augmentations: applied in order.
+        transform: torchvision's transforms of a Pillow image.
         image_format: see :func:`detectron2.data.detection_utils.read_image`.
     """
 
-    def __init__(self, *, augmentations: Sequence[T.Augmentation], image_format: str) -> None:
-        self._augmentations = T.AugmentationList(augmentations)
+    def __init__(self, *, transform: Callable[[Image.Image], Image.Image], image_format: str) -> None:
+        self._transform = T.Compose([transform, T.PILToTensor()])
         self._format = image_format
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record with ``image``, uint8 ``(3, H, W)``.
+        """Returns the record with ``image``, uint8 ``(3, H, W)``.
 
         Raises:
             ValueError: naming the file, if it cannot be read.
@@ -86,14 +34,11 @@ class ClassificationMapper:
             image = utils.read_image(record["file_name"], format=self._format)
         except OSError as error:
             raise ValueError(f"image {record['file_name']!r} cannot be read: {error}") from error
-        augmented = T.AugInput(image)
-        self._augmentations(augmented)
-        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        return {**record, "image": torch.from_numpy(pixels)}
+        return {**record, "image": self._transform(Image.fromarray(image))}
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
-    """The mapper of a config: Detectron2's for detectors, :class:`ClassificationMapper` for ``QuantClassifier``.
+    """Returns the mapper of a config: Detectron2's, or for ``QuantClassifier`` a :class:`ClassificationMapper`.
 
     Raises:
         ValueError: in one line, naming a key of ``INPUT`` or ``DATALOADER`` that does not suit a classifier.
@@ -111,11 +56,10 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], dic
             f"{crop.CROP_SIZE}"
         )
     if is_train:
-        augmentations: list[T.Augmentation] = [RandomResizedCrop(crop.CROP_SIZE, crop.MIN_AREA)]
+        transforms = [T.RandomResizedCrop(crop.CROP_SIZE, (crop.MIN_AREA, 1.0))]
         if cfg.INPUT.RANDOM_FLIP != "none":
-            horizontal = cfg.INPUT.RANDOM_FLIP == "horizontal"
-            augmentations.append(T.RandomFlip(horizontal=horizontal, vertical=not horizontal))
+            flip = T.RandomHorizontalFlip if cfg.INPUT.RANDOM_FLIP == "horizontal" else T.RandomVerticalFlip
+            transforms.append(flip())
     else:
-        resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, max_size=sys.maxsize)
-        augmentations = [resize, CenterCrop(crop.CROP_SIZE)]
-    return ClassificationMapper(augmentations=augmentations, image_format=cfg.INPUT.FORMAT)
+        transforms = [T.Resize(cfg.INPUT.MIN_SIZE_TEST), T.CenterCrop(crop.CROP_SIZE)]
+    return ClassificationMapper(transform=T.Compose(transforms), image_format=cfg.INPUT.FORMAT)

@@ -5,13 +5,13 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import CLASSIFIER, make_cfg
 from PIL import Image
 from tiny_data import write_image_folder
 
 from aqdet.data import build_mapper, check_datasets, check_num_classes, register_declared
-from aqdet.data.mappers import CenterCrop, RandomResizedCrop
 
 
 def cfg_of(*entries, test=()):
@@ -140,32 +140,34 @@ def test_a_class_without_images_and_another_number_of_classes(tmp_path):
         DatasetCatalog.get("folder_c")
 
 
-def test_random_crops_have_the_drawn_size_and_stay_inside():
-    image = np.arange(60 * 90 * 3, dtype=np.uint32).reshape(60, 90, 3).astype(np.float32)
-    np.random.seed(0)
+def test_random_crops_have_the_drawn_size_and_stay_inside(tmp_path):
+    # A pixel says where it is.
+    y, x = np.mgrid[:60, :90].astype(np.uint8)
+    Image.fromarray(np.stack([2 * x, 4 * y, 0 * x], axis=2)).save(tmp_path / "a.png")
+    cfg = cfg_of({"name": "unused", "root": "unused"})
+    cfg.INPUT.CLASSIFIER.MIN_AREA, cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP = 0.25, "RGB", "none"
+    mapper = build_mapper(cfg, True)
+    torch.manual_seed(0)
     shares = []
-    for _ in range(200):
-        crop, resize = RandomResizedCrop(16, 0.25).get_transform(image).transforms
-        assert 0 <= crop.x0 and crop.x0 + crop.w <= 90 and 0 <= crop.y0 and crop.y0 + crop.h <= 60
-        assert 3 / 4 - 0.06 < crop.w / crop.h < 4 / 3 + 0.06
-        assert resize.apply_image(crop.apply_image(image)).shape == (16, 16, 3)
-        shares.append(crop.w * crop.h / (60 * 90))
-    assert 0.24 < min(shares) < 0.35 and 0.8 < max(shares) <= 1
-    # No part of a thin image has such an aspect ratio at that size.
-    crop = RandomResizedCrop(16, 0.9).get_transform(np.zeros((10, 200, 3), np.uint8)).transforms[0]
-    assert (crop.x0, crop.y0, crop.w, crop.h) == (95, 0, 10, 10)
+    for _ in range(100):
+        image = mapper({"file_name": str(tmp_path / "a.png")})["image"].float()
+        assert image.shape == (3, 32, 32)
+        # Of 32 samples at the middles of their parts, first and last are 31/32 of the crop apart.
+        width, height = ((image[i].amax() - image[i].amin()) / step * 32 / 31 for i, step in ((0, 2), (1, 4)))
+        assert 0.65 < width / height < 1.55
+        shares.append((width * height / (60 * 90)).item())
+    assert 0.2 < min(shares) < 0.4 and 0.75 < max(shares) < 1.1
 
 
 def test_the_centre_is_taken_and_the_record_kept(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[4:36, 24:56] = (10, 20, 30)
-    assert np.all(CenterCrop(32).get_transform(pixels).apply_image(pixels) == (10, 20, 30))
     Image.fromarray(pixels).save(tmp_path / "a.png")
     cfg = cfg_of({"name": "unused", "root": "unused"})
     got = build_mapper(cfg, False)({"file_name": str(tmp_path / "a.png"), "label": 2, "image_id": 7})
     assert (got["label"], got["image_id"], got["image"].shape) == (2, 7, (3, 32, 32))
-    assert got["image"][:, 16, 16].tolist() == [30, 20, 10]  # INPUT.FORMAT is BGR
-    np.random.seed(0)
+    assert (got["image"] == torch.tensor([30, 20, 10]).view(3, 1, 1)).all()  # INPUT.FORMAT is BGR
+    torch.manual_seed(0)
     train = build_mapper(cfg, True)
     images = [train({"file_name": str(tmp_path / "a.png"), "label": 2})["image"] for _ in range(3)]
     assert not images[0].equal(images[1]) and all(image.shape == (3, 32, 32) for image in images)

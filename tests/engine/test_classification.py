@@ -13,7 +13,7 @@ from aqdet.engine import Trainer, build_checkpointer
 def test_it_trains_evaluates_without_its_path_and_reloads(tmp_path):
     entry = write_image_folder(tmp_path / "data", "tiny_classes")
     cfg = make_cfg(
-        *(*CLASSIFIER, *QUANT, *AUX, "DATALOADER.NUM_WORKERS", "0", "SEED", "1", "OUTPUT_DIR", str(tmp_path / "run")),
+        *(*QUANT, *AUX, *CLASSIFIER, "DATALOADER.NUM_WORKERS", "0", "SEED", "1", "OUTPUT_DIR", str(tmp_path / "run")),
         *("DATASETS.TRAIN", "('tiny_classes',)", "DATASETS.TEST", "('tiny_classes',)"),
         *("INPUT.CLASSIFIER.CROP_SIZE", "32", "INPUT.MIN_SIZE_TEST", "40", "MODEL.QUANT.CALIBRATION.METHOD", "minmax"),
         *("SOLVER.IMS_PER_BATCH", "3", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "TEST.EVAL_PERIOD", "1"),
