@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 # Programs of tools/ that are installed, as aqdet.programs; the ``aqdet`` command runs them (aqdet/main.py).
-PROGRAMS = {"check_dataset", "convert_torchvision", "demo", "export_model", "plan", "report", "train_net"}
+PROGRAMS = {"check_dataset", "convert_torchvision", "demo", "export_model", "plan", "quantize", "report", "train_net"}
 
 
 class BuildModules(build_py):

@@ -7,15 +7,8 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aqdet.utils.arguments import folder_to_write, integer, number, regex
-from aqdet.utils.files import IMAGE_ENDINGS, is_image
-
-if TYPE_CHECKING:
-    import numpy as np
-    from detectron2.config import CfgNode
 
 USER_ERROR = 2
 
@@ -76,27 +69,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_images(cfg: CfgNode, paths: list[str], limit: int) -> list[np.ndarray]:
-    """Images as the network reads them, each (3, H, W) uint8."""
-    from aqdet.export.images import network_image
-
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"--images {path} does not exist")
-        found = sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"--images {path} has no {', '.join(IMAGE_ENDINGS)} file")
-        files += found
-    images = []
-    for file in files[:limit]:
-        try:
-            images.append(network_image(cfg, file))
-        except OSError as error:
-            raise ValueError(f"--images {file} cannot be read: {error}") from error
-    return images
-
-
 def main() -> None:
     args = parse_args()
     start = time.monotonic()
@@ -110,6 +82,7 @@ def main() -> None:
         from aqdet.data import complete_num_classes
         from aqdet.engine import check_config, fit_to_machine
         from aqdet.export.folder import export_detector
+        from aqdet.export.images import images_of
         from aqdet.export.report import agreement_totals
 
         cfg = load_config(args.config_file, args.opts)
@@ -128,7 +101,7 @@ def main() -> None:
             cfg,
             weights,
             args.output,
-            images=read_images(cfg, args.images, args.max_images),
+            images=images_of(cfg, args.images, args.max_images),
             dataset=dataset,
             max_loss=args.max_loss,
             force=args.force,

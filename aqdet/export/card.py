@@ -38,10 +38,12 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
     if not evaluation:
         lines.append("Not measured: export with `--dataset NAME` for average precision and agreement of detections.")
     else:
-        lines += [f"On {evaluation['dataset']}, {evaluation['images']} images:", "", "| | trained | as it ships |"]
-        lines.append("|---|---|---|")
+        lines += [f"On {evaluation['dataset']}, {evaluation['images']} images:", ""]
+        untrained = "float_detections" in evaluation
+        lines += [f"| | {'float' if untrained else 'trained'} | as it ships |", "|---|---|---|"]
         for name, values in evaluation["metrics"].items():
-            lines.append(f"| {name} | {_number(values['trained'])} | {_number(values['exported'])} |")
+            start = values["float" if untrained else "trained"]
+            lines.append(f"| {name} | {_number(start)} | {_number(values['exported'])} |")
     lines += [
         "",
         "## Run it",

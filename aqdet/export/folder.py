@@ -62,6 +62,7 @@ def export_detector(
     allow_float: Sequence[str] = (),
     dataset: str = "",
     max_loss: float | None = None,
+    float_model: nn.Module | None = None,
     force: bool = False,
     licence: str = "",
     config_name: str = "",
@@ -82,6 +83,8 @@ def export_detector(
         allow_float: regexes on the names of operations before the predictions that may compute in float.
         dataset: name of one on which the trained and the exported model are evaluated; "" for none.
         max_loss: of AP there, in points, by which the exported model may be below the trained one; None for any.
+        float_model: detector in full precision that the checkpoint was made from without training. It is evaluated too,
+            and ``max_loss`` is of its AP.
         force: writes the folder in spite of ranges that cannot be right and of a loss above ``max_loss``.
         licence: of the weights, for the model card.
         config_name: noted in the folder.
@@ -157,7 +160,7 @@ def export_detector(
             (aside / END_TO_END_MODEL).write_bytes(whole.SerializeToString())
             files.append(END_TO_END_MODEL)
         if dataset:
-            report["evaluation"] = evaluate_both(cfg, model, aside, dataset, progress)
+            report["evaluation"] = evaluate_both(cfg, model, aside, dataset, progress, float_model)
             for line in evaluation_lines(report["evaluation"]):
                 progress(line)
             if max_loss is not None and not force:

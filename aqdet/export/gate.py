@@ -138,6 +138,7 @@ def evaluate_both(
     folder: str | os.PathLike[str],
     dataset: str,
     progress: Callable[[str], object] = lambda _: None,
+    float_model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Evaluates the trained model, the same with the constants that ship, and the exported folder on the same images.
 
@@ -150,11 +151,13 @@ def evaluate_both(
         folder: exported.
         dataset: name of a registered or declared dataset.
         progress: called with a line of text from time to time.
+        float_model: the detector in full precision that ``model`` was made from without training, if it was.
 
     Returns:
         ``dataset``, ``images``, ``metrics`` (``trained``, ``rounded``, ``exported`` and the ``difference`` of the last
         and the first by name), ``detections`` of the first and ``rounded_detections`` of the second beside the
-        exported ones, see :meth:`Matches.summary`.
+        exported ones, see :meth:`Matches.summary`. With a ``float_model`` its metrics are there as ``float``, and its
+        ``float_detections`` beside the exported ones.
 
     Raises:
         ValueError: in one line, for a dataset that is not known, has other classes or no records.
@@ -162,8 +165,10 @@ def evaluate_both(
     cfg, records = dataset_records(cfg, dataset)
     objects = {record["image_id"]: _objects(record) for record in records}
     exported = ExportedDetector(Detector(folder, threads=torch.get_num_threads()))
-    rounded = with_rounded_constants(model)
-    matches = {"trained": Matches(), "rounded": Matches()}
+    models = {"trained": model, "rounded": with_rounded_constants(model)}
+    if float_model is not None:
+        models["float"] = float_model
+    matches = {name: Matches() for name in models}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         evaluators = [build_evaluator(cfg, dataset, os.path.join(scratch, name)) for name in (*matches, "exported")]
         for evaluator in evaluators:
@@ -171,7 +176,7 @@ def evaluate_both(
         start = printed = time.monotonic()
         done = 0
         for inputs in build_detection_test_loader(cfg, dataset):
-            outputs = [model(inputs), rounded(inputs), exported(inputs)]
+            outputs = [*(each(inputs) for each in models.values()), exported(inputs)]
             for evaluator, output in zip(evaluators, outputs, strict=True):
                 evaluator.process(inputs, output)
             for index, entry in enumerate(inputs):
@@ -192,13 +197,10 @@ def evaluate_both(
         if isinstance(value, int | float):
             values = dict(zip((*matches, "exported"), (results.get(name) for results in found), strict=True))
             metrics[name] = {**values, "difference": _difference(value, values["exported"])}
-    return {
-        "dataset": dataset,
-        "images": len(records),
-        "metrics": metrics,
-        "detections": matches["trained"].summary(),
-        "rounded_detections": matches["rounded"].summary(),
-    }
+    summaries = {name: found.summary() for name, found in matches.items()}
+    evaluation: dict[str, Any] = {"dataset": dataset, "images": len(records), "metrics": metrics}
+    evaluation["detections"] = summaries.pop("trained")
+    return evaluation | {f"{name}_detections": summary for name, summary in summaries.items()}
 
 
 def _objects(record: dict[str, Any]) -> Instances:
@@ -219,19 +221,22 @@ def _difference(trained: float, exported: float | None) -> float | None:
 def check_loss(evaluation: dict[str, Any], max_loss: float) -> None:
     """Checks that the exported model's AP is not more than ``max_loss`` below the trained one's.
 
+    Where there is a float model, which was quantized without training, it is its AP that counts.
+
     Raises:
         NotGoodEnough: in one line, if it is, or if there is no AP to compare.
     """
     metrics: dict[str, dict[str, Any]] = evaluation["metrics"]
     name = next(iter(metrics), "")
     values = metrics.get(name, {})
-    difference = values.get("difference")
+    start, exported = values.get("float", values.get("trained")), values.get("exported")
+    difference = None if start is None else _difference(start, exported)
     if difference is None:
         raise NotGoodEnough(f"{evaluation['dataset']} gives no {name or 'AP'} by which --max-loss could be judged")
     if -difference > max_loss:
         raise NotGoodEnough(
-            f"{name} on {evaluation['dataset']} falls from {values['trained']:.2f} to {values['exported']:.2f} by the "
-            f"export, more than --max-loss {max_loss:g}"
+            f"{name} on {evaluation['dataset']} falls from {start:.2f} to {exported:.2f} by the "
+            f"{'quantization' if 'float' in values else 'export'}, more than --max-loss {max_loss:g}"
         )
 
 

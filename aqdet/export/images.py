@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -13,6 +14,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from numpy.typing import NDArray
 
 from ..data import register_declared
+from ..utils.files import IMAGE_ENDINGS, is_image
 
 
 def network_image(cfg: CfgNode, file: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -24,6 +26,35 @@ def network_image(cfg: CfgNode, file: str | os.PathLike[str]) -> NDArray[np.uint
     image = read_image(os.fspath(file), cfg.INPUT.FORMAT)
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     return resize.get_transform(image).apply_image(image).transpose(2, 0, 1)
+
+
+def images_of(cfg: CfgNode, paths: Sequence[str], limit: int) -> list[NDArray[np.uint8]]:
+    """Images of files and folders as the network reads them, each ``(3, H, W)``.
+
+    Args:
+        cfg: of the detector.
+        paths: files and folders, as ``--images`` names them.
+        limit: of the number of images; more are left out evenly.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line that names the path, if there is none or it is no image.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"--images {path} does not exist")
+        found = sorted(p for p in path.iterdir() if p.is_file() and is_image(p)) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"--images {path} has no {', '.join(IMAGE_ENDINGS)} file")
+        files += found
+    number = min(limit, len(files))
+    images = []
+    for file in (files[i * len(files) // number] for i in range(number)):
+        try:
+            images.append(network_image(cfg, file))
+        except OSError as error:
+            raise ValueError(f"--images {file} cannot be read: {error}") from error
+    return images
 
 
 def training_images(

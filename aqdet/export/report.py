@@ -100,32 +100,38 @@ def markdown(report: dict[str, Any]) -> str:
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     """AP of the trained and the exported model, and their detections side by side."""
     lines = ["", f"## On {evaluation['dataset']}, {evaluation['images']} images", ""]
-    lines += ["| | trained | with the constants that ship | exported | exported - trained |", "|---|---|---|---|---|"]
+    # Quantized without training it has a float model beside it, and is not "trained".
+    start = ["float", "quantized"] if "float_detections" in evaluation else ["trained"]
+    columns = [*start, "with the constants that ship", "exported", f"exported - {start[-1]}"]
+    lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    keys = [*["float"] * (len(start) - 1), "trained", "rounded", "exported"]
     for name, values in evaluation["metrics"].items():
-        cells = ["-" if v is None else f"{v:.2f}" for v in (values[key] for key in ("trained", "rounded", "exported"))]
+        cells = ["-" if v is None else f"{v:.2f}" for v in (values[key] for key in keys)]
         difference = values["difference"]
         lines.append(f"| {name} | {' | '.join(cells)} | {'-' if difference is None else f'{difference:+.2f}'} |")
     rounded = evaluation["rounded_detections"]
+    if "float_detections" in evaluation:
+        lines += ["", detections_line(evaluation["float_detections"], "float")]
     return [
         *lines,
         "",
-        detections_line(evaluation["detections"]),
-        f"With the constants that ship (biases in int32, scales of sums) the trained model has {rounded['trained']} "
-        f"such detections, {rounded['matched']} of them exported too; scores differ by "
+        detections_line(evaluation["detections"], start[-1]),
+        f"With the constants that ship (biases in int32, scales of sums) the {start[-1]} model has "
+        f"{rounded['trained']} such detections, {rounded['matched']} of them exported too; scores differ by "
         f"{rounded['mean_score_difference']:.1e} on average, {rounded['largest_score_difference']:.1e} at most.",
     ]
 
 
-def detections_line(detections: Mapping[str, Any]) -> str:
-    """Matched detections, their scores, and the threshold that keeps the recall."""
+def detections_line(detections: Mapping[str, Any], model: str = "trained") -> str:
+    """Matched detections of a model and the exported one, their scores, and the threshold that keeps the recall."""
     text = (
-        f"Of the trained model's {detections['trained']} detections with a score of at least 0.5, the exported one has "
+        f"Of the {model} model's {detections['trained']} detections with a score of at least 0.5, the exported one has "
         f"{detections['matched']} too (it has {detections['exported']}); their scores differ by "
         f"{detections['mean_score_difference']:.3f} on average, {detections['largest_score_difference']:.3f} at most."
     )
     if detections["threshold"] is not None:
         text += (
-            f" The trained model's recall at 0.5, {detections['recall']:.3f}, is the exported one's at a threshold of "
+            f" The {model} model's recall at 0.5, {detections['recall']:.3f}, is the exported one's at a threshold of "
             f"{detections['threshold']:.3f}."
         )
     return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,34 @@ class _Observation:
         return statistics
 
 
+def observe(model: nn.Module, run: Callable[[], object]) -> dict[str, Statistics]:
+    """Statistics of what every uncalibrated quantizer of a model reads, from which ``set_range`` makes its range.
+
+    Args:
+        model: the model; its quantizers stay as they are.
+        run: forwards some batches through the model; uncalibrated quantizers pass their input through.
+
+    Returns:
+        Name of each quantizer -> statistics, summed over the ranks of the default process group.
+
+    Raises:
+        RuntimeError: naming the first quantizer that ``run`` did not reach, or the rank where ``run`` failed.
+        ValueError: if a value is not finite.
+    """
+    pending = {name: q for name, q in quantizers(model) if q.enabled and not q.is_calibrated}
+    if not pending:
+        return {}
+    for name, quantizer in pending.items():
+        quantizer.name = quantizer.name or name
+    observations = {name: _Observation(quantizer) for name, quantizer in pending.items()}
+    try:
+        run_on_all_ranks(run)
+        return {name: observation.statistics() for name, observation in observations.items()}
+    finally:
+        for observation in observations.values():
+            observation.stop()
+
+
 def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse") -> dict[str, float]:
     """Gives every uncalibrated quantizer of a model its first range.
 
@@ -82,31 +110,33 @@ def calibrate(model: nn.Module, run: Callable[[], object], *, method: str = "mse
         ValueError: if the method is unknown, before anything runs, or if a value is not finite.
     """
     check_method(method)
-    pending = {name: q for name, q in quantizers(model) if q.enabled and not q.is_calibrated}
-    if not pending:
-        return {}
-    for name, quantizer in pending.items():
-        quantizer.name = quantizer.name or name
-    observations = {name: _Observation(quantizer) for name, quantizer in pending.items()}
-    shares = {}
-    try:
-        run_on_all_ranks(run)
-        for name, observation in observations.items():
-            statistics = observation.statistics()
-            pending[name].set_range(statistics, method)
-            shares[name] = statistics.negative_share
-    finally:
-        for observation in observations.values():
-            observation.stop()
-    for name, share in shares.items():
-        if share > 0 and not pending[name].spec.signed:
+    shares = set_ranges(model, observe(model, run), method)
+    if shares:
+        logger.info("Calibrated %d quantizers (%s)", len(shares), method)
+    return shares
+
+
+def set_ranges(model: nn.Module, observed: Mapping[str, Statistics], method: str) -> dict[str, float]:
+    """Gives quantizers their ranges, whether they have some already or not.
+
+    Args:
+        model: the model.
+        observed: see :func:`observe`.
+        method: see :func:`aqdet.quantization.observer.initial_scale`.
+
+    Returns:
+        Name of each quantizer -> share of its observed values that were negative.
+    """
+    own = dict(quantizers(model))
+    for name, statistics in observed.items():
+        own[name].set_range(statistics, method)
+        if statistics.negative_share > 0 and not own[name].spec.signed:
             logger.warning(
                 "%s is declared unsigned but %.2f %% of its calibration values are negative: they are clipped to zero",
                 name,
-                100 * share,
+                100 * statistics.negative_share,
             )
-    logger.info("Calibrated %d quantizers (%s)", len(shares), method)
-    return shares
+    return {name: statistics.negative_share for name, statistics in observed.items()}
 
 
 def run_on_all_ranks(run: Callable[[], object]) -> None:

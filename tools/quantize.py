@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+"""Quantizes a detector in full precision without training, and exports it: post-training quantization.
+
+    python tools/quantize.py --config-file X --weights W --images photos --bits 8 --output detector
+    python tools/quantize.py --config-file X --weights W --dataset NAME --bits 4 --output detector
+
+The config and the checkpoint may be aqdet's or Detectron2's, as they are, of its model zoo too. Methods of calibration
+and corrections are compared by the error that they leave in the outputs. It ends with the detector in full precision
+beside the exported one, and whether training at these bits is worth it. Exit status 3: --max-loss is exceeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aqdet.utils.arguments import existing, file_to_write, folder_to_write, integer, number
+
+if TYPE_CHECKING:
+    import numpy as np
+    from detectron2.config import CfgNode
+
+USER_ERROR = 2
+FEWER_BITS = 4
+METHODS = ("mse", "minmax", "percentile", "mean")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="of the detector in full precision")
+    parser.add_argument("--weights", help="its checkpoint (default: MODEL.WEIGHTS)")
+    parser.add_argument(
+        "--output", type=folder_to_write, required=True, help="folder to write; an exported detector there is replaced"
+    )
+    parser.add_argument(
+        "--bits",
+        type=integer(2, 8),
+        default=8,
+        help="of weights and inputs of all but the first and last layers (default: 8, whose weights have 7: 8 would "
+        "be twice the file and the time; MODEL.QUANT.WEIGHT.NUM_BITS 8 asks for them)",
+    )
+    parser.add_argument(
+        "--images",
+        type=existing,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="image or folder to calibrate on (default: the training set of the config, or --dataset)",
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", default="", help="evaluate the float and the exported detector on it"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        action="append",
+        default=[],
+        help="calibration method to try; several times for several (default: all)",
+    )
+    parser.add_argument("--max-images", type=integer(1), default=64, help="to calibrate on, at most (default: 64)")
+    parser.add_argument("--batch-size", type=integer(1), default=4, help="of the calibration (default: 4)")
+    parser.add_argument(
+        "--max-loss",
+        type=number(0.0, 100.0),
+        metavar="AP",
+        help="exit with 3 and write nothing where AP on --dataset is lower by more than so many points",
+    )
+    parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
+    parser.add_argument("--licence", default="", help="of the weights, for the folder's README.md")
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="also write model.end_to_end.onnx: uint8 images in, boxes, scores and classes out",
+    )
+    parser.add_argument(
+        "--save-checkpoint",
+        type=file_to_write,
+        metavar="FILE",
+        help="also write the quantized checkpoint, from which export_model.py goes on, and its config (.yaml)",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    args = parser.parse_args()
+    if args.max_loss is not None and not args.dataset:
+        parser.error("argument --max-loss: name the --dataset that it is measured on")
+    return args
+
+
+def calibration_images(cfg: CfgNode, args: argparse.Namespace, say: Any) -> list[np.ndarray]:
+    """Images as the network reads them, (3, H, W): given ones, else the training set's, else the dataset's."""
+    from aqdet.export.gate import dataset_records
+    from aqdet.export.images import images_of, network_image, training_images
+
+    if args.images:
+        return images_of(cfg, args.images, args.max_images)
+    images = training_images(cfg, args.max_images, lambda _: None)
+    if images:
+        say(f"calibrating on {len(images)} images of {cfg.DATASETS.TRAIN[0]}")
+        return images
+    if not args.dataset:
+        raise ValueError("--images: name images to calibrate on, since the training set of the config is not at hand")
+    _, records = dataset_records(cfg, args.dataset)
+    number = min(args.max_images, len(records))
+    say(f"calibrating on {number} images of {args.dataset}, the training set of the config is not at hand")
+    return [network_image(cfg, records[i * len(records) // number]["file_name"]) for i in range(number)]
+
+
+def make_batches(images: list[np.ndarray], size: int) -> list[list[dict[str, Any]]]:
+    """Images as Detectron2's detectors take them."""
+    import torch
+
+    entries = [{"image": torch.tensor(i), "height": i.shape[1], "width": i.shape[2]} for i in images]
+    return [entries[start : start + size] for start in range(0, len(entries), size)]
+
+
+def save(cfg: CfgNode, checkpoint: Path, file: Path) -> None:
+    """Copies the checkpoint to where it was asked for, and writes its config beside it."""
+    from aqdet.utils.files import open_replacing, write_text
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open_replacing(file, "wb") as target:
+        target.write(checkpoint.read_bytes())
+    write_text(file.with_suffix(".yaml"), cfg.dump())
+
+
+def quantize(args: argparse.Namespace, say: Any) -> None:
+    """Quantizes, exports and compares."""
+    from aqdet.checkpoint.files import save_atomically
+    from aqdet.config import load_config
+    from aqdet.data import complete_num_classes
+    from aqdet.engine import check_config, fit_to_machine
+    from aqdet.engine.post_training import check_quantizable, quantize_detector, quantized_overrides
+    from aqdet.export.folder import export_detector
+    from aqdet.export.gate import dataset_records
+    from aqdet.export.post_training import advice, comparison, match_on_images, training_command
+
+    full = load_config(args.config_file, args.opts)
+    pairs = quantized_overrides(full, args.bits)
+    cfg = load_config(args.config_file, [*pairs, *args.opts])
+    check_quantizable(cfg)
+    check_config(cfg)
+    fit_to_machine(cfg)
+    complete_num_classes(cfg)
+    weights = args.weights or cfg.MODEL.WEIGHTS
+    if not weights:
+        raise ValueError("--weights: name a checkpoint in full precision")
+    if args.dataset:
+        dataset_records(cfg, args.dataset)
+    images = calibration_images(cfg, args, say)
+    say(f"loading {weights}")
+    methods = list(dict.fromkeys(args.method)) or METHODS
+    batches = make_batches(images, args.batch_size)
+    made = quantize_detector(cfg, weights, batches, methods=methods, progress=say)
+    say(f"chosen: {made.chosen}")
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / f"{Path(weights).stem}_{args.bits}bit.pth"
+        save_atomically({"model": made.model.state_dict()}, str(checkpoint))
+        report = export_detector(
+            cfg,
+            str(checkpoint),
+            args.output,
+            images=images[:2],
+            dataset=args.dataset,
+            max_loss=args.max_loss,
+            float_model=made.float_model.to("cpu"),
+            force=args.force,
+            licence=args.licence,
+            end_to_end=args.end_to_end,
+            config_name=os.path.basename(args.config_file),
+            progress=say,
+        )
+        if args.save_checkpoint:
+            save(cfg, checkpoint, Path(args.save_checkpoint))
+    evaluation = report.get("evaluation")
+    if evaluation:
+        matches = evaluation["float_detections"]
+    else:
+        matches = match_on_images(cfg, made.float_model, args.output, images)
+    train = Path(sys.argv[0]).with_name("train_net.py")
+    program = f"python {os.path.relpath(train)}" if train.is_file() else "aqdet train"
+
+    def command(bits: int) -> str:
+        wanted = quantized_overrides(full, bits)
+        return training_command(program, args.config_file, weights, wanted, full.SOLVER.BASE_LR, args.opts)
+
+    print_table("Tried, and the error of the outputs:", [[a.name, f"{a.error:.5f}"] for a in made.attempts])
+    print_table("", comparison(report, matches, f"{args.bits} bits, exported"))
+    print(f"\n{advice(report, matches, args.bits, command(args.bits), command(FEWER_BITS))[1]}")
+
+
+def print_table(title: str, rows: list[list[str]]) -> None:
+    """Prints rows with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print(f"\n{title}" if title else "")
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
+
+    try:
+        quantize(args, say)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("AQDET_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", USER_ERROR))
+    say(f"done: {args.output} (README.md, detector.json, report.md)")
+
+
+if __name__ == "__main__":
+    main()
