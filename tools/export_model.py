@@ -52,6 +52,13 @@ def parse_args() -> argparse.Namespace:
         help="also write model.qonnx.onnx, whose bits are the trained ones, for images SIZE pixels high and wide",
     )
     parser.add_argument(
+        "--c",
+        type=integer(1),
+        default=0,
+        metavar="SIZE",
+        help="also write detector.c and detector.h, C99 without libraries, for images SIZE pixels high and wide",
+    )
+    parser.add_argument(
         "--tensorrt",
         action="store_true",
         help="experimental: also write model.tensorrt.onnx, signed 8 bits with zero points 0; checked in ONNX Runtime, "
@@ -107,6 +114,7 @@ def main() -> None:
             force=args.force,
             licence=args.licence,
             qonnx=args.qonnx,
+            c=args.c,
             tensorrt=args.tensorrt,
             end_to_end=args.end_to_end,
             allow_float=args.allow_float,
@@ -130,6 +138,9 @@ def main() -> None:
     for name, size in sizes.items():
         if name != "ratio":
             print(f"  {size / 1e6:8.2f} MB  1/{sizes['float32_state_dict'] / size:.2f}  {name}")
+    if "c" in report:
+        memory = ", ".join(f"{report['c'][key]:,} bytes of {key}" for key in ("arena", "outputs", "flash"))
+        print(f"detector.c: {memory}")
     say(f"done: {args.output} (README.md, detector.json, report.md)")
 
 

@@ -67,6 +67,8 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
         "model.onnx": "the network on integers, weights packed into their bits",
         "model.end_to_end.onnx": "uint8 images in, boxes, scores and classes out",
         "model.qonnx.onnx": "QONNX, for hardware with the bits that were trained; not run by aqdet.runtime",
+        "detector.c": "the network in C99 without libraries, for images of one size: gcc -std=c99 -O3",
+        "detector.h": "its interface",
         "model.tensorrt.onnx": "experimental: for TensorRT, never run in it",
         "golden.npz": "an image, codes of a few layers, predictions and detections, for the self-test",
     }

@@ -24,6 +24,7 @@ from ..runtime.folder import DESCRIPTION, read_description, write_description
 from ..runtime.golden import GOLDEN, write_golden
 from ..utils.files import sha256, write_json, write_text
 from .agreement import compare
+from .c_source import CSource, build_c
 from .card import model_card
 from .description import describe_detector, graph_metadata, pad_image
 from .end_to_end import build_end_to_end
@@ -41,6 +42,7 @@ from .usage import measure_usage, other_domain
 
 MODEL, END_TO_END_MODEL = "model.onnx", "model.end_to_end.onnx"
 QONNX_MODEL, TENSORRT_MODEL = "model.qonnx.onnx", "model.tensorrt.onnx"
+C_FILES = ("detector.c", "detector.h")
 TRAINING_IMAGES = 4
 """Images of the training set that ranges are measured on."""
 GOLDEN_SIZE = 160
@@ -59,6 +61,7 @@ def export_detector(
     tensorrt: bool = False,
     end_to_end: bool = False,
     qonnx: int = 0,
+    c: int = 0,
     allow_float: Sequence[str] = (),
     dataset: str = "",
     max_loss: float | None = None,
@@ -79,6 +82,8 @@ def export_detector(
         end_to_end: also writes ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
         qonnx: also writes ``model.qonnx.onnx`` for images of so many pixels high and wide, see
             :mod:`~aqdet.export.qonnx_graph`; 0 for none.
+        c: also writes ``detector.c`` and ``detector.h`` for images of so many pixels high and wide, see
+            :mod:`~aqdet.export.c_source`; 0 for none.
         tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
         allow_float: regexes on the names of operations before the predictions that may compute in float.
         dataset: name of one on which the trained and the exported model are evaluated; "" for none.
@@ -111,6 +116,7 @@ def export_detector(
         flavours[TENSORRT_MODEL] = build_tensorrt(program)
     if qonnx:
         flavours[QONNX_MODEL] = build_qonnx(program, qonnx, qonnx)
+    plain: CSource | None = build_c(program, c, c) if c else None
     rows = operation_rows(program)
     content = describe_detector(cfg, model, program, rows, progress)
     content["source"] = {
@@ -153,6 +159,11 @@ def export_detector(
         files = [MODEL, *flavours]
         for name, flavour in flavours.items():
             (aside / name).write_bytes(flavour.SerializeToString())
+        if plain is not None:
+            for name, text in zip(C_FILES, (plain.source, plain.header), strict=True):
+                write_text(aside / name, text)
+            files += C_FILES
+            report["c"] = {"size": c, **plain.memory}
         report["sizes"] = _sizes(model, aside, files)
         write_description(aside, content, files)
         if end_to_end:

@@ -41,6 +41,13 @@ def markdown(report: dict[str, Any]) -> str:
     for name, size in sizes.items():
         if name != "ratio":
             lines.append(f"| {name} | {size:,} | 1/{sizes['float32_state_dict'] / size:.2f} |")
+    if "c" in report:
+        plain = report["c"]
+        lines += [
+            "",
+            f"detector.c, for {plain['size']}x{plain['size']} pixels: {plain['arena']:,} bytes of RAM in static "
+            f"buffers, {plain['outputs']:,} for the predictions, {plain['flash']:,} of constants (flash) beside code.",
+        ]
     executed = ", ".join(f"{count} {kind}" for kind, count in report["executed"].items())
     moves = [row["largest_move"] for row in report["operations"] if "largest_move" in row]
     lines += [

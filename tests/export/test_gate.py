@@ -121,7 +121,21 @@ def command(monkeypatch, root, *arguments):
 def test_a_dataset_is_evaluated_and_everything_is_in_the_folder(run, tmp_path, monkeypatch, capsys):
     root, _ = run
     output = tmp_path / "detector"
-    command(monkeypatch, root, "--output", output, "--max-loss", 100, "--licence", "CC0-1.0", "--force", "--qonnx", 64)
+    command(
+        monkeypatch,
+        root,
+        "--output",
+        output,
+        "--max-loss",
+        100,
+        "--licence",
+        "CC0-1.0",
+        "--force",
+        "--qonnx",
+        64,
+        "--c",
+        64,
+    )
     out = capsys.readouterr().out
     assert "## On tiny_gate" in out and "| AP |" in out and "Average Precision" not in out
     report = json.loads((output / "report.json").read_text())
@@ -143,7 +157,12 @@ def test_a_dataset_is_evaluated_and_everything_is_in_the_folder(run, tmp_path, m
         "model.onnx",
         "golden.npz",
         "model.qonnx.onnx",
+        "detector.c",
+        "detector.h",
     }
+    assert report["c"]["size"] == 64 and f"{report['c']['arena']:,} bytes of arena" in out
+    assert f"{report['c']['flash']:,} of constants (flash)" in text and "`detector.c`" in card
+    assert "static uint8_t arena[" in (output / "detector.c").read_text()
 
 
 def test_the_golden_vectors_pass_on_the_machine_that_made_them(run, tmp_path):

@@ -1,0 +1,254 @@
+"""The integer program as plain C: ``detector.c`` and ``detector.h``, for microcontrollers and safety reviews.
+
+C99 without libraries, static buffers, no allocation. Weights lie packed in their bits and are unpacked layer by layer
+into one buffer. Everything is integers but the multiplication of a sum by its multiplier, which is ONNX Runtime's:
+float32 times float32, rounded to nearest with ties to even. So the codes are those of the shipped ``model.onnx``.
+
+Values are ``(H, W, C)`` bytes, a code plus its grid's zero point; predictions are float32, ``(H, W, C)`` too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .c_runtime import HEADER, KERNELS
+from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
+from .reference import conv_multiplier, execute
+
+LANES = 16
+"""Output channels that are computed at once; weights are padded to multiples of it."""
+PIXELS = 4
+"""Output pixels of a row that are computed at once."""
+_ALIGNMENT = 16
+Shape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CSource:
+    """A detector as C.
+
+    Attributes:
+        header, source: texts of ``detector.h`` and ``detector.c``.
+        arena: bytes of RAM in static buffers, the caller's outputs not counted.
+        flash: bytes of constants.
+        outputs: bytes of the structure that the caller gives for the predictions.
+    """
+
+    header: str
+    source: str
+    arena: int
+    flash: int
+    outputs: int
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """The bytes by name, for a report."""
+        return {"arena": self.arena, "flash": self.flash, "outputs": self.outputs}
+
+
+def build_c(program: Program, height: int, width: int) -> CSource:
+    """Writes a program for images of one size as C.
+
+    Args:
+        program: of the detector.
+        height, width: of the image.
+
+    Raises:
+        ValueError: in one line, for a size that is no multiple of the program's, or a layer that it does not know.
+    """
+    divisor = program.size_divisibility
+    if height < 1 or width < 1 or height % divisor or width % divisor:
+        raise ValueError(f"--c: height and width must be multiples of {divisor}, got {height}x{width}")
+    return _Writer(program, height, width).source()
+
+
+class _Writer:
+    def __init__(self, program: Program, height: int, width: int) -> None:
+        self.program, self.grids = program, program.grids()
+        self.shapes: dict[str, Shape] = {IMAGE: (height, width, 3)}
+        self.constants: list[str] = []
+        self.flash = 0
+        self.tables: dict[bytes, str] = {}
+        self.padded = self.weights = 0
+        for operation in program.operations:
+            self.shapes[operation.output] = _shape(operation, [self.shapes[name] for name in inputs_of(operation)])
+        self.predictions = [name for output in program.outputs for name in output.names]
+
+    def source(self) -> CSource:
+        places, arena = _places(self.program, self.shapes, self.predictions)
+        calls = [line for operation in self.program.operations for line in self._call(operation, places)]
+        height, width, _ = self.shapes[IMAGE]
+        members, outputs = [], 0
+        for name in self.predictions:
+            shape = self.shapes[name]
+            members.append(f"    float {name}[{shape[0]} * {shape[1]} * {shape[2]}];  /* {shape} */")
+            outputs += 4 * int(np.prod(shape))
+        header = HEADER.format(height=height, width=width, members="\n".join(members))
+        source = KERNELS.format(
+            lanes=LANES,
+            pixels=PIXELS,
+            arena=arena,
+            padded=self.padded,
+            weights=self.weights,
+            constants="\n".join(self.constants),
+            calls="\n".join(f"    {line}" for line in calls),
+        )
+        return CSource(header, source, arena + 2 * (self.padded + self.weights), self.flash, outputs)
+
+    def _call(self, operation: Operation, places: Mapping[str, int]) -> Iterator[str]:
+        def at(name: str) -> str:
+            return "image" if name == IMAGE else f"arena + {places[name]}"
+
+        inputs = inputs_of(operation)
+        height, width, channels = self.shapes[inputs[0]]
+        if isinstance(operation, Conv):
+            yield self._conv(operation, at)
+            return
+        target = at(operation.output)
+        if isinstance(operation, PadImage):
+            values = self._constant("uint8_t", operation.values, 1)
+            vertical, horizontal = operation.amount
+            yield f"pad_image({at(inputs[0])}, {height}, {width}, {vertical}, {horizontal}, {values}, {target});"
+        elif isinstance(operation, Requantize):
+            table = self._table(operation, self.grids)
+            yield f"look_up({at(inputs[0])}, {height * width * channels}, {table}, {target});"
+        elif isinstance(operation, Add):
+            zeros = [self.grids[name].zero_point for name in inputs]
+            grid = operation.grid
+            yield (
+                f"add({at(inputs[0])}, {at(inputs[1])}, {height * width * channels}, {zeros[0]}, {zeros[1]}, "
+                f"{operation.multipliers[0]}, {operation.multipliers[1]}, {operation.shift}, {grid.quant_min}, "
+                f"{grid.quant_max}, {grid.zero_point}, {target});"
+            )
+        elif isinstance(operation, MaxPool):
+            out_height, out_width, _ = self.shapes[operation.output]
+            yield (
+                f"max_pool({at(inputs[0])}, {height}, {width}, {channels}, {operation.kernel}, {operation.stride}, "
+                f"{operation.padding}, {out_height}, {out_width}, {target});"
+            )
+        else:
+            yield f"upsample({at(inputs[0])}, {height}, {width}, {channels}, {target});"
+
+    def _conv(self, conv: Conv, at: object) -> str:
+        assert callable(at)
+        height, width, channels = self.shapes[conv.input]
+        out_height, out_width, out_channels = self.shapes[conv.output]
+        kernel_h, kernel_w = conv.weight.shape[2:]
+        source = self.grids[conv.input]
+        pairs = channels + channels % 2
+        lanes = -(-out_channels // LANES) * LANES
+        self.weights = max(self.weights, kernel_h * kernel_w * pairs * lanes)
+        padded_width = width + 2 * conv.padding[1]
+        # The last pixels of a row are computed PIXELS at a time, and read past its end.
+        slack = PIXELS * conv.stride[1] * pairs + kernel_w * pairs
+        self.padded = max(self.padded, (height + 2 * conv.padding[0]) * padded_width * pairs + slack)
+        bits = max(conv.weight_bits, _bits(conv.weight))
+        packed = self._constant("uint32_t", pack(conv.weight, bits), 4)
+        factor = self._constant("int16_t", conv.sign.astype(np.int32) * conv.multiple, 2)
+        bias = self._constant("int32_t", conv.bias, 4)
+        multiplier = self._constant("float", [f"{float(m).hex()}f" for m in conv_multiplier(conv, source.scale)], 4)
+        grid = conv.grid or Grid(1.0, 0, 0)
+        codes, floats = ("NULL", f"outputs->{conv.output}") if conv.grid is None else (at(conv.output), "NULL")
+        return (
+            f"conv({at(conv.input)}, {height}, {width}, {channels}, {source.zero_point}, {packed}, {bits}, {factor}, "
+            f"{bias}, {multiplier}, {kernel_h}, {kernel_w}, {conv.stride[0]}, {conv.stride[1]}, {conv.padding[0]}, "
+            f"{conv.padding[1]}, {out_height}, {out_width}, {out_channels}, {grid.quant_min}, {grid.quant_max}, "
+            f"{grid.zero_point}, {codes}, {floats});"
+        )
+
+    def _table(self, operation: Requantize, grids: Mapping[str, Grid]) -> str:
+        """What each stored byte becomes, computed by the reference."""
+        zero = grids[operation.input].zero_point
+        codes = (np.arange(256) - zero).reshape(1, 1, 1, 256)
+        stored = np.asarray(execute(operation, [codes], grids)).reshape(-1) + operation.grid.zero_point
+        return self._constant("uint8_t", stored, 1)
+
+    def _constant(self, kind: str, values: Sequence[object] | NDArray[np.generic], size: int) -> str:
+        """Name of a table of constants; equal ones are there once, as the weights of a head for all levels are."""
+        text = ", ".join(str(value) for value in values)
+        key = f"{kind}:{text}".encode()
+        if key not in self.tables:
+            name = f"table_{len(self.tables)}"
+            self.tables[key] = name
+            self.flash += size * len(values)
+            self.constants.append(f"static const {kind} {name}[{len(values)}] = {{{text}}};")
+        return self.tables[key]
+
+
+def pack(weight: NDArray[np.int16], bits: int) -> NDArray[np.uint32]:
+    """Weights in the order in which they are read, ``bits`` each in two's complement, low bits first.
+
+    Args:
+        weight: ``(O, C, kH, kW)``; a channel of zeros is added where their number is odd.
+        bits: of each.
+
+    Returns:
+        Words of the codes in the order ``(kH, kW, C / 2, O, 2)``.
+    """
+    even = np.pad(weight, ((0, 0), (0, weight.shape[1] % 2), (0, 0), (0, 0)))
+    outs, channels, *kernel = even.shape
+    codes = even.transpose(2, 3, 1, 0).reshape(*kernel, channels // 2, 2, outs).swapaxes(3, 4)
+    codes = codes.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
+    stream = ((codes[:, None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(-1)
+    # A word more, since two are read at a time.
+    stream = np.pad(stream, (0, -len(stream) % 32 + 32))
+    return np.packbits(stream, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def _bits(weight: NDArray[np.int16]) -> int:
+    low, high = int(weight.min(initial=0)), int(weight.max(initial=0))
+    return max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + 1
+
+
+def _shape(operation: Operation, inputs: Sequence[Shape]) -> Shape:
+    """Height, width and channels of an operation's output."""
+    height, width, channels = inputs[0]
+    if isinstance(operation, PadImage):
+        vertical, horizontal = operation.amount
+        return height + 2 * vertical, width + 2 * horizontal, channels
+    if isinstance(operation, Conv):
+        if operation.groups != 1 or operation.dilation != (1, 1):
+            raise ValueError(
+                f"--c: layer {operation.path} is a grouped or dilated convolution, which it has no loop for"
+            )
+        kernel = operation.weight.shape[2:]
+        sides = [
+            (side + 2 * pad - size) // stride + 1
+            for side, pad, size, stride in zip(
+                (height, width), operation.padding, kernel, operation.stride, strict=True
+            )
+        ]
+        return sides[0], sides[1], operation.weight.shape[0]
+    if isinstance(operation, MaxPool):
+        sides = [(side + 2 * operation.padding - operation.kernel) // operation.stride + 1 for side in (height, width)]
+        return sides[0], sides[1], channels
+    if isinstance(operation, Add | Requantize):
+        return inputs[0]
+    return 2 * height, 2 * width, channels
+
+
+def _places(program: Program, shapes: Mapping[str, Shape], predictions: Sequence[str]) -> tuple[dict[str, int], int]:
+    """Where in the arena each value lies, so that none that is still read is written over; and the arena's bytes."""
+    last = {name: step for step, operation in enumerate(program.operations) for name in inputs_of(operation)}
+    places: dict[str, int] = {}
+    live: list[tuple[int, int, int]] = []  # begin, end, last step
+    total = 1
+    for step, operation in enumerate(program.operations):
+        name = operation.output
+        if name in predictions:
+            continue
+        live = [entry for entry in live if entry[2] >= step]
+        size = -(-int(np.prod(shapes[name])) // _ALIGNMENT) * _ALIGNMENT
+        begin = 0
+        for start, end, _ in sorted(live):
+            if start - begin >= size:
+                break
+            begin = max(begin, end)
+        places[name] = begin
+        live.append((begin, begin + size, last.get(name, step)))
+        total = max(total, begin + size)
+    return places, total

@@ -1,0 +1,136 @@
+"""The detector in C: compiled without warnings, its predictions are those of the shipped model to the bit."""
+
+import dataclasses
+import shutil
+import subprocess
+
+import numpy as np
+import onnxruntime
+import pytest
+from programs import LSQPLUS, SEVEN_BITS, image, make_conv, shared
+
+from aqdet.export.c_source import build_c, pack
+from aqdet.export.onnx_graph import build_onnx
+from aqdet.export.program import IMAGE, Grid, Program
+from aqdet.export.reference import run
+
+FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror")
+MAIN = """
+#include "detector.h"
+#include <stdio.h>
+
+static uint8_t image[DETECTOR_HEIGHT * DETECTOR_WIDTH * 3];
+static detector_outputs outputs;
+
+int main(void) {
+    while (fread(image, sizeof image, 1, stdin) == 1) {
+        detector_run(image, &outputs);
+        if (fwrite(&outputs, sizeof outputs, 1, stdout) != 1) {
+            return 1;
+        }
+    }
+    return 0;
+}
+"""
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+
+
+def compiled(folder, source, *flags):
+    """A program that reads images from its standard input and writes the predictions."""
+    for name, text in (("detector.h", source.header), ("detector.c", source.source), ("main.c", MAIN)):
+        (folder / name).write_text(text)
+    command = ["gcc", *FLAGS, *flags, "-o", folder / "detector", folder / "detector.c", folder / "main.c"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "detector"
+
+
+def outputs_of(binary, program, shapes, images):
+    """Predictions (N, C, H, W) of images (N, 3, H, W), by name."""
+    data = images.transpose(0, 2, 3, 1).tobytes()
+    done = subprocess.run([binary], input=data, capture_output=True, check=True)
+    rows = np.frombuffer(done.stdout, np.float32).reshape(len(images), -1)
+    values, start = {}, 0
+    for output in program.outputs:
+        for name in output.names:
+            channels, height, width = shapes[name]
+            end = start + channels * height * width
+            values[name] = rows[:, start:end].reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+            start = end
+    assert start == rows.shape[1]
+    return values
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("overrides", "flags"),
+    [
+        ((), ("-O3",)),
+        ((), ("-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover")),
+        (SEVEN_BITS, ("-O3", "-march=native", "-ffp-contract=fast")),
+        (LSQPLUS, ("-O1",)),
+    ],
+)
+def test_predictions_are_the_shipped_ones_to_the_bit(tmp_path, overrides, flags):
+    _, program = shared(*overrides)
+    images = image(64, 96, count=2)
+    source = build_c(program, 64, 96)
+    expected = run(program, images)
+    shapes = {name: expected[name].shape[1:] for output in program.outputs for name in output.names}
+    found = outputs_of(compiled(tmp_path, source, *flags), program, shapes, images)
+    session = onnxruntime.InferenceSession(build_onnx(program).SerializeToString(), providers=["CPUExecutionProvider"])
+    shipped = dict(zip([o.name for o in session.get_outputs()], session.run(None, {IMAGE: images}), strict=True))
+    for name in shapes:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        np.testing.assert_array_equal(found[name], shipped[name], err_msg=name)
+    assert source.outputs == sum(4 * int(np.prod(shape)) for shape in shapes.values())
+
+
+def slow_unpack(words, count, bits):
+    """Codes of a packed stream, bit by bit."""
+    codes = []
+    for index in range(count):
+        value = 0
+        for bit in range(bits):
+            position = index * bits + bit
+            value |= (int(words[position // 32]) >> (position % 32) & 1) << bit
+        codes.append(value - (1 << bits) if value >> (bits - 1) else value)
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
+def test_packed_weights(bits):
+    generator = np.random.default_rng(bits)
+    weight = generator.integers(-(1 << (bits - 1)), 1 << (bits - 1), (3, 5, 2, 3)).astype(np.int16)
+    words = pack(weight, bits)
+    codes = slow_unpack(words, 3 * 6 * 2 * 3, bits)
+    index = 0
+    for i in range(2):
+        for j in range(3):
+            for pair in range(3):
+                for out in range(3):
+                    for channel in (2 * pair, 2 * pair + 1):
+                        assert codes[index] == (weight[out, channel, i, j] if channel < 5 else 0)
+                        index += 1
+    assert len(codes) * bits + 32 <= len(words) * 32 < len(codes) * bits + 96
+
+
+def test_memory_is_reported():
+    _, program = shared()
+    small, large = build_c(program, 64, 64), build_c(program, 128, 128)
+    assert small.flash == large.flash and small.arena < large.arena
+    weights = {conv.path: conv.weight.size * conv.weight_bits / 8 for conv in program.convs()}
+    assert 1.0 < small.flash / sum(weights.values()) < 1.2
+    assert "static uint8_t arena[" in small.source and "malloc" not in small.source
+    assert "DETECTOR_HEIGHT = 64, DETECTOR_WIDTH = 64" in small.header
+
+
+def test_sizes_and_layers_that_it_has_no_loops_for():
+    _, program = shared()
+    for height, width in ((60, 64), (64, 0)):
+        with pytest.raises(ValueError, match=f"must be multiples of 32, got {height}x{width}"):
+            build_c(program, height, width)
+    conv = dataclasses.replace(make_conv(np.ones((2, 1, 1, 1)), groups=2, grid=None), input=IMAGE)
+    grouped = Program(Grid(1.0, 0, 255), (conv,), (), 1)
+    with pytest.raises(ValueError, match="layer conv is a grouped or dilated convolution"):
+        build_c(grouped, 4, 4)
