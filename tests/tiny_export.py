@@ -79,11 +79,15 @@ def make_twin(seed=0, **decode):
 
 
 def write_folder(folder, model, *, channels="BGR", min_size=64, max_size=100, classes=CLASSES, layers=()):
-    """Writes the exported folder of :func:`make_twin`'s model; the graph is float, as the runtime does not mind."""
+    """Writes the exported folder of :func:`make_twin`'s model; the graph is float, as the runtime does not mind.
+
+    Its second file is one that the runtime does not execute, as exports had before the graph itself was packed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(make_graph(model), folder / "model.onnx")
     (folder / "model.safetensors").write_bytes(bytes(64))
-    write_description(folder, make_content(model, channels, min_size, max_size, classes, layers))
+    content = make_content(model, channels, min_size, max_size, classes, layers)
+    write_description(folder, content, ("model.onnx", "model.safetensors"))
     return folder
 
 

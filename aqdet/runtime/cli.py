@@ -47,7 +47,7 @@ class DrawnDetector:
 
 
 def make_parser(prog: str = "python -m aqdet.runtime") -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +85,7 @@ def make_parser(prog: str = "python -m aqdet.runtime") -> argparse.ArgumentParse
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m aqdet.runtime") -> None:
-    """The command line; ends the process with the status that the module's text states unless all is well."""
+    """Runs the command line; the process ends with the status that the module's text states unless all is well."""
     parser = make_parser(prog)
     args = parser.parse_args(arguments)
     if not args.self_test:
@@ -112,7 +112,7 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
 
 
 def _self_test(args: argparse.Namespace) -> int:
-    """Prints a line a comparison; the exit status."""
+    """Prints a line for each comparison and returns the exit status."""
     from .golden import self_test
 
     checks = self_test(args.folder, threads=args.threads, provider=args.provider)
@@ -124,7 +124,7 @@ def _self_test(args: argparse.Namespace) -> int:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    """Detects, writes, and prints a summary; the exit status."""
+    """Detects, writes and prints a summary, and returns the exit status."""
     from .media import MediaLoop, has_display
     from .sources import find_sources, output_paths
 

@@ -33,11 +33,11 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: np.ndarray) -> Detections:
-        """The detections at indices or where a mask holds."""
+        """Returns the detections at indices, or where a mask holds."""
         return self.select(index)
 
     def select(self, index: np.ndarray) -> Detections:
-        """The detections at indices or where a mask holds."""
+        """Returns the detections at indices, or where a mask holds."""
         return Detections(self.boxes[index], self.scores[index], self.classes[index])
 
 
@@ -47,7 +47,7 @@ def decode(
     original_size: tuple[int, int],
     description: Description,
 ) -> Detections:
-    """Detections of one image.
+    """Decodes the outputs of one image.
 
     Deviation from Detectron2: non-maximum suppression is exactly class by class. torchvision shifts the
     classes apart instead where there are few boxes, which rounds coordinates.
@@ -144,7 +144,7 @@ def _apply_distances(distances: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 
 
 def suppress(candidates: Detections, threshold: float, limit: int) -> np.ndarray:
-    """Class-wise non-maximum suppression: indices of at most ``limit`` boxes, the best scores first.
+    """Returns the indices of at most ``limit`` boxes after class-wise non-maximum suppression, the best scores first.
 
     A box goes if its intersection over union with a better one of its class is greater than ``threshold``.
     """

@@ -21,7 +21,7 @@ LevelOutputs = list[tuple[np.ndarray, ...]]
 
 
 class Detector:
-    """Image in, boxes out.
+    """An exported detector, which is called with an image and returns boxes.
 
     Args:
         folder: written by ``tools/export_model.py``. Of the files that ``detector.json`` names, those that are there
@@ -76,7 +76,7 @@ class Detector:
             ) from error
 
     def _check_graph(self, path: Path) -> None:
-        """That the graph has the input and the outputs of the description."""
+        """Checks that the graph has the outputs of the description."""
         channels = {output.name: output.shape[1] for output in self._session.get_outputs()}
         for level in self.description.levels:
             for name, per_anchor in zip(level.outputs, (len(self.description.classes), 4, 1), strict=False):
@@ -92,11 +92,11 @@ class Detector:
         return self.description.classes
 
     def __call__(self, image: Image) -> Detections:
-        """Detections of one image, a file or an ``(H, W, 3)`` uint8 array in BGR order."""
+        """Detects objects in one image, a file or an ``(H, W, 3)`` uint8 array in BGR order."""
         return self.detect([image])[0]
 
     def detect(self, images: Sequence[Image]) -> list[Detections]:
-        """Detections of several images, run as one batch, padded to the largest.
+        """Detects objects in several images, which run as one batch, padded to the largest.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -113,7 +113,7 @@ class Detector:
         ]
 
     def run(self, batch: np.ndarray) -> LevelOutputs:
-        """The network alone.
+        """Runs the network alone.
 
         Args:
             batch: ``(N, 3, H, W)`` uint8, channels in the order of ``description.channels``.
@@ -128,7 +128,7 @@ class Detector:
         return [tuple(next(values) for _ in level) for level in levels]
 
     def tensors(self, names: Sequence[str], batch: np.ndarray) -> list[np.ndarray]:
-        """Values of tensors inside the network, to compare machines; the graph is loaded again for them.
+        """Returns tensors inside the network, to compare machines; the graph is loaded again for them.
 
         Args:
             names: of tensors of ``model.onnx``.
@@ -148,7 +148,7 @@ def _override(
     max_detections: int | None,
     size: int | tuple[int, int] | None,
 ) -> Description:
-    """The description with what the caller asks for in its place."""
+    """Returns the description with the values that the caller asks for."""
     changes: dict[str, Any] = {}
     for name, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
         if value is not None:
@@ -172,7 +172,7 @@ def _override(
 
 
 def _with_outputs(model: bytes, names: Sequence[str]) -> bytes:
-    """A serialized graph with tensors added to its outputs.
+    """Returns a serialized graph with tensors added to its outputs.
 
     Serialized messages that follow each other are merged, by the rules of Protocol Buffers: what is appended here is
     a ``ModelProto`` of which nothing is set but ``graph.output[].name``.

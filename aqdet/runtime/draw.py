@@ -15,7 +15,7 @@ _GOLDEN_RATIO = 0.618034
 
 
 def draw(image: np.ndarray, detections: Detections, classes: Sequence[str]) -> np.ndarray:
-    """A copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and its score; the surest on top."""
+    """Returns a copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and its score; the surest on top."""
     canvas = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
     pen = ImageDraw.Draw(canvas)
     unit = max(min(image.shape[:2]) / 500, 0.6)

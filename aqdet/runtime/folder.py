@@ -89,14 +89,14 @@ class Description:
 def write_description(
     folder: str | os.PathLike[str],
     content: Mapping[str, Any],
-    files: Sequence[str] = (MODEL, "model.safetensors"),
+    files: Sequence[str] = (MODEL,),
 ) -> None:
     """Writes ``detector.json`` with the checksums of the files beside it and of itself; the export's last step.
 
     Args:
         folder: where ``files`` are.
         content: the description without the keys of ``SEAL``.
-        files: names of the files that the detector is made of.
+        files: names of the files whose checksums are written, ``model.onnx`` among them.
     """
     folder = Path(folder)
     sealed = {

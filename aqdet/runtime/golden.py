@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def compare_arrays(what: str, found: np.ndarray, expected: np.ndarray) -> Check:
-    """Whether arrays are equal to the bit, and how many values are not; ``what`` says what was compared."""
+    """Compares arrays to the bit and counts the values that differ; ``what`` names them."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         shapes = f"{found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
         return Check(what, False, shapes)

@@ -11,7 +11,7 @@ from .folder import Description
 
 
 def output_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Size after Detectron2's ``ResizeShortestEdge``: ``(height, width)`` with its order of roundings.
+    """Returns the ``(height, width)`` after Detectron2's ``ResizeShortestEdge``, with its order of roundings.
 
     The shorter edge becomes ``min_size``, or less where the longer one would pass ``max_size``. A ``min_size``
     of 0 leaves the size as it is.

@@ -114,7 +114,7 @@ def _file(path: Path, target: Path) -> Source:
 
 
 def output_paths(sources: Sequence[Source], output: str) -> list[Path]:
-    """Where the picture of each source is written: below a folder, or, for a single source, a file.
+    """Returns where the picture of each source is written: below a folder, or, for a single source, a file.
 
     A name with an ending is a file unless a folder of that name exists or a slash follows it.
 

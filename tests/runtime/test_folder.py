@@ -35,7 +35,7 @@ def rewrite(folder, change):
     """Changes the description and seals it again."""
     content = json.loads((folder / "detector.json").read_text())
     change(content)
-    write_description(folder, content)
+    write_description(folder, content, tuple(content["files"]))
 
 
 def test_reads_what_was_written(folder):
@@ -91,6 +91,13 @@ def test_only_what_is_executed_has_to_be_there(folder, original):
     (folder / "model.safetensors").unlink()
     image = make_photo()
     np.testing.assert_array_equal(Detector(folder)(image).boxes, Detector(original)(image).boxes)
+
+
+def test_the_graph_alone_is_a_whole_folder(folder):
+    (folder / "model.safetensors").unlink()
+    write_description(folder, json.loads((folder / "detector.json").read_text()))
+    assert list(json.loads((folder / "detector.json").read_text())["files"]) == ["model.onnx"]
+    Detector(folder)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
