@@ -5,7 +5,7 @@
         [--peers]
     python tools/benchmark.py export --model DIR --config-file X --weights W [--size 320] [--threads 2] [--rounds 30]
     python tools/benchmark.py count --config-file X [--config-file Y] [--size 800 1344] [--batch 2] [--details 12]
-        [KEY VALUE ...]
+        [--kernels fused] [KEY VALUE ...]
 
 Every speed is a ratio against the float detector of the same structure; rounds visit all variants in turn, so that a
 slow moment of the machine hits all of them, and a ratio is taken within its round. Where others share the machine,
@@ -99,6 +99,12 @@ def parse_args() -> argparse.Namespace:
         help="also print the N operations that move most, and every wait (default: %(default)s)",
     )
     sub.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    sub.add_argument(
+        "--kernels",
+        default="fused",
+        choices=("plain", "lean", "fused"),
+        help="what computes quantization; a GPU has the fused ones (default: %(default)s)",
+    )
     sub.set_defaults(run=run_count)
     return parser.parse_args()
 

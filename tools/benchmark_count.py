@@ -24,7 +24,7 @@ from aqdet.engine.numbers import CheckedTrainer
 from aqdet.engine.solver import build_optimizer
 from aqdet.modeling.meta_arch.dense import LowPrecisionDense
 from aqdet.modeling.scaffold import aligning
-from aqdet.quantization import calibrate, quantizers
+from aqdet.quantization import calibrate, quantizers, use_kernels
 
 BANDWIDTH = 4e12
 """Bytes a second of the memory of a GPU of today."""
@@ -96,7 +96,7 @@ def _predict(model: Any, images: Tensor) -> list[Tensor]:
         return [t for head in heads for t in tree_leaves(head(features))]
 
 
-def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int) -> Count:
+def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int, kernels: str = "fused") -> Count:
     """Counts forward and backward of the network of a config, at any size in seconds, without values.
 
     The losses and the optimizer are left out, whose operations depend on the values.
@@ -105,6 +105,7 @@ def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int) -> Count
         cfg: config; ``SOLVER.AMP.ENABLED`` has it in float16.
         size: height and width of the images, multiples of 32.
         num_images: images of one process.
+        kernels: set of kernels, see :mod:`aqdet.quantization.kernels`.
 
     Raises:
         ValueError: if the detector is not a dense one.
@@ -123,8 +124,8 @@ def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int) -> Count
         return tensor
 
     amp = torch.float16 if cfg.SOLVER.AMP.ENABLED else None
-    with pretending() as ledger:
-        to_pretended(model, meta=True)
+    with pretending(meta=True) as ledger, use_kernels(kernels):
+        to_pretended(model)
         parameters.update(storage_of(p)._cdata for p in model.parameters())
         images = PretendedTensor(torch.empty(num_images, 3, *size, device="meta"))
         with (
@@ -158,7 +159,7 @@ def make_batch(num_images: int, size: int) -> list[dict[str, Any]]:
     return batch
 
 
-def count_step(cfg: CfgNode) -> Ledger:
+def count_step(cfg: CfgNode, kernels: str = "fused") -> Ledger:
     """Counts a whole iteration on small images on a pretended GPU: with losses, checks and the optimizer.
 
     Mixed precision is left out, whose scaler runs on a GPU alone.
@@ -168,7 +169,7 @@ def count_step(cfg: CfgNode) -> Ledger:
     """
     model = _build(cfg)
     batch = make_batch(num_images=2, size=64)
-    with pretending(), EventStorage(0):
+    with pretending(), use_kernels(kernels), EventStorage(0):
         to_pretended(model)
 
         def run() -> None:
@@ -193,8 +194,8 @@ def count(args: argparse.Namespace) -> None:
     rows = []
     for file in args.config_file:
         cfg = load_config(file, ["MODEL.DEVICE", "cpu", *args.opts])
-        network = count_network(cfg, tuple(args.size), args.batch)
-        step = count_step(cfg)
+        network = count_network(cfg, tuple(args.size), args.batch, args.kernels)
+        step = count_step(cfg, args.kernels)
         rows.append(
             [
                 os.path.splitext(os.path.basename(file))[0],

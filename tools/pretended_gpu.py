@@ -68,6 +68,7 @@ class Ledger:
 
 
 _ledger = Ledger()
+_inner_device = "cpu"  # of what new tensors stand for
 _depth = 0  # of operations on pretended tensors, in which C++ may make others
 _names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -198,16 +199,18 @@ class PretendedTensor(Tensor):
         kwargs = kwargs or {}
         _check(name, args, kwargs)
         inner_kwargs = dict(kwargs)
-        to_cpu = False
         if inner_kwargs.get("device") is not None:
-            to_cpu = name == "_to_copy" and torch.device(inner_kwargs["device"]).type == "cpu"
-            inner_kwargs["device"] = args[0].inner.device if isinstance(args[0], PretendedTensor) else "cpu"
+            # Asked for by C++, which takes these tensors for the CPU's; Python's own moves do not come here.
+            inner_kwargs["device"] = args[0].inner.device if isinstance(args[0], PretendedTensor) else _inner_device
         out = _run(func, name, *tree_map(_unwrap, (args, inner_kwargs)))
         _count(func, name, args, kwargs, out)
-        if to_cpu:
-            _ledger.waits["to the CPU", _place()] += 1
-            return out
         return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrap, out))
+
+
+def _copy(tensor: Tensor) -> PretendedTensor:
+    """Returns a copy of a tensor of the CPU on the pretended GPU."""
+    tensor = tensor.detach()
+    return PretendedTensor(torch.empty_like(tensor, device="meta") if _inner_device == "meta" else tensor.clone())
 
 
 def _wrap(value: Any) -> Any:
@@ -227,7 +230,9 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        return tree_map(_wrap, out) if _depth and not _tensors((args, kwargs)) else out
+        if not _depth or _tensors((args, kwargs)):
+            return out
+        return tree_map(lambda t: _copy(t) if isinstance(t, Tensor) else t, out)
 
 
 class _Functions(TorchFunctionMode):
@@ -265,7 +270,7 @@ class _Functions(TorchFunctionMode):
             out = func(args[0], *rest, **kwargs) if rest or kwargs else args[0]
             return out if device is None else _move(out, torch.device(device))
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _inner_device
             if func in (torch.tensor, torch.as_tensor):
                 _ledger.copies[func.__name__, _place()] += 1
             return _wrap(func(*args, **kwargs))
@@ -280,28 +285,22 @@ class _Functions(TorchFunctionMode):
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not isinstance(tensor, PretendedTensor):
         _ledger.copies["to cuda", _place()] += 1
-        return PretendedTensor(tensor.detach().clone())
+        return _copy(tensor)
     if device.type == "cpu" and isinstance(tensor, PretendedTensor):
         _ledger.waits["to the CPU", _place()] += 1
         return tensor.inner.detach().clone()
     return tensor
 
 
-def to_pretended(model: nn.Module, *, meta: bool = False) -> nn.Module:
-    """Moves the parameters and buffers of a model to the pretended GPU, in place; returns the model.
-
-    Args:
-        model: on the CPU.
-        meta: whether to leave the values behind; only shapes are computed then, in no time and memory.
-    """
+def to_pretended(model: nn.Module) -> nn.Module:
+    """Moves the parameters and buffers of a model to the pretended GPU, in place; returns the model."""
     for name, module in model.named_modules():
         _names[module] = name
         for tensors in (module._parameters, module._buffers):
             for key, tensor in tensors.items():
                 if tensor is None:
                     continue
-                inner = torch.empty_like(tensor, device="meta") if meta else tensor.detach().clone()
-                moved: Tensor = PretendedTensor(inner.detach())
+                moved: Tensor = _copy(tensor)
                 if isinstance(tensor, nn.Parameter):
                     moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
                 tensors[key] = moved  # type: ignore[assignment]
@@ -343,8 +342,13 @@ def counting() -> Iterator[Ledger]:
 
 
 @contextlib.contextmanager
-def pretending() -> Iterator[Ledger]:
-    """Has tensors that are made on ``cuda`` pretend, inside the context; returns the ledger of :func:`counting`."""
+def pretending(*, meta: bool = False) -> Iterator[Ledger]:
+    """Has tensors that are made on ``cuda`` pretend, inside the context; returns the ledger of :func:`counting`.
+
+    Args:
+        meta: whether to compute only shapes, in no time and memory; what depends on values cannot run then.
+    """
+    global _inner_device
     is_enabled, get_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     translate = {"cuda": "cpu"}
     with (
@@ -358,4 +362,8 @@ def pretending() -> Iterator[Ledger]:
         _Functions(),
         counting() as ledger,
     ):
-        yield ledger
+        before, _inner_device = _inner_device, "meta" if meta else "cpu"
+        try:
+            yield ledger
+        finally:
+            _inner_device = before

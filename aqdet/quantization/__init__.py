@@ -1,6 +1,6 @@
 """Quantizers, in torch alone."""
 
-from . import lean
+from . import fused, lean
 from .build import QUANTIZER_REGISTRY, build_quantizer
 from .calibration import calibrate
 from .functional import dequantize, integer_range, quantize, round_ste
@@ -9,9 +9,10 @@ from .observer import CALIBRATION_METHODS
 from .quantizer import AffineGrid, Quantizer, name_quantizers, quantizers, set_quantization
 from .spec import IntegerTensor, QuantSpec
 
-# The one place that knows of lean: without these two lines and its folder everything is computed plainly.
+# The one place that knows of these sets: without these lines and their folders everything is computed plainly.
 register_kernels("lean", lean.KERNELS)
-set_kernels("lean")
+register_kernels("fused", fused.KERNELS)
+set_kernels("fused" if fused.is_available() else "lean")
 
 __all__ = [
     "CALIBRATION_METHODS",

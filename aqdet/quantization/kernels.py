@@ -2,7 +2,8 @@
 
 A quantized network is written with plain operations, which say what is computed. One that is marked with
 :func:`replaceable` can have another implementation, a *kernel*, which computes the same values and gradients for less
-memory or time. Kernels come in named sets: ``"plain"`` is empty, and ``"lean"`` (:mod:`.lean`) is in use by default. A
+memory or time. Kernels come in named sets: ``"plain"`` is empty, ``"lean"`` (:mod:`.lean`) is in use by default, and
+``"fused"`` (:mod:`.fused`) is where there are a CUDA device and Triton. A
 kernel takes the arguments of its operation and calls :func:`plain` with them where it has nothing better, so that a set
 may be for some devices, methods or layers alone::
 
@@ -12,7 +13,8 @@ may be for some devices, methods or layers alone::
 
 Operations: ``fake_quantize``, ``dorefa_weight``, ``conv2d`` (quantized convolution with its norm and activation),
 ``tower`` (a head's sequence of layers), ``stream`` (ReLU and quantization of a tensor that several layers read),
-``relu_before`` (ReLU of a tensor that a quantizer reads) and ``max_pool2d``.
+``relu_before`` (ReLU of a tensor that a quantizer reads) and ``max_pool2d``. The element-wise arithmetic of the lean
+kernels is replaceable too: ``fake_quantized``, ``recipe_quantized``, ``scale_gradients`` and ``recipe_gradients``.
 """
 
 from __future__ import annotations

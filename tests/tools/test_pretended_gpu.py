@@ -102,6 +102,15 @@ def test_gradients_and_mixed_precision_are_those_of_torch():
                 assert conv(PretendedTensor(x)).dtype == torch.float32
 
 
+def test_shapes_alone_are_computed_on_the_meta_device():
+    with pretending(meta=True) as ledger:
+        conv = to_pretended(nn.Conv2d(3, 4, 3))
+        y = conv(torch.zeros(1, 3, 800, 800, device="cuda")) + torch.ones(4, 1, 1).to("cuda")
+        y.sum().backward()
+        assert y.inner.is_meta and conv.weight.grad.inner.is_meta and y.shape == (1, 4, 798, 798)
+        assert not ledger.waits and ledger.flops == 2 * 2 * 4 * 798 * 798 * 27
+
+
 def test_nothing_is_left_behind():
     before = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype, torch.cuda.stream
     with pretending():

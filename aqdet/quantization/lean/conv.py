@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import quantize
 from ..kernels import plain
 from ..quantizer import AffineGrid
-from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients
+from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
 from .norm import normalize
 from .recipe import Recipe, recipe_of
@@ -69,9 +68,7 @@ class _QuantizedConv2d(torch.autograd.Function):
         recipe = Recipe(base, factor, shift)
         grid, gradient, geometry, dtype, replay_weight = ctx.options
         weight, weight_gradients = replay_weight(*weight_tensors)
-        x_q = torch.empty_like(base, dtype=dtype)
-        for part, (out_part,) in recipe.parts(x_q):
-            torch.mul(quantize(part.compute(), scale, grid.quant_min, grid.quant_max), scale, out=out_part)
+        x_q = recipe_quantized(recipe, scale, grid.quant_min, grid.quant_max, dtype)
         if weight.numel() > x_q.numel():
             # Channels last would have the weight and its gradient converted.
             grad, x_q = grad.contiguous(), x_q.contiguous()

@@ -8,15 +8,26 @@ import torch
 from torch import Tensor
 
 from ..functional import check_gradient, quantize
+from ..kernels import replaceable
 from .parts import join_sums, split_parts, sum_to
 from .recipe import Recipe, note_recipe, recipe_of
 
 
+@replaceable("fake_quantized")
 def fake_quantized(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
     """Quantizes and dequantizes in parts, without gradients."""
     out = torch.empty_like(x, dtype=dtype)
     for s, x_part, out_part in split_parts(scale, x, out):
         torch.mul(quantize(x_part, s, quant_min, quant_max), s, out=out_part)
+    return out
+
+
+@replaceable("recipe_quantized")
+def recipe_quantized(recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
+    """Computes :func:`fake_quantized` of an activation that is computed again, with a 0-dim scale."""
+    out = torch.empty_like(recipe.base, dtype=dtype)
+    for part, (out_part,) in recipe.parts(out):
+        torch.mul(quantize(part.compute(), scale, quant_min, quant_max), scale, out=out_part)
     return out
 
 
@@ -41,6 +52,7 @@ def quantize_to_bytes(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) 
     return out
 
 
+@replaceable("scale_gradients")
 def scale_gradients(
     grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +66,7 @@ def scale_gradients(
     return dx, join_sums(sums, scale)
 
 
+@replaceable("recipe_gradients")
 def recipe_gradients(
     grad: Tensor, recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int, gradient: str
 ) -> tuple[Tensor, Tensor]:
