@@ -88,6 +88,10 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # How the path starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's own
     # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
     cfg.MODEL.AUX.INIT = "head"
+    # Two-stage detectors: which heads it has, of those that the detector has, on the same sampled anchors and regions.
+    cfg.MODEL.AUX.RPN = True
+    # Of "box", "mask" and "keypoint".
+    cfg.MODEL.AUX.ROI_HEADS = ["box", "mask", "keypoint"]
 
     # --- What the auxiliary path is compared with; training only, each alone or beside it ---
     # Deep supervision: a second head on the levels that the head reads, quantized as the head is, without adaptors,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from detectron2.layers import CycleBatchNormList
 from torch import nn
 
 from ..layers import LAYER_KINDS, Layer, QuantAdd, StreamQuantizer, quantized_form, weighted_layers
+from ..modeling.meta_arch.rcnn import QuantGeneralizedRCNN
 from ..modeling.scaffold import SCAFFOLD_PREFIXES
 from ..quantization import Quantizer
 
@@ -71,7 +73,7 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if isinstance(module, nn.Sequential):
             layers = list(module)
             for conv, after in zip(layers, layers[1:], strict=False):
-                is_norm = not isinstance(after, (nn.Conv2d, nn.ReLU, nn.Sequential))
+                is_norm = not isinstance(after, (*LAYER_KINDS, nn.Flatten, nn.ReLU, nn.Sequential))
                 if isinstance(conv, nn.Conv2d) and is_norm:
                     norms[conv] = after
     return norms
@@ -87,12 +89,12 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
+def _counting(model: nn.Module, macs: dict[str, int], times: int = 1) -> Iterator[None]:
     def count(name: str) -> Any:
         def hook(layer: Layer, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             # A transposed convolution multiplies every input, the others add up to every output.
             values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-            macs[name] = macs.get(name, 0) + values[0].numel() * layer.weight[0].numel()
+            macs[name] = macs.get(name, 0) + times * values[0].numel() * layer.weight[0].numel()
 
         return hook
 
@@ -106,7 +108,10 @@ def _counting(model: nn.Module, macs: dict[str, int]) -> Iterator[None]:
 
 @torch.no_grad()
 def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
-    """Makes the plan of a dense detector or image classifier, for one image.
+    """Makes the plan of a detector or image classifier, for one image.
+
+    Heads of a two-stage detector run for as many regions as
+    :meth:`~aqdet.modeling.meta_arch.rcnn.QuantGeneralizedRCNN.layer_calls` says.
 
     Args:
         model: calibrated or not; its state is not changed, but it is left in evaluation mode.
@@ -121,12 +126,18 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     try:
         scaffold = model.scaffold
         path = scaffold.auxiliary
-        with _counting(model, macs), contextlib.nullcontext() if path is None else path.tapping(model.backbone):
-            features = model.backbone(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
-            levels = [features[name] for name in model.head_in_features]
-            for head in (model.head, path, scaffold.extra_head):
-                if head is not None:
-                    head(levels)
+        with contextlib.nullcontext() if path is None else path.tapping(model.backbone):
+            with _counting(model, macs):
+                features = model.backbone(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+                levels = [features[name] for name in model.head_in_features]
+                if isinstance(model, QuantGeneralizedRCNN):
+                    calls = model.layer_calls(features)
+                else:
+                    heads = [head for head in (model.head, path, scaffold.extra_head) if head is not None]
+                    calls = [(functools.partial(head, levels), 1) for head in heads]
+            for call, times in calls:
+                with _counting(model, macs, times):
+                    call()
     finally:
         for quantizer, state in zip(active, enabled, strict=True):
             quantizer.enabled = state

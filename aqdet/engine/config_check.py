@@ -14,6 +14,7 @@ from ..modeling.architecture import check_architecture
 from ..modeling.backbone import feature_names
 from ..modeling.meta_arch.classifier import FEATURE, QuantClassifier
 from ..modeling.meta_arch.dense import LowPrecisionDense
+from ..modeling.meta_arch.rcnn import QuantGeneralizedRCNN, check_two_stage
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def check_config(cfg: CfgNode) -> None:
             raise ValueError(f"{key} must be one of {names}, got {value!r}")
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     check_architecture(cfg)
-    if not issubclass(architecture, LowPrecisionDense):
+    if issubclass(architecture, QuantGeneralizedRCNN):
+        check_two_stage(cfg)
+    elif not issubclass(architecture, LowPrecisionDense):
         dense = ", ".join(sorted(name for name, known in META_ARCH_REGISTRY if issubclass(known, LowPrecisionDense)))
         for key in ("EXTRA_LOSS", "DISTILL"):
             if cfg.MODEL[key].ENABLED:
@@ -86,12 +89,21 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
-    """The pyramid, the head and the auxiliary head have the pyramid's channels."""
-    nodes = ["FPN", *([architecture.node, "AUX"] if issubclass(architecture, LowPrecisionDense) else [])]
-    for name in nodes:
-        if cfg.MODEL[name].NORM == "GN" and cfg.MODEL.FPN.OUT_CHANNELS % 32:
+    """The pyramid, the head and the auxiliary head have the pyramid's channels, heads for regions their own."""
+    nodes = {"FPN": "FPN.OUT_CHANNELS"}
+    if issubclass(architecture, LowPrecisionDense):
+        nodes |= {architecture.node: "FPN.OUT_CHANNELS", "AUX": "FPN.OUT_CHANNELS"}
+    elif issubclass(architecture, QuantGeneralizedRCNN):
+        nodes |= {"AUX": "FPN.OUT_CHANNELS"}
+        if cfg.MODEL.ROI_BOX_HEAD.NUM_CONV:
+            nodes["ROI_BOX_HEAD"] = "ROI_BOX_HEAD.CONV_DIM"
+        if cfg.MODEL.MASK_ON:
+            nodes["ROI_MASK_HEAD"] = "ROI_MASK_HEAD.CONV_DIM"
+    for name, key in nodes.items():
+        node, _, field = key.partition(".")
+        if cfg.MODEL[name].NORM == "GN" and cfg.MODEL[node][field] % 32:
             raise ValueError(
-                f"MODEL.{name}.NORM GN has 32 groups, which MODEL.FPN.OUT_CHANNELS {cfg.MODEL.FPN.OUT_CHANNELS} is no "
+                f"MODEL.{name}.NORM GN has 32 groups, which MODEL.{key} {cfg.MODEL[node][field]} is no "
                 "multiple of: change one of them"
             )
 
@@ -121,7 +133,7 @@ def _check_numbers(cfg: CfgNode) -> None:
         ("QUANT.SCALE_LR", model.QUANT.SCALE_LR),
         ("QUANT.PACT_ALPHA_DECAY", model.QUANT.PACT_ALPHA_DECAY),
         ("CLASSIFIER.NUM_CLASSES", model.CLASSIFIER.NUM_CLASSES),
-        *((f"{node}.NUM_CLASSES", model[node].NUM_CLASSES) for node in DENSE),
+        *((f"{node}.NUM_CLASSES", model[node].NUM_CLASSES) for node in (*DENSE, "ROI_HEADS")),
     ):
         if not value >= 0:
             raise ValueError(f"MODEL.{key} must not be negative, got {value}")
@@ -143,12 +155,15 @@ def _check_features(cfg: CfgNode, architecture: type) -> None:
     given = feature_names(cfg)
     if given is None:
         return
-    if issubclass(architecture, LowPrecisionDense):
-        key, wanted = f"MODEL.{architecture.node}.IN_FEATURES", list(cfg.MODEL[architecture.node].IN_FEATURES)
+    nodes = [architecture.node] if issubclass(architecture, LowPrecisionDense) else []
+    if issubclass(architecture, QuantGeneralizedRCNN):
+        nodes = ["RPN", "ROI_HEADS"]
+    for node in nodes:
+        key, wanted = f"MODEL.{node}.IN_FEATURES", list(cfg.MODEL[node].IN_FEATURES)
         unknown = [feature for feature in wanted if feature not in given]
         if unknown or not wanted:
             raise ValueError(f"{key} must be of {', '.join(given)}, which {name} gives, got {wanted}")
-    elif issubclass(architecture, QuantClassifier) and FEATURE not in given:
+    if issubclass(architecture, QuantClassifier) and FEATURE not in given:
         raise ValueError(
             f"MODEL.BACKBONE.NAME {name} does not give {FEATURE!r}, which QuantClassifier reads: use "
             f"build_quant_classifier_backbone with {FEATURE!r} in MODEL.RESNETS.OUT_FEATURES"

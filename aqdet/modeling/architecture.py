@@ -7,6 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 COUNTERPARTS = {
     "build_resnet_backbone": "build_quant_resnet_backbone",
+    "build_resnet_fpn_backbone": "build_quant_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_quant_retinanet_resnet_fpn_backbone",
 }
 """Detectron2's backbones that can be quantized under another name."""

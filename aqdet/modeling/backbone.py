@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, CNNBlockBase, ResNet
 from torch import Tensor, nn
 
@@ -28,6 +28,9 @@ from .policy import QuantPolicy
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STAGES = ["res2", "res3", "res4", "res5"]
+PYRAMID_OF_REGIONS = "build_quant_resnet_fpn_backbone"
+PYRAMIDS = {"build_quant_retinanet_resnet_fpn_backbone": ("p6", "p7"), PYRAMID_OF_REGIONS: ("p6",)}
+"""Backbones with a pyramid, and the levels of its top block."""
 
 
 class _FreezesQuantizers(CNNBlockBase):
@@ -214,7 +217,7 @@ def feature_names(cfg: CfgNode) -> list[str] | None:
     given = list(cfg.MODEL.RESNETS.OUT_FEATURES)
     if not given or not set(given) <= set(known):
         raise ValueError(f"MODEL.RESNETS.OUT_FEATURES must be of {', '.join(known)}, got {given}")
-    if name != build_quant_retinanet_resnet_fpn_backbone.__name__:
+    if name not in PYRAMIDS:
         return given
     read = list(cfg.MODEL.FPN.IN_FEATURES)
     first = STAGES.index(read[0]) if read and read[0] in STAGES else 0
@@ -222,7 +225,9 @@ def feature_names(cfg: CfgNode) -> list[str] | None:
         raise ValueError(
             f"MODEL.FPN.IN_FEATURES must be consecutive stages of MODEL.RESNETS.OUT_FEATURES {given}, got {read}"
         )
-    return [*(stage.replace("res", "p") for stage in read), "p6", "p7"]
+    if name == PYRAMID_OF_REGIONS and read[-1] != "res5":
+        raise ValueError(f"MODEL.FPN.IN_FEATURES must end in 'res5' for {name}, whose P6 is P5 subsampled, got {read}")
+    return [*(stage.replace("res", "p") for stage in read), *PYRAMIDS[name]]
 
 
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -329,12 +334,36 @@ def build_quant_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     return backbone
 
 
-def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, norm: str) -> QuantFPN:
-    """Builds an FPN with P6 and P7 in float by ``MODEL.FPN``, except for its norm.
+@BACKBONE_REGISTRY.register()
+def build_quant_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> QuantFPN:
+    """Builds a ResNet with FPN and P6 by subsampling of P5, for two-stage detectors; quantized as the others are.
 
     Raises:
         ValueError: for a config value that it does not support, naming the key.
     """
+    return build_quant_retinanet_resnet_fpn_backbone(cfg, input_shape)
+
+
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, norm: str) -> QuantFPN:
+    """Builds an FPN in float by ``MODEL.FPN``, except for its norm, with the top block of ``MODEL.BACKBONE.NAME``.
+
+    Raises:
+        ValueError: for a config value that it does not support, naming the key.
+    """
+    fpn = cfg.MODEL.FPN
+    subsampled = cfg.MODEL.BACKBONE.NAME == PYRAMID_OF_REGIONS
+    return QuantFPN(
+        relu=fpn.RELU,
+        bottom_up=bottom_up,
+        in_features=fpn.IN_FEATURES,
+        out_channels=fpn.OUT_CHANNELS,
+        norm=norm,
+        top_block=LastLevelMaxPool() if subsampled else _build_p6_p7(cfg, bottom_up, norm),
+        fuse_type=fpn.FUSE_TYPE,
+    )
+
+
+def _build_p6_p7(cfg: CfgNode, bottom_up: Backbone, norm: str) -> QuantLastLevelP6P7:
     fpn = cfg.MODEL.FPN
     in_feature = fpn.TOP_BLOCK_IN_FEATURE
     if in_feature not in ("res5", "p5"):
@@ -343,26 +372,18 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone, *, norm: str) -> QuantFPN:
     features = cfg.MODEL.RESNETS.OUT_FEATURES if in_feature == "res5" else fpn.IN_FEATURES
     if "res5" not in features:
         raise ValueError(f"MODEL.{key} must have 'res5', which P6 is computed from, got {features}")
-    top_block = QuantLastLevelP6P7(
+    return QuantLastLevelP6P7(
         in_channels=bottom_up.output_shape()["res5"].channels if in_feature == "res5" else fpn.OUT_CHANNELS,
         out_channels=fpn.OUT_CHANNELS,
         in_feature=in_feature,
         norm=norm if fpn.RELU else "",
         relu=fpn.RELU,
     )
-    return QuantFPN(
-        relu=fpn.RELU,
-        bottom_up=bottom_up,
-        in_features=fpn.IN_FEATURES,
-        out_channels=fpn.OUT_CHANNELS,
-        norm=norm,
-        top_block=top_block,
-        fuse_type=fpn.FUSE_TYPE,
-    )
 
 
 BUILDERS = (
     build_quant_resnet_backbone,
     build_quant_classifier_backbone,
+    build_quant_resnet_fpn_backbone,
     build_quant_retinanet_resnet_fpn_backbone,
 )

@@ -9,6 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from .meta_arch.classifier import QuantClassifier
 from .meta_arch.dense import LowPrecisionDense
+from .meta_arch.rcnn import QuantGeneralizedRCNN
 from .policy import QuantPolicy
 
 NOT_UNIFORM = ("lqnet", "n2uq")
@@ -35,6 +36,10 @@ def export_obstacles(cfg: CfgNode) -> list[str]:
     quantized = cfg.MODEL.QUANT.ENABLED
     if issubclass(architecture, QuantClassifier):
         return [f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: image classifiers have no export"] * quantized
+    if issubclass(architecture, QuantGeneralizedRCNN):
+        return [
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: two-stage detectors have no export"
+        ] * quantized
     if not issubclass(architecture, LowPrecisionDense):
         return []
     found = [*_input(cfg), *_norms(cfg, architecture.node)]

@@ -68,7 +68,7 @@ def collect_layer_facts(run: Run, num_images: int) -> LayerFacts:
         facts.size = plan_size(cfg)
         facts.rows = make_plan(model, facts.size)
     else:
-        run.note(f"no plan: it is for dense detectors, this is a {cfg.MODEL.META_ARCHITECTURE}")
+        run.note(f"no plan: it is for aqdet's detectors, this is a {cfg.MODEL.META_ARCHITECTURE}")
     if not any(True for _ in quantizers(model)):
         run.note("no histograms: the detector is in full precision and has no quantizers")
     elif (model := _load(run, cfg)) is not None:

@@ -5,6 +5,7 @@ import sys
 import plan as tool
 import pytest
 from helpers import AUX, QUANT, ROOT, make_model
+from two_stage import MASK, rcnn
 
 from aqdet.analysis.plan import make_plan, total
 
@@ -54,6 +55,24 @@ def test_the_auxiliary_path_of_both_taps_is_listed_and_summed():
     assert total(list(rows.values()), "auxiliary").parameters == total_parameters
 
 
+def test_heads_of_a_two_stage_detector_count_for_each_region():
+    model = rcnn(*QUANT, *AUX, *MASK, "TEST.DETECTIONS_PER_IMAGE", "10")
+    rows = {r.name: r for r in make_plan(model, (64, 64))}
+    # 50 proposals and 10 detections in evaluation; 32 regions, a quarter of them objects, in training
+    assert rows["roi_heads.box_head.fc1"].macs == 50 * 16 * 7 * 7 * 32
+    assert rows["roi_heads.box_predictor.bbox_pred"].macs == 50 * 32 * 3 * 4
+    assert rows["roi_heads.mask_head.mask_fcn1"].macs == 10 * 14 * 14 * 16 * 8 * 9
+    assert rows["roi_heads.mask_head.deconv"].macs == 10 * 14 * 14 * 8 * 8 * 4
+    assert rows["roi_heads.mask_head.deconv"].kind == "deconv"
+    cells = 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2 + 1
+    assert rows["proposal_generator.rpn_head.conv"].macs == cells * 16 * 16 * 9
+    assert rows["auxiliary.head.roi_heads.box_head.fc1"].macs == 32 * 16 * 7 * 7 * 32
+    assert rows["auxiliary.head.roi_heads.mask_head.predictor"].macs == 8 * 28 * 28 * 8 * 3
+    assert rows["auxiliary.head.proposal_generator.rpn_head.conv"].macs == cells * 16 * 16 * 9
+    assert total(list(rows.values()), "float").layers == 0
+    assert total(list(rows.values()), "auxiliary").parameters == sum(p.numel() for p in model.auxiliary.parameters())
+
+
 def test_command_line(tmp_path):
     config = ROOT / "configs" / "quickstart" / "retinanet_r18_lsq_w4a4_aux.yaml"
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config-file", str(config)]
@@ -78,5 +97,5 @@ def test_an_architecture_that_has_no_plan_is_one_line(architecture, monkeypatch)
         tool.main()
     assert stop.value.code == (
         f"error: MODEL.META_ARCHITECTURE {architecture!r} is Detectron2's: there is a plan of QuantClassifier, "
-        "QuantFCOS, QuantRetinaNet"
+        "QuantFCOS, QuantGeneralizedRCNN, QuantRetinaNet"
     )

@@ -7,6 +7,7 @@ import sys
 import pytest
 from helpers import CLASSIFIER, FCOS, QUANT, ROOT, calibrated, make_batch, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
+from two_stage import rcnn, rcnn_cfg
 
 from aqdet.data import register_declared
 from aqdet.engine import Trainer
@@ -45,6 +46,14 @@ def test_what_the_config_says_the_export_refuses(overrides, words):
     model = calibrated(make_model(*overrides), make_batch()).eval()
     with pytest.raises(ValueError):
         extract(model)
+
+
+def test_a_two_stage_detector_is_said_to_have_no_export_and_has_none():
+    (obstacle,) = export_obstacles(rcnn_cfg(*QUANT))
+    assert obstacle == "MODEL.META_ARCHITECTURE QuantGeneralizedRCNN: two-stage detectors have no export"
+    assert export_obstacles(rcnn_cfg()) == []
+    with pytest.raises(ValueError, match="must be QuantRetinaNet or QuantFCOS for export, got QuantGeneralizedRCNN"):
+        extract(rcnn(*QUANT))
 
 
 @pytest.mark.parametrize(

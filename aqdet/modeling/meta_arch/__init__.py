@@ -2,6 +2,7 @@
 
 from .classifier import QuantClassifier
 from .fcos import QuantFCOS
+from .rcnn import QuantGeneralizedRCNN
 from .retinanet import QuantRetinaNet
 
-__all__ = ["QuantClassifier", "QuantFCOS", "QuantRetinaNet"]
+__all__ = ["QuantClassifier", "QuantFCOS", "QuantGeneralizedRCNN", "QuantRetinaNet"]

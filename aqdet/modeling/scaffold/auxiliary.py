@@ -49,6 +49,7 @@ class AuxiliaryPath(nn.Module):
         loss_weight: factor of its losses at the start of training.
         schedule: ``"constant"``, or ``"linear"`` or ``"cosine"`` down to 0 at ``max_iter``.
         max_iter: length of training in iterations.
+        head_prefix: prefix of the head's keys in the state dict of the model, for :meth:`initialize_from`.
 
     Raises:
         ValueError: for an unknown schedule or a negative weight.
@@ -64,6 +65,7 @@ class AuxiliaryPath(nn.Module):
         loss_weight: float,
         schedule: str,
         max_iter: int,
+        head_prefix: str = "head.",
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
@@ -77,6 +79,7 @@ class AuxiliaryPath(nn.Module):
         self.loss_weight = loss_weight
         self.schedule = schedule
         self.max_iter = max_iter
+        self._counterparts = {"trunk.": "backbone.", "head.": head_prefix}
         self._taps: list[Tensor] | None = None  # inside tapping()
 
     @contextlib.contextmanager
@@ -96,7 +99,11 @@ class AuxiliaryPath(nn.Module):
                 self._taps = None
 
     def forward(self, features: Sequence[Tensor]) -> Any:
-        """Computes the predictions of the head.
+        """Computes the predictions of the head, see :meth:`read`."""
+        return self.head(self.read(features))
+
+    def read(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Computes the levels that the head reads, in full precision.
 
         Args:
             features: features that the model's own head reads, ``(N, C, H, W)`` for each level.
@@ -108,14 +115,14 @@ class AuxiliaryPath(nn.Module):
         if len(self.adaptors):
             adapted = [adaptor(feature) for adaptor, feature in zip(self.adaptors, features, strict=True)]
         if self.trunk is None:
-            return self.head(adapted)
+            return adapted
         if not self._taps:
             raise RuntimeError("the auxiliary path reads the backbone's blocks: run the backbone in its tapping()")
         own = self.trunk(self._taps)
         levels = [own[name] for name in self.levels]
         if adapted:
             levels = [(a + b) / 2 for a, b in zip(adapted, levels, strict=True)]
-        return self.head(levels)
+        return levels
 
     @property
     def needs_alignment(self) -> bool:
@@ -138,7 +145,7 @@ class AuxiliaryPath(nn.Module):
         block's ``h`` starts as near to the trunk's own output as its adaptor can make it.
 
         Args:
-            model: model whose ``backbone`` and ``head`` have the structure of this path's.
+            model: model whose ``backbone`` and heads have the structure of this path's.
             trained: keys of this path's state dict that stay as they are, such as those of a path with other taps.
 
         Returns:
@@ -150,7 +157,8 @@ class AuxiliaryPath(nn.Module):
         for key, value in self.state_dict().items():
             if key.startswith(tuple(adaptors)) or key in trained:
                 continue
-            theirs = state.get(key.replace("trunk.", "backbone.", 1) if key.startswith("trunk.") else key)
+            part, _, rest = key.partition(".")
+            theirs = state.get(self._counterparts[f"{part}."] + rest)
             if theirs is not None and theirs.shape == value.shape:
                 copies[key] = theirs.clone()
             elif not key.endswith("num_batches_tracked"):  # FrozenBN has none
@@ -166,7 +174,12 @@ class AuxiliaryPath(nn.Module):
 
 
 def build_auxiliary(
-    cfg: CfgNode, *, head: nn.Module, backbone: Backbone, shapes: Mapping[str, ShapeSpec]
+    cfg: CfgNode,
+    *,
+    head: nn.Module,
+    backbone: Backbone,
+    shapes: Mapping[str, ShapeSpec],
+    head_prefix: str = "head.",
 ) -> AuxiliaryPath:
     """Builds the auxiliary path of a model by ``MODEL.AUX``.
 
@@ -175,6 +188,7 @@ def build_auxiliary(
         head: full-precision head for the path, not yet part of a model.
         backbone: the trunk, with its ResNet in ``bottom_up``; its structure is read, nothing of it is kept.
         shapes: the features that the model's head reads, by name.
+        head_prefix: prefix of the head's keys in the state dict of the model.
 
     Raises:
         ValueError: in one line, for an unknown value of a ``MODEL.AUX`` key, or taps that the backbone lacks.
@@ -207,6 +221,7 @@ def build_auxiliary(
         loss_weight=aux.LOSS_WEIGHT,
         schedule=aux.SCHEDULE,
         max_iter=cfg.SOLVER.MAX_ITER,
+        head_prefix=head_prefix,
     )
     forget_sites(path)
     return path
