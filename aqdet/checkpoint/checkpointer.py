@@ -297,7 +297,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
     def _start_auxiliary(self, stored: set[str]) -> None:
         model = self.model
         path = getattr(model, "auxiliary", None)
-        has_head = any(key.startswith("head.") for key in stored)
+        has_head = any(key.startswith(("head.", "roi_heads.")) for key in stored)
         if path is None:
             return
         keys = {key for key in path.state_dict() if not key.endswith("num_batches_tracked")}

@@ -21,7 +21,7 @@ from ..requests import Requests
 from ..roi_heads import QuantStandardROIHeads
 from ..rpn import QuantRPN
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary
-from ..scaffold.rcnn_head import AuxiliaryRCNNHead, build_auxiliary_rcnn_head
+from ..scaffold.rcnn_head import AuxiliaryRCNNHead, build_auxiliary_rcnn_head, levels_read
 
 PARTS = {
     ("PROPOSAL_GENERATOR", "NAME"): {"RPN": "QuantRPN"},
@@ -123,13 +123,12 @@ class QuantGeneralizedRCNN(Scaffolded, GeneralizedRCNN):
         auxiliary = None
         if cfg.MODEL.AUX.ENABLED:
             shapes = parts["backbone"].output_shape()
-            read = _levels_read(parts["proposal_generator"], parts["roi_heads"])
-            levels = [name for name in shapes if name in read]
+            head = build_auxiliary_rcnn_head(cfg, shapes)
             auxiliary = build_auxiliary(
                 cfg,
-                head=build_auxiliary_rcnn_head(cfg, shapes, levels),
+                head=head,
                 backbone=parts["backbone"],
-                shapes={name: shapes[name] for name in levels},
+                shapes={name: shapes[name] for name in head.levels},
                 head_prefix="",
             )
         return {**arguments, "auxiliary": auxiliary, "requests": Requests.from_config(cfg)}
@@ -137,8 +136,7 @@ class QuantGeneralizedRCNN(Scaffolded, GeneralizedRCNN):
     @property
     def head_in_features(self) -> list[str]:
         """Names of the levels that the RPN or the heads read, high to low resolution."""
-        read = _levels_read(self.proposal_generator, self.roi_heads)
-        return [name for name in self.backbone.output_shape() if name in read]
+        return levels_read(self.backbone.output_shape(), self.proposal_generator, self.roi_heads)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """See Detectron2's; losses of the scaffold are prefixed ``aux_`` and ``distill_``."""
@@ -157,14 +155,15 @@ class QuantGeneralizedRCNN(Scaffolded, GeneralizedRCNN):
             losses.update(rpn_losses)
             if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
                 self.visualize_training(batched_inputs, proposals)
-            levels = [features[name] for name in self.head_in_features]
             if path is not None:
                 head = path.head
                 assert isinstance(head, AuxiliaryRCNNHead)
                 weight = path.weight_at(get_event_storage().iter)
-                auxiliary_losses = head.losses(path.read(levels), anchors[0], regions)
+                levels = path.read([features[name] for name in path.levels])
+                auxiliary_losses = head.losses(levels, anchors[0], regions)
                 losses.update({f"aux_{key}": weight * value for key, value in auxiliary_losses.items()})
         if self.distillation is not None:
+            levels = [features[name] for name in self.head_in_features]
             losses.update(self.distillation.losses(images.tensor, levels, [], 1.0))
         return losses
 
@@ -186,18 +185,10 @@ class QuantGeneralizedRCNN(Scaffolded, GeneralizedRCNN):
             assert isinstance(head, AuxiliaryRCNNHead)
             sampled = self.roi_heads.batch_size_per_image
             foreground = int(sampled * self.roi_heads.positive_fraction)
-            read = path.read([features[name] for name in self.head_in_features])
-            own = dict(zip(self.head_in_features, read, strict=True))
+            read = path.read([features[name] for name in path.levels])
+            own = dict(zip(path.levels, read, strict=True))
             calls += _calls(head.proposal_generator, head.roi_heads, own, sampled, foreground)
         return calls
-
-
-def _levels_read(proposal_generator: Any, roi_heads: Any) -> set[str]:
-    read = {*proposal_generator.in_features, *roi_heads.box_in_features}
-    for kind in ("mask", "keypoint"):
-        if getattr(roi_heads, f"{kind}_on"):
-            read |= set(getattr(roi_heads, f"{kind}_in_features"))
-    return read
 
 
 def _calls(

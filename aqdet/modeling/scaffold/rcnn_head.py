@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -12,6 +13,16 @@ from torch import Tensor, nn
 
 from ..roi_heads import ROI_PARTS, QuantStandardROIHeads
 from ..rpn import QuantRPN, SampledAnchors
+
+
+def levels_read(names: Iterable[str], proposal_generator: QuantRPN | None, roi_heads: Any) -> list[str]:
+    """Returns those of the names whose levels an RPN or heads for regions read, in their order; None reads nothing."""
+    read = set() if proposal_generator is None else set(proposal_generator.in_features)
+    for part in ROI_PARTS:
+        if roi_heads is not None and getattr(roi_heads, f"{part}_on"):
+            read |= set(getattr(roi_heads, f"{part}_in_features"))
+    return [name for name in names if name in read]
+
 
 NORMED_HEADS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
 """Nodes of heads whose convolutions can have a norm."""
@@ -26,7 +37,7 @@ class AuxiliaryRCNNHead(nn.Module):
     Args:
         proposal_generator: RPN in float, or None.
         roi_heads: heads for regions in float, or None.
-        levels: names of the levels that the path computes.
+        levels: names of the levels that they read.
     """
 
     def __init__(
@@ -35,7 +46,7 @@ class AuxiliaryRCNNHead(nn.Module):
         super().__init__()
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
-        self._levels = levels
+        self.levels = levels
 
     def losses(self, levels: list[Tensor], anchors: SampledAnchors, regions: list[Instances]) -> dict[str, Tensor]:
         """Computes the losses of Detectron2's two-stage detectors on the path's levels.
@@ -47,7 +58,7 @@ class AuxiliaryRCNNHead(nn.Module):
             anchors: sampled by the detector's RPN.
             regions: sampled and matched by the detector's heads.
         """
-        features = dict(zip(self._levels, levels, strict=True))
+        features = dict(zip(self.levels, levels, strict=True))
         losses: dict[str, Tensor] = {}
         with get_event_storage().name_scope("aux"):
             if self.roi_heads is not None:
@@ -57,7 +68,7 @@ class AuxiliaryRCNNHead(nn.Module):
         return losses
 
 
-def build_auxiliary_rcnn_head(cfg: CfgNode, shapes: Mapping[str, ShapeSpec], levels: list[str]) -> AuxiliaryRCNNHead:
+def build_auxiliary_rcnn_head(cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> AuxiliaryRCNNHead:
     """Builds the heads that ``MODEL.AUX.RPN`` and ``MODEL.AUX.ROI_HEADS`` choose.
 
     A head for regions whose convolutions have a norm in the detector has ``MODEL.AUX.NORM`` here.
@@ -65,7 +76,6 @@ def build_auxiliary_rcnn_head(cfg: CfgNode, shapes: Mapping[str, ShapeSpec], lev
     Args:
         cfg: config that names heads of ours.
         shapes: the features of the backbone, by name.
-        levels: names of the levels that the path computes.
 
     Raises:
         ValueError: in one line, for a head that does not exist or that the detector does not have, or none at all.
@@ -92,6 +102,9 @@ def build_auxiliary_rcnn_head(cfg: CfgNode, shapes: Mapping[str, ShapeSpec], lev
     if parts:
         roi_heads = QuantStandardROIHeads(cfg, shapes)
         roi_heads.keep(parts)
+    proposal_generator = QuantRPN(cfg, shapes) if aux.RPN else None
     return AuxiliaryRCNNHead(
-        proposal_generator=QuantRPN(cfg, shapes) if aux.RPN else None, roi_heads=roi_heads, levels=levels
+        proposal_generator=proposal_generator,
+        roi_heads=roi_heads,
+        levels=levels_read(shapes, proposal_generator, roi_heads),
     )
