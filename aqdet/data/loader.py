@@ -29,6 +29,8 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .outlines import check_outlines
+
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 1.0
@@ -219,7 +221,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
         mapper: record -> what the model takes; None for Detectron2's of the config.
 
     Raises:
-        ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly.
+        ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly; or see
+            :func:`~aqdet.data.outlines.check_outlines`.
     """
     world_size = comm.get_world_size()
     batch_size = cfg.SOLVER.IMS_PER_BATCH
@@ -228,6 +231,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
             f"SOLVER.IMS_PER_BATCH must be a positive multiple of {world_size} processes, got {batch_size}"
         )
     arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
+    check_outlines(cfg, arguments["dataset"])
     mapper = arguments["mapper"]
     group_of = None
     if arguments["aspect_ratio_grouping"]:

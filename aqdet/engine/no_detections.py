@@ -9,6 +9,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from ..data.registry import NUM_CLASSES_NODES
+
 
 def describe_nothing_found(cfg: CfgNode, results: Mapping[str, Any]) -> str:
     """Says what to look at if an AP is 0, be it that no detection is above the threshold or that none is right.
@@ -20,8 +22,8 @@ def describe_nothing_found(cfg: CfgNode, results: Mapping[str, Any]) -> str:
     Returns:
         One line with the likely causes, the likeliest first; "" if something was found.
     """
-    node = cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant").upper()
-    if node not in cfg.MODEL:
+    node = NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant"))
+    if node is None or "SCORE_THRESH_TEST" not in cfg.MODEL[node]:
         return ""
     for name, values in _box_metrics(cfg, results):
         if values.get("AP") != 0:
@@ -78,7 +80,7 @@ def _causes_in_training(cfg: CfgNode) -> Iterator[str]:
 
 
 def _causes_in_matching(cfg: CfgNode, node: str) -> Iterator[str]:
-    if node == "RETINANET":
+    if node in ("RETINANET", "ROI_HEADS"):
         yield (
             f"MODEL.ANCHOR_GENERATOR.SIZES {cfg.MODEL.ANCHOR_GENERATOR.SIZES} do not match the objects in images of "
             f"INPUT.MIN_SIZE_TRAIN {tuple(cfg.INPUT.MIN_SIZE_TRAIN)}"

@@ -57,8 +57,7 @@ def check_evaluator(cfg: CfgNode, dataset_name: str) -> None:
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from error
     if kind == "cityscapes_instance":
-        architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-        if not (issubclass(architecture, GeneralizedRCNN) and cfg.MODEL.MASK_ON):
+        if not finds_masks(cfg):
             raise ValueError(
                 f"{said}, which is for masks, and MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} finds none"
             )
@@ -93,7 +92,18 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         return RecordedEvaluator(CityscapesInstanceEvaluator(dataset_name), output_dir=output_dir)
     if kind in BOXES_ONLY:
         logger.info("Of %s (%s) the boxes are evaluated, as COCO's", dataset_name, kind)
-    return COCOEvaluator(dataset_name, output_dir=output_dir, coco_eval=cfg.TEST.COCO_EVAL, max_dets_per_image=limit)
+    return COCOEvaluator(
+        dataset_name,
+        output_dir=output_dir,
+        coco_eval=cfg.TEST.COCO_EVAL,
+        max_dets_per_image=limit,
+        masks=finds_masks(cfg) and kind not in BOXES_ONLY,
+    )
+
+
+def finds_masks(cfg: CfgNode) -> bool:
+    """Returns whether the detector of a config finds masks."""
+    return issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN) and cfg.MODEL.MASK_ON
 
 
 class RecordedEvaluator(DatasetEvaluator):

@@ -28,6 +28,8 @@ SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)
 COCO_EVALS = ("pycocotools", "faster-coco-eval")
 COCO_LIMIT = 100
 """Detections of an image that count, the best first, in COCO's own evaluation."""
+TASKS = {"bbox": "boxes", "segm": "masks"}
+"""Kinds of evaluation, and what they are of."""
 LIMIT_KEY = "max_dets_per_image"
 """Name of another limit in ``metrics.json``."""
 
@@ -69,7 +71,7 @@ def fill_in(truth: COCO, name: str) -> None:
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's COCO box evaluation, by pycocotools or faster-coco-eval.
+    """Detectron2's COCO evaluation of boxes and masks, by pycocotools or faster-coco-eval.
 
     A crowd region is COCO's: it is not to be found, and detections that lie in it are neither right nor wrong.
     A declared dataset's ``ignore`` regions are crowd regions (:mod:`aqdet.data.check.findings`).
@@ -84,6 +86,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         coco_eval: ``"pycocotools"`` or ``"faster-coco-eval"``, which agree to 1e-9.
         max_dets_per_image: how many detections of an image and class count, the best first. Figures with another
             limit than COCO's 100 are not comparable with published ones.
+        masks: whether masks are evaluated too, as task ``"segm"``; not where the dataset has objects without one.
     """
 
     metrics: tuple[str, ...] = METRICS
@@ -95,14 +98,24 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         output_dir: str,
         coco_eval: str = "pycocotools",
         max_dets_per_image: int = COCO_LIMIT,
+        masks: bool = False,
     ) -> None:
         check_coco_eval(coco_eval)
-        super().__init__(dataset_name, ("bbox",), output_dir=output_dir, use_fast_impl=False)
+        tasks = ("bbox", "segm") if masks else ("bbox",)
+        super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=False)
         self._coco_eval = coco_eval
         self._max_dets_per_image = max_dets_limits(max_dets_per_image)
-        self._per_class: dict[str, dict[str, float]] = {}
+        self._per_class: dict[str, dict[str, dict[str, float]]] = {}  # by task and class
         fill_in(self._coco_api, self._metadata.name)
         self._warn_of_crowded_images()
+        without = sum(not a.get("segmentation") for a in self._coco_api.dataset.get("annotations", ()))
+        if masks and without:
+            logger.warning(
+                "%d annotations of %s have no segmentation: its boxes alone are evaluated",
+                without,
+                self._metadata.name,
+            )
+            self._tasks = ("bbox",)
 
     @property
     def limit(self) -> int:
@@ -129,7 +142,10 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         self._per_class = {}
 
     def evaluate(self, img_ids: Collection[int] | None = None) -> dict[str, dict[str, float]]:
-        """``{"bbox": {"AP": ..., ...}}`` in percent on the main process, ``{}`` on the others."""
+        """``{"bbox": {"AP": ..., ...}, "segm": ...}`` in percent on the main process, ``{}`` on the others.
+
+        The file holds the metrics of boxes and, under ``"segm"``, those of masks.
+        """
         results = super().evaluate(img_ids)
         if not comm.is_main_process():
             return {}
@@ -138,18 +154,23 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             for a in self._coco_api.dataset.get("annotations", ())
             if not a.get("iscrowd") and (img_ids is None or a["image_id"] in img_ids)
         ]
-        values = self._complete(results.get("bbox") or {}, objects)
         counts = collections.Counter(a["category_id"] for a in objects)
-        table = self._class_table(values, counts)
-        logger.info(
-            "AP by class of %s, of the best %d detections of an image:\n%s", self._metadata.name, self.limit, table
-        )
+        completed = {task: self._complete(results.get(task) or {}, objects) for task in self._tasks}
+        for task, values in completed.items():
+            logger.info(
+                "AP of %s by class of %s, of the best %d detections of an image:\n%s",
+                TASKS[task],
+                self._metadata.name,
+                self.limit,
+                self._class_table(task, values, counts),
+            )
         limit = {LIMIT_KEY: self.limit} if self.limit != COCO_LIMIT else {}
-        write_json(os.path.join(self._output_dir, "metrics.json"), {**values, **limit})
-        return {"bbox": values}
+        others = {task: values for task, values in completed.items() if task != "bbox"}
+        write_json(os.path.join(self._output_dir, "metrics.json"), {**completed["bbox"], **limit, **others})
+        return completed
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Collection[int] | None = None) -> None:
-        """Detectron2's for boxes, with the implementation asked for: results in the dataset's class ids, then AP."""
+        """Detectron2's, with the implementation asked for: results in the dataset's class ids, then AP of each task."""
         originals = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
         original = {index: key for key, index in originals.items()}
         found = [result for prediction in predictions for result in prediction["instances"]]
@@ -163,24 +184,27 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         logger.info(
             "Evaluating %d detections with %s, the best %d of an image", len(found), self._coco_eval, self.limit
         )
-        evaluated = self._evaluated(found, img_ids) if found else None
-        self._results["bbox"] = self._derive_coco_results(evaluated, "bbox")
-        if evaluated is not None:
-            self._results["bbox"].update(self._class_values(evaluated))
+        for task in self._tasks:
+            # An evaluation adds fields, and takes a detection's area from its box where it has one.
+            of_task = [{k: v for k, v in r.items() if task == "bbox" or k != "bbox"} for r in found]
+            evaluated = self._evaluated(of_task, img_ids, task) if of_task else None
+            self._results[task] = self._derive_coco_results(evaluated, task)
+            if evaluated is not None:
+                self._results[task].update(self._class_values(evaluated, task))
 
-    def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None) -> Any:
+    def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None, task: str) -> Any:
         """COCO's evaluation, summarized."""
         if self._coco_eval == "faster-coco-eval":
             import faster_coco_eval
 
             ground_truth = faster_coco_eval.COCO(self._coco_api.dataset)
             evaluated = faster_coco_eval.COCOeval_faster(
-                ground_truth, ground_truth.loadRes(found), "bbox", print_function=print
+                ground_truth, ground_truth.loadRes(found), task, print_function=print
             )
         else:
             # COCO's own summary is for its own limit.
             implementation = COCOeval if self.limit == COCO_LIMIT else COCOevalMaxDets
-            evaluated = implementation(self._coco_api, self._coco_api.loadRes(found), "bbox")
+            evaluated = implementation(self._coco_api, self._coco_api.loadRes(found), task)
         evaluated.params.maxDets = list(self._max_dets_per_image)
         if img_ids is not None:
             evaluated.params.imgIds = list(img_ids)
@@ -189,21 +213,22 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         evaluated.summarize()
         return evaluated
 
-    def _class_values(self, evaluated: Any) -> dict[str, float]:
+    def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:
         """``AP-name`` of each class, in percent; AP50 and AP75 are kept for the table."""
         # (IoU thresholds 0.5, 0.55 ... 0.95, recalls, classes, size bands, limits of detections an image)
         precision = evaluated.eval["precision"][:, :, :, 0, -1]
         values = {}
         for index, name in enumerate(self._metadata.get("thing_classes") or []):
             values[f"AP-{name}"] = _percent(precision[:, :, index])
-            self._per_class[name] = {"AP50": _percent(precision[0, :, index]), "AP75": _percent(precision[5, :, index])}
+            table = self._per_class.setdefault(task, {})
+            table[name] = {"AP50": _percent(precision[0, :, index]), "AP75": _percent(precision[5, :, index])}
         return values
 
-    def _class_table(self, values: dict[str, float], objects: collections.Counter[int]) -> str:
+    def _class_table(self, task: str, values: dict[str, float], objects: collections.Counter[int]) -> str:
         """A row a class: name, id in the dataset, objects to find, AP, AP50, AP75."""
         rows = []
         for name, category in zip(self._metadata.get("thing_classes") or [], self._category_ids(), strict=True):
-            others = self._per_class.get(name, {})
+            others = self._per_class.get(task, {}).get(name, {})
             nothing_found = 0.0 if objects[category] else math.nan
             cells = [values[f"AP-{name}"], others.get("AP50", nothing_found), others.get("AP75", nothing_found)]
             shown = [f"{cell:.2f}" if math.isfinite(cell) else "-" for cell in cells]

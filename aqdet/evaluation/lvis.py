@@ -60,13 +60,13 @@ class LVISEvaluator(COCOEvaluator):
                         f"{self._metadata.json_file}: {missing[0]!r} is missing from {part}, as LVIS has it"
                     )
 
-    def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None) -> Any:
+    def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None, task: str) -> Any:
         """LVIS's evaluation, summarized."""
         import faster_coco_eval
 
         truth = faster_coco_eval.COCO(self._coco_api.dataset)
         evaluated = faster_coco_eval.COCOeval_faster(
-            truth, truth.loadRes(found), "bbox", print_function=print, lvis_style=True
+            truth, truth.loadRes(found), task, print_function=print, lvis_style=True
         )
         evaluated.params.maxDets = [self.limit]
         if img_ids is not None:
@@ -76,9 +76,9 @@ class LVISEvaluator(COCOEvaluator):
         evaluated.summarize()
         return evaluated
 
-    def _class_values(self, evaluated: Any) -> dict[str, float]:
+    def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:
         """``AP-name`` of each class and AP by frequency, in percent."""
-        values = super()._class_values(evaluated)
+        values = super()._class_values(evaluated, task)
         for key in FREQUENCIES:
             value = evaluated.stats_as_dict[key]
             if value >= 0:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 import aqdet.data  # noqa: F401  (registers)
 from aqdet.data import SHAPE_CLASSES, make_shapes
 from aqdet.data.embedded.folder import SHAPE_SPLITS, shapes_folder
 from aqdet.data.embedded.register import set_cache_dir
-from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, _place_items, draw_scene
+from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, _annotation, _place_items, draw_scene
 
 NUM_SCENES = 40
 
@@ -178,3 +179,16 @@ def test_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         set_cache_dir("")
+
+
+def test_outlines_rasterize_to_the_drawn_pixels():
+    shares = []
+    for index in range(3):
+        for item in _place_items(np.random.Generator(np.random.PCG64(index)), 192):
+            if item.kind not in SHAPE_CLASSES:
+                continue
+            runs = mask_util.merge(mask_util.frPyObjects(_annotation(item)["segmentation"], 192, 192))
+            mask = mask_util.decode(runs).astype(bool)
+            shares.append((mask & item.mask).sum() / (mask | item.mask).sum())
+    # Drawing covers the pixels that the outline touches, COCO those whose centres lie inside.
+    assert len(shares) > 5 and min(shares) > 0.8 and np.mean(shares) > 0.9
