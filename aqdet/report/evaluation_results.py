@@ -102,8 +102,12 @@ def _read_metrics(run: Run, folder: Path) -> dict[str, float | None] | None:
     except (OSError, ValueError) as error:
         run.note(f"no AP: {path} cannot be read: {error}")
         return None
-    numbers = {key: v for key, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-    return {key: numbers.get(key) for key in values}
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        # Another task than boxes, as that of masks, has its metrics under its name.
+        flat |= {f"{key} {name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    numbers = {key: v for key, v in flat.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {key: numbers.get(key) for key in flat}
 
 
 def _evaluate(run: Run, index: int, found: TestSet, folder: Path) -> None:
