@@ -92,6 +92,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         return RecordedEvaluator(CityscapesInstanceEvaluator(dataset_name), output_dir=output_dir)
     if kind in BOXES_ONLY:
         logger.info("Of %s (%s) the boxes are evaluated, as COCO's", dataset_name, kind)
+    if cfg.MODEL.KEYPOINT_ON and is_two_stage(cfg):
+        logger.warning("MODEL.KEYPOINT_ON: keypoints on %s are not evaluated, boxes and masks are", dataset_name)
     return COCOEvaluator(
         dataset_name,
         output_dir=output_dir,
@@ -101,9 +103,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     )
 
 
+def is_two_stage(cfg: CfgNode) -> bool:
+    """Returns whether the detector of a config is a two-stage one."""
+    return issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN)
+
+
 def finds_masks(cfg: CfgNode) -> bool:
     """Returns whether the detector of a config finds masks."""
-    return issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN) and cfg.MODEL.MASK_ON
+    return is_two_stage(cfg) and cfg.MODEL.MASK_ON
 
 
 class RecordedEvaluator(DatasetEvaluator):
