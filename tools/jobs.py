@@ -29,7 +29,7 @@ _DECLARATIONS = ("DATASETS.DECLARED", "DATASETS.IMAGE_FOLDERS")
 _PATHS = ("root", "image_root", "json", "yaml")
 _POLL_SECONDS = 2.0
 _LINE_SECONDS = 60.0
-"""Between lines of progress where the output is no terminal."""
+"""Time between lines of progress where the output is no terminal."""
 
 
 @dataclasses.dataclass(frozen=True)

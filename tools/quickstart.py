@@ -25,13 +25,13 @@ VARIANTS = {
 }
 START, START_CONFIG = "start", "fp_bn_aux"
 START_ITERATIONS, ITERATIONS = 160, 80
-"""Lengths of the start and of each run from it: with them all of it takes minutes, where the configs train longer."""
+"""Lengths of the start and of each run from it. The configs train longer; with these all of it takes minutes."""
 BASE_LR, WARMUP_ITERS = 0.001, 20
-"""Of the runs. Twice the configs' rate, since the start is far from trained."""
+"""Solver of the runs. The learning rate is twice that of the configs, since the start is far from trained."""
 SECONDS = {START: 0.41, "fp_bn": 0.34, "lsq_w4a4": 0.6, "lsq_w4a4_aux": 0.7}
-"""Of processor time that an iteration takes; only their ratios matter, to the ETA."""
+"""Processor time of an iteration; the ETA needs only the ratios."""
 OVERHEAD = {START: 6.0, "fp_bn": 14.0, "lsq_w4a4": 25.0, "lsq_w4a4_aux": 25.0}
-"""Of processor time that start, calibration and evaluation take, in the same unit."""
+"""Processor time of start-up, calibration and evaluation together."""
 COLOURS = ((60, 60, 230), (60, 180, 60), (230, 120, 40), (40, 190, 220), (200, 60, 200), (150, 150, 40))
 MIN_SCORE = 0.5
 NUM_PICTURES = 5
