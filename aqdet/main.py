@@ -44,6 +44,9 @@ def main() -> None:
         program, function, _ = PROGRAMS[name]
         try:
             module = _load(program)
+            # The file, since programs print the command that continues them.
+            sys.argv = [str(module.__file__), *rest]
+            getattr(module, function)()
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] == "aqdet":
                 raise
@@ -53,9 +56,6 @@ def main() -> None:
                 file=sys.stderr,
             )
             sys.exit(USER_ERROR)
-        # The file, since programs print the command that continues them.
-        sys.argv = [str(module.__file__), *rest]
-        getattr(module, function)()
     else:
         print(f"error: no subcommand {name!r}\n\n{_usage()}", file=sys.stderr)
         sys.exit(USER_ERROR)

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,38 @@ class Distinct(argparse.Action):
         if repeated:
             raise argparse.ArgumentError(self, f"{repeated[0]} is given twice")
         setattr(namespace, self.dest, values)
+
+
+def detectron2_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parser with the options of Detectron2's ``default_argument_parser``, which PyTorch is imported for.
+
+    Args:
+        description: Text at the head of the help.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
+        epilog="examples:\n"
+        "  %(prog)s --config-file config.yaml SOLVER.BASE_LR 0.001 OUTPUT_DIR runs/a\n"
+        "  %(prog)s --config-file config.yaml --resume OUTPUT_DIR runs/a\n"
+        "  %(prog)s --config-file config.yaml --eval-only MODEL.WEIGHTS runs/a/model_final_stripped.pth\n"
+        "  %(prog)s --config-file config.yaml --num-gpus 8",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the model and its training")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="of each machine (default: %(default)s)")
+    parser.add_argument("--num-machines", type=int, default=1, help="in all (default: %(default)s)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    # The port is the user's own, but the same in every run: one that is taken tells of processes left behind.
+    user = os.getuid() if sys.platform != "win32" else 1
+    parser.add_argument(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{2**15 + 2**14 + user % 2**14}",
+        help="where the processes of several GPUs meet (default: %(default)s)",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, default=None, metavar="KEY VALUE", help="keys of the config that take others"
+    )
+    return parser

@@ -15,6 +15,7 @@ from tiny_export import make_twin, write_folder
 from aqdet.config import load_config
 from aqdet.data import register_declared
 from aqdet.engine import Trainer
+from aqdet.engine import command as job
 from aqdet.evaluation.exported import load_exported
 
 NAME = "tiny_exported"
@@ -41,7 +42,7 @@ def overrides(entry, tmp_path):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command in this process; gives its exit status and the last line of stderr."""
-    monkeypatch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
+    monkeypatch.setattr(job, "setup_logger", lambda *args, **kwargs: None)
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def command(*arguments):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_net as tool
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from helpers import QUANT, ROOT, make_cfg, make_model
@@ -21,6 +20,7 @@ from train_net import argument_parser, invoke_main, main
 
 from aqdet.config import load_config
 from aqdet.data import make_shapes
+from aqdet.engine import command as job
 
 CONFIG = ROOT / "configs" / "quickstart" / "retinanet_r18_fp_bn.yaml"
 
@@ -139,7 +139,7 @@ def trained(entry, config_file, tmp_path_factory):
 def run(monkeypatch, capsys):
     """Runs the command in this process; gives its exit status and what it printed on stderr."""
     # They would stop messages of aqdet from reaching the tests after this one.
-    monkeypatch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
+    monkeypatch.setattr(job, "setup_logger", lambda *args, **kwargs: None)
     # Detectron2's handlers write to the captured, by now closed, stdout of the test that made them.
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.delenv("AQDET_DEBUG", raising=False)
@@ -213,7 +213,7 @@ def test_an_image_that_goes_during_the_run_is_one_line_from_a_worker_too(
 ):
     shutil.copytree(entry["image_root"], tmp_path / "images")
     going = {**entry, "name": "tiny_going", "image_root": str(tmp_path / "images")}
-    check = tool.check_datasets
+    check = job.check_datasets
 
     def check_then_lose(*args, **kwargs):
         found = check(*args, **kwargs)
@@ -221,7 +221,7 @@ def test_an_image_that_goes_during_the_run_is_one_line_from_a_worker_too(
             path.unlink()
         return found
 
-    monkeypatch.setattr(tool, "check_datasets", check_then_lose)
+    monkeypatch.setattr(job, "check_datasets", check_then_lose)
     arguments = ("--eval-only", *train_overrides(going, tmp_path / "out"), "DATALOADER.NUM_WORKERS", "1")
     status, printed = run("--config-file", config_file, *arguments)
     last = printed.splitlines()[-1]
@@ -244,11 +244,11 @@ class SignalsItself(HookBase):
 
 
 def test_a_signal_saves_and_prints_the_command_that_continues(entry, config_file, run, tmp_path, monkeypatch):
-    class Signalled(tool.Trainer):
+    class Signalled(job.Trainer):
         def build_hooks(self):
             return [SignalsItself(), *super().build_hooks()]
 
-    monkeypatch.setattr(tool, "Trainer", Signalled)
+    monkeypatch.setattr(job, "Trainer", Signalled)
     handler = signal.getsignal(signal.SIGTERM)
     overrides = train_overrides(entry, tmp_path, max_iter=3)
     status, printed = run("--config-file", config_file, *overrides)
@@ -260,7 +260,7 @@ def test_a_signal_saves_and_prints_the_command_that_continues(entry, config_file
     (tmp_path / "metrics.json").unlink()  # is said, and no reason not to go on
     monkeypatch.undo()
     words = shlex.split(last.partition("continue with: python ")[2])
-    monkeypatch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
+    monkeypatch.setattr(job, "setup_logger", lambda *args, **kwargs: None)
     monkeypatch.setattr(sys, "argv", words)
     invoke_main()
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 2

@@ -16,6 +16,7 @@ from helpers import QUANT, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
 
 from aqdet.checkpoint import files as checkpoint_files
+from aqdet.engine import command as job
 from aqdet.engine.hooks import calibration
 from aqdet.engine.output_folder import LOCK
 
@@ -38,7 +39,7 @@ def call(config_file, *arguments):
     """Runs the command in this process; its exit status and the last line that it printed on stderr."""
     with pytest.MonkeyPatch.context() as patch:
         # They would stop messages of aqdet from reaching other tests.
-        patch.setattr(tool, "setup_logger", lambda *args, **kwargs: None)
+        patch.setattr(job, "setup_logger", lambda *args, **kwargs: None)
         patch.delenv("AQDET_DEBUG", raising=False)
         patch.setattr(sys, "argv", ["train_net.py", "--config-file", config_file, *map(str, arguments)])
         lines = []
@@ -162,12 +163,12 @@ def _locked(*args):
 
 
 def test_a_training_that_went_on_meanwhile_is_not_overwritten(trained, entry, config_file, monkeypatch):
-    class Slow(tool.Trainer):
+    class Slow(job.Trainer):
         def resume_or_load(self, resume=True):
             super().resume_or_load(resume)
             (trained / "last_checkpoint").write_text("model_0000099.pth")  # by another process
 
-    monkeypatch.setattr(tool, "Trainer", Slow)
+    monkeypatch.setattr(job, "Trainer", Slow)
     before = contents(trained)
     status, printed = call(config_file, "--resume", *train_overrides(entry, trained, max_iter=4))
     (trained / "last_checkpoint").write_text("model_final.pth")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from helpers import ROOT
+from train_net import argument_parser
 
 from aqdet.utils import arguments
 
@@ -148,10 +149,19 @@ def test_out_of_range_is_refused_before_anything_runs(tool, given, option, tmp_p
     assert os.listdir() == ["file"]
 
 
+def test_the_options_of_detectron2s_trainings_are_detectron2s():
+    from detectron2.engine import default_argument_parser
+
+    def options(parser):
+        fields = ("option_strings", "dest", "nargs", "const", "default", "type", "choices", "required")
+        return [(type(action), *(getattr(action, field) for field in fields)) for action in parser._actions]
+
+    assert options(arguments.detectron2_parser()) == options(default_argument_parser())
+    assert argument_parser().parse_args(["--resume", "A.B", "1"]).opts == ["A.B", "1"]
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_imports_nothing_slow(tool):
-    if tool == "train_net":
-        pytest.skip("its options are Detectron2's, from a module that imports PyTorch")
     code = (
         "import runpy, sys\n"
         f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
