@@ -2,8 +2,8 @@
 
 from ..checkpoint import build_checkpointer
 from .config_check import check_config, fit_to_machine
+from .diagnosis import NonFiniteLoss
 from .hooks.interrupt import Interrupted
-from .numbers import NonFiniteLoss
 from .prepare import Preparation, prepare, prepare_trainer
 from .solver import build_optimizer
 from .trainer import Trainer

@@ -25,6 +25,7 @@ from ..data import check_datasets, check_num_classes, register_declared
 from ..data.registry import DatasetCheck
 from ..evaluation import check_coco_eval
 from .config_check import check_config, fit_to_machine
+from .diagnosis import NonFiniteLoss
 from .hooks.interrupt import Interrupted
 from .launch import (
     continuing_command,
@@ -34,7 +35,6 @@ from .launch import (
     make_deterministic,
     rank_of_this_process,
 )
-from .numbers import NonFiniteLoss
 from .output_folder import check_output_dir, evaluation_noted
 from .run_log import RunLog
 from .trainer import Trainer

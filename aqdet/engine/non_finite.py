@@ -10,8 +10,8 @@ from detectron2.utils.events import EventStorage
 
 from ..data.loader import OtherLoader, seed_generators
 from ..utils.distributed import unwrap
+from .diagnosis import describe_scales, find_origin
 from .forward_state import leaving_no_trace
-from .numbers import describe_scales, find_origin
 
 if TYPE_CHECKING:
     from .trainer import Trainer

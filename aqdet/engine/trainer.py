@@ -31,6 +31,13 @@ from ..modeling.exportable import export_obstacles
 from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from ..utils.distributed import distribute, unwrap
+from .diagnosis import (
+    CheckedAMPTrainer,
+    CheckedTrainer,
+    NonFiniteLoss,
+    QuantizerWatchHook,
+    describe_single_value,
+)
 from .forward_state import ForwardState, loss_normalizers, set_loss_normalizers
 from .hooks.calibration import CalibrationHook
 from .hooks.freeze_bn import FreezeBNHook
@@ -43,13 +50,6 @@ from .hooks.stripped_evaluation import StrippedEvalHook
 from .hooks.weight_average import WeightAverageHook
 from .no_detections import describe_nothing_found
 from .non_finite import explain_non_finite
-from .numbers import (
-    CheckedAMPTrainer,
-    CheckedTrainer,
-    NonFiniteLoss,
-    QuantizerWatchHook,
-    describe_single_value,
-)
 from .output_folder import evaluation_noted, holding, write_config
 from .run_log import errors_in_one_line
 from .solver import build_optimizer

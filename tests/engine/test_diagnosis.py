@@ -10,7 +10,7 @@ from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import NonFiniteLoss, Trainer
-from aqdet.engine.numbers import CheckedAMPTrainer, Origin, QuantizerWatchHook, all_finite, find_origin
+from aqdet.engine.diagnosis import CheckedAMPTrainer, Origin, QuantizerWatchHook, all_finite, find_origin
 from aqdet.quantization import quantizers
 
 BOTH = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
@@ -18,7 +18,7 @@ BOTH = (*QUANT, *AUX, "MODEL.FPN.RELU", "True")
 
 @pytest.fixture(scope="module")
 def entry(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"), "tiny_numbers")
+    return write_dataset(tmp_path_factory.mktemp("data"), "tiny_diagnosis")
 
 
 @pytest.fixture(scope="module")
