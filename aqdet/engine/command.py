@@ -24,8 +24,8 @@ from ..config_files import find_config_file
 from ..data import check_datasets, check_num_classes, register_declared
 from ..data.registry import DatasetCheck
 from ..evaluation import check_coco_eval
+from .checked_trainer import NonFiniteLoss
 from .config_check import check_config, fit_to_machine
-from .diagnosis import NonFiniteLoss
 from .hooks.interrupt import Interrupted
 from .launch import (
     continuing_command,

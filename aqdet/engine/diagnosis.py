@@ -1,87 +1,65 @@
-"""Numbers that say training has gone wrong: a loss that is not finite, scales at their floor, weights on one level."""
+"""Explanations of a training step that failed: the first tensor that is not finite, a norm that gets one value."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
 from detectron2.layers import CycleBatchNormList
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..quantization import Quantizer, quantizers
-from ..quantization.functional import SCALE_EPS
+from ..data.loader import OtherLoader, seed_generators
+from ..quantization import quantizers
+from ..utils.distributed import unwrap
+from .forward_state import leaving_no_trace
 
-logger = logging.getLogger(__name__)
-
-_MAX_LISTED = 5
-_MIN_GRAD_SCALE = 2.0**-16
-"""32 steps in a row were skipped when mixed precision, which starts at ``2^16``, is at this."""
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A loss, or its gradient, is infinite or not a number."""
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
-class _CheckedLosses:
-    """Checks the losses of all processes where Detectron2 checks those of the main one: before the weights move."""
+def explain_non_finite(trainer: Trainer, wrong: str) -> str:
+    """Repeats the forward pass of an iteration and says in one line where the first tensor that is not finite is.
 
-    def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        values = {name: float(value.detach()) for name, value in loss_dict.items()}
-        wrong = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
-        found = [text for text in comm.all_gather(wrong or self._wrong_gradients()) if text]
-        if found:
-            raise NonFiniteLoss(found[0])
-        super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
+    All processes call this together, with the state from before the iteration put back.
 
-    def _wrong_gradients(self) -> str:
-        return ""
-
-
-class CheckedTrainer(_CheckedLosses, SimpleTrainer):
-    """Detectron2's, which raises :class:`NonFiniteLoss` in all processes if a loss of one is not finite.
-
-    Nor may the gradient be, which happens with a finite loss too: by values that the loss masks.
+    Args:
+        trainer: The trainer, in the iteration.
+        wrong: The losses or gradients that are not finite.
     """
-
-    def _wrong_gradients(self) -> str:
-        groups = self.optimizer.param_groups
-        norm = nn.utils.get_total_norm(p.grad for group in groups for p in group["params"] if p.grad is not None)
-        if torch.isfinite(norm):
-            return ""
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-        if wrong:
-            return f"gradients of {len(wrong)} parameters, {wrong[-1]} among them"
-        largest = max(gradients, key=lambda name: gradients[name].abs().max().item())
-        return f"norm of the gradient, which is largest in {largest}"
-
-
-class CheckedAMPTrainer(_CheckedLosses, AMPTrainer):
-    """As :class:`CheckedTrainer` in mixed precision, where the scaler skips gradients that are not finite.
-
-    If it does so in step after step, nothing trains any more, which the losses do not show.
-    """
-
-    def _wrong_gradients(self) -> str:
-        scale = self.grad_scaler.get_scale()
-        if scale >= _MIN_GRAD_SCALE:
-            return ""
-        return f"gradients in step after step, until mixed precision scaled the loss by {scale:.1e}"
+    model = unwrap(trainer.model)
+    if isinstance(trainer.data_loader, OtherLoader):
+        return f"not finite in iteration {trainer.iter}: {wrong}; its images are not known"
+    trainer.data_loader.start = trainer.iter
+    batch = next(iter(trainer.data_loader))
+    seed_generators(trainer.data_loader.seed, trainer.iter, comm.get_rank())
+    amp = torch.autocast("cuda", enabled=trainer.cfg.SOLVER.AMP.ENABLED)
+    with torch.no_grad(), EventStorage(trainer.iter), leaving_no_trace(model), amp:
+        found = find_non_finite(model, lambda: model(batch))
+    words = [f"not finite in iteration {trainer.iter}: {wrong}"]
+    if found is not None:
+        level = f", level {found.level}" * bool(found.level)
+        words.append(f"first tensor that is not finite: {found.what}{level}")
+        words.append(f"scales around it: {describe_scales(model, found.around)}")
+    else:
+        words.append("parameters and outputs of layers are finite: it arises behind them")
+    words.append(f"learning rate {max(group['lr'] for group in trainer.optimizer.param_groups):.3g}")
+    words.append(f"images {', '.join(str(image.get('image_id', image.get('file_name'))) for image in batch)}")
+    # The process where it happened knows most: the others' tensors are finite.
+    texts = comm.all_gather("; ".join(words) if found is not None else "")
+    return next((text for text in texts if text), "; ".join(words))
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where the first tensor that is not finite comes from.
+class NonFiniteTensor:
+    """The place of the first tensor that is not finite.
 
     Attributes:
         what: ``"output of <module>"`` or ``"parameter <name>"``.
@@ -94,7 +72,7 @@ class Origin:
     around: tuple[str, ...]
 
 
-def find_origin(model: nn.Module, run: Callable[[], object]) -> Origin | None:
+def find_non_finite(model: nn.Module, run: Callable[[], object]) -> NonFiniteTensor | None:
     """Runs a model and finds the first tensor that is not finite.
 
     A module whose output is not finite although its inputs are is the origin. If the inputs are not finite
@@ -113,7 +91,7 @@ def find_origin(model: nn.Module, run: Callable[[], object]) -> Origin | None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             around = next((own for owner, own in owners.items() if name.startswith(f"{owner}.")), [])
-            return Origin(f"parameter {name}", _level_of(name), tuple(around))
+            return NonFiniteTensor(f"parameter {name}", _level_of(name), tuple(around))
 
     calls: Counter[str] = Counter()
     inputs_finite: dict[str, bool] = {}
@@ -152,7 +130,7 @@ def find_origin(model: nn.Module, run: Callable[[], object]) -> Origin | None:
     level = _level_by_calls(model, layer, calls_then, calls) or _level_of(layer)
     place = order.index(nearest) if nearest else 0
     around = [name for owner in order[max(place - 1, 0) : place + 2] for name in owners[owner]]
-    return Origin(f"output of {layer or 'the preprocessing of images'}", level, tuple(around))
+    return NonFiniteTensor(f"output of {layer or 'the preprocessing of images'}", level, tuple(around))
 
 
 def all_finite(values: Any) -> bool:
@@ -218,91 +196,3 @@ def describe_scales(model: nn.Module, names: Sequence[str]) -> str:
             low, high = grid.scale.min().item(), grid.scale.max().item()
             texts.append(f"{name} {low:.3g}" + (f" to {high:.3g}" if high != low else ""))
     return ", ".join(texts) or "none"
-
-
-class QuantizerWatchHook(HookBase):
-    """Warns, once for each, of quantizers that do not learn as they should, by their names.
-
-    These are scales at their floor, layers whose weights are all on one level, and scales or clipping ranges that have
-    moved by more than a factor of ``MAX_FACTOR`` or not at all since this process began to train. The hook looks every
-    ``period`` iterations and after the last one.
-
-    Args:
-        period: in iterations; a look costs about as much as quantizing the weights once.
-    """
-
-    MAX_FACTOR = 4.0
-
-    def __init__(self, period: int = 100) -> None:
-        self._period = period
-        self._said: set[str] = set()
-        self._started: dict[str, Tensor] = {}
-
-    def before_step(self) -> None:
-        """Notes the sizes that training starts with: they are known when calibration is done."""
-        if not self._started:
-            self._started = _sizes(self.trainer.model)
-
-    def after_step(self) -> None:
-        """Looks if it is time to."""
-        next_iteration = self.trainer.iter + 1
-        if next_iteration % self._period == 0 or next_iteration == self.trainer.max_iter:
-            model = self.trainer.model
-            self._warn(
-                [name for name, q in quantizers(model) if _is_at_floor(q)],
-                "quantizers have a scale at its floor, below which it cannot shrink",
-            )
-            self._warn(
-                [name for name, module in model.named_modules() if _is_on_one_level(module)],
-                "layers have all their weights on one level, and so no function",
-            )
-            moved = {
-                name: torch.maximum(size / self._started[name], self._started[name] / size).max().item()
-                for name, size in _sizes(model).items()
-                if name in self._started
-            }
-            self._warn(
-                [name for name, factor in moved.items() if factor > self.MAX_FACTOR],
-                f"quantizers have a scale that moved by more than x{self.MAX_FACTOR:g} since training started "
-                "(MODEL.QUANT.SCALE_LR, SOLVER.BASE_LR)",
-            )
-            if next_iteration - self.trainer.start_iter >= self._period:
-                self._warn(
-                    [name for name, factor in moved.items() if factor == 1 and not _may_clip_nothing(model, name)],
-                    "quantizers have a scale that has not moved since training started: no gradient reaches it",
-                )
-
-    def _warn(self, names: list[str], what: str) -> None:
-        new = [name for name in names if name not in self._said]
-        self._said.update(new)
-        if new:
-            more = ", ..." * (len(new) > _MAX_LISTED)
-            logger.warning("%d %s: %s%s", len(new), what, ", ".join(new[:_MAX_LISTED]), more)
-
-
-def _sizes(model: nn.Module) -> dict[str, Tensor]:
-    """Name to a copy of the learned scale or alpha of every quantizer that is to learn one."""
-    learned = {name: next(quantizer.parameters(), None) for name, quantizer in quantizers(model) if quantizer.is_active}
-    return {
-        name: p.detach().abs().clamp(min=SCALE_EPS) for name, p in learned.items() if p is not None and p.requires_grad
-    }
-
-
-def _may_clip_nothing(model: nn.Module, name: str) -> bool:
-    """Whether a quantizer's range has a gradient only where it clips, as PACT's (1805.06085), and may clip nothing."""
-    return cast(Quantizer, model.get_submodule(name)).gradient == "pact"
-
-
-@torch.no_grad()
-def _is_at_floor(quantizer: Quantizer) -> bool:
-    grid = quantizer.grid() if quantizer.is_active else None
-    return grid is not None and bool((grid.scale <= SCALE_EPS).any())
-
-
-@torch.no_grad()
-def _is_on_one_level(module: nn.Module) -> bool:
-    quantizer = getattr(module, "weight_quantizer", None)
-    if not isinstance(quantizer, Quantizer) or not quantizer.is_active:
-        return False
-    weight = quantizer.fake_quantize(cast(Tensor, module.weight)).reshape(quantizer.num_scales, -1)
-    return bool((weight == weight[:, :1]).all())

@@ -31,13 +31,8 @@ from ..modeling.exportable import export_obstacles
 from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from ..utils.distributed import distribute, unwrap
-from .diagnosis import (
-    CheckedAMPTrainer,
-    CheckedTrainer,
-    NonFiniteLoss,
-    QuantizerWatchHook,
-    describe_single_value,
-)
+from .checked_trainer import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss
+from .diagnosis import describe_single_value, explain_non_finite
 from .forward_state import ForwardState, loss_normalizers, set_loss_normalizers
 from .hooks.calibration import CalibrationHook
 from .hooks.freeze_bn import FreezeBNHook
@@ -45,11 +40,11 @@ from .hooks.interrupt import Interrupted, InterruptHook
 from .hooks.metrics import MetricsHook
 from .hooks.oscillation import build_oscillation_hook
 from .hooks.precise_bn import PreciseBNHook
+from .hooks.quantizer_watch import QuantizerWatchHook
 from .hooks.stripped_checkpoint import StrippedCheckpointHook
 from .hooks.stripped_evaluation import StrippedEvalHook
 from .hooks.weight_average import WeightAverageHook
 from .no_detections import describe_nothing_found
-from .non_finite import explain_non_finite
 from .output_folder import evaluation_noted, holding, write_config
 from .run_log import errors_in_one_line
 from .solver import build_optimizer

@@ -1,0 +1,66 @@
+"""Detectron2's trainers of one step, which stop where a loss or a gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+_MIN_GRAD_SCALE = 2.0**-16
+"""32 steps in a row were skipped when mixed precision, which starts at ``2^16``, is at this."""
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss, or its gradient, is infinite or not a number."""
+
+
+class _CheckedLosses:
+    """Checks the losses of all processes where Detectron2 checks those of the main one: before the weights move."""
+
+    def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        values = {name: float(value.detach()) for name, value in loss_dict.items()}
+        wrong = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+        found = [text for text in comm.all_gather(wrong or self._wrong_gradients()) if text]
+        if found:
+            raise NonFiniteLoss(found[0])
+        super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
+
+    def _wrong_gradients(self) -> str:
+        return ""
+
+
+class CheckedTrainer(_CheckedLosses, SimpleTrainer):
+    """Detectron2's, which raises :class:`NonFiniteLoss` in all processes if a loss of one is not finite.
+
+    Nor may the gradient be, which happens with a finite loss too: by values that the loss masks.
+    """
+
+    def _wrong_gradients(self) -> str:
+        groups = self.optimizer.param_groups
+        norm = nn.utils.get_total_norm(p.grad for group in groups for p in group["params"] if p.grad is not None)
+        if torch.isfinite(norm):
+            return ""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        if wrong:
+            return f"gradients of {len(wrong)} parameters, {wrong[-1]} among them"
+        largest = max(gradients, key=lambda name: gradients[name].abs().max().item())
+        return f"norm of the gradient, which is largest in {largest}"
+
+
+class CheckedAMPTrainer(_CheckedLosses, AMPTrainer):
+    """As :class:`CheckedTrainer` in mixed precision, where the scaler skips gradients that are not finite.
+
+    If it does so in step after step, nothing trains any more, which the losses do not show.
+    """
+
+    def _wrong_gradients(self) -> str:
+        scale = self.grad_scaler.get_scale()
+        if scale >= _MIN_GRAD_SCALE:
+            return ""
+        return f"gradients in step after step, until mixed precision scaled the loss by {scale:.1e}"

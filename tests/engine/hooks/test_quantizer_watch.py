@@ -1,0 +1,70 @@
+"""Warnings of quantizers that do not learn."""
+
+import logging
+
+import torch
+from helpers import QUANT, calibrated, make_batch, make_model
+
+from aqdet.engine.hooks.quantizer_watch import QuantizerWatchHook
+from aqdet.quantization import quantizers
+
+
+class StandIn:
+    def __init__(self, model):
+        self.model, self.start_iter, self.iter, self.max_iter = model, 0, 99, 1000
+
+
+def test_scales_at_their_floor_and_weights_on_one_level_are_warned_about_once(caplog):
+    model = calibrated(make_model(*QUANT), make_batch())
+    watch = QuantizerWatchHook(period=100)
+    watch.trainer = StandIn(model)
+
+    def warnings():
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    with caplog.at_level(logging.WARNING):
+        watch.before_step()
+        scales = dict(quantizers(model))
+        with torch.no_grad():
+            for quantizer in scales.values():
+                for parameter in quantizer.parameters():
+                    parameter.mul_(1.01)
+        watch.after_step()
+        assert not warnings()
+        with torch.no_grad():
+            scales["backbone.fpn_output3.input_quantizer"].scale.fill_(-1e-12)
+            model.head.cls_subnet[0].weight.zero_()
+        watch.trainer.iter = 100
+        watch.after_step()  # not in the period
+        assert not warnings()
+        for watch.trainer.iter in (199, 299, 999):
+            watch.after_step()
+    assert warnings() == [
+        "1 quantizers have a scale at its floor, below which it cannot shrink: backbone.fpn_output3.input_quantizer",
+        "1 layers have all their weights on one level, and so no function: head.cls_subnet.0",
+    ]
+
+
+def test_scales_that_explode_or_stand_still_are_warned_about_once(caplog):
+    model = calibrated(make_model(*QUANT), make_batch())
+    watch = QuantizerWatchHook(period=100)
+    watch.trainer = StandIn(model)
+    watch.before_step()
+    still, shrunk, grown = [name for name, q in quantizers(model) if hasattr(q, "scale")][:3]
+    with torch.no_grad():
+        for name, quantizer in quantizers(model):
+            for parameter in quantizer.parameters():
+                parameter.mul_({still: 1, shrunk: 0.2, grown: 3.9}.get(name, 1.001))
+    with caplog.at_level(logging.WARNING):
+        for watch.trainer.iter in (99, 199, 999):
+            watch.after_step()
+            with torch.no_grad():
+                dict(quantizers(model))[grown].scale[-1] *= 1.1  # one channel of many, from x4.3 on
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == [
+        f"1 quantizers have a scale that moved by more than x4 since training started (MODEL.QUANT.SCALE_LR, "
+        f"SOLVER.BASE_LR): {shrunk}",
+        f"1 quantizers have a scale that has not moved since training started: no gradient reaches it: {still}",
+        f"1 quantizers have a scale that moved by more than x4 since training started (MODEL.QUANT.SCALE_LR, "
+        f"SOLVER.BASE_LR): {grown}",
+    ]
