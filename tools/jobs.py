@@ -251,7 +251,7 @@ class _Grid:
         """Shows how far the running jobs are: on a terminal in place, elsewhere in a line a minute."""
         now = time.monotonic()
         is_terminal = sys.stdout.isatty()
-        if not self.running or not is_terminal and now - self._last_line < _LINE_SECONDS:
+        if not self.running or (not is_terminal and now - self._last_line < _LINE_SECONDS):
             return
         self._last_line = now
         parts = []

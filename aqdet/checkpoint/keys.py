@@ -91,7 +91,9 @@ class KeyComparison:
         kind, key, _ = difference
         module, _, name = key.rpartition(".")
         if self._exact:
-            is_same = name == "num_batches_tracked" and kind == MISSING or kind == UNEXPECTED and key in _PREPROCESSING
+            is_same = (name == "num_batches_tracked" and kind == MISSING) or (
+                kind == UNEXPECTED and key in _PREPROCESSING
+            )
             return name if is_same else ""
         if key.startswith(SCAFFOLD_PREFIXES) and kind != OTHER_SHAPE:
             return "of the auxiliary path" if key.startswith(AUXILIARY_PREFIX) else "of the extra head"

@@ -123,10 +123,9 @@ class DatasetCheck:
 
 
 def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
-    """
-    Checks the declared datasets before step 0 and logs what was repaired, dropped or found, and what in the data as a
-    whole is likely to make the training fail (:mod:`aqdet.data.check.advice`).
+    """Checks the declared datasets before step 0 and logs what was repaired, dropped or found.
 
+    What in the data as a whole is likely to make the training fail is logged, too (:mod:`aqdet.data.check.advice`).
     Images are decoded unless ``DATASETS.CHECK_IMAGES`` is False; a check is not repeated while nothing that it
     read has changed. Of the processes on a machine one checks and the others wait. Nothing is written:
     :meth:`DatasetCheck.write` does so when it is known whose the folder is.

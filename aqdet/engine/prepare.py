@@ -74,13 +74,13 @@ class Preparation(TrainerBase):
         With ``SOLVER.EMA_DECAY`` it is the moving average.
         """
         was_training = self.model.training
-        with contextlib.nullcontext() if self._average is None else self._average.applied():
-            with without_scaffold(self.model):
-                self.model.eval()
-                try:
-                    yield self.model
-                finally:
-                    self.model.train(was_training)
+        averaged = contextlib.nullcontext() if self._average is None else self._average.applied()
+        with averaged, without_scaffold(self.model):
+            self.model.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.train(was_training)
 
     def save(self, name: str) -> None:
         """Writes ``name.pth`` into ``OUTPUT_DIR``, from which ``prepare(..., resume=True)`` goes on."""

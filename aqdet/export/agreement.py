@@ -1,4 +1,4 @@
-"""Layer by layer: do the trained model, the integer reference and ONNX Runtime compute the same codes?
+"""The codes of the trained model, the integer reference and ONNX Runtime, compared layer by layer.
 
 Each execution is compared with the reference twice:
 

@@ -22,6 +22,7 @@ _CONSTANT_UNITS = 2**16
 
 
 def as_array(tensor: Tensor) -> NDArray[np.float64]:
+    """Copies a tensor into an array of float64."""
     return tensor.detach().cpu().double().numpy()
 
 

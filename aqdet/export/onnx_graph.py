@@ -99,6 +99,7 @@ class GraphBuilder:
     # --- parts ---
 
     def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Adds a node with one output, whose name it returns and has."""
         self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
@@ -118,6 +119,7 @@ class GraphBuilder:
         return self._by_content[digest]
 
     def zero_point(self, grid: Grid) -> str:
+        """Returns the name of the initializer with a grid's zero point."""
         return self.constant(f"zero_point_{grid.zero_point}", grid.zero_point, np.uint8)
 
     def dequantized(self, name: str, reader: str, scale: float | None = None) -> str:
@@ -163,6 +165,7 @@ class GraphBuilder:
 
     @staticmethod
     def geometry(operation: Conv) -> dict[str, Any]:
+        """Returns the attributes of a convolution's node: kernel, stride, padding, dilation and groups."""
         return {
             "kernel_shape": list(operation.weight.shape[2:]),
             "strides": list(operation.stride),
@@ -174,6 +177,7 @@ class GraphBuilder:
     # --- operations ---
 
     def pad_image(self, operation: PadImage) -> None:
+        """Adds the image's padding: each channel by the code of its mean."""
         vertical, horizontal = operation.amount
         pads = self.constant("image_pads", [0, 0, vertical, horizontal] * 2, np.int64)
         if len(set(operation.values)) == 1:
@@ -194,9 +198,11 @@ class GraphBuilder:
 
     @staticmethod
     def weight_name(operation: Conv) -> str:
+        """Returns the name of a convolution's weight; of a level's own weight it has the output's name, too."""
         return f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
 
     def conv(self, operation: Conv) -> None:
+        """Adds a convolution whose output is quantized."""
         name = operation.output
         source, weight = self.copies(operation)
         unit = np.float32(self.grids[source].scale) * operation.scale
@@ -210,6 +216,7 @@ class GraphBuilder:
         self.quantized(f"{name}.real", name)
 
     def predict(self, operation: Conv) -> None:
+        """Adds a prediction layer, whose integer sums are scaled to real values."""
         name, grid = operation.output, self.grids[operation.input]
         parts = int8_parts(operation, grid)
         if len(parts) == 1 and packed_bits(operation) < 8:
@@ -267,11 +274,13 @@ class GraphBuilder:
         return self.node("Concat", parts, f"{name}.patches", axis=3) if len(parts) > 1 else parts[0]
 
     def requantize(self, operation: Requantize) -> None:
+        """Adds the step from one grid to another."""
         real = self.dequantized(operation.input, operation.output)
         same = self.node("LeakyRelu", [real], f"{operation.output}.real", alpha=1.0)
         self.quantized(same, operation.output)
 
     def add(self, operation: Add) -> None:
+        """Adds the sum of two tensors, on a grid of its own."""
         # In codes of the sum, with ratios that are exact in float32: see aqdet/export/sums.py.
         inputs = [
             self.dequantized(name, operation.output, multiplier / 2**operation.shift)
@@ -281,16 +290,20 @@ class GraphBuilder:
         self.quantized(f"{operation.output}.real", operation.output, 1.0)
 
     def max_pool(self, operation: MaxPool) -> None:
+        """Adds a maximum over windows, which stays on its input's grid."""
         self.pool_node(operation, operation.input, operation.output)
 
     def pool_node(self, operation: MaxPool, source: str, output: str) -> str:
+        """Adds the MaxPool node of :meth:`max_pool` between two names."""
         window: dict[str, Any] = {"kernel_shape": [operation.kernel] * 2, "strides": [operation.stride] * 2}
         return self.node("MaxPool", [source], output, pads=[operation.padding] * 4, **window)
 
     def upsample(self, source: str, output: str) -> None:
+        """Adds the repetition of every value twice in height and width."""
         self.resize_node(source, output)
 
     def resize_node(self, source: str, output: str) -> str:
+        """Adds the Resize node of :meth:`upsample` between two names."""
         scales = self.constant("upsample_scales", [1, 1, 2, 2], np.float32)
         rule = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         return self.node("Resize", [source, "", scales], output, **rule)
@@ -298,6 +311,7 @@ class GraphBuilder:
     # --- model ---
 
     def model(self, extra_outputs: bool, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        """Makes the model of the nodes, checked; see :func:`build_onnx`."""
         step = self.program.size_divisibility
         about = f"pixels of N images as they are, 0 to 255; H and W multiples of {step}"
         image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", 3, "H", "W"], about)

@@ -85,9 +85,9 @@ class _Evaluator:
         left, right = self.value(node.left, variables), self.value(node.right, variables)
         if isinstance(left, list | tuple) or isinstance(right, list | tuple):
             return self._of_lists(node, left, right)
-        if isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int) and right > 0:
-            if left.bit_length() * right > 4 * MAX_INTEGER.bit_length():
-                raise ValueError(f"{left} ** {right} is too large")
+        of_integers = isinstance(left, int) and isinstance(right, int) and right > 0
+        if isinstance(node.op, ast.Pow) and of_integers and left.bit_length() * right > 4 * MAX_INTEGER.bit_length():
+            raise ValueError(f"{left} ** {right} is too large")
         result = _BINARY[type(node.op)](left, right)
         if isinstance(result, complex):
             raise ValueError(f"{left} ** {right} is not a real number")

@@ -39,7 +39,7 @@ def slowly(pairs, quant_min, quant_max):
         ratio = value / scale
         below += ratio < quant_min
         above += ratio > quant_max
-        codes[int(round(min(max(ratio, quant_min), quant_max))) - quant_min] += 1
+        codes[round(min(max(ratio, quant_min), quant_max)) - quant_min] += 1
         bins[min(max(math.floor((ratio - quant_min + margin) / width), 0), NUM_BINS - 1)] += 1
     return below, above, codes, bins
 

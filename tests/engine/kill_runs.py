@@ -21,10 +21,10 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tiny_data import train_cfg, write_dataset  # noqa: E402
+from tiny_data import train_cfg, write_dataset
 
-from aqdet.engine import Trainer  # noqa: E402
-from aqdet.engine.hooks.metrics import TIMINGS  # noqa: E402
+from aqdet.engine import Trainer
+from aqdet.engine.hooks.metrics import TIMINGS
 
 ITERATIONS = 10
 TINY = (

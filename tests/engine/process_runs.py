@@ -24,18 +24,18 @@ from detectron2.utils.events import EventStorage
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from helpers import calibrated, make_batch, make_model  # noqa: E402
-from kill_runs import TINY  # noqa: E402
-from scale_moves import ScaleMoves, scales_overrides  # noqa: E402
-from tiny_data import train_cfg, write_dataset  # noqa: E402
+from helpers import calibrated, make_batch, make_model
+from kill_runs import TINY
+from scale_moves import ScaleMoves, scales_overrides
+from tiny_data import train_cfg, write_dataset
 
-from aqdet.checkpoint import AqdetCheckpointer  # noqa: E402
-from aqdet.engine import Trainer  # noqa: E402
-from aqdet.engine.hooks.calibration import CalibrationHook  # noqa: E402
-from aqdet.engine.launch import is_restart, join_process_group  # noqa: E402
-from aqdet.modeling.scaffold import Distillation  # noqa: E402
-from aqdet.quantization import calibrate, quantizers  # noqa: E402
-from aqdet.utils.distributed import distribute, unwrap  # noqa: E402
+from aqdet.checkpoint import AqdetCheckpointer
+from aqdet.engine import Trainer
+from aqdet.engine.hooks.calibration import CalibrationHook
+from aqdet.engine.launch import is_restart, join_process_group
+from aqdet.modeling.scaffold import Distillation
+from aqdet.quantization import calibrate, quantizers
+from aqdet.utils.distributed import distribute, unwrap
 
 DETECTOR = ("MODEL.QUANT.ENABLED", "True", "MODEL.AUX.ENABLED", "True", "MODEL.FPN.RELU", "True")
 DETECTOR += ("MODEL.AUX.TAPS", "fpn")

@@ -1,7 +1,9 @@
 """Training runs of a few iterations on a few small images, on the CPU."""
 
+import itertools
 import json
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def float_weights(tmp_path_factory):
 class Watched(Trainer):
     """Notes what evaluation is given."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -79,7 +81,7 @@ def trained(entry, float_weights, tmp_path_factory):
 
 
 def test_evaluation_sees_the_detector_alone(trained):
-    trainer, notes, _ = trained
+    _, notes, _ = trained
     assert len(Watched.seen) == 2  # after two iterations, and at the end
     for auxiliary, parameters, _ in Watched.seen:
         assert auxiliary is None
@@ -98,11 +100,11 @@ def test_the_auxiliary_path_is_put_back_and_goes_on_training(trained):
     assert in_optimizer == {id(p) for p in parameters.values()}
     # The evaluation came between the second and the third.
     values = notes.auxiliary_values
-    assert len(values) == 4 and all(not torch.equal(a, b) for a, b in zip(values, values[1:], strict=False))
+    assert len(values) == 4 and all(not torch.equal(a, b) for a, b in itertools.pairwise(values))
 
 
 def test_both_final_checkpoints_and_the_metrics_are_written(trained):
-    _, notes, output = trained
+    _, _, output = trained
     whole = torch.load(output / "model_final.pth", weights_only=True)
     stripped = torch.load(output / "model_final_stripped.pth", weights_only=True)
     dropped = set(whole["model"]) - set(stripped["model"])

@@ -1,6 +1,7 @@
 """Averaging, oscillation, BN re-estimation and freezing in one training run, evaluated, saved and resumed."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def float_weights(tmp_path_factory):
 class Watched(Trainer):
     """Notes what evaluation is given."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
@@ -80,7 +81,7 @@ def average_of(states, key, start):
 
 
 def test_evaluation_and_the_final_files_have_the_average(trained, float_weights):
-    trainer, notes, output, seen = trained
+    _, notes, output, seen = trained
     key = "backbone.bottom_up.res3.0.conv1.weight"
     start = torch.load(float_weights)["model"][key]
     states = notes.states

@@ -143,8 +143,8 @@ def test_an_offset_is_a_zero_point_of_zero():
 
 
 def test_fcos_predicts_three_outputs_from_two_towers():
-    model, program = shared(*FCOS)
-    assert [output.names for output in program.outputs][0] == ("logits_p3", "deltas_p3", "centerness_p3")
+    _, program = shared(*FCOS)
+    assert program.outputs[0].names == ("logits_p3", "deltas_p3", "centerness_p3")
     # The box tower's last conv once for each grid that reads it.
     last = [conv for conv in program.convs() if conv.path == "head.bbox_subnet.0"]
     assert len(last) == 2 * 5

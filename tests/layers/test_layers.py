@@ -94,9 +94,8 @@ def test_weights_are_not_kept_when_quantizing_one_of_them_fails():
     layers = [QuantConv2d.from_float(Conv2d(2, 2, 1), WEIGHT, None) for i in range(2)]
     head = torch.nn.Sequential(*layers)
     calibrate(layers[0], lambda: layers[0](torch.rand(1, 2, 3, 3)))
-    with pytest.raises(RuntimeError, match="'LSQQuantizer' is not calibrated"):
-        with shared_weights(head):
-            pass
+    with pytest.raises(RuntimeError, match="'LSQQuantizer' is not calibrated"), shared_weights(head):
+        pass
     assert [layer.shared_weight for layer in layers] == [None, None]
 
 

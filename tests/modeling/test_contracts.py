@@ -33,7 +33,7 @@ def test_names_are_detectron2s_plus_quantizers_plus_auxiliary(taps):
 def test_off_is_off_bit_for_bit(extra, how):
     theirs = make_model(*extra, theirs=True)
     model = make_model(*extra, *(QUANT if how == "switched off" else ()))
-    missing, unexpected = model.load_state_dict(theirs.state_dict(), strict=False)
+    _, unexpected = model.load_state_dict(theirs.state_dict(), strict=False)
     assert not unexpected
     set_quantization(model, False)
     for _ in range(3):  # the focal loss is a script whose arithmetic settles after some runs
@@ -90,9 +90,8 @@ def test_dropped_is_dropped(taps):
         for other in (b, c):
             assert torch.equal(a["instances"].scores, other["instances"].scores)
             assert torch.equal(a["instances"].pred_boxes.tensor, other["instances"].pred_boxes.tensor)
-    with pytest.raises(ZeroDivisionError):
-        with without_scaffold(model):
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), without_scaffold(model):
+        raise ZeroDivisionError
     assert model.auxiliary is path
 
 

@@ -52,7 +52,7 @@ def test_methods_against_slow_computations(low, high):
     assert scale("minmax") == pytest.approx(magnitudes[-1] / high)
     assert scale("mean") == pytest.approx(2 * sum(magnitudes) / len(seen) / math.sqrt(high), rel=1e-5)
     assert scale("percentile") == pytest.approx(magnitudes[math.ceil(0.999 * len(seen)) - 1] / high)
-    best, error = slow.best_step(seen, low, high)
+    _, error = slow.best_step(seen, low, high)
     assert slow.squared_error(seen, scale("mse"), low, high) < 1.02 * error
     assert slow.squared_error(seen, magnitudes[-1] / high, low, high) > 1.02 * error or low == -2
 

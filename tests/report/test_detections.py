@@ -1,6 +1,7 @@
 """Curves and outcomes against hand-made data and a plain reference."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def judged(tmp_path):
     def run(detections, change=None):
         entry = write_dataset(tmp_path / "data", "judged")
         if change is not None:
-            content = json.loads(open(entry["json"]).read())
+            content = json.loads(Path(entry["json"]).read_text())
             change(content)
-            open(entry["json"], "w").write(json.dumps(content))
+            Path(entry["json"]).write_text(json.dumps(content))
         results = [dict(zip(("image_id", "category_id", "bbox", "score"), d, strict=True)) for d in detections]
         path = tmp_path / "results.json"
         path.write_text(json.dumps(results))
@@ -73,10 +74,10 @@ def test_curve_against_its_definition(judged):
 @pytest.mark.parametrize("limit, found", [(100, 2), (2, 2), (1, 1)])
 def test_only_the_best_detections_of_an_image_and_class_count(tmp_path, limit, found):
     entry = write_dataset(tmp_path / "data", "limited")
-    content = json.loads(open(entry["json"]).read())
+    content = json.loads(Path(entry["json"]).read_text())
     for annotation in content["annotations"]:
         annotation["category_id"] = 1
-    open(entry["json"], "w").write(json.dumps(content))
+    Path(entry["json"]).write_text(json.dumps(content))
     results = [
         {"image_id": image["id"], "category_id": 1, "bbox": box, "score": score}
         for image in content["images"]

@@ -86,7 +86,7 @@ def test_folders_keep_their_structure_and_videos_their_frames(command, photos, t
 
 
 def test_coco_results_have_all_that_the_detector_finds(command, folder, photos, tmp_path):
-    status, out, _ = command(photos, "--json", tmp_path / "found.json")
+    status, _, _ = command(photos, "--json", tmp_path / "found.json")
     assert status == 0 and written(tmp_path) == sorted(["found.json", *(f"photos/{n}" for n in written(photos))])
     results = json.loads((tmp_path / "found.json").read_text())
     expected = Detector(folder)(photos / "more" / "000017.JPG")

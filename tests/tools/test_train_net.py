@@ -97,7 +97,7 @@ def test_eval_only_of_a_detector_that_finds_nothing(data):
     torch.nn.init.constant_(model.head.cls_score.bias, -50.0)
     torch.save({"model": model.state_dict()}, root / "blind.pth")
     arguments = ("--eval-only", *names, "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "blind.pth")
-    code, stdout, stderr = train_net(root, *arguments, processes=2)
+    code, _, stderr = train_net(root, *arguments, processes=2)
     assert code == 0, stderr
     assert json.loads((root / "out/inference/metrics.json").read_text())["AP"] == 0
 

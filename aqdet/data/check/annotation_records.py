@@ -121,9 +121,10 @@ class AnnotationRecords:
             sized = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
             if isinstance(counts, str | list) and sized:
                 return value
-        elif isinstance(value, list):
-            if all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all_finite(p) for p in value):
-                return value
+        elif isinstance(value, list) and all(
+            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all_finite(p) for p in value
+        ):
+            return value
         self.report.add("segmentation-malformed", *place, "segmentation", value)
         return None
 

@@ -78,14 +78,14 @@ def make_shapes(folder: str | os.PathLike[str], *, num_images: int, seed: int, s
 
 
 def shapes_folder(split: str, cache_dir: str | os.PathLike[str]) -> Path:
-    """
-    Args:
-        split: a key of ``SHAPE_SPLITS``.
-        cache_dir: folder that holds the embedded datasets.
+    """Returns the folder of a split.
 
-    Returns:
-        the folder of a split. Its name holds a digest of the generator and of what it runs on,
-        so that a changed generator never meets an old folder.
+    Its name holds a digest of the generator and of what it runs on, so that a changed generator never meets an old
+    folder.
+
+    Args:
+        split: A key of ``SHAPE_SPLITS``.
+        cache_dir: The folder that holds the embedded datasets.
     """
     digest = hashlib.sha256()
     for file in (scenes.__file__, __file__):

@@ -128,9 +128,9 @@ def _named(header: list[str]) -> dict[str, int]:
         if found is not None:
             columns[column] = found
     # Beside x and y, and without w and h, a width is the box's: with corners it is the image's.
-    if {"x", "y", "width", "height"} <= set(columns) and not {"w", "h"} & set(columns):
-        if not set(_CORNERS) <= set(columns):
-            columns["w"], columns["h"] = columns.pop("width"), columns.pop("height")
+    known = set(columns)
+    if {"x", "y", "width", "height"} <= known and not {"w", "h"} & known and not set(_CORNERS) <= known:
+        columns["w"], columns["h"] = columns.pop("width"), columns.pop("height")
     return columns
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -110,7 +111,7 @@ def test_started_from_the_head_it_predicts_what_the_float_head_predicts():
         features = model.backbone(model.preprocess_image(BATCH).tensor)
         features = [features[name] for name in model.head_in_features]
         ours, theirs = model.auxiliary(features), model.head(features)
-    for a, b in zip(sum(map(list, ours), []), sum(map(list, theirs), []), strict=True):
+    for a, b in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
 
 
@@ -121,7 +122,7 @@ def test_without_relu_in_the_pyramid_the_head_sees_its_positive_part():
     with torch.no_grad(), aligning(model):
         ours = model.auxiliary(features)
         theirs = model.head([f.relu() for f in features])
-    for a, b in zip(sum(map(list, ours), []), sum(map(list, theirs), []), strict=True):
+    for a, b in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
 
 

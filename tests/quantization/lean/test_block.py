@@ -24,10 +24,7 @@ METHODS = ("lsq", "pact", "dorefa")
 
 
 def batch_norm(channels, cycle=False, **kwargs):
-    if cycle:
-        norm = CycleBatchNormList(3, num_features=channels)
-    else:
-        norm = nn.BatchNorm2d(channels, **kwargs)
+    norm = CycleBatchNormList(3, num_features=channels) if cycle else nn.BatchNorm2d(channels, **kwargs)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, channels))
         norm.bias.copy_(torch.linspace(-1, 1, channels))

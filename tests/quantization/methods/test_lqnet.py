@@ -134,7 +134,7 @@ def test_singular_cases_stay_finite(spec, value):
         for _ in range(50):
             y = quantizer(x)
         assert quantizer.basis.isfinite().all() and y.isfinite().all()
-        if abs(value) < 10 and calibrated_on is not None or value == 0.7:
+        if (abs(value) < 10 and calibrated_on is not None) or value == 0.7:
             torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3 * abs(value) + 0.05)
     # A dead channel that wakes up finds its levels.
     x = data(spec)
