@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -41,7 +42,7 @@ class Dense(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """uint8 ``(N, 3, H, W)`` to logits, deltas and, for FCOS, centerness of each level in turn."""
@@ -198,8 +199,8 @@ def export(args: argparse.Namespace) -> None:
         found = {EAGER: len(dense.model(inputs)[0]["instances"])}
         for form in forms:
             form.detector.description = as_it_is
-            networks[form.name] = lambda run=form.detector.run: run(batch)
-            wholes[form.name] = lambda detector=form.detector: detector(image)
+            networks[form.name] = functools.partial(form.detector.run, batch)
+            wholes[form.name] = functools.partial(form.detector, image)
             found[form.name] = len(form.detector(image))
         tasks = {("network", name): task for name, task in networks.items()}
         times = interleave(tasks | {("all", name): task for name, task in wholes.items()}, args.rounds)
@@ -215,7 +216,8 @@ def export(args: argparse.Namespace) -> None:
         for part in ("network", "all"):
             own = times[part, name]
             row += [own.median * 1e3, ratio(own, times[part, ORT_FLOAT]), ratio(own, times[part, EAGER])]
-        rows.append([*row, found[name], memory[name] and memory[name] / 1e6, disk[name] / 1e6])
+        peak = memory[name]
+        rows.append([*row, found[name], None if peak is None else peak / 1e6, disk[name] / 1e6])
     machine = Machine.here()
     print(
         f"{args.size}x{args.size}, 1 image; {machine}; {args.threads} threads, torch {torch.__version__}; "

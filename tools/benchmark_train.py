@@ -153,7 +153,8 @@ def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others
         for variant in variants.values():
             variant.step()
             if number < 0:  # the first steps are not like the others
-                variant.seconds.clear(), variant.processor.clear()
+                variant.seconds.clear()
+                variant.processor.clear()
     kept = {name: saved_bytes(variant) for name, variant in variants.items()}
     peak = {name: peak_bytes(variant) for name, variant in variants.items()}
     base = variants["float"]

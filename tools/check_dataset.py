@@ -107,7 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser()
-    args, args.opts = parser.parse_known_args()
+    args, opts = parser.parse_known_args()
+    args.opts = opts
     known = [name for action in parser._actions for name in action.option_strings]
     for text in args.opts:
         if text.startswith("--"):
@@ -235,7 +236,7 @@ def main() -> None:
         found, strict, cfg = datasets(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    checked = []
+    checked: list[tuple[Declaration, Report, Any]] = []
     for declaration in found:
         report, content, _ = check_declaration(declaration, pixels=not args.no_images)
         for _, earlier, _ in checked:

@@ -8,8 +8,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 INT16_MAX = 2**15 - 1
 _WARM_UP = 3
@@ -52,7 +54,7 @@ class Times:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+def interleave(functions: Mapping[_Key, Callable[[], object]], rounds: int) -> dict[_Key, Times]:
     """Times functions in turn, so that a slow moment of the machine hits all of them.
 
     A pause before each lets the threads of the one before it go to sleep: those of ONNX Runtime spin for some 50 ms,
@@ -61,7 +63,7 @@ def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> di
     for function in functions.values():
         for _ in range(_WARM_UP):
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[_Key, list[float]] = {name: [] for name in functions}
     for _ in _shown(rounds):
         for name, function in functions.items():
             time.sleep(_PAUSE_SECONDS)

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +18,7 @@ from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMi
 from torch.ao.quantization import MovingAveragePerChannelMinMaxObserver as PerChannelObserver
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize as LearnableFakeQuantize
 
+from aqdet.layers import Site
 from aqdet.modeling import QuantPolicy, quantizable_layers
 from aqdet.quantization import QuantSpec, integer_range
 
@@ -89,7 +91,7 @@ class FakeQuantConv2d(nn.Conv2d):
         return self._conv_forward(self.quantize_input(x), self.quantize_weight(self.weight), self.bias)
 
 
-def geometry(conv: nn.Conv2d) -> dict[str, object]:
+def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     """Arguments of a convolution like ``conv``."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
@@ -142,7 +144,8 @@ def convert(model: nn.Module, cfg: CfgNode, make: MakeConv) -> None:
     """Replaces, in place, the convolutions of a float detector that aqdet would quantize by a config."""
     policy = QuantPolicy.from_config(cfg)
     for path, conv in list(quantizable_layers(model)):
-        specs = policy.specs(path, conv.quant_site)
+        assert isinstance(conv, nn.Conv2d)
+        specs = policy.specs(path, cast(Site, conv.quant_site))
         if specs is None:
             continue
         layer = make(conv, *specs)

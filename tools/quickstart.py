@@ -122,6 +122,7 @@ def make_picture(jobs: dict[str, Job], path: str) -> None:
     rows = []
     for record in records:
         image = cv2.imread(record["file_name"])
+        assert image is not None  # the check of the dataset has decoded it
         truth = [(o["bbox"], o["category_id"]) for o in record["annotations"]]
         boxes = np.array([[x, y, x + w, y + h] for (x, y, w, h), _ in truth]).reshape(-1, 4)
         cells = [draw(image, boxes, [index for _, index in truth])]

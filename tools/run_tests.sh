@@ -29,7 +29,7 @@ check() {
 
 check "ruff check" "$python" -m ruff check .
 check "ruff format" "$python" -m ruff format --check .
-check "mypy" "$python" -m mypy aqdet
+check "mypy" "$python" -m mypy aqdet tools
 # One process a core, one thread each: torch's own threads would only compete with the workers.
 OMP_NUM_THREADS=1 check "pytest" \
     "$python" -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
