@@ -1,5 +1,5 @@
 """
-Datasets: the embedded one, declared ones and their check, what feeds them to a model.
+Datasets: the embedded one, declared ones and their check, mappers and loader.
 
 Names are looked up when they are first used: reading and checking data needs neither torch nor Detectron2, the rest
 does. ``aqdet.data.embedded.register`` registers the embedded dataset.

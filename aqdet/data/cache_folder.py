@@ -17,6 +17,6 @@ def set_cache_dir(path: str) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder that :func:`set_cache_dir` has set."""
+    """Returns the folder that :func:`set_cache_dir` has set."""
     default = os.environ.get("AQDET_CACHE") or "~/.cache/aqdet"
     return Path(_cache_dir or default).expanduser()

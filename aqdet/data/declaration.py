@@ -115,7 +115,7 @@ def parse_image_folders(entries: Any, only: Collection[str] | None = None) -> It
 
 
 def resolve(path: str) -> str:
-    """A relative path under ``$DETECTRON2_DATASETS`` if it exists there, else as it is."""
+    """Returns a relative path under ``$DETECTRON2_DATASETS`` if it exists there, else as it is."""
     path = os.path.expanduser(path)
     root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", ""))
     under = os.path.join(root, path)
@@ -124,7 +124,7 @@ def resolve(path: str) -> str:
 
 def existing(path: str, where: str, *, kind: str) -> str:
     """
-    A path looked up.
+    Returns a path looked up.
 
     Args:
         path: as declared.
@@ -183,7 +183,7 @@ def _declaration(entry: Any, where: str) -> Declaration:
 
 
 def _with_format(entry: Any, where: str) -> tuple[Any, Any]:
-    """The entry and its format: as it says, COCO of one with a field json, else what its files look like."""
+    """Returns the entry and its format: as it says, COCO of one with a field json, else what its files look like."""
     from .formats.guess import guess_format
 
     if not isinstance(entry, dict) or "format" in entry or "json" in entry:

@@ -37,7 +37,7 @@ _WATCH_SECONDS = 1.0
 
 
 def seed_generators(*key: int) -> None:
-    """Puts python's, numpy's and torch's generators (CUDA's too) in a state that ``key`` alone decides.
+    """Seeds the generators of Python, numpy and torch, CUDA's included, by ``key`` alone.
 
     Args:
         key: integers that are not negative; different keys give unrelated states.
@@ -50,7 +50,7 @@ def seed_generators(*key: int) -> None:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """As :func:`seed_generators` inside, without CUDA's; afterwards the generators are where they were."""
+    """Seeds as :func:`seed_generators` does within a block, without CUDA; restores the generators afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(3).tolist()
     try:
@@ -212,7 +212,7 @@ def _end_with(parent: int) -> None:
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> TrainLoader:
-    """The loader of a config: Detectron2's dataset and sampler, read by :class:`TrainLoader`.
+    """Returns the loader of a config: Detectron2's dataset and sampler, read by :class:`TrainLoader`.
 
     Without a ``SEED`` in the config one is drawn, the same in all processes.
 

@@ -77,7 +77,7 @@ def register_declared(cfg: CfgNode, *, train: bool = True) -> None:
 
 def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str, Declaration]:
     """
-    The entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` by name, their paths looked up.
+    Returns the entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` by name, their paths looked up.
 
     Args:
         cfg: config.
@@ -96,7 +96,7 @@ def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str,
 @dataclasses.dataclass(frozen=True)
 class DatasetCheck:
     """
-    What :func:`check_datasets` found.
+    The result of :func:`check_datasets`.
 
     Attributes:
         reports: of the declared datasets that are used.

@@ -54,7 +54,7 @@ class Share:
         )
 
     def takes(self, file_name: str) -> bool:
-        """Whether an image is in this part; `file_name` is relative to the image root."""
+        """Returns whether an image is in this part; `file_name` is relative to the image root."""
         name = unicodedata.normalize("NFC", file_name.replace("\\", "/"))
         text = f"{self.seed} {name}".encode("utf-8", "surrogatepass")
         place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") * _PARTS >> 64

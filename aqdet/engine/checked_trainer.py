@@ -16,7 +16,7 @@ _MIN_GRAD_SCALE = 2.0**-16
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss, or its gradient, is infinite or not a number."""
+    """Raised when a loss, or its gradient, is infinite or not a number."""
 
 
 class _CheckedLosses:
@@ -35,9 +35,10 @@ class _CheckedLosses:
 
 
 class CheckedTrainer(_CheckedLosses, SimpleTrainer):
-    """Detectron2's, which raises :class:`NonFiniteLoss` in all processes if a loss of one is not finite.
+    """Detectron2's ``SimpleTrainer``, which stops when a loss or a gradient is not finite.
 
-    Nor may the gradient be, which happens with a finite loss too: by values that the loss masks.
+    All processes raise :class:`NonFiniteLoss` when a loss of one of them is not finite. A gradient can be infinite
+    although the loss is finite, through values that the loss masks.
     """
 
     def _wrong_gradients(self) -> str:
@@ -54,9 +55,10 @@ class CheckedTrainer(_CheckedLosses, SimpleTrainer):
 
 
 class CheckedAMPTrainer(_CheckedLosses, AMPTrainer):
-    """As :class:`CheckedTrainer` in mixed precision, where the scaler skips gradients that are not finite.
+    """Detectron2's ``AMPTrainer``, which stops when a loss is not finite or every step is skipped.
 
-    If it does so in step after step, nothing trains any more, which the losses do not show.
+    The scaler of mixed precision skips steps whose gradients are not finite. If it skips step after step, the model
+    does not train any more, which the losses do not show.
     """
 
     def _wrong_gradients(self) -> str:

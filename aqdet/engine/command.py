@@ -72,7 +72,7 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, DatasetCheck]:
 
 
 def train(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:
-    """Trains; from the first moment when nothing can be refused any more ``OUTPUT_DIR`` is this run's."""
+    """Trains; takes ``OUTPUT_DIR`` for this run as soon as nothing can be refused any more."""
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume or is_restart())
     with trainer.started():
@@ -82,7 +82,7 @@ def train(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunL
 
 
 def evaluate(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:
-    """Evaluates a checkpoint or an exported folder, into ``OUTPUT_DIR/inference`` and nothing beside it."""
+    """Evaluates a checkpoint or an exported folder; writes into ``OUTPUT_DIR/inference`` alone."""
     if args.exported:
         try:
             from ..evaluation.exported import load_exported
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """One process's part of the job."""
+    """Runs one process's part of the job."""
     try:
         with RunLog() as log:
             cfg, check = setup(args)

@@ -24,7 +24,7 @@ NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSync
 
 
 def fit_to_machine(cfg: CfgNode) -> None:
-    """Changes what this machine cannot do, each change logged: device, and on a CPU SyncBN and mixed precision."""
+    """Changes keys that this machine cannot follow, and logs each: device, SyncBN and mixed precision on a CPU."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
@@ -39,7 +39,7 @@ def fit_to_machine(cfg: CfgNode) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks what Detectron2 would fail on without saying which key it comes from, or take without a word.
+    """Checks values that Detectron2 accepts silently, or fails on without naming the key.
 
     Raises:
         ValueError: in one line, naming the key, the value and the valid ones.

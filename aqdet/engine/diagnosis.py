@@ -134,7 +134,7 @@ def find_non_finite(model: nn.Module, run: Callable[[], object]) -> NonFiniteTen
 
 
 def all_finite(values: Any) -> bool:
-    """Whether all floating point tensors in nested lists, tuples and dicts are finite."""
+    """Returns whether all floating point tensors in nested lists, tuples and dicts are finite."""
     if isinstance(values, Tensor):
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     if isinstance(values, Mapping):
@@ -143,7 +143,7 @@ def all_finite(values: Any) -> bool:
 
 
 def _level_by_calls(model: nn.Module, layer: str, then: Counter[str], total: Counter[str]) -> str:
-    """The level of a head's layer: heads are called once a level, in order."""
+    """Returns the level of a head's layer: heads are called once a level, in order."""
     names: Sequence[str] = getattr(model, "head_in_features", ())
     while layer:
         if total[layer] > 1:
@@ -154,7 +154,7 @@ def _level_by_calls(model: nn.Module, layer: str, then: Counter[str], total: Cou
 
 
 def _level_of(name: str) -> str:
-    """The level or stage that is part of a layer's name."""
+    """Returns the level or stage that is part of a layer's name."""
     match = re.search(r"\b(?:fpn_[a-z]+|p)(\d)\b", name)
     if match:
         return f"p{match.group(1)}"
@@ -163,7 +163,7 @@ def _level_of(name: str) -> str:
 
 
 def describe_single_value(model: nn.Module, error: ValueError) -> str:
-    """Which batch norm an error of torch's is about that got one value a channel; "" for any other error.
+    """Names the batch norm that got one value a channel, from torch's error; "" for any other error.
 
     Args:
         model: not wrapped for distribution.
@@ -187,7 +187,7 @@ def describe_single_value(model: nn.Module, error: ValueError) -> str:
 
 
 def describe_scales(model: nn.Module, names: Sequence[str]) -> str:
-    """Names with their scales, or ranges of scales."""
+    """Returns a text of quantizers' names with their scales, or ranges of scales."""
     modules = dict(quantizers(model))
     texts = []
     for name in names:

@@ -15,7 +15,7 @@ from ..quantization import quantizers
 
 
 def loss_normalizers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:
-    """Moving averages that Detectron2's dense detectors keep in an attribute, by module."""
+    """Returns the moving averages that Detectron2's dense detectors keep in an attribute, by module."""
     return {name: float(vars(m)["loss_normalizer"]) for name, m in modules if "loss_normalizer" in vars(m)}
 
 
@@ -28,7 +28,7 @@ def set_loss_normalizers(modules: Iterable[tuple[str, nn.Module]], values: Mappi
 
 
 class ForwardState:
-    """What a training forward changes in a model: statistics in buffers, and loss normalizers."""
+    """The state that a training forward changes in a model: statistics in buffers, and loss normalizers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.named_modules())  # walking the model in every iteration takes longer than copying
@@ -36,11 +36,11 @@ class ForwardState:
         self._buffers = [b for n, b in named if b.is_floating_point() or n.endswith("num_batches_tracked")]
 
     def get(self) -> tuple[list[Tensor], dict[str, float]]:
-        """A copy."""
+        """Returns a copy of the state."""
         return [buffer.clone() for buffer in self._buffers], loss_normalizers(self._modules)
 
     def set(self, state: tuple[list[Tensor], dict[str, float]]) -> None:
-        """Puts a copy back."""
+        """Restores a copy that :meth:`get` returned."""
         for buffer, value in zip(self._buffers, state[0], strict=True):
             buffer.copy_(value)
         set_loss_normalizers(self._modules, state[1])

@@ -47,7 +47,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 
 def join_process_group(device: str) -> None:
-    """Under torchrun, joins its processes: by NCCL on GPUs, by gloo on CPUs. Otherwise only checks the device.
+    """Joins the processes of torchrun by NCCL on GPUs and by gloo on CPUs; without torchrun only checks the device.
 
     The store that torchrun lends outlives a restart, with the addresses of the processes before it. So on one
     node each attempt gets keys of its own. Nodes may count attempts differently: for restarts on several, set
@@ -83,17 +83,17 @@ def join_process_group(device: str) -> None:
 
 
 def rank_of_this_process() -> int:
-    """The process's rank in the run, under torchrun also before :func:`join_process_group`."""
+    """Returns the process's rank in the run, under torchrun also before :func:`join_process_group`."""
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else comm.get_rank()
 
 
 def is_restart() -> bool:
-    """Whether torchrun started this process in place of one that failed."""
+    """Returns whether torchrun started this process in place of one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def continuing_command() -> str:
-    """The command line that continues this run."""
+    """Returns the command line that continues this run."""
     start = ["python"]
     if dist.is_torchelastic_launched():
         start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]

@@ -13,7 +13,7 @@ from ..data.registry import NUM_CLASSES_NODES
 
 
 def describe_nothing_found(cfg: CfgNode, results: Mapping[str, Any]) -> str:
-    """Says what to look at if an AP is 0, be it that no detection is above the threshold or that none is right.
+    """Lists the likely causes of an AP of 0: no detection above the threshold, or none that is right.
 
     Args:
         cfg: The config of the training.

@@ -145,7 +145,7 @@ def _refusal(folder: str, holder: str) -> str:
 
 
 def write_config(cfg: CfgNode) -> None:
-    """Writes ``OUTPUT_DIR/config.yaml``; that of an earlier training in the folder becomes ``config.yaml.old``."""
+    """Writes ``OUTPUT_DIR/config.yaml``; the file of an earlier training becomes ``config.yaml.old``."""
     path, text = os.path.join(cfg.OUTPUT_DIR, CONFIG), cfg.dump()
     with contextlib.suppress(FileNotFoundError):
         with open(path, encoding="utf-8") as file:
@@ -157,7 +157,7 @@ def write_config(cfg: CfgNode) -> None:
 
 @contextlib.contextmanager
 def evaluation_noted(cfg: CfgNode, **facts: Any) -> Iterator[None]:
-    """Notes in ``OUTPUT_DIR/inference`` what the results there were made with.
+    """Records in ``OUTPUT_DIR/inference`` the config and the weights of the results there.
 
     ``config.yaml`` is the config and ``evaluation.json`` says which weights. The note of an earlier evaluation is
     removed before the block and the new one is written after it, by the main process.

@@ -1,4 +1,4 @@
-"""What a quantized training needs, for a loop or a trainer that is not ours."""
+"""Preparation of a quantized training for a custom loop, or for another trainer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Preparation(TrainerBase):
-    """A model that is ready for the first step of a loop of one's own, and all that goes with it.
+    """A model that is ready for the first step of a custom loop, with its optimizer and checkpointer.
 
     Attributes:
         model: the model that was prepared, in training mode.
@@ -69,7 +69,7 @@ class Preparation(TrainerBase):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """Gives the detector alone, without its auxiliary path, in evaluation mode, and takes it back after.
+        """Yields the detector alone, without its auxiliary path, in evaluation mode; restores the model afterwards.
 
         With ``SOLVER.EMA_DECAY`` it is the moving average.
         """
@@ -100,7 +100,7 @@ def prepare(
     weights: str | None = None,
     resume: bool = False,
 ) -> Preparation:
-    """Prepares a model for a training loop of one's own.
+    """Prepares a model for a custom training loop.
 
     It loads the weights, starts the auxiliary path, attaches the teacher, calibrates the quantizers and builds the
     optimizer::
@@ -217,7 +217,7 @@ def _prepare_model(cfg: CfgNode, model: nn.Module, host: TrainerBase | None) -> 
 
 
 def _hooks(cfg: CfgNode, model: nn.Module, average: WeightAverageHook | None) -> list[HookBase]:
-    """The hooks of a config in the order of :class:`aqdet.engine.Trainer`."""
+    """Returns the hooks of a config in the order of :class:`aqdet.engine.Trainer`."""
     frozen = FreezeBNHook(cfg.SOLVER.FREEZE_BN_ITER) if cfg.SOLVER.FREEZE_BN_ITER != -1 else None
     hooks = [frozen, build_oscillation_hook(cfg, model), average]
     return [hook for hook in hooks if hook is not None]

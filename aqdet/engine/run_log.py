@@ -20,7 +20,7 @@ class _File(logging.FileHandler):
 
 
 class RunLog(logging.Handler):
-    """Keeps what is logged until a folder is given, and then writes it and all that follows to ``log.txt`` there.
+    """Keeps log records until a folder is given, and then writes them and all that follow to ``log.txt`` there.
 
     A command that is refused so leaves no file. Used in a ``with`` statement, whose end closes the file. Processes
     other than the main one write ``log.txt.rank<number>``, as with Detectron2's ``setup_logger``.
@@ -76,7 +76,7 @@ class RunLog(logging.Handler):
 
 @contextlib.contextmanager
 def errors_in_one_line(*kinds: type[BaseException]) -> Iterator[None]:
-    """Leaves the traceback out of what Detectron2's training loop logs of errors that are no fault of the program.
+    """Omits the traceback that Detectron2's training loop logs for errors that are no fault of the program.
 
     With ``AQDET_DEBUG`` set in the environment it stays.
 

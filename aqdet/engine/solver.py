@@ -1,4 +1,4 @@
-"""Parameter groups, and how what quantizers learn is stepped."""
+"""Parameter groups, and the optimizer's step for the parameters of quantizers."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ class RelativeStep(torch.optim.Optimizer):
 
 
 def with_relative_step(optimizer: type[torch.optim.Optimizer]) -> type[RelativeStep]:
-    """The class of an optimizer that gives quantizers' parameters the rule of :class:`RelativeStep`."""
+    """Returns the class of an optimizer that steps quantizers' parameters as :class:`RelativeStep` does."""
     return type(f"Relative{optimizer.__name__}", (RelativeStep, optimizer), {})
 
 
 def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
-    """Detectron2's parameter groups, with rules for what it does not know.
+    """Returns Detectron2's parameter groups, with rules for parameters that it does not know.
 
     The parameters of quantizers step by a share of their size (:class:`RelativeStep`), at most ``QUANT.SCALE_LR``,
     and have no weight decay, except PACT's ``alpha``, which has its own; the shared affine of one-BN-per-level lists
@@ -168,7 +168,7 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD as Detectron2 builds it, or AdamW (1711.05101), over :func:`optimizer_groups`.
+    """Builds SGD as Detectron2 does, or AdamW (1711.05101), over :func:`optimizer_groups`.
 
     The parameters of quantizers have one rule with both, :class:`RelativeStep`.
 

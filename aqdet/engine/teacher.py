@@ -11,7 +11,7 @@ _ROLE = "the checkpoint of this detector in full precision"
 
 
 def build_distillation(cfg: CfgNode) -> Distillation:
-    """The teacher by ``MODEL.DISTILL``: the config's detector with nothing quantized and nothing beside it.
+    """Builds the teacher of ``MODEL.DISTILL``: the config's detector without quantizers and auxiliary path.
 
     Raises:
         ValueError: in one line that names the key, if its checkpoint is missing, does not fit or lacks a part.

@@ -213,7 +213,7 @@ class Trainer(DefaultTrainer):
                 raise
 
     def run_step(self) -> None:
-        """One iteration, with random numbers of its own.
+        """Runs one iteration, with random numbers of its own.
 
         Detectron2's scripted losses compute their gradient in another order from the second call in a process
         on, when TorchScript has optimized them: not here where a resume is to be exact. On CPUs that costs
@@ -246,7 +246,7 @@ class Trainer(DefaultTrainer):
         return f"; the state from before is in {self.checkpointer.get_checkpoint_file()}"
 
     def after_train(self) -> None:
-        """Calls the hooks' ``after_train``; none of them hides the error that ends a training by one of its own.
+        """Calls the hooks' ``after_train``; an error of theirs does not hide the one that ends the training.
 
         A run that is resumed after its last iteration is not one further, and one that failed is not at its end.
         """
@@ -275,7 +275,7 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """See Detectron2's; warns if quantized training is about to start from random weights.
+        """Loads as Detectron2's trainer does; warns if quantized training is about to start from random weights.
 
         All processes continue from the main one's checkpoint, or none does. Nothing is written: a run that starts
         anew puts aside the note of where an earlier one in its folder stood when it starts.
@@ -297,7 +297,7 @@ class Trainer(DefaultTrainer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, optimizer, seed, and loss normalizers, which are plain attributes of the model."""
+        """Returns iteration, hooks, optimizer, seed, and loss normalizers, which are plain attributes of the model."""
         state = super().state_dict()
         state.setdefault("_trainer", self._trainer.state_dict())  # left out by Detectron2 0.6
         state["seed"] = self.data_loader.seed
@@ -333,7 +333,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        """Detectron2's schedule, which divides by the number of iterations: without any it is that of one."""
+        """Builds Detectron2's schedule; for no iterations that of one, since it divides by their number."""
         if cfg.SOLVER.MAX_ITER == 0:
             cfg = cfg.clone()
             cfg.defrost()
@@ -360,7 +360,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's, whose workers end with this process, also where it is killed.
+        """Builds Detectron2's loader, whose workers end with this process, also when it is killed.
 
         Raises:
             ValueError: naming ``DATASETS.TEST``, if the dataset has no images.

@@ -68,12 +68,12 @@ class MetricsWriter(EventWriter):
             self._file = None
 
     def state_dict(self) -> dict[str, int]:
-        """Length of the file in bytes and the last iteration in it."""
+        """Returns the length of the file in bytes and the last iteration in it."""
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         return {"bytes": size, "last_write": self._last_write}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Cuts off what was written after :meth:`state_dict`, half a line perhaps."""
+        """Truncates the file to its length at :meth:`state_dict`, at the end of a line."""
         self._last_write = state["last_write"]
         file = self._opened()
         size = os.path.getsize(self._path)
@@ -82,7 +82,7 @@ class MetricsWriter(EventWriter):
         file.truncate(min(size, state["bytes"]))
 
     def start_anew(self) -> None:
-        """Puts the lines of an earlier run aside."""
+        """Renames the file of an earlier run."""
         self.close()
         if os.path.exists(self._path) and os.path.getsize(self._path):
             os.replace(self._path, f"{self._path}.old")
@@ -90,7 +90,7 @@ class MetricsWriter(EventWriter):
 
 
 class TensorboardWriter(EventWriter):
-    """Detectron2's writer for TensorBoard, made when there is something to write.
+    """Detectron2's writer for TensorBoard, created with the first scalar.
 
     Args:
         folder: The folder of the event file.
@@ -101,7 +101,7 @@ class TensorboardWriter(EventWriter):
         self._writer: TensorboardXWriter | None = None
 
     def write(self) -> None:
-        """Writes what is new."""
+        """Writes the scalars that are new."""
         if self._writer is None:
             self._writer = TensorboardXWriter(self._folder, window_size=WINDOW)
         self._writer.write()

@@ -114,7 +114,7 @@ def finds_masks(cfg: CfgNode) -> bool:
 
 
 class RecordedEvaluator(DatasetEvaluator):
-    """An evaluator of Detectron2's whose results are also written to ``metrics.json``.
+    """An evaluator of Detectron2 whose results are also written to ``metrics.json``.
 
     Args:
         evaluator: gives ``{task: {metric: value}}``.
@@ -135,7 +135,7 @@ class RecordedEvaluator(DatasetEvaluator):
         self._evaluator.process(inputs, outputs)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """The evaluator's results on the main process, ``{}`` on the others."""
+        """Returns the evaluator's results on the main process, ``{}`` on the others."""
         results = self._evaluator.evaluate()
         if not comm.is_main_process() or not results:
             return {}

@@ -12,7 +12,7 @@ from ..utils.files import write_json
 
 
 class TopKEvaluator(DatasetEvaluator):
-    """Share of images whose label is among the 1 and the 5 best scores, in percent; written to ``metrics.json``.
+    """Computes top-1 and top-5 accuracy in percent, and writes them to ``metrics.json``.
 
     Args:
         output_dir: folder of the file.
@@ -37,7 +37,7 @@ class TopKEvaluator(DatasetEvaluator):
             self._hits["top5"] += given["label"] in best
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """``{"classification": {"top1": ..., "top5": ...}}`` on the main process, ``{}`` on the others."""
+        """Returns ``{"classification": {"top1": ..., "top5": ...}}`` on the main process, ``{}`` on the others."""
         parts = comm.gather((self._images, self._hits))
         if not comm.is_main_process():
             return {}

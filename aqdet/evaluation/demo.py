@@ -40,7 +40,7 @@ class Demo:
         self._predictor = Predictor(cfg, weights)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Detections in images, each ``(H, W, 3)`` uint8 in BGR order, on the CPU."""
+        """Returns the detections in images, each ``(H, W, 3)`` uint8 in BGR order, on the CPU."""
         return [self._predictor(image)["instances"].to("cpu") for image in images]
 
     def drawer(self, is_video: bool) -> Draw:

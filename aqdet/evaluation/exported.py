@@ -32,7 +32,7 @@ class ExportedDetector(nn.Module):
         self.detector = detector
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """N inputs to N ``{"instances": ...}`` with ``pred_boxes``, ``scores`` and ``pred_classes``."""
+        """Maps N inputs to N ``{"instances": ...}`` with ``pred_boxes``, ``scores`` and ``pred_classes``."""
         images = [entry["file_name"] for entry in batched_inputs]
         found = self.detector.detect(images)
         return [
@@ -42,7 +42,7 @@ class ExportedDetector(nn.Module):
 
 
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
-    """Detectron2's form of detections in an image of ``(height, width)``."""
+    """Converts detections in an image of ``(height, width)`` into Detectron2's ``Instances``."""
     return Instances(
         image_size,
         pred_boxes=Boxes(torch.from_numpy(detections.boxes)),

@@ -1,4 +1,4 @@
-"""LVIS's AP."""
+"""AP of LVIS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 
 
 def check_lvis_eval() -> None:
-    """Checks that what evaluates LVIS is installed.
+    """Checks that the package that evaluates LVIS is installed.
 
     Raises:
         ValueError: in one line, naming the package.

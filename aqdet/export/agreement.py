@@ -51,7 +51,7 @@ _FLOAT32_SLACK = 2.0**-21
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One value of one execution against the reference.
+    """The comparison of one value of one execution with the reference.
 
     Attributes:
         value: its name. execution: one of :data:`EXECUTIONS`.
@@ -79,7 +79,7 @@ def compare(
     *,
     tensorrt: bool = False,
 ) -> list[Difference]:
-    """Runs everything on some images.
+    """Runs every execution on some images and compares it with the reference.
 
     Args:
         model: the detector that ``program`` was extracted from.
@@ -196,7 +196,7 @@ def _unexplained(
 def _before_rounding(
     operation: Operation, inputs: list[NDArray[np.int64]], grids: Mapping[str, Grid]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The real number, in output codes, that is rounded to a code; and float32's error in computing it."""
+    """Returns the real number, in output codes, that is rounded to a code; and float32's error in computing it."""
     if isinstance(operation, Conv):
         assert operation.grid is not None
         source = grids[operation.input]
@@ -217,7 +217,7 @@ def _before_rounding(
 
 
 def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Values:
-    """Codes behind what the fake-quantized model computes, ``(1, 3, H, W)`` in; predictions as they are."""
+    """Returns the codes behind the values of the fake-quantized model, and its predictions as they are."""
     recorded: dict[str, list[NDArray[np.int16]]] = {}
     training = model.training
     model.eval()
@@ -295,7 +295,7 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
 
 
 def runtime_session(model: Any, *, optimize: bool, optimized_path: str | None = None) -> onnxruntime.InferenceSession:
-    """A session on one thread of the CPU.
+    """Creates a session on one thread of the CPU.
 
     Args:
         model: an ``onnx.ModelProto``.
@@ -314,7 +314,7 @@ def runtime_session(model: Any, *, optimize: bool, optimized_path: str | None = 
 
 
 def runtime_values(session: onnxruntime.InferenceSession, program: Program, image: NDArray[np.uint8]) -> Values:
-    """Codes and predictions of a session whose graph has ``extra_outputs``."""
+    """Returns codes and predictions of a session whose graph has ``extra_outputs``."""
     grids = program.grids()
     names = [output.name for output in session.get_outputs()]
     values = dict(zip(names, session.run(names, {IMAGE: image}), strict=True))

@@ -9,7 +9,7 @@ NOT_STATED = "not stated: write it here before you pass the folder on"
 
 
 def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Sequence[str], licence: str = "") -> str:
-    """The text.
+    """Returns the text of the model card.
 
     Args:
         content: of ``detector.json``.

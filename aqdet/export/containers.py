@@ -13,7 +13,7 @@ PAIR_LIMIT = 2**15 - 1
 
 
 def int8_parts(conv: Conv, source: Grid) -> list[NDArray[np.int8]]:
-    """Integer weights as a sum of int8 ones, each for one reading of the input ``source``.
+    """Splits integer weights into a sum of int8 ones, each for one reading of the input ``source``.
 
     Without VNNI, x86 adds two products of uint8 and int8 in int16, which saturates. So a part's codes stay within
     what :data:`PAIR_LIMIT` allows beside the largest input code: at 4 bits there is one part, at 8 bits there are two,

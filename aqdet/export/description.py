@@ -24,7 +24,7 @@ PREPROCESSING = (
 
 
 def pad_image(program: Program, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """``(3, H, W)`` with rows and columns of the code of zero, up to multiples of the size divisibility."""
+    """Pads ``(3, H, W)`` by rows and columns of the code of zero, up to multiples of the size divisibility."""
     bottom, right = (-side % program.size_divisibility for side in image.shape[1:])
     padded = [
         np.pad(channel, ((0, bottom), (0, right)), constant_values=value)
@@ -34,14 +34,14 @@ def pad_image(program: Program, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def pad_values(program: Program) -> tuple[int, ...]:
-    """The code of zero of each image channel."""
+    """Returns the code of zero of each image channel."""
     return next(operation.values for operation in program.operations if isinstance(operation, PadImage))
 
 
 def describe_detector(
     cfg: CfgNode, model: Any, program: Program, rows: list[dict[str, Any]], progress: Callable[[str], object]
 ) -> dict[str, Any]:
-    """The content of ``detector.json``, see :mod:`aqdet.runtime.folder`.
+    """Returns the content of ``detector.json``, see :mod:`aqdet.runtime.folder`.
 
     Raises:
         ValueError: naming the config key, for anchors that the runtime does not know.

@@ -72,7 +72,7 @@ def build_end_to_end(network: onnx.ModelProto, description: Description) -> onnx
 
 
 def largest_float32_below(threshold: float) -> float:
-    """The largest float32 that is not above ``threshold``: no float32 lies between them."""
+    """Returns the largest float32 that is not above ``threshold``: no float32 lies between them."""
     value = np.float32(threshold)
     return float(value if float(value) <= threshold else np.nextafter(value, np.float32(-np.inf)))
 
@@ -190,7 +190,7 @@ class _Builder:
         return self.op("Add", self.op("Mul", image, self.size_of(scores, 1)), candidate)
 
     def among_the_first(self, images: str) -> str:
-        """Whether a detection is among the best of its image that are kept; they are in order."""
+        """Returns whether a detection is among the best of its image that are kept; they are in order."""
         batch = self.op("Squeeze", self.size_of(PIXELS, 0))
         numbers = self.op("Range", self.scalar(0), batch, self.scalar(1))
         own = self.op("Equal", self.op("Unsqueeze", images, self.ints(1)), numbers)
@@ -200,7 +200,7 @@ class _Builder:
         return self.op("LessOrEqual", place, self.scalar(self.description.max_detections))
 
     def level(self, level: Level) -> tuple[str, str, str]:
-        """The best candidates of a level: boxes ``(N, k, 4)``, scores ``(N, k)``, classes ``(N, k)``."""
+        """Returns the best candidates of a level: boxes ``(N, k, 4)``, scores ``(N, k)``, classes ``(N, k)``."""
         description = self.description
         anchors, classes = len(level.anchors), len(description.classes)
         width = self.op("Squeeze", self.size_of(level.logits, 3))

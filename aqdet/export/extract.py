@@ -1,4 +1,4 @@
-"""From the modules of a trained detector to its integer program."""
+"""Extraction of the integer program from the modules of a trained detector."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Value:
 
 
 def extract(model: nn.Module) -> Program:
-    """The integer program of a detector.
+    """Returns the integer program of a detector.
 
     Args:
         model: a calibrated :class:`~aqdet.modeling.QuantRetinaNet` or :class:`~aqdet.modeling.QuantFCOS`; its
@@ -63,7 +63,7 @@ def extract(model: nn.Module) -> Program:
 
 
 def with_rounded_constants(model: nn.Module) -> nn.Module:
-    """A copy of a detector with the constants that ship, otherwise the same.
+    """Returns a copy of a detector with the constants that ship, otherwise the same.
 
     A bias is what int32 makes of it: it moves by at most half a unit of its convolution's sum, through the norm's
     running mean. A sum has the scales of :mod:`~aqdet.export.sums`. Between this model and the program only float32's
@@ -88,7 +88,7 @@ class ScaledAdd(QuantAdd):
         self.x_quantizer, self.y_quantizer, self.gains = add.x_quantizer, add.y_quantizer, gains
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Two tensors of one shape to their sum."""
+        """Returns the sum of two tensors of one shape."""
         x = x if self.x_quantizer is None else self.x_quantizer(x)
         y = y if self.y_quantizer is None else self.y_quantizer(y)
         return x * self.gains[0] + y * self.gains[1]
@@ -276,7 +276,7 @@ class _Extractor:
         return module
 
     def _site(self, module: nn.Module, path: str, level: str = "") -> _Value:
-        """The input of a convolution."""
+        """Returns the input of a convolution."""
         quantizer = self._quantized(module, path).input_quantizer
         name = f"{path}.input_quantizer"
         return _Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
@@ -299,7 +299,7 @@ class _Extractor:
         return target
 
     def _add(self, x: _Value, y: _Value, target: _Value, parent: nn.Module, name: str) -> _Value:
-        """The sum that the module ``name`` of ``parent`` computes."""
+        """Returns the sum that the module ``name`` of ``parent`` computes."""
         check_reach(_largest(x.grid) + _largest(y.grid), target.grid, target.name)
         multipliers, shift = choose_sum_scales((x.grid, y.grid), target.grid, target.name)
         self.operations.append(Add(target.name, (x.name, y.name), target.grid, multipliers, shift))
@@ -384,7 +384,7 @@ class _Extractor:
 
 
 def _largest(grid: Grid) -> float:
-    """The largest magnitude on a grid."""
+    """Returns the largest magnitude on a grid."""
     return max(-grid.quant_min, grid.quant_max) * grid.scale
 
 

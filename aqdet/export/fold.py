@@ -27,7 +27,7 @@ def as_array(tensor: Tensor) -> NDArray[np.float64]:
 
 
 def norm_affine(norm: nn.Module | None, level: int, channels: int, path: str) -> tuple[NDArray, NDArray]:
-    """Multiplier and offset of a norm at evaluation, ``(O,)`` each, in float64."""
+    """Returns the multiplier and the offset of a norm at evaluation, ``(O,)`` each, in float64."""
     multiplier, offset = np.ones(channels), np.zeros(channels)
     if norm is None:
         return multiplier, offset
@@ -66,7 +66,7 @@ def fold(
     target: Grid | None,
     path: str,
 ) -> dict[str, NDArray]:
-    """``sign``, ``multiple``, ``scale`` and ``bias`` of a convolution whose output is ``sums * weight_scale + bias``.
+    """Folds a convolution, ``sums * weight_scale + bias``, into ``sign``, ``multiple``, ``scale`` and ``bias``.
 
     Args:
         codes: ``(O, C / groups, kH, kW)``.

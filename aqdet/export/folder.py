@@ -231,7 +231,7 @@ def _check_ranges(
 
 
 def golden_layers(program: Program) -> list[str]:
-    """Values whose codes go into the golden vectors: the first, the last, and sums between them."""
+    """Returns the values whose codes go into the golden vectors: the first, the last, and sums between them."""
     names = [operation.output for operation in program.operations if isinstance(operation, Add)]
     codes = [conv.output for conv in program.convs() if conv.grid is not None]
     return list(dict.fromkeys([codes[0], *names[:: max(len(names) // 3, 1)], codes[-1]]))

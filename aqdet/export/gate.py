@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class NotGoodEnough(ValueError):
-    """A detector that is not to ship.
+    """Raised for a detector that must not ship.
 
     Attributes:
         exit_status: of a program that stops for it.
@@ -74,7 +74,7 @@ class Matches:
             hits += [float(found.scores[i]) for i, _ in match(found, objects)]
 
     def summary(self) -> dict[str, float | int | None]:
-        """Numbers for a report; ``threshold`` is where the exported model has the recall of the trained at SHOWN."""
+        """Returns numbers for a report; at ``threshold`` the exported model has the trained one's recall at SHOWN."""
         wanted = sum(score >= SHOWN for score in self.hits[0])
         best = sorted(self.hits[1], reverse=True)
         differences = np.abs(np.array(self.differences or [0.0]))
@@ -91,7 +91,7 @@ class Matches:
 
 
 def match(found: Instances, others: Instances) -> list[tuple[int, int]]:
-    """Pairs of detections and objects or other detections of their class, the surest first, each at most once."""
+    """Pairs detections with objects or other detections of their class, the surest first, each at most once."""
     if not len(found) or not len(others):
         return []
     overlaps = pairwise_iou(_boxes(found), _boxes(others))
@@ -114,7 +114,7 @@ def _classes(instances: Instances) -> torch.Tensor:
 
 
 def dataset_records(cfg: CfgNode, dataset: str) -> tuple[CfgNode, list[dict[str, Any]]]:
-    """A config whose test set is a dataset, and the dataset's records.
+    """Returns a config whose test set is a dataset, and the dataset's records.
 
     Raises:
         ValueError: in one line, for a dataset that is not known or has no records.
@@ -241,6 +241,6 @@ def check_loss(evaluation: dict[str, Any], max_loss: float) -> None:
 
 
 def as_bgr(image: NDArray[np.uint8], channels: str) -> NDArray[np.uint8]:
-    """A network's image, ``(3, H, W)``, as the runtime takes one: ``(H, W, 3)`` BGR."""
+    """Returns a network's image, ``(3, H, W)``, as the runtime takes one: ``(H, W, 3)`` BGR."""
     pixels = image.transpose(1, 2, 0)
     return np.ascontiguousarray(pixels if channels == "BGR" else pixels[:, :, ::-1])

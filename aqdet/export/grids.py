@@ -66,7 +66,7 @@ def _first_of(tensor: Tensor, wrong: Tensor) -> str:
 
 
 def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
-    """The grid of an activation.
+    """Returns the grid of an activation.
 
     Raises:
         ValueError: in one line, if there is none that integers can be on.

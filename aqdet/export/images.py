@@ -1,4 +1,4 @@
-"""Images for an export to be measured on."""
+"""Images on which an export is measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..utils.files import IMAGE_ENDINGS, is_image
 
 
 def network_image(cfg: CfgNode, file: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """An image file as the network reads it, ``(3, H, W)`` in ``cfg.INPUT.FORMAT``.
+    """Reads an image file as the network does, ``(3, H, W)`` in ``cfg.INPUT.FORMAT``.
 
     Raises:
         OSError: if it cannot be read.
@@ -60,7 +60,7 @@ def images_of(cfg: CfgNode, paths: Sequence[str], limit: int) -> list[NDArray[np
 def training_images(
     cfg: CfgNode, number: int, progress: Callable[[str], object] = lambda _: None
 ) -> list[NDArray[np.uint8]]:
-    """Images of the training set, from which quantizers were calibrated, spread over it.
+    """Reads images spread over the training set, on which quantizers were calibrated.
 
     Args:
         cfg: names the set.

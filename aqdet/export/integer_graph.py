@@ -20,7 +20,7 @@ INTEGER_KINDS = frozenset(
 
 
 def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> dict[str, int]:
-    """Operators of the graph that ONNX Runtime executes, with their numbers.
+    """Counts the operators of the graph that ONNX Runtime executes.
 
     Raises:
         ValueError: naming them, if operations that do not come after a prediction compute in float.

@@ -45,7 +45,7 @@ DESCRIPTION = (
 def build_onnx(
     program: Program, *, extra_outputs: bool = False, metadata: Mapping[str, str] | None = None
 ) -> onnx.ModelProto:
-    """The program as an ONNX model.
+    """Builds the program as an ONNX model.
 
     Args:
         program: what to write.
@@ -77,7 +77,7 @@ class GraphBuilder:
         self._by_content: dict[bytes, str] = {}
 
     def build(self, extra_outputs: bool, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
-        """See :func:`build_onnx`."""
+        """Builds the model; see :func:`build_onnx`."""
         for operation in self.program.operations:
             if isinstance(operation, PadImage):
                 self.pad_image(operation)
@@ -99,16 +99,16 @@ class GraphBuilder:
     # --- parts ---
 
     def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Adds a node with one output, whose name it returns and has."""
+        """Adds a node that is named after its one output, and returns that name."""
         self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, value: Any, dtype: Any) -> str:
-        """An initializer, shared with any other of the same content."""
+        """Adds an initializer, shared with any other of the same content, and returns its name."""
         return self.initializer(numpy_helper.from_array(np.array(value, dtype, order="C"), name))
 
     def initializer(self, tensor: TensorProto) -> str:
-        """See :meth:`constant`."""
+        """Adds a tensor as :meth:`constant` does an array."""
         content = f"{tensor.data_type} {list(tensor.dims)} ".encode() + tensor.raw_data
         digest = hashlib.sha256(content).digest()
         if digest not in self._by_content:
@@ -123,14 +123,14 @@ class GraphBuilder:
         return self.constant(f"zero_point_{grid.zero_point}", grid.zero_point, np.uint8)
 
     def dequantized(self, name: str, reader: str, scale: float | None = None) -> str:
-        """The real values of ``name``, or its codes times ``scale``, through a DequantizeLinear of the reader's own."""
+        """Adds a DequantizeLinear of the reader's own to the real values of ``name``, or its codes times ``scale``."""
         grid = self.grids[name]
         own = f"{name}.scale" if scale is None else f"{reader}/{name}.ratio"
         inputs = [name, self.constant(own, grid.scale if scale is None else scale, np.float32), self.zero_point(grid)]
         return self.node("DequantizeLinear", inputs, f"{reader}/{name}.dequantized")
 
     def quantized(self, real: str, output: str, scale: float | None = None) -> None:
-        """Real values onto the grid of ``output``, with a Clip where the grid has fewer than 256 codes.
+        """Quantizes real values onto the grid of ``output``, with a Clip where the grid has fewer than 256 codes.
 
         Args:
             real: name of the values.
@@ -148,7 +148,7 @@ class GraphBuilder:
             self.node("Clip", [name, *bounds], output)
 
     def copies(self, operation: Conv) -> tuple[str, str]:
-        """Input and int8 weight of a convolution, repeated along the channels where one int8 part does not do."""
+        """Returns input and int8 weight of a convolution, repeated along the channels if one int8 part is too few."""
         parts = int8_parts(operation, self.grids[operation.input])
         if len(parts) == 1:
             return operation.input, write_weight(self, operation)
@@ -158,7 +158,7 @@ class GraphBuilder:
         return source, self.constant(self.weight_name(operation), np.concatenate(parts, 1), np.int8)
 
     def real_constant(self, name: str, integers: str, scale: NDArray[np.float32], dtype: Any) -> str:
-        """Integers times a scale for each slice of their first axis, with the zero points that other tools need."""
+        """Adds integers times a scale for each slice of their first axis, with zero points, which other tools need."""
         zeros = self.constant(f"zeros_{len(scale)}_{np.dtype(dtype)}", np.zeros(len(scale)), dtype)
         inputs = [integers, self.constant(f"{name}_scale", scale, np.float32), zeros]
         return self.node("DequantizeLinear", inputs, name, axis=0)
@@ -244,7 +244,7 @@ class GraphBuilder:
         self.node("Transpose", [real], name, perm=[0, 3, 1, 2])
 
     def patches(self, operation: Conv, padding_code: int) -> str:
-        """``(N, H, W, kh kw C)``: what the kernel covers at each place, in the order ``(kh, kw, C)``.
+        """Adds ``(N, H, W, kh kw C)``, the values under the kernel at each place, in the order ``(kh, kw, C)``.
 
         Raises:
             ValueError: for a grouped convolution.

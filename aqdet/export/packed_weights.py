@@ -27,7 +27,7 @@ INT4_MIN, INT4_MAX = -8, 7
 
 
 def packed_bits(conv: Conv) -> int:
-    """Bits that a code of the convolution's weight takes in the file: 2, 4 or 8."""
+    """Returns the bits that a code of the convolution's weight takes in the file: 2, 4 or 8."""
     smallest, step = grid_of_codes(conv.weight, conv.weight_bits)
     places = conv.weight.astype(np.int32) - smallest
     if places.min(initial=0) < 0 or (places % step).any():
@@ -37,14 +37,14 @@ def packed_bits(conv: Conv) -> int:
 
 
 def grid_of_codes(weight: NDArray[np.int16], num_bits: int) -> tuple[int, int]:
-    """Smallest code and step: -8 and 1 for 4 bits; -15 and 2 where the codes are odd, as DoReFa's are."""
+    """Returns smallest code and step: -8 and 1 for 4 bits; -15 and 2 where the codes are odd, as DoReFa's are."""
     if int(np.abs(weight.astype(np.int32)).max(initial=0)) > 2 ** (num_bits - 1) or bool((weight & 1).all()):
         return -(2**num_bits - 1), 2
     return -(2 ** (num_bits - 1)), 1
 
 
 def pack_int4(codes: NDArray[np.integer]) -> bytes:
-    """Two 4-bit two's complement codes a byte, the first in the low half."""
+    """Packs two 4-bit two's complement codes into a byte, the first in the low half."""
     flat = codes.astype(np.int8).reshape(-1) & 0xF
     if flat.size % 2:
         flat = np.append(flat, np.int8(0))

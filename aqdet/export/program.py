@@ -1,4 +1,4 @@
-"""The integer program: what a detector does when shipped, as a list of small operations on integers.
+"""The integer program: a shipped detector as a list of small operations on integers.
 
 It is the one description that the integer reference executes, that is written as ONNX, packed and reported.
 
@@ -27,7 +27,7 @@ class Grid:
 
     @property
     def zero_point(self) -> int:
-        """What stands for zero where codes are stored as uint8.
+        """The code of zero where codes are stored as uint8.
 
         0 for unsigned codes, 128 for signed ones; as many as there are negative codes where 128 leaves no room, as
         with LSQ+'s offset at 8 bits.
@@ -98,7 +98,7 @@ class Conv:
 
     @property
     def integer_weight(self) -> NDArray[np.int32]:
-        """``weight * sign * multiple``, what is convolved with."""
+        """The weights that convolve the codes, ``weight * sign * multiple``."""
         factor = self.sign.astype(np.int32) * self.multiple
         return self.weight.astype(np.int32) * factor.reshape(-1, 1, 1, 1)
 
@@ -198,15 +198,15 @@ class Program:
         return grids
 
     def convs(self) -> Iterator[Conv]:
-        """The convolutions in order."""
+        """Returns the convolutions in order."""
         return (operation for operation in self.operations if isinstance(operation, Conv))
 
 
 def inputs_of(operation: Operation) -> tuple[str, ...]:
-    """Names of the values that an operation reads."""
+    """Returns the names of the values that an operation reads."""
     return operation.inputs if isinstance(operation, Add) else (operation.input,)
 
 
 def largest_code(grid: Grid) -> int:
-    """The largest integer by which a value on ``grid`` enters a sum of products, stored as uint8 or centred."""
+    """Returns the largest integer by which a value on ``grid`` enters a sum of products, stored as uint8 or centred."""
     return max(grid.quant_max + grid.zero_point, -grid.quant_min)

@@ -1,4 +1,4 @@
-"""What every operation computes in, and that no int32 sum can overflow."""
+"""Integer types of every operation, and the proof that no int32 sum can overflow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Accumulator:
 
 
 def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
-    """See :class:`Accumulator`.
+    """Computes the bounds of a convolution's int32 sums, see :class:`Accumulator`.
 
     Raises:
         ValueError: naming the layer, if its sums may overflow.
@@ -55,13 +55,13 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
 
 
 def describe(grid: Grid) -> str:
-    """E.g. ``u4 in uint8`` or ``s8 in uint8, zero point 128``."""
+    """Describes a grid and its storage, for example ``u4 in uint8`` or ``s8 in uint8, zero point 128``."""
     text = f"{'s' if grid.signed else 'u'}{grid.num_bits} in uint8"
     return text + f", zero point {grid.zero_point}" * grid.signed
 
 
 def operation_rows(program: Program) -> list[dict[str, Any]]:
-    """A row for each operation: what it is, what it reads and writes, in which types; bounds for convolutions.
+    """Returns a row for each operation: what it is, what it reads and writes, in which types; bounds for convolutions.
 
     Raises:
         ValueError: naming the layer, if the sums of one may overflow.
@@ -105,5 +105,5 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
 
 
 def tightest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The convolution whose bound comes closest to int32's."""
+    """Returns the convolution whose bound comes closest to int32's."""
     return max((row for row in rows if row["kind"] == "conv"), key=lambda row: row["accumulator_bound"])

@@ -27,7 +27,7 @@ OPSET, _IR_VERSION = 17, 8
 
 
 def build_qonnx(program: Program, height: int, width: int) -> onnx.ModelProto:
-    """The program as a QONNX model.
+    """Builds the program as a QONNX model.
 
     Args:
         program: what to write.
@@ -139,7 +139,7 @@ class _Builder:
         self.op("Add", [padded, codes], operation.output)
 
     def weight(self, conv: Conv) -> str:
-        """A weight behind its Quant, shared by the levels of the pyramid."""
+        """Returns a weight behind its Quant, shared by the levels of the pyramid."""
         key = (conv.weight.tobytes(), conv.weight_bits)
         if key not in self._weights:
             bits = conv.weight_bits

@@ -1,4 +1,4 @@
-"""The integer program in numpy, slow and plain: what every other execution is compared with.
+"""The integer program in numpy, slow and plain: the reference for every other execution.
 
 It executes the arithmetic that ships, which is ONNX Runtime's: sums of products in int32; a sum as float32 times a
 float32 multiplier, rounded to nearest with ties to even; a change of grid through float32 values. IEEE 754 fixes
@@ -23,7 +23,7 @@ def _onto(real: NDArray[np.float32], grid: Grid) -> Array:
 
 
 def convolve(x: Array, weight: NDArray[np.int32], conv: Conv) -> Array:
-    """Integer cross-correlation, without bias.
+    """Computes the integer cross-correlation, without bias.
 
     Products are summed in float64 matrix products, which is exact: every partial sum is an integer below 2**53.
 
@@ -50,17 +50,17 @@ def convolve(x: Array, weight: NDArray[np.int32], conv: Conv) -> Array:
 
 
 def accumulate(conv: Conv, x: Array) -> Array:
-    """The int32 sums of a convolution, bias included."""
+    """Returns the int32 sums of a convolution, bias included."""
     return convolve(x, conv.integer_weight, conv) + conv.bias.astype(np.int64).reshape(1, -1, 1, 1)
 
 
 def conv_unit(conv: Conv, input_scale: float) -> NDArray[np.float32]:
-    """What one unit of each channel's sum stands for, ``(O,)``."""
+    """Returns the real value of one unit of each channel's sum, ``(O,)``."""
     return np.float32(input_scale) * conv.scale
 
 
 def conv_multiplier(conv: Conv, input_scale: float) -> NDArray[np.float32]:
-    """What a sum is multiplied by, ``(O,)``: onto the codes of the output, or to the value that is predicted."""
+    """Returns the multiplier of a sum, ``(O,)``, to the codes of the output or to the predicted value."""
     unit = conv_unit(conv, input_scale)
     return unit if conv.grid is None else unit / np.float32(conv.grid.scale)
 

@@ -21,7 +21,7 @@ _RADIUS = 40
 
 
 def choose_sum_scales(operands: tuple[Grid, Grid], target: Grid, name: str = "") -> tuple[tuple[int, int], int]:
-    """The dyadic scales of a sum nearest to those of its operands with which no pair of codes is a tie.
+    """Returns the dyadic scales of a sum nearest to those of its operands with which no pair of codes is a tie.
 
     The sum of codes ``a`` and ``b`` is ``round((a * multipliers[0] + b * multipliers[1]) / 2**shift)``.
 

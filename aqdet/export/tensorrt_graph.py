@@ -28,7 +28,7 @@ _IMAGE_SHIFT = 128
 
 
 def build_tensorrt(program: Program, *, extra_outputs: bool = False) -> onnx.ModelProto:
-    """The program as an ONNX model for TensorRT; input, outputs and arguments as :func:`build_onnx` has them.
+    """Builds an ONNX model for TensorRT; input, outputs and arguments are those of :func:`build_onnx`.
 
     Raises:
         ValueError: in one line that names the layer, if the program does not fit into signed 8 bits.
@@ -106,7 +106,7 @@ class _TensorRTBuilder(GraphBuilder):
         self.requantized(f"{name}.real", name)
 
     def convolved(self, operation: Conv, output: str) -> str:
-        """The real output of a convolution."""
+        """Returns the real output of a convolution."""
         source, sums = operation.input, operation.bias.astype(np.int64)
         weight = operation.integer_weight
         if f"{source}.signed" in self.grids:

@@ -40,7 +40,7 @@ class Usage:
 
     @property
     def fault(self) -> str:
-        """What is wrong with the quantizer's scale, in words; "" for nothing."""
+        """The fault of the quantizer's scale, in words; "" if there is none."""
         if self.used == 0:
             return f"layer {self.name}: every code is 0, its scale is too large"
         if self.codes >= LEAST_CODES and self.used < LEAST_USED:
@@ -97,6 +97,6 @@ def _usage(name: str, grid: Grid, histogram: NDArray[np.int64]) -> Usage:
 
 
 def other_domain(calibration: Sequence[Usage], given: Sequence[Usage]) -> list[str]:
-    """Names of the quantizers that clip far more on the given images than on those of the calibration."""
+    """Returns the names of quantizers that clip far more on the given images than on the calibration's."""
     before = {usage.name: usage.clipped for usage in calibration}
     return [u.name for u in given if u.clipped > _FACTOR * before.get(u.name, 1.0) + _MARGIN]

@@ -48,7 +48,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What ``detector.json`` says, checked.
+    """The checked content of ``detector.json``.
 
     Attributes:
         architecture: of :data:`ARCHITECTURES`; they differ in how predictions are decoded.
@@ -91,7 +91,7 @@ def write_description(
     content: Mapping[str, Any],
     files: Sequence[str] = (MODEL,),
 ) -> None:
-    """Writes ``detector.json`` with the checksums of the files beside it and of itself; the export's last step.
+    """Writes ``detector.json`` with the checksums of itself and of the files beside it, as the export's last step.
 
     Args:
         folder: where ``files`` are.
@@ -155,7 +155,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
 
 
 def _parse(content: dict[str, Any]) -> Description:
-    """The description's values; whatever is missing or of a wrong kind raises."""
+    """Returns the description's values; whatever is missing or of a wrong kind raises."""
     architecture = content["architecture"]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")

@@ -60,7 +60,7 @@ def decode_image(file: str | os.PathLike[str] | BinaryIO, channels: str = "BGR")
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image, turned as its EXIF orientation says; as it is where the EXIF data cannot be read."""
+    """Returns the image, turned as its EXIF orientation says; as it is where the EXIF data cannot be read."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # Detectron2 then takes the image as it is, too

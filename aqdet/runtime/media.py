@@ -28,7 +28,7 @@ Draw = Callable[[np.ndarray, Any], np.ndarray]
 
 
 class Model(Protocol):
-    """What the loop needs of a detector.
+    """The interface of a detector that the loop runs.
 
     What it finds in an image has a length, ``scores``, and can be indexed by a mask: :class:`~aqdet.runtime.Detections`
     or Detectron2's ``Instances``.
@@ -44,16 +44,16 @@ class Model(Protocol):
 
 
 class Records(Protocol):
-    """Keeps what is found, in a file for example."""
+    """The interface of records of detections, in a file for example."""
 
     def add(self, source: Source, frame: int | None, image: np.ndarray, found: Any) -> None:
-        """Keeps what was found in an image, or in one frame of a video, counted from 0."""
+        """Adds the detections of an image, or of one frame of a video, counted from 0."""
         ...
 
 
 @dataclasses.dataclass
 class Summary:
-    """What a run did.
+    """The counts of a run.
 
     Attributes:
         images, videos, frames: numbers of what could be read; streams count as videos.
@@ -103,7 +103,7 @@ class MediaLoop:
         self._bar: Any = None
 
     def run(self, sources: Sequence[Source], outputs: Sequence[Path] | None = None) -> Summary:
-        """Does all sources, with progress on standard error.
+        """Processes all sources, with progress on standard error.
 
         Args:
             sources: what to read.
@@ -225,7 +225,7 @@ class MediaLoop:
 
 
 def import_opencv() -> Any:
-    """OpenCV, which only videos, streams and windows need.
+    """Imports OpenCV, which only videos, streams and windows need.
 
     Raises:
         ValueError: in one line, if it is not installed.
@@ -238,7 +238,7 @@ def import_opencv() -> Any:
 
 
 def has_display() -> bool:
-    """Whether a window can be opened."""
+    """Returns whether a window can be opened."""
     return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 

@@ -112,7 +112,7 @@ def csv_rows(path: str, description: Description, threshold: float) -> Iterator[
 
 
 def read_image_ids(path: str, sources: Sequence[Source]) -> dict[str, Any]:
-    """Ids of images by an annotation file in COCO's format.
+    """Reads ids of images from an annotation file in COCO's format.
 
     An image is found by the end of its path: the longest ``file_name`` that the path ends with.
 

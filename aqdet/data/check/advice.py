@@ -37,7 +37,7 @@ _SHOWN = 8
 
 def advise(cfg: CfgNode, reports: Mapping[str, Report]) -> list[str]:
     """
-    Holds datasets against a config.
+    Compares datasets with a config.
 
     Args:
         cfg: the config.
@@ -224,7 +224,7 @@ def _object_side(statistics: Statistics, shorts: Sequence[int], longest: int) ->
 
 
 def _shortest_sides(cfg: CfgNode) -> list[int]:
-    """The shorter sides that images of the training get; of a range its ends and its middle."""
+    """Returns the shorter sides that images of the training get; of a range its ends and its middle."""
     sides = _listed(cfg.INPUT.MIN_SIZE_TRAIN)
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sides) == 2:
         return [sides[0], sum(sides) // 2, sides[1]]

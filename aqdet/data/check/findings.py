@@ -1,5 +1,5 @@
 """
-What a check of a dataset can find, and what is then done: the policy.
+Kinds of findings in a dataset, and the policy for each.
 
 Each kind has one of five severities:
 
@@ -206,16 +206,16 @@ class Report:
             self.findings.append(Finding(kind, file, record, field, _shown(value)))
 
     def number(self, *severities: str) -> int:
-        """How many findings of these severities there are."""
+        """Returns how many findings of these severities there are."""
         return sum(count for kind, count in self.counts.items() if KINDS[kind].severity in severities)
 
     def refused(self, strict: bool) -> int:
-        """How many findings stop a training."""
+        """Returns how many findings stop a training."""
         return sum(count for kind, count in self.counts.items() if self.is_refused(kind, strict))
 
     @staticmethod
     def is_refused(kind: str, strict: bool) -> bool:
-        """Whether a finding of this kind stops a training."""
+        """Returns whether a finding of this kind stops a training."""
         return KINDS[kind].severity in (SEVERITIES[:-1] if strict else SEVERITIES[:1])
 
     @property
@@ -224,12 +224,12 @@ class Report:
         return any(KINDS[kind].changes for kind in self.counts)
 
     def classes(self) -> str:
-        """The mapping of classes, in one line."""
+        """Returns the mapping of classes, in one line."""
         pairs = (f"{i}: {name} (id {key})" for i, (key, name) in enumerate(self.categories.items()))
         return ", ".join(pairs) or "none"
 
     def text(self, examples: int = 5) -> str:
-        """The report to read: facts, classes, then the findings by kind, each with `examples` records."""
+        """Returns the report to read: facts, classes, then the findings by kind, each with `examples` records."""
         lines = [f"{self.name}: " + ", ".join(f"{value} {key}" for key, value in self.facts.items())]
         lines.append(f"  classes: {self.classes()}")
         for severity in SEVERITIES:
@@ -242,13 +242,13 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """The counts by kind, most severe first, as a table."""
+        """Returns the counts by kind, most severe first, as a table."""
         rows = [(KINDS[k].severity, k, self.counts[k]) for k in KINDS if self.counts[k]]
         rows.sort(key=lambda row: SEVERITIES.index(row[0]))
         return tabulate(rows, ["severity", "kind", "count"])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; read back by :meth:`from_dict`."""
+        """Returns the report as values of JSON; :meth:`from_dict` reads them back."""
         return {
             "name": self.name,
             "facts": self.facts,
@@ -263,7 +263,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], name: str) -> Report:
-        """The report that :meth:`as_dict` was made of, for the dataset called `name` now."""
+        """Returns the report that :meth:`as_dict` was made of, for the dataset called `name` now."""
         report = cls(name)
         report.facts = content["facts"]
         report.categories = {item["id"]: item["name"] for item in content["categories"]}

@@ -1,5 +1,5 @@
 """
-Image files: what Detectron2's reader makes of them.
+Image files as Detectron2's reader sees them.
 
 Policy. Detectron2 turns an image as its EXIF orientation says before it compares sizes, and so does this. Every mode
 that Pillow converts to RGB without clipping is used: grey is put into three channels, a palette is looked up, alpha is
@@ -107,7 +107,7 @@ def _scan(path: str, depth: str) -> ScannedImage:
 
 
 def _orientation(image: Image.Image, depth: str) -> int:
-    """The EXIF orientation; that of a PNG which has it after its pixels is seen only where these are read."""
+    """Returns the EXIF orientation; that of a PNG which has it after its pixels is seen only where these are read."""
     try:
         exif = image.getexif() if depth == "pixels" else Image.Image.getexif(image)
     except Exception:  # Detectron2 then takes the image as it is

@@ -1,4 +1,4 @@
-"""Checks of a dataset's images: their records, their files, and what the reader makes of these."""
+"""Checks of a dataset's images: their records, and their files as the reader sees them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Where image files lie, and which file the name in an annotation means.
+Image files below a root, found by the names in annotations.
 
 Policy. A file is used if, with all links followed, it lies under the image root; the root itself may be a link,
 and an absolute name may point into it. A name whose folders are not there, as labelling tools write them, means the
@@ -34,7 +34,7 @@ def is_junk(name: str) -> bool:
 
 
 def without_junk(folder: str, names: Iterable[str], report: Report) -> list[str]:
-    """The names in a folder, sorted, without those that :func:`is_junk`, which are counted."""
+    """Returns the names in a folder, sorted, without those that :func:`is_junk`, which are counted."""
     kept = []
     for name in sorted(names):
         if is_junk(name):
@@ -56,7 +56,7 @@ class ImageFolder:
 
     def find_all(self, names: Sequence[str]) -> list[tuple[str, str]]:
         """
-        The files that the names of a dataset's images mean.
+        Returns the files that the names of a dataset's images mean.
 
         Args:
             names: as the annotations give them.
@@ -92,7 +92,7 @@ class ImageFolder:
 
     def find(self, name: str) -> tuple[str, str]:
         """
-        The file that a name means.
+        Returns the file that a name means.
 
         Args:
             name: as the annotation gives it.
@@ -122,16 +122,16 @@ class ImageFolder:
         return self._with_hint(slashed), "image-missing"
 
     def real_path(self, relative: str) -> str:
-        """The file with all links followed."""
+        """Returns the file with all links followed."""
         return os.path.realpath(os.path.join(self.root, relative))
 
     def contains(self, path: str) -> bool:
-        """Whether a path, with all links followed, lies under the root."""
+        """Returns whether a path, with all links followed, lies under the root."""
         real = os.path.realpath(path)
         return real == self._real_root or real.startswith(self._real_root.rstrip(os.sep) + os.sep)
 
     def _relative(self, name: str) -> str | None:
-        """A name relative to the root, or None if its text alone leads out of it."""
+        """Returns a name relative to the root, or None if its text alone leads out of it."""
         if os.path.isabs(name):
             for root in (os.path.abspath(self.root), self._real_root):
                 if name.startswith(root.rstrip(os.sep) + os.sep):
@@ -160,7 +160,7 @@ class ImageFolder:
         return self._inside[folder]
 
     def _with_hint(self, name: str) -> str:
-        """The name, with the file that was probably meant: of another case, or without the first folders."""
+        """Returns the name, with the file that was probably meant: of another case, or without the first folders."""
         mode = self._mode(name)
         if mode is not None and stat.S_ISDIR(mode):
             return f"{name} (it is a folder)"
@@ -212,7 +212,7 @@ class ImageFolder:
 
 
 def _without_address(name: str) -> Iterator[str]:
-    """The forms that a name can have as a path: itself, and without what an address has around it."""
+    """Returns the forms that a name can have as a path: itself, and without what an address has around it."""
     yield name
     if "://" not in name and not {"?", "%"} & set(name):
         return

@@ -98,7 +98,7 @@ class Matcher:
         return self._has_point(boxes, sizes)
 
     def best_overlap(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The largest IoU of each object with an anchor: (N,)."""
+        """Returns the largest IoU of each object with an anchor: (N,)."""
         best = np.zeros(len(boxes))
         centers = boxes[:, :2] + boxes[:, 2:] / 2
         for level in self.levels:
@@ -112,7 +112,7 @@ class Matcher:
         return best
 
     def _has_point(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Whether FCOS (as Detectron2 has it) gives an object a point, were it alone in its image: (N,)."""
+        """Returns whether FCOS (as Detectron2 has it) gives an object a point, were it alone in its image: (N,)."""
         found = np.zeros(len(boxes), dtype=bool)
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         reach = math.ceil(self.radius)
@@ -159,7 +159,7 @@ def resize(boxes: np.ndarray, sizes: np.ndarray, shortest: int, longest: int) ->
 
 
 def _stride(feature: str) -> int | None:
-    """The stride of ``p3`` is 8, that of ``res4`` is 16; None for other names."""
+    """Returns the stride of a feature by its name, 8 for ``p3`` and 16 for ``res4``; None for other names."""
     found = re.fullmatch(r"(p|res)([1-9])", feature)
     return None if found is None else 2 ** int(found[2])
 

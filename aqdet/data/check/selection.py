@@ -1,4 +1,4 @@
-"""A share of a dataset: the images, annotations and findings of the part that is used."""
+"""Selection of a share of a dataset: its images, annotations and findings."""
 
 from __future__ import annotations
 

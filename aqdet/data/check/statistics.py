@@ -1,4 +1,4 @@
-"""What a dataset's images and objects are like: a sample of them, to hold against a config and another dataset."""
+"""Statistics of a sample of a dataset's images and objects, to compare with a config and another dataset."""
 
 from __future__ import annotations
 

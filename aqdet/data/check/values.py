@@ -27,7 +27,7 @@ def whole_number(value: Any) -> int | None:
 
 def integer_of(report: Report, place: tuple[str, str], field: str, value: Any, error: str, repaired: str) -> int | None:
     """
-    An integer field of a record.
+    Returns an integer field of a record.
 
     Args:
         report: what is found is added to it.
@@ -64,7 +64,7 @@ def four_numbers(value: Any) -> list[float] | None:
 
 
 def all_finite(values: list[Any]) -> bool:
-    """Whether all values are numbers, none of them NaN or infinite."""
+    """Returns whether all values are numbers, none of them NaN or infinite."""
     try:
         return {*map(type, values)} <= {int, float} and all(map(math.isfinite, values))
     except OverflowError:
@@ -72,7 +72,7 @@ def all_finite(values: list[Any]) -> bool:
 
 
 def box_of_polygons(polygons: Sequence[Sequence[float]]) -> list[float]:
-    """The box ``x, y, width, height`` around polygons ``x1, y1, x2, y2, ...``."""
+    """Returns the box ``x, y, width, height`` around polygons ``x1, y1, x2, y2, ...``."""
     xs = [x for polygon in polygons for x in polygon[0::2]]
     ys = [y for polygon in polygons for y in polygon[1::2]]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]

@@ -31,7 +31,7 @@ STALE_SECONDS = 3600
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """What a split of the embedded dataset is drawn from."""
+    """The seed and the number of images of a split of the embedded dataset."""
 
     num_images: int
     seed: int

@@ -196,7 +196,7 @@ def _keeps_visible(items: list[_Item], top: _Item) -> bool:
 
 
 def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item | None:
-    """A shape at a random place inside the image; None if it does not fit."""
+    """Returns a shape at a random place inside the image; None if it does not fit."""
     if is_object:
         kind = SHAPE_CLASSES[rng.integers(len(SHAPE_CLASSES))]
         band = int(rng.integers(100))

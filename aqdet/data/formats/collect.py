@@ -94,5 +94,5 @@ class Collector:
 
 
 def says_yes(value: Any) -> bool:
-    """Whether an attribute such as "difficult" is set: ``True``, 1, or a text that says so."""
+    """Returns whether an attribute such as "difficult" is set: ``True``, 1, or a text that says so."""
     return str(value).strip().lower() in _YES

@@ -115,7 +115,7 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
 
 
 def rows_start(text: str) -> str:
-    """The first line, cut where long."""
+    """Returns the first line, cut where long."""
     line = text.strip().splitlines()[0]
     return line if len(line) <= 120 else f"{line[:117]}..."
 

@@ -63,7 +63,7 @@ def read_darknet(declaration: Declaration, report: Report) -> Source:
 
 
 def named_splits(path: str) -> list[str]:
-    """The splits that an ``obj.data`` has; none if it cannot be read."""
+    """Returns the splits that an ``obj.data`` has; none if it cannot be read."""
     content = _read_data(path, Report(""))
     return [] if content is None else [key for key in _SPLITS if content.get(key)]
 
@@ -101,7 +101,7 @@ def _read_names(source: Source, path: str, classes: str, report: Report) -> None
 
 
 def _find(finder: _Finder, content: dict[str, str], key: str, source: Source, report: Report) -> str | None:
-    """The file that a key of ``obj.data`` names; None, with a finding, if there is none."""
+    """Returns the file that a key of ``obj.data`` names; None, with a finding, if there is none."""
     value = content.get(key)
     if not value:
         there = ", ".join(split for split in _SPLITS if content.get(split))
@@ -125,14 +125,14 @@ class _Finder:
         self.folders = (ImageFolder(self.root), ImageFolder(self.home))
 
     def file(self, path: str) -> str | None:
-        """An existing file below the image root or beside ``obj.data``."""
+        """Returns an existing file below the image root or beside ``obj.data``."""
         for full in self._places(path, shortest=1):
             if os.path.isfile(full) and any(folder.contains(full) for folder in self.folders):
                 return full
         return None
 
     def image(self, line: str) -> str:
-        """The name of an image relative to the image root; the line as it is if there is no such image."""
+        """Returns the name of an image relative to the image root; the line as it is if there is no such image."""
         # An image of less of the path may be another one: the check looks for it, and counts it as found elsewhere.
         for full in self._places(line, shortest=-1):
             if os.path.isfile(full) and self.folders[0].contains(full):

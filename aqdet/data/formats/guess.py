@@ -68,7 +68,7 @@ def guess_entry(path: str, images: str = "") -> dict[str, Any]:
 
 
 def _images_of(name: str, file: str) -> str:
-    """The folder that names of images in a file are relative to: ``images`` beside it, or the file's own."""
+    """Returns the folder that names of images in a file are relative to: ``images`` beside it, or the file's own."""
     from . import FORMATS
 
     folder = os.path.dirname(file) or "."
@@ -82,7 +82,7 @@ def _images_of(name: str, file: str) -> str:
 
 
 def _of_file(path: str) -> str:
-    """The format of a file; ``""`` for none."""
+    """Returns the format of a file; ``""`` for none."""
     ending = os.path.splitext(path)[1].lower()
     if ending == ".xml":
         try:
@@ -125,7 +125,7 @@ def _of_json(text: str) -> str:
 
 
 def _of_folder(folder: str) -> tuple[str, str] | None:
-    """The format of a folder, and the file or folder that is declared."""
+    """Returns the format of a folder, and the file or folder that is declared."""
     if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
         return "voc", folder
     files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not is_junk(name)]

@@ -55,7 +55,7 @@ def read_labelme(declaration: Declaration, report: Report) -> Source:
 
 
 def is_labelme(content: Any) -> bool:
-    """Whether the content of a JSON file is labelme's."""
+    """Returns whether the content of a JSON file is labelme's."""
     return isinstance(content, dict) and ("shapes" in content or "imagePath" in content)
 
 
@@ -125,7 +125,7 @@ class _Reader:
 
     def _image_name(self, path: str, name: Any) -> Any:
         """
-        The image file of a JSON, relative to the image root; `name` itself if there is none.
+        Returns the image file of a JSON, relative to the image root; `name` itself if there is none.
 
         ``imagePath`` goes stale where files were moved or renamed together: then an image beside the JSON, or at
         the same place below the image root, that has the JSON's name is meant.
@@ -151,7 +151,7 @@ class _Reader:
         return name
 
     def _below_root(self, path: str) -> str | None:
-        """A file's name relative to the image root; None if it is not there."""
+        """Returns a file's name relative to the image root; None if it is not there."""
         relative = os.path.relpath(os.path.abspath(path), os.path.abspath(self.source.image_root))
         relative = relative.replace(os.sep, "/")
         if relative.startswith("../") or "\0" in relative:

@@ -37,7 +37,7 @@ MAX_PIXELS = 2**28
 @dataclasses.dataclass(frozen=True)
 class Outline:
     """
-    An object's place.
+    The place of an object.
 
     Attributes:
         box: x, y, width, height.
@@ -50,7 +50,7 @@ class Outline:
 
 def number(value: Any) -> float:
     """
-    A number that is given as one or as text; whole ones are integers.
+    Returns a number that is given as one or as text; whole ones are integers.
 
     Raises:
         ValueError: if it is none.
@@ -66,7 +66,7 @@ def number(value: Any) -> float:
 
 def points_of(value: Any) -> list[Point]:
     """
-    Points that are given as pairs.
+    Returns points that are given as pairs.
 
     Raises:
         ValueError: if they are not.
@@ -82,14 +82,14 @@ def points_of(value: Any) -> list[Point]:
 
 
 def of_corners(points: Sequence[Point]) -> Outline:
-    """A rectangle with sides along the axes, by two corners or more, in any order."""
+    """Returns a rectangle with sides along the axes, by two corners or more, in any order."""
     if len(points) < 2:
         raise ValueError(f"a rectangle needs two corners, got {len(points)}")
     return Outline(_extent(points))
 
 
 def of_polygon(parts: Iterable[Sequence[Point]]) -> Outline:
-    """An object of one polygon or more."""
+    """Returns an object of one polygon or more."""
     polygons = list(parts)
     if any(len(points) < 3 for points in polygons):
         raise ValueError(f"a polygon needs three points, got {min(map(len, polygons))}")
@@ -98,7 +98,7 @@ def of_polygon(parts: Iterable[Sequence[Point]]) -> Outline:
 
 
 def of_ellipse(center: Point, radii: Point, angle: float = 0.0) -> Outline:
-    """An ellipse, or a circle, turned by an angle in radians."""
+    """Returns an ellipse, or a circle, turned by an angle in radians."""
     if min(radii) < 0:
         raise ValueError(f"a radius must not be negative, got {min(radii)}")
     cos, sin = math.cos(angle), math.sin(angle)
@@ -134,7 +134,7 @@ def of_rotated_box(corners: Sequence[Point], degrees: float) -> Outline:
 
 def of_mask(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> Outline:
     """
-    A mask of a part of an image.
+    Returns a mask of a part of an image.
 
     Args:
         mask: (H, W), not 0 on the object.

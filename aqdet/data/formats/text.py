@@ -75,7 +75,7 @@ def read_json(path: str, report: Report) -> Any:
 
 def parse_xml(path: str) -> ElementTree.Element:
     """
-    The root element of an XML file.
+    Returns the root element of an XML file.
 
     Raises:
         ValueError: if it is not XML, or has a DOCTYPE: that is where entities are defined, which can point

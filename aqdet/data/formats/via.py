@@ -75,7 +75,7 @@ def read_via(declaration: Declaration, report: Report) -> Source:
 
 
 def is_via(content: Any) -> bool:
-    """Whether the content of a JSON file is VIA 2's."""
+    """Returns whether the content of a JSON file is VIA 2's."""
     if isinstance(content, dict) and isinstance(content.get(_METADATA), dict):
         return True
     entries = list(content.values()) if isinstance(content, dict) else content
@@ -84,13 +84,13 @@ def is_via(content: Any) -> bool:
 
 
 def is_via_csv(text: str) -> bool:
-    """Whether a text is a table of VIA's."""
+    """Returns whether a text is a table of VIA's."""
     lines = text.lstrip().splitlines()
     return bool(lines) and set(_CSV_COLUMNS) <= {name.strip(' "#') for name in lines[0].split(",")}
 
 
 def _read(path: str, report: Report) -> Any:
-    """The content of a JSON, or that which the JSON would have had for a CSV."""
+    """Returns the content of a JSON, or that which the JSON would have had for a CSV."""
     text = read_text(path, report)
     if text is None:
         return None
@@ -122,7 +122,7 @@ def _entries(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _listed(regions: Any, path: str, record: str, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The regions of an image: a list, or a mapping as version 1 wrote it."""
+    """Returns the regions of an image: a list, or a mapping as version 1 wrote it."""
     if not isinstance(regions, list | dict):
         report.add("record-malformed", path, record, "regions", regions)
         return
@@ -136,7 +136,7 @@ def _listed(regions: Any, path: str, record: str, report: Report) -> Iterator[tu
 
 def _class_key(regions: list[dict[str, Any]], declaration: Declaration, path: str, report: Report) -> str | None:
     """
-    The attribute that is the class.
+    Returns the attribute that is the class.
 
     Returns:
         its name; ``""`` if no region has an attribute and one class is declared; None if it cannot be told.
@@ -171,7 +171,7 @@ def _attributes(region: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(content: Any, key: str) -> list[str]:
-    """The options of an attribute, in the project's order."""
+    """Returns the options of an attribute, in the project's order."""
     node: Any = content if isinstance(content, dict) else {}
     for step in ("_via_attributes", "region", key, "options"):
         node = node.get(step) if isinstance(node, dict) else None
@@ -197,7 +197,7 @@ def _add_region(
 
 
 def _ticked(value: Any, key: str) -> Any:
-    """The class that an attribute gives: its text, or the only option that is ticked."""
+    """Returns the class that an attribute gives: its text, or the only option that is ticked."""
     if not isinstance(value, dict):
         return value
     ticked = [name for name, flag in value.items() if flag is True or says_yes(flag)]

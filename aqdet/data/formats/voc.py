@@ -194,7 +194,7 @@ class _Images:
         return filename or f"{stem}.jpg"
 
     def _named(self, stem: str, filename: str) -> str:
-        """The file that ``<filename>`` names: as it is, of another image's ending, or beside the record."""
+        """Returns the file that ``<filename>`` names: as it is, of another image's ending, or beside the record."""
         name = PurePosixPath(filename.replace("\\", "/"))
         if not filename or name.is_absolute() or ".." in name.parts:
             return ""
@@ -209,7 +209,7 @@ class _Images:
 
 
 def _subfolder(root: str, names: tuple[str, ...]) -> str:
-    """The first folder of these names in a folder, in upper or lower case; the folder itself if it has none."""
+    """Returns the first folder of these names in a folder, in upper or lower case; the folder itself if it has none."""
     there = {entry.name.lower(): entry.path for entry in os.scandir(root) if entry.is_dir()}
     return next((there[name] for name in names if name in there), root)
 

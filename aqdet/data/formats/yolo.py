@@ -68,7 +68,7 @@ def read_images(source: Source, names: list[str], report: Report) -> None:
 
 
 def named_splits(yaml_file: str) -> list[str]:
-    """The splits that a ``data.yaml`` has, of those in :data:`SPLITS`; none if it cannot be read."""
+    """Returns the splits that a ``data.yaml`` has, of those in :data:`SPLITS`; none if it cannot be read."""
     content = _read_yaml(yaml_file, Report(""))
     return [] if content is None else _splits_of(content)
 
@@ -169,7 +169,7 @@ class _Reader:
         return self._once(names)
 
     def _find(self, part: str) -> str | None:
-        """A file or folder of the YAML that lies in the image root."""
+        """Returns a file or folder of the YAML that lies in the image root."""
         tries = [os.path.join(folder, part) for folder in (self.base, self.home, self.source.image_root)]
         # An exported folder often says ../train for the train beside the YAML.
         tries.append(os.path.join(self.home, part.removeprefix("../")))
@@ -305,7 +305,7 @@ class _Reader:
 
 
 def _label_name(image: str) -> str:
-    """The label file of an image, both relative to the root."""
+    """Returns the label file of an image, both relative to the root."""
     head, found, tail = f"/{image}".rpartition("/images/")
     path = f"{head}/labels/{tail}" if found else f"/{image}"
     return f"{os.path.splitext(path)[0][1:]}.txt"

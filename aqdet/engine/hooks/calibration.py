@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CalibrationHook(HookBase):
-    """Before training: gives uncalibrated quantizers their first ranges, from training batches.
+    """Calibrates quantizers without a range on training batches, before training.
 
     The model runs in training mode, so that the ranges are those of the batch statistics that training sees,
     and everything but the quantizers is restored afterwards. Adaptors of an auxiliary path whose head is a
@@ -46,7 +46,7 @@ class CalibrationHook(HookBase):
         self._method = method
 
     def before_train(self) -> None:
-        """Runs once."""
+        """Calibrates what is not calibrated."""
         model = self.trainer.model
         states = [q.is_calibrated or not q.enabled for _, q in quantizers(model)]
         adaptors = waiting_adaptors(model)

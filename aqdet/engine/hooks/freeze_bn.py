@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class FreezeBNHook(HookBase):
-    """From an iteration on, the detector's BNs normalize by their running statistics and leave them as they are.
+    """Freezes the running statistics of the detector's BNs from an iteration on, and normalizes by them.
 
     Their affine parameters train on. The auxiliary path goes on as before. Set anew before each step, since
     evaluation switches the whole model back to training mode; a resume needs no state. All processes freeze the
@@ -38,7 +38,7 @@ class FreezeBNHook(HookBase):
         self._iteration = iteration
 
     def before_step(self) -> None:
-        """Freezes if it is time."""
+        """Freezes the statistics in the given iteration."""
         if self.trainer.iter < self._iteration:
             return
         model = self.trainer.model

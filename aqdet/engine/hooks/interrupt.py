@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(SystemExit):
-    """Training was stopped by a signal; the exit status is the shell's for that signal.
+    """Raised when a signal stops the training; the exit status is the shell's for that signal.
 
     Args:
         signum: The signal.
@@ -43,7 +43,7 @@ class Interrupted(SystemExit):
 
 
 class InterruptHook(HookBase):
-    """SIGTERM and Ctrl-C: ends the iteration, saves, stops; the same signal again stops at once.
+    """Ends the iteration, saves and stops on SIGTERM and Ctrl-C; the same signal again stops at once.
 
     A signal to one process stops all of them, after the same iteration. It has to be the last hook, so that
     what it saves is the state after everything else. In a process that ``--num-gpus`` started SIGTERM is left
@@ -60,7 +60,7 @@ class InterruptHook(HookBase):
         self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
-        """From here signals wait for the end of an iteration."""
+        """Takes the signals, which then wait for the end of an iteration."""
         if threading.current_thread() is not threading.main_thread():
             return  # Only the main thread may set handlers, and it has its own.
         spawned = multiprocessing.parent_process() is not None
@@ -89,5 +89,5 @@ class InterruptHook(HookBase):
             raise Interrupted(signum, iteration)
 
     def after_train(self) -> None:
-        """Gives the signals back."""
+        """Restores the earlier handlers of the signals."""
         self._restore()

@@ -39,7 +39,7 @@ class MetricsHook(HookBase):
             self._writer.load_state_dict(self._loaded["file"])
 
     def state_dict(self) -> dict[str, Any]:
-        """State after the trainer's iteration; all in python's own types."""
+        """Returns the state after the trainer's iteration, in Python's own types."""
         storage, iteration = self.trainer.storage, self.trainer.iter
         hints = storage.smoothing_hints()
         recent = {}

@@ -29,7 +29,7 @@ LOG_PERIOD = 20
 
 @dataclasses.dataclass
 class WeightHistory:
-    """What is remembered of one layer's weight, every tensor of its shape.
+    """The history of one layer's weight; every tensor has the weight's shape.
 
     Attributes:
         codes: int8, after the last step. direction: int8, sign of the last change of each code, 0 before any.
@@ -45,12 +45,12 @@ class WeightHistory:
 
     @classmethod
     def start(cls, codes: Tensor) -> WeightHistory:
-        """Begins with integer codes."""
+        """Starts the history with integer codes."""
         zero = torch.zeros_like(codes, dtype=torch.float32)
         return cls(codes.to(torch.int8), zero.to(torch.int8), zero, codes.float(), zero.bool())
 
     def update(self, codes: Tensor, momentum: float, threshold: float) -> Tensor:
-        """Takes the codes after a step, and freezes what oscillates.
+        """Adds the codes after a step, and freezes weights that oscillate.
 
         A code oscillates when it changes in the direction opposite to its last change. Above ``threshold``,
         if that is not 0, a weight is frozen to the rounded average of its code.
@@ -132,7 +132,7 @@ class OscillationHook(HookBase):
 
     @torch.no_grad()
     def before_train(self) -> None:
-        """Begins with the codes after calibration, or goes on with the history of the run that is resumed."""
+        """Starts with the codes after calibration, or goes on with the history of the run that is resumed."""
         for path, layer in self._layers.items():
             device = layer.weight.device
             if path in self._history:
@@ -183,12 +183,12 @@ class OscillationHook(HookBase):
                 self.trainer.storage.put_scalar(f"{name}/{path}", value, smoothing_hint=False)
 
     def after_train(self) -> None:
-        """Takes the loss out of the model."""
+        """Removes the dampening loss from the model."""
         if self._handle is not None:
             self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The history of every layer, and the counts since the last log."""
+        """Returns the history of every layer, and the counts since the last log."""
         fields = [field.name for field in dataclasses.fields(WeightHistory)]
         history = {path: {name: getattr(h, name) for name in fields} for path, h in self._history.items()}
         return {"history": history, "flips": dict(self._flips), "num_steps": self._num_steps}
@@ -205,7 +205,7 @@ class OscillationHook(HookBase):
 
 
 def dampening_loss(weight: Tensor, quantizer: Quantizer) -> Tensor:
-    """``|q(w) - clip(w)|^2`` with q(w) held constant: 0-dim, differentiable in the weight alone.
+    """Returns ``|q(w) - clip(w)|^2`` with q(w) held constant: 0-dim, differentiable in the weight alone.
 
     Weights that the range clips get no gradient, so that the learned range is not disturbed.
     """
@@ -240,7 +240,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def build_oscillation_hook(cfg: CfgNode, model: nn.Module) -> OscillationHook | None:
-    """The hook by ``MODEL.QUANT.OSCILLATION``, None if all of it is off.
+    """Builds the hook of ``MODEL.QUANT.OSCILLATION``; None if all of it is off.
 
     Raises:
         ValueError: see :class:`OscillationHook`.

@@ -108,7 +108,7 @@ class PreciseBNHook(HookBase):
         self._average = average
 
     def after_step(self) -> None:
-        """Runs if evaluation is due, unless BN is frozen by then."""
+        """Estimates the statistics if an evaluation is due, unless BN is frozen by then."""
         done = self.trainer.iter + 1
         if done < self.trainer.max_iter and not (self._period > 0 and done % self._period == 0):
             return

@@ -36,12 +36,12 @@ class QuantizerWatchHook(HookBase):
         self._started: dict[str, Tensor] = {}
 
     def before_step(self) -> None:
-        """Notes the sizes that training starts with: they are known when calibration is done."""
+        """Records the sizes that training starts with, which are known after calibration."""
         if not self._started:
             self._started = _sizes(self.trainer.model)
 
     def after_step(self) -> None:
-        """Looks if it is time to."""
+        """Checks the quantizers every ``period`` iterations and after the last one."""
         next_iteration = self.trainer.iter + 1
         if next_iteration % self._period == 0 or next_iteration == self.trainer.max_iter:
             model = self.trainer.model

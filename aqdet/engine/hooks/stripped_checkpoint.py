@@ -8,7 +8,7 @@ from ...checkpoint import AqdetCheckpointer
 
 
 class StrippedCheckpointHook(HookBase):
-    """Once, after the last iteration: writes ``model_final_stripped.pth`` beside ``model_final.pth``."""
+    """Writes ``model_final_stripped.pth`` beside ``model_final.pth`` once, after the last iteration."""
 
     def __init__(self, checkpointer: AqdetCheckpointer) -> None:
         self._checkpointer = checkpointer

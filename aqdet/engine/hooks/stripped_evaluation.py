@@ -13,7 +13,7 @@ from ...utils.distributed import broadcast_from_main
 
 
 class StrippedEvalHook(EvalHook):
-    """Evaluation of the detector alone: every ``eval_period`` iterations and after the last one.
+    """Evaluates the detector alone, every ``eval_period`` iterations and after the last one.
 
     The auxiliary path is taken out of the model during evaluation and put back after. All processes evaluate
     the main process's BN statistics, which are those in the checkpoint. If evaluation fails, what was trained

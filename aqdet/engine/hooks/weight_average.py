@@ -60,7 +60,7 @@ class WeightAverageHook(HookBase):
             self._swap()
 
     def after_step(self) -> None:
-        """Updates the average; after the last step puts it into the model for good."""
+        """Updates the average, which becomes the model's weights after the last step."""
         self._num_steps += 1
         decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
         for key, value in self._tensors().items():
@@ -78,7 +78,7 @@ class WeightAverageHook(HookBase):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the model is the average, the same one on all ranks; what is done to it there stays in it."""
+        """Puts the average, the same one on all ranks, into the model within a block; changes made there stay in it."""
         if self._swapped:
             yield
             return
@@ -90,7 +90,7 @@ class WeightAverageHook(HookBase):
             self._swap()
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, or after the last step what was trained."""
+        """Returns the average, or the trained weights after the last step."""
         return {"other": self._other, "num_steps": self._num_steps, "swapped": self._swapped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
