@@ -48,10 +48,11 @@ def main() -> None:
             sys.argv = [str(module.__file__), *rest]
             getattr(module, function)()
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] == "aqdet":
+            missing = (error.name or "aqdet").split(".")[0]
+            if missing == "aqdet":
                 raise
             print(
-                f"error: aqdet {name} needs {error.name}, which is not installed here: pip install 'aqdet[train]', and "
+                f"error: aqdet {name} needs {missing}, which is not installed here: pip install 'aqdet[train]', and "
                 'Detectron2 (README, "Install")',
                 file=sys.stderr,
             )

@@ -1,6 +1,7 @@
 """Small detectors and batches for the tests."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ CLASSIFIER = (
     "MODEL.META_ARCHITECTURE QuantClassifier MODEL.BACKBONE.NAME build_quant_classifier_backbone "
     "MODEL.CLASSIFIER.NUM_CLASSES 3 MODEL.AUX.TAPS backbone DATALOADER.ASPECT_RATIO_GROUPING False"
 ).split()
+
+
+def warnings_in(caplog):
+    """Messages of at least a warning; an earlier training in this process may have made Detectron2 log the rest too."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def load_tool(name):
