@@ -9,6 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..utils.distributed import unwrap
+
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_KEYS = ("MODEL.QUANT.SCALE_LR", "SOLVER.OPTIMIZER")
@@ -87,6 +89,6 @@ class Requests:
 
 def acknowledge(model: nn.Module, *keys: str) -> None:
     """Notes on a model, wrapped or not, that something acts on these keys of its config."""
-    requests = getattr(getattr(model, "module", model), "requests", None)
+    requests = getattr(unwrap(model), "requests", None)
     if isinstance(requests, Requests):
         requests.acknowledge(*keys)
