@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from aqdet.config import load_config
+from aqdet.engine.checked_trainer import CheckedTrainer
 from aqdet.engine.forward_state import ForwardState
-from aqdet.engine.numbers import CheckedTrainer
 from aqdet.engine.solver import build_optimizer
 from aqdet.modeling.meta_arch.dense import LowPrecisionDense
 from aqdet.modeling.scaffold import aligning
@@ -82,7 +82,7 @@ def _build(cfg: CfgNode) -> Any:
     model = build_model(cfg).train()
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _SyncBatchNorm
+            module.__class__ = _SyncBatchNorm  # type: ignore[assignment]
     return model
 
 

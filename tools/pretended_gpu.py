@@ -171,13 +171,13 @@ class PretendedTensor(Tensor):
         inner: the tensor on the CPU or the meta device that it stands for.
     """
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> PretendedTensor:
         result = torch.Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device="cpu",
+            layout=inner.layout, device="cpu",  # type: ignore[arg-type]
         )  # fmt: skip
         result.inner = inner
         return result
@@ -194,7 +194,7 @@ class PretendedTensor(Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         name = func._schema.name.removeprefix("aten::")
         kwargs = kwargs or {}
         _check(name, args, kwargs)
@@ -267,7 +267,7 @@ class _Functions(TorchFunctionMode):
                     device = value
                 else:
                     rest.append(value)
-            out = func(args[0], *rest, **kwargs) if rest or kwargs else args[0]
+            out = func(args[0], *rest, **kwargs) if rest or kwargs else args[0]  # type: ignore[call-overload]
             return out if device is None else _move(out, torch.device(device))
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _inner_device
@@ -354,7 +354,7 @@ def pretending(*, meta: bool = False) -> Iterator[Ledger]:
     with (
         mock.patch.object(torch, "autocast", _Autocast),
         mock.patch.object(torch, "is_autocast_enabled", lambda *a: is_enabled(*(translate.get(x, x) for x in a))),
-        mock.patch.object(torch, "get_autocast_dtype", lambda x: get_dtype(translate.get(x, x))),
+        mock.patch.object(torch, "get_autocast_dtype", lambda x: get_dtype(translate.get(x, x))),  # type: ignore[arg-type]
         mock.patch.object(torch.cuda, "Stream", lambda *_: None),
         mock.patch.object(torch.cuda, "stream", lambda _: contextlib.nullcontext()),
         mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _group_pretended),

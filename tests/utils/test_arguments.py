@@ -164,7 +164,7 @@ def test_the_options_of_detectron2s_trainings_are_detectron2s():
 def test_help_imports_nothing_slow(tool):
     code = (
         "import runpy, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        f"sys.path[:0] = [{str((ROOT / 'tools' / tool).parent)!r}, {str(ROOT / 'tools')!r}]\n"
         "sys.argv = ['x', '--help']\n"
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'tools' / tool)!r} + '.py', run_name='__main__')\n"

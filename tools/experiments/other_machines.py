@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -236,8 +237,8 @@ def in_javascript(package: str, folder: Path, cache: Path) -> Outcome:
         (work / "codes_graph").mkdir()
         write_with_outputs(folder / MODEL, work / "codes_graph" / MODEL, inner_codes(folder / MODEL))
         for kind, graph, what in (("outputs", folder.resolve(), "output"), ("codes", work / "codes_graph", "codes of")):
-            command = [node, ROOT / "tools/onnxruntime_node.mjs", graph, *shape, work / "input.bin", work / kind]
-            done = run_program([*command, package], place)
+            script, inputs, outputs = ROOT / "tools/onnxruntime_node.mjs", work / "input.bin", work / kind
+            done = run_program([node, script, graph, *shape, inputs, outputs, package], place)
             if done.returncode:
                 checks.append(Check(f"{package} on {kind}", False, last_line(done)))
                 continue
@@ -297,9 +298,9 @@ def run(name: str, folder: Path, all_layers: Path, cache: Path) -> Outcome:
 
     start = time.monotonic()
     runs: dict[str, Callable[[], Outcome]] = {"here": lambda: here(folder, all_layers, cache)}
-    runs |= {key: lambda key=key: emulated_x86(X86[key], all_layers) for key in X86}
-    runs |= {key: lambda key=key: emulated_arm(key, all_layers, cache) for key in ARM}
-    runs |= {key: lambda key=key: in_javascript(JAVASCRIPT[key], all_layers, cache) for key in JAVASCRIPT}
+    runs |= {key: functools.partial(emulated_x86, X86[key], all_layers) for key in X86}
+    runs |= {key: functools.partial(emulated_arm, key, all_layers, cache) for key in ARM}
+    runs |= {key: functools.partial(in_javascript, JAVASCRIPT[key], all_layers, cache) for key in JAVASCRIPT}
     try:
         outcome = runs[name]()
     except NotHere as reason:
