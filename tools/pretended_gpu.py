@@ -258,16 +258,16 @@ class _Functions(TorchFunctionMode):
             return _move(args[0], DEVICE)
         if func is torch.Tensor.to:
             device = kwargs.pop("device", None)
-            rest = []
+            flags = [value for value in args[1:] if isinstance(value, bool)]
+            kwargs.update(zip(("non_blocking", "copy"), flags, strict=False))
             for value in args[1:]:
                 if isinstance(value, Tensor):
-                    device = value.device
-                    rest.append(value.dtype)
+                    device, kwargs["dtype"] = value.device, value.dtype
                 elif isinstance(value, str | torch.device):
                     device = value
-                else:
-                    rest.append(value)
-            out = func(args[0], *rest, **kwargs) if rest or kwargs else args[0]  # type: ignore[call-overload]
+                elif isinstance(value, torch.dtype):
+                    kwargs["dtype"] = value
+            out = func(args[0], **kwargs) if kwargs else args[0]
             return out if device is None else _move(out, torch.device(device))
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _inner_device

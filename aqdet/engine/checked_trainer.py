@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -23,12 +23,19 @@ class _CheckedLosses:
     """Checks the losses of all processes where Detectron2 checks those of the main one: before the weights move."""
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        values = {name: float(value.detach()) for name, value in loss_dict.items()}
-        wrong = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
-        found = [text for text in comm.all_gather(wrong or self._wrong_gradients()) if text]
-        if found:
-            raise NonFiniteLoss(found[0])
-        super()._write_metrics(loss_dict, *args, **kwargs)  # type: ignore[misc]
+        losses = [value.detach().float() for value in loss_dict.values()]
+        # One copy of all: each that is read by itself waits for the GPU.
+        values = dict(zip(loss_dict, torch.stack(losses).cpu(), strict=True))
+        wrong = ", ".join(f"{name} {value.item()}" for name, value in values.items() if not torch.isfinite(value))
+        wrong = wrong or self._wrong_gradients()
+        if comm.get_world_size() > 1:
+            is_wrong = torch.tensor(float(bool(wrong)), device=losses[0].device)
+            dist.all_reduce(is_wrong, dist.ReduceOp.MAX)
+            if is_wrong.item():
+                wrong = next(text for text in comm.all_gather(wrong) if text)
+        if wrong:
+            raise NonFiniteLoss(wrong)
+        super()._write_metrics(values, *args, **kwargs)  # type: ignore[misc]
 
     def _wrong_gradients(self) -> str:
         return ""

@@ -16,6 +16,8 @@ def test_tensors_say_where_they_are():
         others = [torch.ones(2).to("cuda"), torch.ones(2).cuda(), x + 1, x.view(1, 2), torch.zeros_like(x)]
         assert all(isinstance(t, PretendedTensor) and t.is_cuda and not t.is_cpu for t in (x, *others))
         assert {t.device for t in others} == {torch.device("cuda:0")}
+        assert x.to("cuda", torch.float16).dtype == x.to(torch.ones(1).half()).dtype == torch.float16
+        assert torch.ones(2).to("cuda", None, True).is_cuda
         assert type(x.cpu()) is type(x.to("cpu")) is torch.Tensor and not x.cpu().is_cuda
         with pytest.raises(TypeError, match="numpy"):
             x.numpy()
