@@ -75,6 +75,13 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--config-file", type=file_to_read, required=True, help="that it was exported with")
     sub.add_argument("--weights", type=file_to_read, required=True, help="that it was exported from")
     sub.add_argument("--image", type=file_to_read, help="image to run on, resized to a square; random blocks if absent")
+    sub.add_argument(
+        "--calibration",
+        type=existing,
+        metavar="PATH",
+        help="image or folder that ONNX Runtime's post-training int8 is calibrated on (default: the measured image)",
+    )
+    sub.add_argument("--dataset", metavar="NAME", default="", help="also evaluate every form on it (AP)")
     sub.add_argument("--size", type=positive, default=320, help="height and width of the image (default: %(default)s)")
     sub.add_argument("--threads", type=positive, default=os.cpu_count(), help="of the networks (default: %(default)s)")
     sub.add_argument("--rounds", type=positive, default=30, help="measured runs of each network (default: %(default)s)")

@@ -1,12 +1,14 @@
 """Latency, memory and size of an exported detector beside its float model; run by ``benchmark.py export``."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.evaluation import inference_on_dataset
 from latency import Times, interleave, peak_memory, saturating
 from machine import Machine
 from tabulate import tabulate
@@ -23,14 +28,21 @@ from torch import nn
 from aqdet.checkpoint import load_detector
 from aqdet.config import load_config
 from aqdet.engine import fit_to_machine
+from aqdet.evaluation import build_evaluator
+from aqdet.evaluation.exported import ExportedDetector
+from aqdet.export.gate import dataset_records
 from aqdet.quantization import quantizers, set_quantization
 from aqdet.runtime import Detector, read_description, write_description
 from aqdet.runtime.detector import LevelOutputs
 from aqdet.runtime.folder import DESCRIPTION, MODEL, Description
 from aqdet.runtime.image import read_image
 from aqdet.runtime.preprocess import make_batch as make_runtime_batch
+from aqdet.utils.files import is_image
 
 EAGER, ORT_FLOAT = "PyTorch eager", "ONNX Runtime float32"
+ORT_INT8 = "ONNX Runtime int8, post-training"
+MOST_CALIBRATION = 64
+"""Images that ONNX Runtime's quantization is calibrated on, at most."""
 
 
 class Dense(nn.Module):
@@ -75,8 +87,77 @@ def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -
         output_names=names,
         opset_version=17,
         dynamo=False,
+        dynamic_axes={name: {0: "N", 2: f"h_{name}", 3: f"w_{name}"} for name in ("image", *names)},
     )
     write_description(folder, content, files=(MODEL,))
+
+
+class _Images:
+    """Calibration images as ONNX Runtime's quantization reads them.
+
+    Args:
+        batches: uint8 ``(1, 3, H, W)`` each.
+    """
+
+    def __init__(self, batches: list[np.ndarray]) -> None:
+        self._left = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next image, None after the last."""
+        batch = next(self._left, None)
+        return None if batch is None else {"image": batch}
+
+
+def write_post_training(float_folder: Path, folder: Path, batches: list[np.ndarray]) -> None:
+    """Quantizes a folder's float network by ONNX Runtime's post-training quantization to 8 bits, into another folder.
+
+    Weights are per channel, activations uint8, as its documentation advises for convolutions; the first operations
+    (image to float) and the decoding stay as they are.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = folder / "prepared.onnx"
+    quant_pre_process(str(float_folder / MODEL), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(folder / MODEL),
+        _Images(batches),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+    )
+    prepared.unlink()
+    write_description(folder, json.loads((float_folder / DESCRIPTION).read_text()), files=(MODEL,))
+
+
+def calibration_batches(args: argparse.Namespace, description: Description, batch: np.ndarray) -> list[np.ndarray]:
+    """Images of ``--calibration`` as the network reads them; the measured one alone where there are none."""
+    if not args.calibration:
+        print("ONNX Runtime int8 is calibrated on the measured image alone: name --calibration images for its AP")
+        return [batch]
+    folder = Path(args.calibration)
+    files = sorted(file for file in folder.iterdir() if is_image(file)) if folder.is_dir() else [folder]
+    if not files:
+        raise ValueError(f"--calibration {folder} has no images")
+    number = min(MOST_CALIBRATION, len(files))
+    chosen = [str(files[i * len(files) // number]) for i in range(number)]
+    return [make_runtime_batch([read_image(file)], description)[0] for file in chosen]
+
+
+def average_precision(cfg: CfgNode, model: nn.Module) -> float | None:
+    """AP of a detector on the only dataset of ``DATASETS.TEST``; None where it gives none."""
+    (dataset,) = cfg.DATASETS.TEST
+    with tempfile.TemporaryDirectory() as scratch:
+        evaluator = build_evaluator(cfg, dataset, scratch)
+        loader = build_detection_test_loader(cfg, dataset)
+        with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
+            results = inference_on_dataset(model, loader, evaluator)
+    metrics = next(iter(results.values()), {})
+    return metrics.get("AP")
 
 
 def float_bytes(model: nn.Module) -> int:
@@ -163,11 +244,12 @@ def check_export(args: argparse.Namespace, description: Description) -> None:
             raise ValueError(f"{args.model} was exported from other weights than {args.weights}: name those")
 
 
-def make_forms(args: argparse.Namespace, float_folder: Path, exported: Detector) -> list[Form]:
+def make_forms(args: argparse.Namespace, float_folder: Path, int8_folder: Path, exported: Detector) -> list[Form]:
     """The forms that run in the runtime."""
     folder = Path(args.model)
     forms = [
         Form(ORT_FLOAT, float_folder, Detector(float_folder, threads=args.threads), ONNX_RUNTIME_MEMORY),
+        Form(ORT_INT8, int8_folder, Detector(int8_folder, threads=args.threads), ONNX_RUNTIME_MEMORY),
         Form("exported, ONNX Runtime", folder, exported, ONNX_RUNTIME_MEMORY),
     ]
     if importlib.util.find_spec("openvino"):
@@ -182,6 +264,9 @@ def export(args: argparse.Namespace) -> None:
     exported = Detector(args.model, threads=args.threads)
     description = exported.description
     check_export(args, description)
+    cfg = load_config(args.config_file, args.opts)
+    if args.dataset:
+        cfg, _ = dataset_records(cfg, args.dataset)
     torch.set_num_threads(args.threads)
     dense = load_float(args.config_file, args.weights, args.opts)
     image = make_image(args.image, args.size)
@@ -194,9 +279,18 @@ def export(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         batch_file = str(Path(scratch) / "batch.npy")
         np.save(batch_file, batch)
-        write_float(dense, Path(args.model), Path(scratch), batch)
-        forms = make_forms(args, Path(scratch), exported)
+        float_folder, int8_folder = Path(scratch) / "float", Path(scratch) / "int8"
+        float_folder.mkdir()
+        write_float(dense, Path(args.model), float_folder, batch)
+        write_post_training(float_folder, int8_folder, calibration_batches(args, description, batch))
+        forms = make_forms(args, float_folder, int8_folder, exported)
         found = {EAGER: len(dense.model(inputs)[0]["instances"])}
+        quality: dict[str, float | None] = {}
+        if args.dataset:
+            quality[EAGER] = average_precision(cfg, dense.model)
+            for form in forms:
+                print(f"AP of {form.name}", file=sys.stderr)
+                quality[form.name] = average_precision(cfg, ExportedDetector(form.detector))
         for form in forms:
             form.detector.description = as_it_is
             networks[form.name] = functools.partial(form.detector.run, batch)
@@ -217,14 +311,16 @@ def export(args: argparse.Namespace) -> None:
             own = times[part, name]
             row += [own.median * 1e3, ratio(own, times[part, ORT_FLOAT]), ratio(own, times[part, EAGER])]
         peak = memory[name]
-        rows.append([*row, found[name], None if peak is None else peak / 1e6, disk[name] / 1e6])
+        row += [found[name], None if peak is None else peak / 1e6, disk[name] / 1e6]
+        rows.append([*row, *[quality.get(name)] * bool(args.dataset)])
     machine = Machine.here()
     print(
         f"{args.size}x{args.size}, 1 image; {machine}; {args.threads} threads, torch {torch.__version__}; "
         f"median of {args.rounds} rounds (range); speeds relative to ONNX Runtime float32 and to eager"
     )
     header = ["", "network, ms", "/ ORT", "/ eager", "image to boxes, ms", "/ ORT", "/ eager"]
-    print(tabulate(rows, [*header, "objects", "peak MB", "MB on disk"], floatfmt=".1f"))
+    header += ["objects", "peak MB", "MB on disk", *[f"AP on {args.dataset}"] * bool(args.dataset)]
+    print(tabulate(rows, header, floatfmt=".1f"))
     packed = (Path(args.model) / MODEL).stat().st_size
     print(f"exported file: {packed / 1e6:.2f} MB, 1/{disk[EAGER] / packed:.1f} of the float32 state dict")
     print_saturation(machine, saturating(description.layers))

@@ -14,6 +14,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
 from helpers import FCOS, QUANT, ROOT, calibrated, make_batch, make_cfg, make_model
 from latency import peak_memory
+from tiny_data import write_dataset
 from tiny_export import make_photo
 
 from aqdet.evaluation.exported import load_exported
@@ -130,8 +131,46 @@ def test_benchmark(exported, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for words in ("32x32, 1 image; ", "VNNI", "PyTorch eager", "ONNX Runtime float32", "of the float32 state dict"):
         assert words in printed
-    row = next(line for line in printed.splitlines() if line.startswith("exported, ONNX Runtime"))
-    assert row.count("x (") == 4 and float(row.split()[-2]) > 30
+    for name in ("exported, ONNX Runtime", "ONNX Runtime int8, post-training"):
+        row = next(line for line in printed.splitlines() if line.startswith(name))
+        assert row.count("x (") == 4 and float(row.split()[-2]) > 30
+    assert "calibrated on the measured image alone" in printed
+
+
+def test_benchmark_with_calibration_images_and_a_dataset(exported, monkeypatch, capsys, tmp_path):
+    entry = write_dataset(tmp_path / "data", "tiny_benchmark", num_images=2)
+    monkeypatch.setattr(benchmark_export, "peak_memory", lambda *_: None)
+    command = ["benchmark.py", "export", "--model", exported / "exported", "--config-file", exported / "config.yaml"]
+    command += ["--weights", exported / "weights.pth", "--size", "32", "--threads", "1", "--rounds", "1"]
+    command += ["--calibration", tmp_path / "data", "--dataset", "tiny_benchmark"]
+    command += ["DATASETS.DECLARED", [entry], "DATALOADER.NUM_WORKERS", "0"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "MB on disk" in line)
+    assert header.rstrip().endswith("AP on tiny_benchmark")
+    for name in ("PyTorch eager", "ONNX Runtime float32", "ONNX Runtime int8", "exported, ONNX Runtime"):
+        row = next(line for line in lines if line.startswith(name))
+        assert 0 <= float(row.split()[-1]) <= 100
+
+
+def test_post_training_int8_is_near_the_float_network(exported, tmp_path):
+    """All convolutions are on 8 bits, and what is predicted stays near; the file is a quarter."""
+    dense = benchmark_export.load_float(str(exported / "config.yaml"), str(exported / "weights.pth"), [])
+    description = Detector(exported / "exported", threads=1).description
+    batch, _ = make_runtime_batch([make_photo()], description)
+    (tmp_path / "float").mkdir()
+    benchmark_export.write_float(dense, exported / "exported", tmp_path / "float", batch)
+    benchmark_export.write_post_training(tmp_path / "float", tmp_path / "int8", [batch])
+    found = [Detector(tmp_path / name, threads=1).run(batch) for name in ("float", "int8")]
+    for level, other in zip(*found, strict=True):
+        assert all(one.shape == two.shape for one, two in zip(level, other, strict=True))
+    full, int8 = (np.concatenate([level[0].ravel() for level in levels]) for levels in found)
+    # Untrained, so that the logits lie close together, in a few steps of 8 bits.
+    step = (max(full.max(), 0.0) - min(full.min(), 0.0)) / 255
+    assert np.abs(full - int8).max() < 4 * step and not np.array_equal(full, int8)
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("float", "int8")]
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_a_value_given_twice():
         ("benchmark", "export --model none", "--model"),
         ("benchmark", "export --weights none.pth", "--weights"),
         ("benchmark", "export --image none.png", "--image"),
+        ("benchmark", "export --calibration none", "--calibration"),
         ("check_dataset", "--yolo x --examples -1", "--examples"),
         ("check_dataset", "--yolo x --json .", "--json"),
         ("convert_torchvision", "--depth 99", "--depth"),
