@@ -156,7 +156,7 @@ def average_precision(cfg: CfgNode, model: nn.Module) -> float | None:
         loader = build_detection_test_loader(cfg, dataset)
         with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
             results = inference_on_dataset(model, loader, evaluator)
-    metrics = next(iter(results.values()), {})
+    metrics: dict[str, Any] = next(iter(results.values()), {})
     return metrics.get("AP")
 
 
