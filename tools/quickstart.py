@@ -24,7 +24,7 @@ VARIANTS = {
     "lsq_w4a4_aux": "4-bit with auxiliary path",
 }
 START, START_CONFIG = "start", "fp_bn_aux"
-START_ITERATIONS, ITERATIONS = 400, 200
+START_ITERATIONS, ITERATIONS = 240, 100
 """Lengths of the start and of each run from it. The configs train longer; with these all of it takes minutes."""
 BASE_LR, WARMUP_ITERS = 0.001, 20
 """Solver of the runs. The learning rate is twice that of the configs, since the start is far from trained."""
@@ -51,7 +51,7 @@ def make_jobs(output: str, short: bool) -> dict[str, Job]:
         is_start = key == START
         config = ROOT / "configs" / "quickstart" / f"retinanet_r18_{START_CONFIG if is_start else key}.yaml"
         iterations = 4 if short else START_ITERATIONS if is_start else ITERATIONS
-        settings: dict[str, object] = {"SEED": 1, "SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 100}
+        settings: dict[str, object] = {"SEED": 1, "SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 50}
         settings["SOLVER.WARMUP_ITERS"] = WARMUP_ITERS
         if is_start:
             settings["DATASETS.TEST"] = ()  # it is no row of the table
