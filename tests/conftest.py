@@ -19,6 +19,16 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def loggers():
+    """Starts every test with loggers as at import, whatever programs ran in this process before."""
+    logging.disable(logging.NOTSET)
+    for name in ("aqdet", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
