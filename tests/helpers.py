@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -39,6 +40,12 @@ CLASSIFIER = (
 def warnings_in(caplog):
     """Messages of at least a warning; an earlier training in this process may have made Detectron2 log the rest too."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def process_environment(**variables):
+    """Of another Python: the checkout comes first, then what this one finds (another Detectron2, for one)."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
 def load_tool(name):

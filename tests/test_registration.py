@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import pytest
-from helpers import ROOT
+from helpers import process_environment
 
 import aqdet
 from aqdet.registration import ImportAfter, ImportWithout
@@ -44,9 +44,8 @@ for name in sys.argv[1:]:
 
 
 def run(code, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 

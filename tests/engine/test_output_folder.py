@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, make_cfg
+from helpers import make_cfg, process_environment
 
 from aqdet.engine import output_folder
 from aqdet.engine.output_folder import LOCK, check_output_dir, evaluation_noted, holding, write_config
@@ -33,7 +33,7 @@ def holder(tmp_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=process_environment(),
         start_new_session=True,
     )
     assert process.stdout.readline() == "held\n"

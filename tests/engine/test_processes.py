@@ -1,23 +1,20 @@
 """Two CPU processes train as one does."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from engine.test_scales import check_moves
-from helpers import ROOT
+from helpers import process_environment
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("process_runs.py"))]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command.append(str(tmp_path_factory.mktemp("processes")))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

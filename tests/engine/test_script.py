@@ -1,10 +1,9 @@
 """A script or notebook without functions: its trainer exists until the interpreter exits."""
 
-import os
 import subprocess
 import sys
 
-from helpers import QUANT, ROOT, make_cfg
+from helpers import QUANT, make_cfg, process_environment
 from tiny_data import train_overrides, write_dataset
 
 SCRIPT = """
@@ -27,9 +26,8 @@ def test_a_script_with_a_trainer_and_workers_ends_and_makes_its_folder(tmp_path)
     overrides = [*train_overrides(entry, tmp_path / "new" / "out", max_iter=2), *QUANT]
     cfg = make_cfg(*overrides, "DATALOADER.NUM_WORKERS", "2", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment(), timeout=150)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "the last line"
     assert (tmp_path / "new" / "out" / "model_final_stripped.pth").is_file()

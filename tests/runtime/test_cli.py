@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import process_environment
 from pycocotools.coco import COCO
 from tiny_export import make_photo, make_twin, write_folder
 
@@ -236,9 +235,8 @@ def test_as_a_module_without_torch_and_opencv(folder, photos, tmp_path):
         "runpy.run_module('aqdet.runtime', run_name='__main__')"
     )
     arguments = [folder, photos, "--output", tmp_path / "out", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=process_environment()
     )
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "out") == ["more/000017.JPG", "one.png"]

@@ -1,7 +1,6 @@
 """The whole runtime against a Detectron2 model with the same weights, and without torch."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
-from helpers import ROOT
+from helpers import process_environment
 from tiny_export import make_photo, make_twin, write_folder
 
 from aqdet.runtime import Detector
@@ -121,7 +120,7 @@ assert not set(BLOCKED) & set(sys.modules), sys.modules
 
 
 def without_torch(*command, **variables):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    environment = process_environment(**variables)
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

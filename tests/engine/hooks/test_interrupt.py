@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import process_environment
 
 # By hand, for more: AQDET_TEST_KILLS=100 AQDET_TEST_KILL_SEED=7 pytest tests/engine/test_resume.py
 KILLS = int(os.environ.get("AQDET_TEST_KILLS", "10"))
@@ -19,9 +19,7 @@ SEED = os.environ.get("AQDET_TEST_KILL_SEED", "0")
 def report(tmp_path_factory):
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent.parent / "kill_runs.py")]
     command += [str(tmp_path_factory.mktemp("kills")), str(KILLS), SEED]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
