@@ -1,13 +1,21 @@
-"""Install the Python part of Detectron2 0.6 where ``import detectron2`` does not work yet.
+"""Install the Python part of Detectron2, 0.6 or another version, where ``import detectron2`` does not work yet.
 
 Detectron2 is not on PyPI under its own name; ``pb1-detectron2`` holds the Python files of its
 v0.6 tag without the sources of the compiled ops. This script downloads that archive with pip,
-checks its sha256, applies the changes listed in CHANGES (which let 0.6 run with today's numpy,
-Pillow and setuptools), and installs the result as the distribution ``detectron2 0.6``. Each
+checks its sha256, applies the changes of ``detectron2_changes.py`` (which let 0.6 run with today's
+numpy, Pillow and setuptools), and installs the result as the distribution ``detectron2 0.6``. Each
 change must find its text exactly as often as expected, or nothing is installed.
 
-A Detectron2 that already imports, of whichever version and origin, is left alone, except one that
-an earlier version of this script has installed with other changes: that one is replaced.
+``--source``, or the variable AQDET_DETECTRON2, asks for another version: ``main``, a commit of
+Detectron2's repository (40 digits), or what git can fetch or this machine already has: a source
+folder, an archive of one (.tar.gz), a repository's folder or URL. Without a network the last three
+work, and ``main`` ends with one line that names them. The source's own build files are not used,
+its few outdated lines are changed where they are found, and the version says which commit it is.
+What is there stays while ``--source`` stays the same: ``main`` is not fetched again.
+
+``--target DIR`` puts the package alone into a folder for PYTHONPATH, beside a Detectron2 that is
+installed already; without it, a Detectron2 that imports and that this script has not installed is
+left alone, or, where a ``--source`` was asked for, an error.
 
 Usage: ``python tools/install_detectron2.py`` (in the environment that is to have it; needs
 torch and setuptools there).
@@ -17,196 +25,31 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from detectron2_changes import (
+    CHANGES,
+    COMPILED_OPS_PATH,
+    MAIN_CHANGES,
+    InstallError,
+    compiled_ops_text,
+    setup_text,
+)
 
 REQUIREMENT = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-
-
-class InstallError(RuntimeError):
-    """A reason, in one line, why Detectron2 was not installed."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """One compatibility change: ``old``, found as whole words ``count`` times, becomes ``new``."""
-
-    path: str
-    old: str
-    new: str
-    count: int
-    reason: str
-
-    def apply(self, root: Path) -> None:
-        """Rewrite the file under ``root``; raise InstallError if ``old`` is not as expected."""
-        file = root / self.path
-        if not file.is_file():
-            raise InstallError(f"{self.path}: no such file; cannot apply the change: {self.reason}")
-        pattern = rf"(?<!\w){re.escape(self.old)}(?!\w)"
-        text, found = re.subn(pattern, lambda _: self.new, file.read_text(encoding="utf-8"))
-        if found != self.count:
-            raise InstallError(
-                f"{self.path}: {self.old!r} found {found} times, expected {self.count}; "
-                f"cannot apply the change: {self.reason}"
-            )
-        file.write_text(text, encoding="utf-8")
-
-
-NO_COMPILED_OPS = "without compiled ops the package must import; a call names the missing op"
-NUMPY_ALIAS = "numpy 1.24 removed its aliases of Python's types"
-COMPILED_OPS_PATH = "detectron2/_compiled_ops.py"
-COMPILED_OPS_TEXT = '''\
-"""Stands in for the compiled ops, which this installation of Detectron2 does not have."""
-
-CHANGES = "FINGERPRINT"
-
-
-class _MissingOps:
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(
-            f"Detectron2's compiled op {name!r} is not in this Python-only installation: "
-            "uninstall detectron2 and build Detectron2 from source to use it"
-        )
-
-
-_C = _MissingOps()
-'''
-
-CHANGES = (
-    *(
-        Change(
-            path,
-            "from detectron2 import _C",
-            "from detectron2._compiled_ops import _C",
-            1,
-            NO_COMPILED_OPS,
-        )
-        for path in (
-            "detectron2/evaluation/fast_eval_api.py",
-            "detectron2/layers/deform_conv.py",
-            "detectron2/layers/roi_align_rotated.py",
-            "detectron2/layers/rotated_boxes.py",
-        )
-    ),
-    Change(
-        "detectron2/layers/nms.py",
-        "from torchvision.ops import nms",
-        "from detectron2._compiled_ops import _C\nfrom torchvision.ops import nms",
-        1,
-        NO_COMPILED_OPS,
-    ),
-    Change(
-        "detectron2/layers/nms.py",
-        "torch.ops.detectron2.nms_rotated",
-        "_C.nms_rotated",
-        1,
-        NO_COMPILED_OPS,
-    ),
-    Change("detectron2/data/build.py", "np.int", "int", 2, NUMPY_ALIAS),
-    Change("detectron2/data/datasets/pascal_voc.py", "np.str", "str", 1, NUMPY_ALIAS),
-    Change("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool", "bool", 2, NUMPY_ALIAS),
-    Change("detectron2/evaluation/sem_seg_evaluation.py", "np.int", "int", 2, NUMPY_ALIAS),
-    Change("detectron2/evaluation/sem_seg_evaluation.py", "np.float", "float", 5, NUMPY_ALIAS),
-    Change("detectron2/structures/masks.py", "np.bool", "bool", 3, NUMPY_ALIAS),
-    Change("detectron2/utils/video_visualizer.py", "np.bool", "bool", 1, NUMPY_ALIAS),
-    Change("detectron2/utils/visualizer.py", "np.bool", "bool", 3, NUMPY_ALIAS),
-    Change(
-        "detectron2/data/transforms/transform.py",
-        "Image.LINEAR",
-        "Image.BILINEAR",
-        1,
-        "Pillow 10 removed this second name of BILINEAR",
-    ),
-    Change(
-        "detectron2/model_zoo/model_zoo.py",
-        "import pkg_resources\nimport torch",
-        "import torch",
-        1,
-        "setuptools 82 removed pkg_resources",
-    ),
-    Change(
-        "detectron2/model_zoo/model_zoo.py",
-        'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
-        'os.path.join(os.path.dirname(__file__), "configs", config_path)',
-        1,
-        "setuptools 82 removed pkg_resources",
-    ),
-    Change(
-        "detectron2/modeling/anchor_generator.py",
-        "torch.meshgrid(shifts_y, shifts_x)",
-        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
-        1,
-        "torch.meshgrid without indexing is deprecated and warns",
-    ),
-    Change(
-        "detectron2/export/__init__.py",
-        "from .api import *",
-        "try:\n"
-        "    from .api import *\n"
-        "except ModuleNotFoundError as error:\n"
-        '    if error.name.partition(".")[0] != "caffe2":\n'
-        "        raise",
-        1,
-        "tracing and FLOP counts need no Caffe2, which PyTorch no longer has",
-    ),
-    Change(
-        "detectron2/evaluation/coco_evaluation.py",
-        "from detectron2.evaluation.fast_eval_api import COCOeval_opt",
-        "from pycocotools.cocoeval import COCOeval as COCOeval_opt",
-        1,
-        "COCOEvaluator's fast implementation is a compiled op; pycocotools computes the same AP",
-    ),
-)
-# Recorded where it is installed, so that an installation with other changes is found.
-FINGERPRINT = hashlib.sha256(repr(CHANGES).encode()).hexdigest()[:16]
-COMPILED_OPS_TEXT = COMPILED_OPS_TEXT.replace("FINGERPRINT", FINGERPRINT)
-
-SETUP_TEXT = """\
-from setuptools import find_packages, setup
-
-PROJECTS = {
-    "detectron2.projects.deeplab": "projects/DeepLab/deeplab",
-    "detectron2.projects.panoptic_deeplab": "projects/Panoptic-DeepLab/panoptic_deeplab",
-    "detectron2.projects.point_rend": "projects/PointRend/point_rend",
-}
-
-setup(
-    name="detectron2",
-    version="0.6",
-    description="Detectron2 0.6, Python part only (no compiled ops)",
-    url="https://github.com/facebookresearch/detectron2",
-    license="Apache-2.0",
-    packages=find_packages(include=["detectron2", "detectron2.*"]) + list(PROJECTS),
-    package_dir=PROJECTS,
-    package_data={"detectron2.model_zoo": ["configs/**/*.yaml", "configs/**/*.py"]},
-    python_requires=">=3.11",
-    install_requires=[
-        "Pillow>=7.1",
-        "cloudpickle",
-        "fvcore>=0.1.5,<0.1.6",
-        "hydra-core>=1.1",
-        "iopath>=0.1.7,<0.1.10",
-        "matplotlib",
-        "omegaconf>=2.1",
-        "pycocotools>=2.0.2",
-        "tabulate",
-        "tensorboard",
-        "termcolor>=1.1",
-        "tqdm>4.29.0",
-        "yacs>=0.1.8",
-    ],
-)
-"""
-
+RELEASE = "0.6"
+REPOSITORY = "https://github.com/facebookresearch/detectron2"
+# What a package of Detectron2 is made of.
+PARTS = ("detectron2", "configs", "projects/DeepLab", "projects/Panoptic-DeepLab", "projects/PointRend")
 
 # Prints three lines as far as it gets: where detectron2 is, what pip calls it, its version.
 PROBE = """\
@@ -219,14 +62,16 @@ print(detectron2.__version__)
 """
 
 
-def existing_detectron2() -> str | None:
+def existing_detectron2(source: str = "") -> str | None:
     """Return version and place of the Detectron2 that this interpreter imports, or None.
 
     None is also the answer to what an interrupted run of this script leaves behind, our own files
-    that are not known to pip yet, and to an installation of ours with other changes.
+    that are not known to pip yet, and to an installation of ours from another source or with other
+    changes.
 
     Raises:
-        InstallError: one is found but fails to import; replacing it is left to its owner.
+        InstallError: one is found but fails to import, or is not ours although a source was asked
+            for; replacing it is left to its owner.
     """
     command = [sys.executable, "-P", "-c", PROBE]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -235,11 +80,13 @@ def existing_detectron2() -> str | None:
         return None
     package = Path(origin).parent
     ours = package / Path(COMPILED_OPS_PATH).name
-    if ours.exists() and (not known_to_pip or ours.read_text(encoding="utf-8") != COMPILED_OPS_TEXT):
+    if ours.exists() and (not known_to_pip or ours.read_text(encoding="utf-8") != compiled_ops_text(source)):
         return None
     if result.returncode != 0:
         error = (result.stderr.strip() or "no message").splitlines()[-1]
         raise InstallError(f"{package} exists but does not import ({error}): repair or remove it")
+    if source and not ours.exists():
+        raise InstallError(f"{version} in {package} is not of this script: remove it, or ask for no --source")
     return f"{version} in {package}"
 
 
@@ -282,8 +129,84 @@ def extract(archive: Path, folder: Path) -> Path:
     return tops[0]
 
 
+def fetch(source: str, folder: Path) -> tuple[Path, str]:
+    """Fetch ``main``, a commit or another repository's HEAD into ``folder``; the tree and its commit.
+
+    Raises:
+        InstallError: git is missing or could not, with git's reason and what works without a network.
+    """
+    is_commit = re.fullmatch(r"[0-9a-f]{40}", source) is not None
+    repository = REPOSITORY if is_commit or source == "main" else source
+    revision = source if is_commit or source == "main" else "HEAD"
+
+    def git(*arguments: str) -> str:
+        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, env=environment
+            )
+        except FileNotFoundError:
+            raise InstallError(f"{source}: git is needed to fetch it; a source folder or archive needs none") from None
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or "no message").splitlines()[0]
+            raise InstallError(
+                f"{source}: git could not fetch {revision} of {repository} ({reason}); without a network, name a "
+                "source folder, its .tar.gz or a repository on this machine (AQDET_DETECTRON2 or --source)"
+            )
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("fetch", "--quiet", "--depth", "1", repository, revision)
+    git("checkout", "--quiet", "FETCH_HEAD")
+    return folder, git("rev-parse", "FETCH_HEAD")
+
+
+def obtain(source: str, folder: Path) -> tuple[Path, str]:
+    """The source tree that is asked for, and the version that its package gets.
+
+    Raises:
+        InstallError: there is none.
+    """
+    origin, version = Path(source), f"{RELEASE}+local"
+    if origin.is_file():
+        (folder / "archive").mkdir()
+        tree = extract(origin, folder / "archive")
+    elif (origin / "detectron2" / "__init__.py").is_file():
+        tree = origin
+    else:
+        (folder / "repository").mkdir()
+        # A path is relative to where this script was called, not to the folder that git works in.
+        tree, commit = fetch(str(origin.resolve()) if origin.is_dir() else source, folder / "repository")
+        version = f"{RELEASE}+{commit[:12]}"
+    if not (tree / "detectron2" / "__init__.py").is_file():
+        raise InstallError(f"{source}: it has no detectron2/__init__.py")
+    return tree, version
+
+
+def prepare(tree: Path, root: Path, source: str, version: str) -> None:
+    """Copy what the package needs of a source tree to ``root``, with MAIN_CHANGES and build files of our own.
+
+    Raises:
+        InstallError: a part is missing.
+    """
+    for part in PARTS:
+        if not (tree / part).is_dir():
+            raise InstallError(f"{source}: it has no folder {part}")
+        # Compiled ops of a developer's checkout, and its link from the model zoo to configs.
+        ignored = shutil.ignore_patterns("*.so", "csrc", "__pycache__", "configs" if part == "detectron2" else "")
+        shutil.copytree(tree / part, root / part, ignore=ignored)
+    shutil.move(root / "configs", root / "detectron2" / "model_zoo" / "configs")
+    package = root / "detectron2" / "__init__.py"
+    text = re.sub(r"(?m)^__version__ = .*$", f'__version__ = "{version}"', package.read_text(encoding="utf-8"))
+    package.write_text(text, encoding="utf-8")
+    applied = sum(change.apply_where_found(root) for change in MAIN_CHANGES)
+    (root / COMPILED_OPS_PATH).write_text(compiled_ops_text(source), encoding="utf-8")
+    (root / "setup.py").write_text(setup_text(version), encoding="utf-8")
+    print(f"Detectron2: applied {applied} of {len(MAIN_CHANGES)} changes to {version}, installing", flush=True)
+
+
 def patch(root: Path) -> None:
-    """Apply CHANGES to the source tree and replace its build files by our own.
+    """Apply CHANGES to the source tree of 0.6 and replace its build files by our own.
 
     Raises:
         InstallError: a change does not apply to these files.
@@ -293,70 +216,95 @@ def patch(root: Path) -> None:
     compiled_ops = root / COMPILED_OPS_PATH
     if compiled_ops.exists():
         raise InstallError(f"{COMPILED_OPS_PATH}: exists already in the archive")
-    compiled_ops.write_text(COMPILED_OPS_TEXT, encoding="utf-8")
+    compiled_ops.write_text(compiled_ops_text(), encoding="utf-8")
     (root / "setup.cfg").unlink(missing_ok=True)
-    (root / "setup.py").write_text(SETUP_TEXT, encoding="utf-8")
-
-
-def install(
-    archive: Path,
-    folder: Path,
-    *,
-    expected_sha256: str = SHA256,
-    constraint: str | None = None,
-) -> None:
-    """Check, extract and patch the archive below ``folder``; install it when all of it worked.
-
-    Args:
-        archive: the downloaded source archive.
-        folder: an existing folder to work in.
-        expected_sha256: the only sha256 accepted.
-        constraint: a pip constraints file for Detectron2's dependencies.
-
-    Raises:
-        InstallError: with the reason, nothing installed.
-    """
-    check_sha256(archive, expected_sha256)
-    source = folder / "source"
-    source.mkdir()
-    root = extract(archive, source)
-    patch(root)
+    (root / "setup.py").write_text(setup_text(RELEASE), encoding="utf-8")
     print(f"Detectron2: applied {len(CHANGES)} changes, installing", flush=True)
+
+
+def build(root: Path, folder: Path) -> str:
+    """Build the patched tree; the wheel's path."""
     wheels = folder / "wheels"
     run_pip(
         *("wheel", "--quiet", "--no-deps", "--no-build-isolation"),
         *("--wheel-dir", str(wheels), str(root)),
     )
+    (wheel,) = map(str, wheels.glob("*.whl"))
+    return wheel
+
+
+def install(wheel: str, *, constraint: str | None = None, target: Path | None = None) -> None:
+    """Install a wheel and what it depends on, or, with a target, itself alone into that folder."""
+    if target is not None:
+        shutil.rmtree(target, ignore_errors=True)
+        run_pip("install", "--quiet", "--no-deps", "--target", str(target), wheel)
+        return
     constraints = ("--constraint", constraint) if constraint else ()
-    built = [str(wheel) for wheel in wheels.glob("*.whl")]
-    run_pip("install", "--quiet", *constraints, *built)
+    run_pip("install", "--quiet", *constraints, wheel)
     # Where an earlier installation of ours has the same version, pip takes it for this one.
-    run_pip("install", "--quiet", "--no-deps", "--force-reinstall", *built)
+    run_pip("install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+
+
+def make_wheel(source: str, folder: Path) -> str:
+    """Fetch, check, patch and build what is asked for ("": 0.6) below ``folder``; the wheel's path.
+
+    Raises:
+        InstallError: with the reason.
+    """
+    root = folder / "source"
+    root.mkdir()
+    if source:
+        print(f"Detectron2: fetching {source}", flush=True)
+        tree, version = obtain(source, folder)
+        prepare(tree, root, source, version)
+    else:
+        print(f"Detectron2: downloading {REQUIREMENT}", flush=True)
+        archive = download(folder)
+        check_sha256(archive, SHA256)
+        root = extract(archive, root)
+        patch(root)
+    return build(root, folder)
+
+
+def check_target(target: Path, source: str) -> bool:
+    """Whether the folder already holds this; raises InstallError where it holds something else than ours."""
+    marker = target / COMPILED_OPS_PATH
+    if marker.is_file():
+        return marker.read_text(encoding="utf-8") == compiled_ops_text(source)
+    if target.exists() and any(target.iterdir()):
+        raise InstallError(f"--target {target}: it holds files that are not of this script; name a new folder")
+    return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Install Detectron2 unless it is there; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--constraint", help="pip constraints file for Detectron2's dependencies")
-    constraint = parser.parse_args(arguments).constraint
+    parser.add_argument(
+        "--source",
+        default=os.environ.get("AQDET_DETECTRON2") or RELEASE,
+        help="0.6, main, a commit, or a source folder, archive or repository (default: AQDET_DETECTRON2, or 0.6)",
+    )
+    parser.add_argument("--target", type=Path, metavar="DIR", help="install the package alone into this folder")
+    options = parser.parse_args(arguments)
+    constraint, target = options.constraint, options.target
+    source = "" if options.source == RELEASE else options.source
     if constraint and not Path(constraint).is_file():
         parser.error(f"argument --constraint: {constraint!r} is no file")
     try:
-        existing = existing_detectron2()
-        if existing is not None:
-            print(f"Detectron2: {existing} already works, left alone")
+        existing = existing_detectron2(source) if target is None else None
+        if existing is not None or (target is not None and check_target(target, source)):
+            print(f"Detectron2: {existing or target} already works, left alone")
             return 0
-        print(f"Detectron2: downloading {REQUIREMENT}", flush=True)
         with tempfile.TemporaryDirectory(prefix="aqdet-detectron2-") as name:
-            folder = Path(name)
-            install(download(folder), folder, constraint=constraint)
-        existing = existing_detectron2()
-        if existing is None:
+            install(make_wheel(source, Path(name)), constraint=constraint, target=target)
+        installed = existing_detectron2(source) if target is None else str(target)
+        if installed is None:
             raise InstallError("pip reported success, but import detectron2 still fails")
     except InstallError as error:
         print(f"Detectron2 was not installed: {error}", file=sys.stderr)
         return 1
-    print(f"Detectron2: installed {existing}")
+    print(f"Detectron2: installed {installed}")
     return 0
 
 

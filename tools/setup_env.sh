@@ -10,6 +10,10 @@
 #   AQDET_USE_CURRENT_ENV=1    use the active environment (conda, venv, ...), which must have
 #                              Detectron2 already: only what aqdet lacks is added, nothing is
 #                              pinned, upgraded or removed
+#   AQDET_TORCH_INDEX=URL      PyTorch from this package index instead of PyPI, or from a folder of wheels:
+#                              https://download.pytorch.org/whl/cpu saves 4 GB of CUDA where there is no GPU
+#   AQDET_DETECTRON2=main      another version of Detectron2: main, a commit, a source folder, an archive or a
+#                              repository (tools/install_detectron2.py says how); default: 0.6
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -76,12 +80,13 @@ python="$venv/bin/python"
 stamp="$venv/.aqdet-setup"
 
 fingerprint() {
-    "$python" - "$PWD" constraints.txt setup.py pyproject.toml tools/install_detectron2.py <<'PY'
+    "$python" - "$PWD" "${AQDET_TORCH_INDEX:-}" "${AQDET_DETECTRON2:-}" \
+        constraints.txt setup.py pyproject.toml tools/install_detectron2.py tools/detectron2_changes.py <<'PY'
 import hashlib
 import pathlib
 import sys
 
-parts = [sys.argv[1].encode(), *(pathlib.Path(name).read_bytes() for name in sys.argv[2:])]
+parts = [*(word.encode() for word in sys.argv[1:4]), *(pathlib.Path(name).read_bytes() for name in sys.argv[4:])]
 print(hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest())
 PY
 }
@@ -101,6 +106,15 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
 fi
 fingerprint="$(fingerprint)"
 pip=("$python" -m pip install --quiet --constraint constraints.txt)
+if [ -n "${AQDET_TORCH_INDEX:-}" ]; then
+    from=(--index-url "$AQDET_TORCH_INDEX")
+    if [ -d "$AQDET_TORCH_INDEX" ]; then from=(--no-index --find-links "$AQDET_TORCH_INDEX"); fi
+    # Further indices and folders of pip's configuration would be asked too, and could win: the environment replaces
+    # them. What PyTorch needs besides is on PyPI, and comes with the next step.
+    step "installing PyTorch from $AQDET_TORCH_INDEX" \
+        env PIP_EXTRA_INDEX_URL="$AQDET_TORCH_INDEX" PIP_FIND_LINKS="$venv" \
+        "${pip[@]}" --upgrade --no-deps "${from[@]}" torch torchvision
+fi
 step "installing PyTorch (several GB the first time)" "${pip[@]}" setuptools wheel torch torchvision
 step "installing Detectron2 where missing" \
     "$python" tools/install_detectron2.py --constraint constraints.txt
