@@ -125,8 +125,14 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.NORM = "GN"
     # Foreground probability that the class logits start with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # Points are positive within this distance of a box's centre, in strides.
+    # Which points learn an object. "fcos": those near its centre, on a level chosen by its size. "atss" (1912.02424):
+    # of the points nearest to its centre on every level, those whose square overlaps it more than most do.
+    cfg.MODEL.FCOS.ASSIGNMENT = "fcos"
+    # "fcos": points are positive within this distance of a box's centre, in strides.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # "atss": points of each level that are considered, and the side of the square at a point, in strides.
+    cfg.MODEL.FCOS.ATSS_CANDIDATES = 9
+    cfg.MODEL.FCOS.ATSS_SIDE = 8.0
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
     # Thresholds in evaluation; scores are sqrt(class probability x centerness).

@@ -90,8 +90,9 @@ def test_decodes_as_the_model(exported, model):
         np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
 
 
-def test_fcos_as_the_model(tmp_path, caplog):
-    settings = (*SETTINGS, *FCOS)
+@pytest.mark.parametrize("arch", [FCOS, [*FCOS, "MODEL.FCOS.ASSIGNMENT", "atss"]], ids=["fcos", "atss"])
+def test_fcos_as_the_model(tmp_path, caplog, arch):
+    settings = (*SETTINGS, *arch)
     model = calibrated(make_model(*settings), make_batch(4))
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     cfg = make_cfg(*settings)

@@ -19,6 +19,8 @@ from detectron2.config import CfgNode
 
 __all__ = ["Matcher", "resize"]
 
+_OBJECTS_AT_ONCE = 2000
+
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
@@ -39,12 +41,14 @@ class Matcher:
         threshold: IoU below which an anchor is background for an object, but for the one that overlaps it best; None
             for a detector of points (FCOS).
         radius: how far a point may be from an object's centre, in strides.
+        candidates: points of each level that an object considers (ATSS); 0 for FCOS's own rule.
     """
 
     levels: tuple[_Level, ...]
     offset: float
     threshold: float | None
     radius: float = 0.0
+    candidates: int = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, scale: float = 1.0, ratios: Sequence[float] | None = None) -> Matcher | None:
@@ -70,8 +74,11 @@ class Matcher:
         if None in strides:
             return None
         if name == "FCOS":
-            levels = tuple(_Level(stride, np.full((1, 2), stride)) for stride in strides if stride)
-            return cls(levels, 0.5, None, model.FCOS.CENTER_SAMPLING_RADIUS)
+            is_atss = model.FCOS.ASSIGNMENT == "atss"
+            side = model.FCOS.ATSS_SIDE if is_atss else 1
+            levels = tuple(_Level(stride, np.full((1, 2), side * stride)) for stride in strides if stride)
+            candidates = model.FCOS.ATSS_CANDIDATES if is_atss else 0
+            return cls(levels, 0.5, None, model.FCOS.CENTER_SAMPLING_RADIUS, candidates)
         anchors = model.ANCHOR_GENERATOR
         sizes = _per_level(anchors.SIZES, len(strides))
         all_ratios = [list(ratios)] * len(strides) if ratios else _per_level(anchors.ASPECT_RATIOS, len(strides))
@@ -95,7 +102,11 @@ class Matcher:
         """
         if self.threshold is not None:
             return self.best_overlap(boxes, sizes) >= self.threshold
-        return self._has_point(boxes, sizes)
+        if not self.candidates:
+            return self._has_point(boxes, sizes)
+        parts = [slice(first, first + _OBJECTS_AT_ONCE) for first in range(0, len(boxes), _OBJECTS_AT_ONCE)]
+        found = [self._has_chosen_point(boxes[part], sizes[part]) for part in parts]
+        return np.concatenate([np.zeros(0, dtype=bool), *found])
 
     def best_overlap(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Returns the largest IoU of each object with an anchor: (N,)."""
@@ -134,6 +145,43 @@ class Matcher:
                     )
                     found |= fits
         return found
+
+    def _has_chosen_point(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Returns whether ATSS (``aqdet.modeling.assignment``) gives an object a point, were it alone: (N,)."""
+        low, high = boxes[:, None, :2], boxes[:, None, :2] + boxes[:, None, 2:]
+        overlaps, inside = [], []
+        for level in self.levels:
+            cells, exist = self._cells_around((low + high)[:, 0] / 2 / level.stride, np.ceil(sizes / level.stride))
+            points = (cells + self.offset) * level.stride
+            away = np.where(exist, ((points - (low + high) / 2) ** 2).sum(axis=2), np.inf)
+            nearest = np.argsort(away, axis=1, kind="stable")[:, : self.candidates]
+            points = np.take_along_axis(points, nearest[:, :, None], axis=1)
+            half = level.shapes[0] / 2
+            shared = (np.minimum(points + half, high) - np.maximum(points - half, low)).clip(0).prod(axis=2)
+            union = level.shapes[0].prod() + boxes[:, None, 2:].prod(axis=2) - shared
+            overlaps.append(np.where(np.take_along_axis(exist, nearest, axis=1), shared / union, np.nan))
+            inside.append(np.concatenate([points - low, high - points], axis=2).min(axis=2) > 0)
+        overlap = np.concatenate(overlaps, axis=1)
+        number = (~np.isnan(overlap)).sum(axis=1)
+        below = overlap - np.nanmax(overlap, axis=1, keepdims=True)
+        mean = np.nanmean(below, axis=1, keepdims=True)
+        variance = np.nansum((below - mean) ** 2, axis=1) / (number - 1).clip(1)
+        enough = below >= mean + np.sqrt(variance)[:, None]  # not where there is no point
+        return (enough & np.concatenate(inside, axis=1)).any(axis=1)
+
+    def _cells_around(self, centers: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns cells of a level with the nearest ``candidates`` among them, row by row, and whether each exists.
+
+        Args:
+            centers: x and y of objects in strides: (N, 2).
+            grid: number of columns and rows: (N, 2).
+        """
+        width = self.candidates + 1
+        first = np.round(centers - self.offset) - width // 2
+        first = np.clip(first, 0, (grid - width).clip(0))
+        row, column = (axis.reshape(-1) for axis in np.mgrid[:width, :width])
+        cells = first[:, None, :] + np.stack([column, row], axis=1)
+        return cells, (cells < grid[:, None, :]).all(axis=2)
 
 
 def resize(boxes: np.ndarray, sizes: np.ndarray, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:

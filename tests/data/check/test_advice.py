@@ -1,7 +1,6 @@
 """Advice on hand-made statistics, and matching against Detectron2's own anchors, matcher and points."""
 
 import json
-import types
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from helpers import FCOS as FCOS_CONFIG
 from helpers import make_cfg
@@ -73,24 +72,33 @@ def test_best_overlap_is_that_of_all_anchors(offset, ratios):
     assert 0 < (expected >= 0.4).sum() < 300
 
 
-def test_points_are_those_that_fcos_gives_an_object():
-    cfg = config(*FCOS_CONFIG)
-    width, height = 256, 192
+ATSS = ("MODEL.FCOS.ASSIGNMENT", "atss")
+
+
+@pytest.mark.parametrize("size", [(256, 192), (520, 20)])
+@pytest.mark.parametrize(
+    "rule", [(), ATSS, (*ATSS, "MODEL.FCOS.ATSS_CANDIDATES", "4"), (*ATSS, "MODEL.FCOS.ATSS_SIDE", "4.0")]
+)
+def test_points_are_those_that_fcos_gives_an_object(rule, size):
+    cfg = config(*FCOS_CONFIG, *rule)
+    width, height = size
     boxes = random_boxes(300, (width, height))
     generator = DefaultAnchorGenerator(
         sizes=[[stride] for stride in STRIDES], aspect_ratios=[1.0], strides=list(STRIDES)
     )
     features = [torch.zeros(1, 1, -(-height // stride), -(-width // stride)) for stride in STRIDES]
-    model = types.SimpleNamespace(center_sampling_radius=cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS)
+    model = build_model(cfg)
     anchors, expected = generator(features), []
     for box in boxes:
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(as_boxes(box[None]).tensor.float())
-        (matched,) = FCOS.match_anchors(model, anchors, [instances])
-        expected.append(bool((matched >= 0).any()))
+        instances.gt_classes = torch.zeros(1, dtype=torch.long)
+        (labels,), _ = model.label_anchors(anchors, [instances])
+        expected.append(bool((labels == 0).any()))
     found = Matcher.from_config(cfg).is_matched(boxes, np.full((300, 2), (width, height)))
     np.testing.assert_array_equal(found, expected)
     assert 0 < found.sum() < 300
+    assert Matcher.from_config(cfg).is_matched(boxes[:0], np.zeros((0, 2))).shape == (0,)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (1000, 100), (33, 77)])
