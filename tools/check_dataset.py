@@ -91,6 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--difficult-as-crowd", action="store_true", help="ignore difficult objects of VOC")
     parser.add_argument("--no-images", action="store_true", help="do not decode images")
+    parser.add_argument(
+        "--masks", action="store_true", help="check segmentations too, as for a --config-file that trains masks"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse all but notes, as DATASETS.STRICT")
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write all findings to this file")
     parser.add_argument(
@@ -222,6 +225,13 @@ def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, A
     return lines
 
 
+def masks_of(cfg: Any) -> bool:
+    """Whether a training with this config reads masks."""
+    from aqdet.data.outlines import reads_masks
+
+    return reads_masks(cfg)
+
+
 def advice_on(reports: Sequence[Report], cfg: Any) -> list[str]:
     """What a training with this config gets to hear of these datasets as a whole."""
     from aqdet.data.check.advice import advise
@@ -236,9 +246,10 @@ def main() -> None:
         found, strict, cfg = datasets(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    masks = args.masks or (cfg is not None and masks_of(cfg))
     checked: list[tuple[Declaration, Report, Any]] = []
     for declaration in found:
-        report, content, _ = check_declaration(declaration, pixels=not args.no_images)
+        report, content, _ = check_declaration(declaration, pixels=not args.no_images, masks=masks)
         for _, earlier, _ in checked:
             find_shared_images(earlier, report)
         checked.append((declaration, report, content))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "experiments")]  # jobs.py, ablation.py
-DATASET, SECTION = "shapes", "two-stage shapes"
+DATASET, SECTION = "shapes", "mask_rcnn shapes"
 START_ITERATIONS, ITERATIONS = 300, 150
 STATE = "model_final.pth"
 
@@ -56,16 +56,15 @@ ROWS = (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=folder_to_write, default="output/two_stage")
+    parser.add_argument("--output", type=folder_to_write, default="output/mask_rcnn")
     parser.add_argument("--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2])
     names = [row.name for row in (START, *ROWS)]
     parser.add_argument(
         "--rows", nargs="+", choices=names, action=Distinct, help="train these alone, from their starts"
     )
-    parser.add_argument(
-        "--start-iterations", type=integer(2), default=START_ITERATIONS, help="of a start (%(default)s)"
-    )
-    parser.add_argument("--iterations", type=integer(2), default=ITERATIONS, help=f"of each run from it ({ITERATIONS})")
+    lengths = (START_ITERATIONS, ITERATIONS)
+    parser.add_argument("--start-iterations", type=integer(2), default=lengths[0], help="of a start (%(default)s)")
+    parser.add_argument("--iterations", type=integer(2), default=lengths[1], help="of a run (%(default)s)")
     parser.add_argument("--results-only", action="store_true", help="rewrite the table and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY VALUE pairs for every run")
@@ -142,7 +141,7 @@ def write_results(args: argparse.Namespace, jobs: dict[tuple[int, Row], Job]) ->
     done = {key: run["metrics"] for key, run in runs.items()}
     starts = [done[seed, START] for seed in args.seeds if (seed, START) in done]
     dates, machines = {run["date"] for run in runs.values()}, {run["machine"] for run in runs.values()}
-    command = f"python tools/experiments/two_stage.py --seeds {' '.join(map(str, args.seeds))}"
+    command = f"python tools/experiments/mask_rcnn.py --seeds {' '.join(map(str, args.seeds))}"
     command += f" --start-iterations {args.start_iterations} --iterations {args.iterations}"
     command += " ".join([" --", *args.opts]) if args.opts else ""
     text = f"""### What low precision costs a Mask R-CNN: ResNet-18, the embedded dataset, 192x192
