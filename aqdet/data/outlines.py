@@ -8,6 +8,11 @@ from typing import Any
 from detectron2.config import CfgNode
 
 
+def reads_masks(cfg: CfgNode) -> bool:
+    """Returns whether a config trains and evaluates masks."""
+    return bool(cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE.endswith("GeneralizedRCNN"))
+
+
 def check_outlines(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> None:
     """Checks that every object has an outline of the form that the config reads, where masks are trained.
 
@@ -20,7 +25,7 @@ def check_outlines(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: in one line, naming the first image with such an object and the way out.
     """
-    if not (cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE.endswith("GeneralizedRCNN")):
+    if not reads_masks(cfg):
         return
     total, lacking, runs = 0, [], []
     for record in records:

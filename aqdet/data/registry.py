@@ -24,6 +24,7 @@ from .check.records import find_shared_images
 from .declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
 from .embedded.register import set_cache_dir
 from .formats.folders import read_folders
+from .outlines import reads_masks
 
 __all__ = [
     "EVALUATOR_TYPE",
@@ -66,7 +67,7 @@ def register_declared(cfg: CfgNode, *, train: bool = True) -> None:
         if declaration.format == IMAGE_FOLDER:
             _register_image_folder(declaration)
         else:
-            _register(declaration, cfg.DATASETS.STRICT)
+            _register(declaration, cfg.DATASETS.STRICT, reads_masks(cfg))
     for key in ("TRAIN", "TEST")[not train :]:
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
@@ -143,7 +144,11 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
     names = dict.fromkeys(_used(cfg, train))
     known = declarations(cfg, names)
     with _first_of_the_machine():
-        reports = {name: checked(known[name], pixels=cfg.DATASETS.CHECK_IMAGES)[0] for name in names if name in known}
+        reports = {
+            name: checked(known[name], pixels=cfg.DATASETS.CHECK_IMAGES, masks=reads_masks(cfg))[0]
+            for name in names
+            if name in known
+        }
     for first, second in _train_and_test(cfg, reports):
         find_shared_images(first, second)
     for name in names:
@@ -230,12 +235,12 @@ def _num_classes_node(cfg: CfgNode) -> str | None:
     return NUM_CLASSES_NODES.get(cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant"))
 
 
-def _register(declaration: Declaration, strict: bool) -> None:
+def _register(declaration: Declaration, strict: bool, masks: bool) -> None:
     name = declaration.name
     known = MetadataCatalog.get(name).get("declaration") if name in DatasetCatalog else declaration
     if known != declaration:
         raise ValueError(f"DATASETS.DECLARED: {name!r} is registered already with other files, choose another name")
-    report, json_file = checked(declaration, pixels=False)
+    report, json_file = checked(declaration, pixels=False, masks=masks)
     _refuse(report, f"DATASETS.DECLARED: {name}", strict)
     changed = report.number("repaired", "dropped")
     if changed:

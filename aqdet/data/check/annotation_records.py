@@ -10,7 +10,8 @@ from typing import Any
 from ..formats.source import Source
 from .findings import Report
 from .image_records import UsableImage
-from .values import all_finite, box_of_polygons, four_numbers, integer_of, whole_number
+from .segmentations import check_segmentation, is_polygons, is_rle
+from .values import box_of_polygons, four_numbers, integer_of, whole_number
 
 __all__ = ["AnnotationRecords"]
 
@@ -28,15 +29,17 @@ class AnnotationRecords:
         source: the dataset's records.
         report: what is found is added to it.
         images: the usable images by their id; boxes are counted in them.
+        masks: whether masks are read, and segmentations checked as such.
 
     Attributes:
         of_class: number of usable boxes and crowd regions of each class.
     """
 
-    def __init__(self, source: Source, report: Report, images: dict[int, UsableImage]) -> None:
+    def __init__(self, source: Source, report: Report, images: dict[int, UsableImage], *, masks: bool = False) -> None:
         self.source = source
         self.report = report
         self.images = images
+        self.masks = masks
         self.of_class: collections.Counter[int] = collections.Counter()
         self._ids: set[int] = {0}
         self._refused: set[int | str] = set()
@@ -84,6 +87,11 @@ class AnnotationRecords:
             return None
         self._same_object(place, image_id, category, box)
         area = self._area(place, raw, box)
+        if self.masks and raw.get("segmentation"):
+            segmentation = check_segmentation(self.report, place, raw["segmentation"], box, image.size)
+            if segmentation is None:
+                left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+                segmentation, crowd = [[left, top, right, top, right, bottom, left, bottom]], 1
         image.boxes += not crowd
         self.of_class[category] += 1
         fixed = {"id": key, "image_id": image_id, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
@@ -112,20 +120,14 @@ class AnnotationRecords:
         return key
 
     def _segmentation(self, place: tuple[str, str], raw: dict[str, Any]) -> Any:
-        """Polygons or RLE that Detectron2 reads; None if there is none."""
+        """Polygons or RLE of the form that Detectron2 reads; None if there is none."""
         value = raw.get("segmentation")
         if not value:
             return None
-        if isinstance(value, dict):
-            counts, size = value.get("counts"), value.get("size")
-            sized = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
-            if isinstance(counts, str | list) and sized:
-                return value
-        elif isinstance(value, list) and all(
-            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all_finite(p) for p in value
-        ):
+        if is_polygons(value) or is_rle(value):
             return value
-        self.report.add("segmentation-malformed", *place, "segmentation", value)
+        if not self.masks:  # else it is said with what else there is to say
+            self.report.add("segmentation-malformed", *place, "segmentation", value)
         return None
 
     def _crowd(self, place: tuple[str, str], raw: dict[str, Any]) -> int:

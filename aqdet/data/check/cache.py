@@ -23,13 +23,16 @@ from .selection import select_share
 __all__ = ["check_declaration", "checked"]
 
 
-def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report, dict[str, Any], Source]:
+def check_declaration(
+    declaration: Declaration, *, pixels: bool, masks: bool = False
+) -> tuple[Report, dict[str, Any], Source]:
     """
     Checks a dataset.
 
     Args:
         declaration: which.
         pixels: whether to decode all images.
+        masks: whether to check segmentations as a training of masks reads them.
 
     Returns:
         the report, the records that can be used as COCO JSON has them, and what was read.
@@ -46,16 +49,17 @@ def check_declaration(declaration: Declaration, *, pixels: bool) -> tuple[Report
         found = Report(declaration.name, notes_kept=None)
         source = read(declaration, found)
         select_share(source, declaration.share, found, report)
-    return report, check_source(source, report, pixels=pixels), source
+    return report, check_source(source, report, pixels=pixels, masks=masks), source
 
 
-def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
+def checked(declaration: Declaration, *, pixels: bool, masks: bool = False) -> tuple[Report, str]:
     """
     Checks a dataset, or takes the report from the cache, where those without errors are kept.
 
     Args:
         declaration: which.
         pixels: whether all images have to be decoded.
+        masks: whether segmentations have to be checked as a training of masks reads them.
 
     Returns:
         the report, and the COCO JSON to train on and to evaluate with: the declared file itself if it needs no
@@ -64,7 +68,7 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
     Raises:
         ValueError: naming ``DATASETS.CACHE_DIR``, if nothing can be written there.
     """
-    entry = cache_dir() / "checked" / _key(declaration)
+    entry = cache_dir() / "checked" / (_key(declaration) + "-masks" * masks)
     usable = entry.with_suffix(".json")
     report_file = entry.with_suffix(".pixels.report" if pixels else ".labels.report")
     kept = _read_cache(report_file, declaration)
@@ -72,7 +76,7 @@ def checked(declaration: Declaration, *, pixels: bool) -> tuple[Report, str]:
         report, is_copied = kept
         if usable.is_file() or not is_copied:
             return report, str(usable) if is_copied else declaration.file
-    report, content, source = check_declaration(declaration, pixels=pixels)
+    report, content, source = check_declaration(declaration, pixels=pixels, masks=masks)
     is_whole = declaration.format == "coco" and declaration.share is None and not report.changes
     is_copied = declaration.format != IMAGE_FOLDER and not is_whole
     json_file = str(usable) if is_copied else declaration.file

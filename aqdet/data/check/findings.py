@@ -9,7 +9,9 @@ Each kind has one of five severities:
 ``warning``   used as it is, and probably not meant.
 ``note``      a fact worth a count.
 
-All are counted in the log and in the report. ``DATASETS.STRICT`` refuses all but notes.
+All are counted in the log and in the report. ``DATASETS.STRICT`` refuses all but notes. What begins with "masks" is
+looked for where masks are trained. An object whose segmentation shows nothing of it (*) is then made a crowd region of
+its box: not trained on, and detections in it are not counted.
 """
 
 from __future__ import annotations
@@ -96,7 +98,13 @@ KINDS: dict[str, Kind] = {
         box_clipped="a box that reaches more than a pixel outside its image: clipped",
         area_wrong="an area that is no positive number, or larger than its box: the box's used",
         crowd_type="iscrowd or ignore as true, false or text: made 0 or 1",
-        segmentation_malformed="a segmentation that is neither polygons nor RLE: left out, the box kept",
+        segmentation_malformed="a segmentation that is neither polygons nor RLE: left out, the box kept (masks: *)",
+        segmentation_empty="masks: a segmentation without area or without a pixel: *",
+        segmentation_outside="masks: a segmentation outside its image: *",
+        segmentation_clipped="masks: polygons that reach more than a pixel outside their image: clipped",
+        polygon_empty="masks: a polygon of fewer than three points or without area, beside others: left out",
+        rle_malformed="masks: run lengths that are none, or not those of their size: *",
+        rle_size="masks: RLE of another size than its image's: *",
     ),
     **_kinds(
         "dropped",
@@ -122,6 +130,8 @@ KINDS: dict[str, Kind] = {
         image_of_other_name="a VOC annotation whose <filename> is another image: the image of its own name used",
         label_without_image="a YOLO label file without an image",
         file_skipped="a VOC annotation outside the split that cannot be parsed: not searched for classes",
+        polygon_crossing="masks: a polygon that crosses itself: used as it is",
+        segmentation_box="masks: a segmentation whose box has a side more than 2 pixels and a tenth off the object's",
         file_ignored="a file among those of the dataset that is neither an image nor an annotation of its format",
     ),
     **_kinds(

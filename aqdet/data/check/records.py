@@ -22,7 +22,7 @@ from .statistics import Statistics
 __all__ = ["check_labelled_images", "check_source", "find_shared_images"]
 
 
-def check_source(source: Source, report: Report, *, pixels: bool) -> dict[str, Any]:
+def check_source(source: Source, report: Report, *, pixels: bool, masks: bool = False) -> dict[str, Any]:
     """
     Checks a dataset of boxes.
 
@@ -30,13 +30,14 @@ def check_source(source: Source, report: Report, *, pixels: bool) -> dict[str, A
         source: its records.
         report: what is found is added to it.
         pixels: whether every image is decoded; else images are opened only where their size is not stated.
+        masks: whether segmentations are checked as a training of masks reads them.
 
     Returns:
         the records that can be used, as COCO JSON has them.
     """
     images = ImageRecords(source, report, pixels=pixels)
     usable_images = images.check()
-    annotations = AnnotationRecords(source, report, images.known)
+    annotations = AnnotationRecords(source, report, images.known, masks=masks)
     usable_annotations = annotations.check()
     for key, image in images.known.items():
         if not image.boxes and image.size is not None:

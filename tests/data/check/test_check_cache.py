@@ -39,9 +39,9 @@ def count(monkeypatch):
     done = []
     check = checked.check_declaration
 
-    def counted(declaration, *, pixels):
+    def counted(declaration, *, pixels, masks):
         done.append(pixels)
-        return check(declaration, pixels=pixels)
+        return check(declaration, pixels=pixels, masks=masks)
 
     monkeypatch.setattr(checked, "check_declaration", counted)
     return done
