@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from .utils.console import run_console
+
 # Subcommand -> program of tools/, its function, and what it does.
 PROGRAMS = {
     "check": ("check_dataset", "main", "check datasets before training"),
@@ -25,6 +27,10 @@ USER_ERROR = 2
 
 def main() -> None:
     """Runs the subcommand that the first argument names, with the arguments after it."""
+    run_console(_run_subcommand, goes_on=sys.argv[1:2] == ["train"])
+
+
+def _run_subcommand() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

@@ -18,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import file_to_read, file_to_write, integer, number
+from aqdet.utils.console import run_console
 from aqdet.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -17,6 +17,7 @@ import os
 import sys
 
 from aqdet.utils.arguments import Distinct, existing, file_to_read, integer
+from aqdet.utils.console import run_console
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -28,6 +28,7 @@ from aqdet.data.formats import FORMATS
 from aqdet.data.formats.guess import guess_entry
 from aqdet.data.formats.yolo import SPLITS, named_splits
 from aqdet.utils.arguments import file_to_write, integer
+from aqdet.utils.console import run_console
 from aqdet.utils.files import write_json, write_text
 
 EXAMPLES = """
@@ -275,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

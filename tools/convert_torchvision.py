@@ -6,6 +6,7 @@ import os
 import sys
 
 from aqdet.utils.arguments import file_to_read, file_to_write
+from aqdet.utils.console import run_console
 
 
 def main() -> None:
@@ -56,4 +57,4 @@ def expected_keys(depth: int) -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

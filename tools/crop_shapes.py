@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from aqdet.utils.arguments import folder_to_write, integer, number
+from aqdet.utils.console import run_console
 
 
 def crop_objects(split: str, root: Path, size: int, margin: float) -> int:
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from aqdet.utils.arguments import file_to_read, number
+from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     from aqdet.runtime.media import Summary
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -9,6 +9,7 @@ import sys
 import time
 
 from aqdet.utils.arguments import folder_to_write, integer, number, regex
+from aqdet.utils.console import run_console
 
 USER_ERROR = 2
 
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

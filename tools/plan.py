@@ -6,6 +6,7 @@ import dataclasses
 import sys
 
 from aqdet.utils.arguments import file_to_write, integer
+from aqdet.utils.console import run_console
 from aqdet.utils.files import write_json
 
 
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

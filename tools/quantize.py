@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import existing, file_to_write, folder_to_write, integer, number
+from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

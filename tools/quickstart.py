@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import folder_to_write
+from aqdet.utils.console import run_console
 from aqdet.utils.files import replacing, write_json, write_text
 
 if TYPE_CHECKING:
@@ -191,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -13,6 +13,7 @@ import os
 import sys
 
 from aqdet.utils.arguments import file_to_read, file_to_write, integer, number
+from aqdet.utils.console import run_console
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import Distinct, folder_to_write, integer
+from aqdet.utils.console import run_console
 from aqdet.utils.files import replacing, write_json
 
 if TYPE_CHECKING:
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from aqdet.utils.arguments import detectron2_parser
+from aqdet.utils.console import run_console
 
 USER_ERROR = 2
 
@@ -46,4 +47,4 @@ def invoke_main() -> None:
 
 
 if __name__ == "__main__":
-    invoke_main()
+    run_console(invoke_main, goes_on=True)

@@ -65,10 +65,20 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, DatasetCheck]:
     nowhere.OUTPUT_DIR = None  # Detectron2 would write its config and log there, whether or not a run comes of it
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 logs the file, and does not know names
+    if cfg.MODEL.DEVICE == "cpu":
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_cuda)
     default_setup(nowhere, args)
     make_deterministic(cfg)
     logging.getLogger("aqdet.train_net").info("Running with full config:\n%s", cfg.dump())
     return cfg, check_datasets(cfg, train=train)
+
+
+def _is_not_about_cuda(record: logging.LogRecord) -> bool:
+    """Keeps back a warning of PyTorch that a CUDA toolkit is installed where there is no GPU.
+
+    Detectron2's table of the environment, whose making brings it forth, says itself whether a GPU is available.
+    """
+    return not str(record.msg).startswith("No CUDA runtime is found")
 
 
 def train(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:

@@ -1,6 +1,7 @@
 """``python -m aqdet.runtime``."""
 
+from ..utils.console import run_console
 from .cli import main
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

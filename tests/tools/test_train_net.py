@@ -72,6 +72,11 @@ def test_a_config_by_its_name(data, name, monkeypatch, capsys):
         main(argument_parser().parse_args([*command, "OUTPUT_DIR", "out_named", "MODEL.WEIGHTS", "none.pth"]))
     # The config has been read and logged: it ends at the weights.
     assert "checkpoint 'none.pth' does not exist" in capsys.readouterr().err
+    # Where a CPU is asked for, PyTorch does not warn that it has no GPU, nor is another warning kept back.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    texts = ("No CUDA runtime is found, using CUDA_HOME='%s'", "CUDA_HOME is no folder")
+    records = [logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None) for text in texts]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]
 
 
 def test_a_missing_config_has_no_traceback(data):

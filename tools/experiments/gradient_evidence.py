@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aqdet.utils.arguments import file_to_read, folder_to_write, integer
+from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     from aqdet.analysis.gradients import Alignment
@@ -193,4 +194,4 @@ By layer: `{table}`. Command: `python tools/experiments/gradient_evidence.py --c
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

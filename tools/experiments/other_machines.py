@@ -50,6 +50,7 @@ from aarch64 import (
 )
 
 from aqdet.utils.arguments import file_to_read
+from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -335,4 +336,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)

@@ -1,0 +1,76 @@
+"""Output of console programs into a pipe whose reader may end first, as in ``aqdet configs | head``."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+STANDARD_ERROR = 2
+OUTPUT_CLOSED = 141
+"""Exit status, the one that a shell shows for a program that SIGPIPE (13) has ended: 128 + 13."""
+
+
+def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
+    """Runs a program; it ends without a traceback when nobody reads its output any more.
+
+    Programs catch ``OSError`` around their work and would report a closed pipe as an error of a file, therefore the
+    streams themselves end the process, with status 141.
+
+    Args:
+        main: The program.
+        goes_on: Whether it goes on without its output, as a training does, whose log is in a file, too.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_ending_with_its_reader(stream, goes_on) for stream in streams)
+    try:
+        main()
+    finally:
+        # What is still buffered; at the interpreter's own end it would be too late to choose the exit status.
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            sys.stdout, sys.stderr = streams
+
+
+class _Output(io.FileIO):
+    """A stream's file descriptor; when its reader has gone, further output is dropped."""
+
+    def __init__(self, descriptor: int, goes_on: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._goes_on = goes_on
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            if not self._goes_on:
+                sys.exit(OUTPUT_CLOSED)
+            if self.fileno() != STANDARD_ERROR:
+                print("nobody reads the output any more; the work goes on", file=sys.stderr)
+            return super().write(data)  # type: ignore[arg-type]
+
+
+def _ending_with_its_reader(stream: TextIO, goes_on: bool) -> TextIO:
+    """Returns the stream on an :class:`_Output`, or itself where it is a terminal or no file, as in a test."""
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return stream
+    if not isinstance(stream, io.TextIOWrapper) or stream.isatty():
+        return stream
+    stream.flush()
+    output = _Output(descriptor, goes_on)
+    return io.TextIOWrapper(
+        output if stream.write_through else io.BufferedWriter(output),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
