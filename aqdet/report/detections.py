@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -29,12 +30,14 @@ class Outcome:
         box: x, y, width and height in pixels of the image as annotated.
         category_id: The category's id in the dataset.
         score: The detection's score; None for a missed object.
+        segmentation: Polygons or RLE where masks were evaluated too; None elsewhere.
     """
 
     kind: str
     box: tuple[float, float, float, float]
     category_id: int
     score: float | None = None
+    segmentation: Any = None
 
 
 def f1(outcomes: Sequence[Outcome]) -> float:
@@ -122,18 +125,24 @@ def precision_recall(
     return np.asarray(params.recThrs), precision.mean(axis=1)
 
 
+def has_masks(evaluation: COCOeval) -> bool:
+    """Returns whether the detections that were evaluated have masks; boxes alone are given a polygon by pycocotools."""
+    return any(isinstance(found.get("segmentation"), dict) for found in evaluation.cocoDt.anns.values())
+
+
 def image_outcomes(evaluation: COCOeval, min_score: float) -> dict[int, list[Outcome]]:
     """Returns the outcomes of objects, and of detections with at least ``min_score``, in each image.
 
     A detection is right if COCO's matching gives it an object of its class at an IoU of 0.5. Matching goes
     by falling score, so that leaving out low scores changes no other match. Crowd regions, and detections
-    matched to them, count as neither.
+    matched to them, count as neither. Masks are shown, and not compared.
 
     Returns:
         Image id -> outcomes, for every image of the dataset.
     """
     truth, found = evaluation.cocoGt, evaluation.cocoDt
     outcomes: dict[int, list[Outcome]] = {image_id: [] for image_id in truth.getImgIds()}
+    field = "segmentation" if has_masks(evaluation) else ""
     for entry in evaluation.evalImgs:
         if entry is None or entry["aRng"] != evaluation.params.areaRng[0]:
             continue
@@ -144,11 +153,13 @@ def image_outcomes(evaluation: COCOeval, min_score: float) -> dict[int, list[Out
         for index, key in enumerate(entry["dtIds"]):
             if shown[index] and not entry["dtIgnore"][0, index]:
                 kind = FOUND if entry["dtMatches"][0, index] > 0 else FALSE
-                rows.append(Outcome(kind, tuple(found.anns[key]["bbox"]), category_id, scores[key]))
+                mine = found.anns[key]
+                rows.append(Outcome(kind, tuple(mine["bbox"]), category_id, scores[key], mine.get(field)))
         for index, key in enumerate(entry["gtIds"]):
             match = entry["gtMatches"][0, index]
             if not entry["gtIgnore"][index] and not (match > 0 and scores[match] >= min_score):
-                rows.append(Outcome(MISSED, tuple(truth.anns[key]["bbox"]), category_id))
+                missed = truth.anns[key]
+                rows.append(Outcome(MISSED, tuple(missed["bbox"]), category_id, None, missed.get(field)))
     return outcomes
 
 

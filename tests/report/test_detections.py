@@ -15,6 +15,7 @@ from aqdet.report.detections import (
     average_precision,
     evaluate,
     f1,
+    has_masks,
     image_outcomes,
     load_truth,
     precision_recall,
@@ -29,13 +30,15 @@ FIRST, SECOND, NOWHERE = [4, 5, 36, 33], [20, 10, 30, 50], [0, 0, 3, 3]
 def judged(tmp_path):
     """Function of detections (image id, category id, box, score): their evaluation."""
 
-    def run(detections, change=None):
+    def run(detections, change=None, masks=None):
         entry = write_dataset(tmp_path / "data", "judged")
         if change is not None:
             content = json.loads(Path(entry["json"]).read_text())
             change(content)
             Path(entry["json"]).write_text(json.dumps(content))
         results = [dict(zip(("image_id", "category_id", "bbox", "score"), d, strict=True)) for d in detections]
+        for result, mask in zip(results, masks or (), strict=False):
+            result["segmentation"] = mask
         path = tmp_path / "results.json"
         path.write_text(json.dumps(results))
         return evaluate(load_truth(entry["json"], "judged"), path)
@@ -118,6 +121,22 @@ def test_outcomes_of_images(judged):
     assert found.box == (4, 5, 36, 33) and found.score == 0.9
     assert f1(outcomes[1]) == pytest.approx(2 / 3) and f1(outcomes[2]) == pytest.approx(0.5)
     assert f1(outcomes[3]) == 0 and f1([]) == 1
+
+
+def test_masks_are_those_of_the_detections_and_of_missed_objects_where_there_are_any(judged):
+    mask, polygon = {"size": [64, 64], "counts": "PPPP1"}, [[4, 5, 40, 5, 40, 38]]
+
+    def outlined(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = polygon
+
+    for masks, found in (([mask], mask), ([], None)):
+        evaluation = judged(SOME[:1], outlined, masks)
+        assert has_masks(evaluation) == bool(masks)
+        outcomes = image_outcomes(evaluation, 0.5)
+        assert [o.segmentation for o in outcomes[1] if o.kind == FOUND] == [found]
+        missed = [o.segmentation for rows in outcomes.values() for o in rows if o.kind == MISSED]
+        assert len(missed) == 7 and missed == [polygon if masks else None] * 7
 
 
 def test_two_detections_of_one_object(judged):

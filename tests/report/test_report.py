@@ -8,16 +8,20 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import report as tool
 import torch
 from helpers import AUX, QUANT, make_model
 from markupsafe import escape
+from pycocotools import mask as coco_mask
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer
 from aqdet.quantization import quantizers
 from aqdet.report import load_runs, make_report
+from aqdet.report.views.pictures import outline
 
 FLOAT = ("MODEL.FPN.RELU", "True", "INPUT.MAX_SIZE_TEST", "64")
 QUANTIZED = (*QUANT, *AUX, *FLOAT)
@@ -165,6 +169,43 @@ def test_results_are_those_of_the_evaluation_s_config(runs, entry, tmp_path):
     assert "results of some&lt;b&gt;.pth, 2026-01-02 03:04:05" in text
     (full / "inference" / "evaluation.json").write_text('{"iterations": 1200}')
     assert "results of iteration 1,200" in report_of(full, num_pictures=0, num_images=0)[1]
+
+
+def test_masks_are_drawn_and_their_ap_is_in_the_table(runs, tmp_path):
+    full, _ = runs
+    mask = np.zeros((64, 64), dtype=np.uint8, order="F")
+    mask[10:20, 4:40], mask[13:16, 10:20] = 1, 0  # with a hole
+    rle = coco_mask.encode(mask)
+    rle = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    results = json.loads((full / "inference/coco_instances_results.json").read_text())
+    (full / "inference/coco_instances_results.json").write_text(
+        json.dumps([{**result, "segmentation": rle} for result in results])
+    )
+    metrics = {"AP": 10.0, "AP-ring": 9.0, "segm": {"AP": 31.5, "AP-ring": 30.25}}
+    (full / "inference/metrics.json").write_text(json.dumps(metrics))
+    text = make_report(load_runs([full]))
+    Page(text)
+    assert text.count('class="mask"') >= 2 and "fill-rule: evenodd" in text
+    for label, value in (("masks: AP, IoU 0.50 to 0.95", "31.5"), ("masks: AP, class ring", "30.2")):
+        assert label in text and value in text
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_the_outline_of_a_mask_covers_the_mask(as_text):
+    rng = np.random.default_rng(0)
+    mask = cv2.resize(rng.random((6, 8)).astype(np.float32), (80, 60), interpolation=cv2.INTER_CUBIC) > 0.5
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    if not as_text:
+        changes = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.reshape(-1), [2]])))
+        rle["counts"] = np.diff(np.concatenate([[0], changes])).tolist()
+    parts = [
+        np.array([point.split() for point in part[1:].split("L")], dtype=float) for part in outline(rle).split("Z")[:-1]
+    ]
+    drawn = np.zeros((60 * 8, 80 * 8), dtype=np.uint8)  # eight times as large, so that edges count little
+    cv2.fillPoly(drawn, [np.round(part * 8).astype(np.int32) for part in parts], 1)
+    inside = drawn[4::8, 4::8] == 1
+    assert np.mean(inside != mask) < 0.01 and 0.2 < mask.mean() < 0.8
+    assert outline(None) == outline([]) == "" and outline([[1, 2, 3.25, 4, 5, 6]]) == "M1.0 2.0L3.2 4.0L5.0 6.0Z"
 
 
 def test_metrics_with_nan_are_read(runs):

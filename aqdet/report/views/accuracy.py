@@ -23,6 +23,8 @@ _METRIC_TEXT = {
     "APm": "APm, area 32² to 96² px",
     "APl": "APl, area from 96² px",
 }
+_TASK_TEXT = {"segm": "masks", "keypoints": "keypoints"}
+"""Tasks beside boxes: what a metric's name begins with, and what is written."""
 
 
 def results(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | None:
@@ -33,8 +35,8 @@ def results(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | No
             continue
         keys = dict.fromkeys(key for metrics in test_set.metrics if metrics for key in (*METRICS, *metrics))
         keys.pop(LIMIT_KEY, None)
-        first_class = next((key for key in keys if key not in METRICS), None)
-        rows = [Row(_cells(key, test_set.metrics), "apart" if key == first_class else "") for key in keys]
+        apart = {next((key for key in keys if key not in METRICS), ""), *(f"{task} AP" for task in _TASK_TEXT)}
+        rows = [Row(_cells(key, test_set.metrics), "apart" if key in apart else "") for key in keys]
         limits = {run.name: limit_of(metrics) for run, metrics in zip(runs, test_set.metrics, strict=True) if metrics}
         text = ", ".join(f"{limit} ({name})" for name, limit in limits.items())
         tables.append(
@@ -52,7 +54,7 @@ def results(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | No
 def _cells(key: str, metrics: Sequence[dict[str, float | None] | None]) -> list[Cell]:
     values = [(found or {}).get(key) for found in metrics]
     known = [value for value in values if value is not None]
-    cells = [Cell(_METRIC_TEXT.get(key, key.replace("AP-", "AP, class ", 1)))]
+    cells = [Cell(_label(key))]
     for index, value in enumerate(values):
         if value is None:
             cells.append(Cell("-"))
@@ -62,6 +64,13 @@ def _cells(key: str, metrics: Sequence[dict[str, float | None] | None]) -> list[
         difference = f"{value - reference:+.1f}" if index and reference is not None else ""
         cells.append(Cell(f"{value:.1f}", kind, difference))
     return cells
+
+
+def _label(key: str) -> str:
+    for task, text in _TASK_TEXT.items():
+        if key.startswith(f"{task} "):
+            return f"{text}: {_label(key.removeprefix(f'{task} '))}"
+    return _METRIC_TEXT.get(key, key.replace("AP-", "AP, class ", 1))
 
 
 def precision_and_recall(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | None:

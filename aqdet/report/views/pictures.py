@@ -1,4 +1,4 @@
-"""The worst and the best images, with the boxes of the ground truth and of each run."""
+"""The worst and the best images, with the boxes, and masks if there are any, of the ground truth and of each run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
+from pycocotools import mask as coco_mask
 
-from ..detections import FALSE, FOUND, MISSED, Outcome, f1, image_outcomes, rank_images
+from ..detections import FALSE, FOUND, MISSED, Outcome, f1, has_masks, image_outcomes, rank_images
 from ..evaluation_results import TestSet
 from ..layer_facts import UNREADABLE
 from ..run_folder import Run
@@ -41,13 +43,14 @@ def pictures(runs: Sequence[Run], sets: Sequence[TestSet], min_score: float, cou
         if not shown or test_set.truth is None or not test_set.truth.imgs or count == 0:
             continue
         outcomes = [image_outcomes(evaluation, min_score) for _, evaluation in shown]
+        masks = any(has_masks(evaluation) for _, evaluation in shown)
         ranked = rank_images(outcomes)
         groups = []
         for name, chosen in (("worst", ranked[:count]), ("best", ranked[max(count, len(ranked) - count) :][::-1])):
             rows = []
             for rank, (image_id, score) in enumerate(chosen):
                 found = [(run, by_image[image_id]) for (run, _), by_image in zip(shown, outcomes, strict=True)]
-                rows.append(_row(test_set, image_id, score, found, f"{name}-{number}-{rank}"))
+                rows.append(_row(test_set, image_id, score, found, masks, f"{name}-{number}-{rank}"))
             if rows:
                 groups.append({"title": f"{name.capitalize()} images", "rows": rows})
         shown_sets.append({"name": test_set.name, "groups": groups})
@@ -58,9 +61,14 @@ def pictures(runs: Sequence[Run], sets: Sequence[TestSet], min_score: float, cou
 
 
 def _row(
-    test_set: TestSet, image_id: int, score: float, found: Sequence[tuple[Run, Sequence[Outcome]]], key: str
+    test_set: TestSet,
+    image_id: int,
+    score: float,
+    found: Sequence[tuple[Run, Sequence[Outcome]]],
+    masks: bool,
+    key: str,
 ) -> dict[str, Any]:
-    """Returns one image with its panels: the ground truth, and one for each run."""
+    """Returns one image with its panels: the ground truth, with its masks if asked for, and one for each run."""
     assert test_set.truth is not None
     record = test_set.truth.imgs[image_id]
     path = os.path.join(test_set.image_root, record["file_name"])
@@ -75,7 +83,7 @@ def _row(
             run.note(f"no picture: {path} cannot be read: {' '.join(str(error).split())}")
         return {**row, "unreadable": path}
     objects = [
-        Outcome("truth", tuple(a["bbox"]), a["category_id"])
+        Outcome("truth", tuple(a["bbox"]), a["category_id"], None, a.get("segmentation") if masks else None)
         for a in test_set.truth.imgToAnns.get(image_id, [])
         if not a.get("iscrowd")
     ]
@@ -111,6 +119,7 @@ def _boxes(outcomes: Sequence[Outcome], test_set: TestSet, letter: float) -> lis
                 "y": y,
                 "width": width,
                 "height": height,
+                "outline": outline(outcome.segmentation),
                 "colour": OUTCOME_COLOURS.get(outcome.kind, _TRUTH_COLOUR),
                 "tip": f"{name}{score}: {_OUTCOME_TEXT.get(outcome.kind, 'object')}",
                 "tag": name if outcome.kind != FOUND else "",
@@ -119,6 +128,22 @@ def _boxes(outcomes: Sequence[Outcome], test_set: TestSet, letter: float) -> lis
             }
         )
     return boxes
+
+
+def outline(segmentation: Any) -> str:
+    """Returns the outline of polygons or of a mask as the path of an SVG, in pixels of the image; "" for neither."""
+    if not segmentation:
+        return ""
+    if isinstance(segmentation, dict):
+        rle = segmentation
+        if isinstance(rle["counts"], list):
+            rle = coco_mask.frPyObjects(rle, *rle["size"])
+        mask = np.ascontiguousarray(coco_mask.decode(rle))
+        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        parts = [contour.reshape(-1, 2) + 0.5 for contour in contours]  # Contours go through the pixels' centres.
+    else:
+        parts = [np.reshape(polygon, (-1, 2)) for polygon in segmentation]
+    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in part) + "Z" for part in parts)
 
 
 def _jpeg(path: str) -> str:
