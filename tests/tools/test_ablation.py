@@ -1,33 +1,34 @@
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import ablation
+import ablation_table
+import kept_runs
 import pytest
+from ablation_grid import BASELINE, FLOAT, LENGTHS, START, Cell, chosen, part_of_grid, planned
+from ablation_jobs import estimate, evaluations, make_jobs, prune
+from ablation_table import write_results
 from detectron2.modeling import META_ARCH_REGISTRY
-from helpers import ROOT
+from kept_runs import recall_runs
 
 from aqdet.config import load_config
 from aqdet.engine import check_config
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "tools" / "experiments" / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablation"] = module  # its dataclass looks there for annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["ablation"]
-
-
 @pytest.fixture
-def parse(tool, monkeypatch, tmp_path):
+def parse(monkeypatch, tmp_path):
     def parsed(*argv):
         monkeypatch.setattr(sys, "argv", ["ablation", "--output", str(tmp_path), *argv])
-        return tool.parse_args()
+        return ablation.parse_args()
 
     return parsed
+
+
+def set_root(patched, root):
+    """Where RESULTS.md, plots and kept runs are written."""
+    for module in (ablation_table, kept_runs):
+        patched.setattr(module, "ROOT", root)
 
 
 def finish(job, ap):
@@ -39,12 +40,12 @@ def finish(job, ap):
     (folder / "done.json").write_text(json.dumps(noted))
 
 
-def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(tool, parse):
+def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(parse):
     seen = set()
     for dataset, count in (("shapes", 33), ("bccd", 16)):
         args = parse("--dataset", dataset, "--seeds", "3", "--taps", "fpn")
-        cells = tool.planned(dataset, "fpn", ())
-        jobs = tool.make_jobs(args, cells)
+        cells = planned(dataset, "fpn", ())
+        jobs = make_jobs(args, cells)
         detectors = {cell.detector for cell in cells}
         assert len(set(cells)) == len(cells) == count
         assert len(jobs) == count + len(detectors) + any("two_stage" in cell.parts for cell in cells)
@@ -52,18 +53,18 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             cfg = load_config(job.config, job.overrides)
             check_config(cfg)
             assert cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY and cfg.SEED == seed == 3
-            start, parts = cell.quantizer == tool.START, cell.method.split("+")
-            assert cfg.SOLVER.MAX_ITER == job.iterations == tool.LENGTHS[dataset][not start]
-            method = "aux_fpn" if "two_stage" in parts else tool.BASELINE
-            source = jobs[3, tool.Cell(cell.detector, tool.START, 32, method)]
+            start, parts = cell.quantizer == START, cell.method.split("+")
+            assert cfg.SOLVER.MAX_ITER == job.iterations == LENGTHS[dataset][not start]
+            method = "aux_fpn" if "two_stage" in parts else BASELINE
+            source = jobs[3, Cell(cell.detector, START, 32, method)]
             assert cfg.MODEL.WEIGHTS == ("" if start else source.output_dir + "/model_final.pth")
             assert (source in job.sources) != start
-            assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (tool.START, tool.FLOAT))
+            assert cfg.MODEL.QUANT.ENABLED == (cell.quantizer not in (START, FLOAT))
             assert cfg.MODEL.EXTRA_LOSS.ENABLED == ("extra" in parts)
             assert bool(cfg.MODEL.DISTILL.WEIGHTS) == ("distill" in parts)
             if "distill" in parts:  # the teacher has the same start
-                recipe = "two_stage" if "two_stage" in parts else tool.BASELINE
-                teacher = jobs[3, tool.Cell(cell.detector, tool.FLOAT, 32, recipe)]
+                recipe = "two_stage" if "two_stage" in parts else BASELINE
+                teacher = jobs[3, Cell(cell.detector, FLOAT, 32, recipe)]
                 assert cfg.MODEL.DISTILL.WEIGHTS == f"{teacher.output_dir}/model_final_stripped.pth"
                 assert teacher.sources == (source,)
             taps = [part.removeprefix("aux_") for part in parts if part.startswith("aux_")]
@@ -73,14 +74,14 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
                     assert (node.QUANTIZER, node.NUM_BITS) == (cell.quantizer, cell.bits)
             seen.add(job.output_dir)
         order = [cell for _, cell in jobs]
-        assert all(order.index(tool.Cell(d, tool.START, 32, tool.BASELINE)) == 0 or d == "fcos" for d in detectors)
+        assert all(order.index(Cell(d, START, 32, BASELINE)) == 0 or d == "fcos" for d in detectors)
     assert len(seen) == 33 + 3 + 16 + 2
 
 
-def test_options_leave_out_but_never_full_precision(tool, parse):
+def test_options_leave_out_but_never_full_precision(parse):
     args = parse("--bits", "2", "--methods", "baseline", "aux_fpn+extra", "--detectors", "retinanet")
-    cells = tool.part_of_grid(args, tool.planned("shapes", "both", args.methods))
-    run = [str(cell) for cell in cells if tool.chosen(args, cell)]
+    cells = part_of_grid(args, planned("shapes", "both", args.methods))
+    run = [str(cell) for cell in cells if chosen(args, cell)]
     assert run == [
         "retinanet_float",
         "retinanet_lsq_w2a2_baseline",
@@ -90,17 +91,17 @@ def test_options_leave_out_but_never_full_precision(tool, parse):
         "retinanet_lqnet_w2a2_baseline",
     ]
     args = parse("--quantizers", "lsq", "--", "MODEL.DEVICE", "cpu")
-    jobs = tool.make_jobs(args, tool.part_of_grid(args, tool.planned("shapes", "both")))
+    jobs = make_jobs(args, part_of_grid(args, planned("shapes", "both")))
     assert not any("dorefa" in job.name for job in jobs.values()) and any("fcos" in job.name for job in jobs.values())
     assert all(job.overrides[-2:] == ("MODEL.DEVICE", "cpu") for job in jobs.values())
     with pytest.raises(SystemExit):
         parse("--methods", "baseline", "auxiliary")
 
 
-def test_a_two_stage_run_starts_from_one_with_its_own_auxiliary_path(tool, parse):
+def test_a_two_stage_run_starts_from_one_with_its_own_auxiliary_path(parse):
     args = parse("--bits", "4", "--methods", "two_stage", "aux_fpn+two_stage", "--detectors", "retinanet")
-    cells = tool.part_of_grid(args, tool.planned("shapes", "backbone", args.methods))
-    jobs = tool.make_jobs(args, [cell for cell in cells if tool.chosen(args, cell)])
+    cells = part_of_grid(args, planned("shapes", "backbone", args.methods))
+    jobs = make_jobs(args, [cell for cell in cells if chosen(args, cell)])
     taps = {
         str(cell): load_config(job.sources[0].config, job.sources[0].overrides).MODEL.AUX
         for (seed, cell), job in jobs.items()
@@ -114,20 +115,20 @@ def test_a_two_stage_run_starts_from_one_with_its_own_auxiliary_path(tool, parse
     }
 
 
-def test_estimate_by_the_pace_of_finished_runs(tool, parse):
+def test_estimate_by_the_pace_of_finished_runs(parse):
     args = parse("--seeds", "0", "--bits", "2", "--quantizers", "lsq", "--methods", "baseline")
-    cells = [c for c in tool.planned("shapes", "fpn") if tool.chosen(args, c) and str(c).count("retinanet_lsq")]
-    cells.insert(0, tool.Cell("retinanet", tool.FLOAT, 32, tool.BASELINE))
-    jobs = list(tool.make_jobs(args, cells).values())
-    assert "3 runs, 0 of them finished: 1400 iterations left, about 0.2 hours at 0.60 s" in tool.estimate(args, jobs)
+    cells = [c for c in planned("shapes", "fpn") if chosen(args, c) and str(c).count("retinanet_lsq")]
+    cells.insert(0, Cell("retinanet", FLOAT, 32, BASELINE))
+    jobs = list(make_jobs(args, cells).values())
+    assert "3 runs, 0 of them finished: 1400 iterations left, about 0.2 hours at 0.60 s" in estimate(args, jobs)
     finish(jobs[0], 50)
-    assert "1 of them finished: 800 iterations left, about 0.0 hours at 0.20 s" in tool.estimate(args, jobs)
+    assert "1 of them finished: 800 iterations left, about 0.0 hours at 0.20 s" in estimate(args, jobs)
 
 
-def test_a_finished_run_keeps_what_is_read_later(tool, parse):
+def test_a_finished_run_keeps_what_is_read_later(parse):
     args = parse("--seeds", "5", "6")
-    cell = tool.Cell("retinanet", "lsq", 2, "aux_fpn")
-    jobs = tool.make_jobs(args, [cell])
+    cell = Cell("retinanet", "lsq", 2, "aux_fpn")
+    jobs = make_jobs(args, [cell])
     files = {"model_final.pth", "model_final_stripped.pth", "model_0000099.pth", "model_0000199.pth", "log.txt"}
     kept = {}
     for (seed, each), job in jobs.items():
@@ -135,26 +136,26 @@ def test_a_finished_run_keeps_what_is_read_later(tool, parse):
         folder.mkdir(parents=True)
         for name in files:
             (folder / name).touch()
-        tool.prune(job, 5)
+        prune(job, 5)
         kept[seed, each.quantizer] = {path.name for path in folder.iterdir()}
     always = {"model_final_stripped.pth", "log.txt"}
     assert kept[5, "start"] == kept[6, "start"] == always | {"model_final.pth"}
     assert kept[5, "lsq"] == always | {"model_0000099.pth"} and kept[6, "lsq"] == always
 
 
-def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
+def test_table_by_hand_and_plot(parse, tmp_path, monkeypatch, capsys):
     args = parse("--seeds", "0", "1", "2", "--bits", "2", "--methods", "baseline", "distill")
-    cells = tool.planned("shapes", "fpn", ())
-    jobs = tool.make_jobs(args, cells)
-    base, other = (tool.Cell("retinanet", "lsq", 2, method) for method in ("baseline", "distill"))
-    reference = tool.Cell("retinanet", "float", 32, "baseline")
+    cells = planned("shapes", "fpn", ())
+    jobs = make_jobs(args, cells)
+    base, other = (Cell("retinanet", "lsq", 2, method) for method in ("baseline", "distill"))
+    reference = Cell("retinanet", "float", 32, "baseline")
     aps = {reference: (52, 50, 51), base: (40, 44, 42), other: (43, 45)}
     for cell, values in aps.items():
         for seed, ap in enumerate(values):
             finish(jobs[seed, cell], ap)
-    finish(jobs[0, tool.Cell("retinanet", "start", 32, "baseline")], 30)
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    tool.write_results(args, cells, jobs)
+    finish(jobs[0, Cell("retinanet", "start", 32, "baseline")], 30)
+    set_root(monkeypatch, tmp_path)
+    write_results(args, cells, jobs)
     text = (tmp_path / "RESULTS.md").read_text()
     rows = {tuple(line.split(" | ")[1:3]): line for line in text.splitlines() if line.startswith("| retinanet")}
     assert rows["float", "-"].endswith("| 51.0 ± 1.0 | 102.0 ± 2.0 | - | - | 52.0, 50.0, 51.0 |")
@@ -173,22 +174,22 @@ def test_table_by_hand_and_plot(tool, parse, tmp_path, monkeypatch, capsys):
     said = ""
     for remark in ("Reading: two.\n\nThe second paragraph.", "", "Reading: three.", ""):
         args.remark = remark
-        tool.write_results(args, cells, jobs)
+        write_results(args, cells, jobs)
         kept = (tmp_path / "RESULTS.md").read_text()
         said = remark or said
         assert kept == text.replace("\nLeft out (seeds)", f"\n{said}\n\nLeft out (seeds)")
 
 
-def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
+def test_runs_are_kept_for_another_checkout(parse, tmp_path, monkeypatch):
     (tmp_path / "tools" / "experiments").mkdir(parents=True)
     options = ("--seeds", "0", "1", "--bits", "2", "--detectors", "retinanet", "--quantizers", "lsq")
     options += ("--methods", "baseline")
-    start, baseline = (tool.Cell("retinanet", *rest, tool.BASELINE) for rest in ((tool.START, 32), ("lsq", 2)))
+    start, baseline = (Cell("retinanet", *rest, BASELINE) for rest in ((START, 32), ("lsq", 2)))
 
     def grid(output):
         args = parse(*options, "--output", str(output))
-        cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
-        return args, cells, tool.make_jobs(args, [cell for cell in cells if tool.chosen(args, cell)])
+        cells = part_of_grid(args, planned("shapes", "fpn"))
+        return args, cells, make_jobs(args, [cell for cell in cells if chosen(args, cell)])
 
     monkeypatch.chdir(tmp_path)
     args, cells, jobs = grid("output")
@@ -196,37 +197,37 @@ def test_runs_are_kept_for_another_checkout(tool, parse, tmp_path, monkeypatch):
         if seed == 0 or cell == start:
             finish(job, 40 + seed)
     with monkeypatch.context() as patched:
-        patched.setattr(tool, "ROOT", tmp_path)
-        tool.write_results(args, cells, jobs)
+        set_root(patched, tmp_path)
+        write_results(args, cells, jobs)
         first = (tmp_path / "RESULTS.md").read_text()
         (tmp_path / "output").rename(tmp_path / "gone")
-        tool.recall_runs("shapes", list(jobs.values()))
+        recall_runs("shapes", list(jobs.values()))
         # All of seed 0; of seed 1 nothing, whose start's weights are gone and needed.
         assert {key for key, job in jobs.items() if job.finished()} == {key for key in jobs if key[0] == 0}
-        tool.write_results(args, cells, jobs)
+        write_results(args, cells, jobs)
         assert (tmp_path / "RESULTS.md").read_text() == first and "a machine" in first
         finish(jobs[1, start], 41)
         Path(jobs[1, start].output_dir, "model_final.pth").touch()
-        tool.recall_runs("shapes", list(jobs.values()))
+        recall_runs("shapes", list(jobs.values()))
         assert jobs[1, start].finished()
-        kept = json.loads((tmp_path / "tools" / "experiments" / tool.RUNS).read_text())
+        kept = json.loads((tmp_path / "tools" / "experiments" / kept_runs.RUNS).read_text())
         kept["shapes seed 0 retinanet_lsq_w2a2_baseline"]["fingerprint"] = "of another config"
-        (tmp_path / "tools" / "experiments" / tool.RUNS).write_text(json.dumps(kept))
+        (tmp_path / "tools" / "experiments" / kept_runs.RUNS).write_text(json.dumps(kept))
         (tmp_path / "output").rename(tmp_path / "gone too")
-        tool.recall_runs("shapes", list(jobs.values()))
+        recall_runs("shapes", list(jobs.values()))
         assert not jobs[0, baseline].finished() and not jobs[0, start].finished()
 
 
-def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkeypatch):
+def test_a_part_of_the_grid_has_a_table_of_its_own(parse, tmp_path, monkeypatch):
     for quantizer in ("lsq", "pact"):
         args = parse("--seeds", "0", "--detectors", "retinanet", "--quantizers", quantizer)
-        cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
+        cells = part_of_grid(args, planned("shapes", "fpn"))
         assert {cell.quantizer for cell in cells} == {"float", quantizer}
-        jobs = tool.make_jobs(args, cells)
-        finish(jobs[0, tool.Cell("retinanet", quantizer, 2, "baseline")], 40)
+        jobs = make_jobs(args, cells)
+        finish(jobs[0, Cell("retinanet", quantizer, 2, "baseline")], 40)
         with monkeypatch.context() as patched:
-            patched.setattr(tool, "ROOT", tmp_path)
-            tool.write_results(args, cells, jobs)
+            set_root(patched, tmp_path)
+            write_results(args, cells, jobs)
     text = (tmp_path / "RESULTS.md").read_text()
     for quantizer in ("lsq", "pact"):
         assert f"192x192 (retinanet {quantizer})\n" in text
@@ -234,13 +235,13 @@ def test_a_part_of_the_grid_has_a_table_of_its_own(tool, parse, tmp_path, monkey
         assert (tmp_path / "tools" / "experiments" / "plots" / f"ablation_shapes_retinanet_{quantizer}.png").is_file()
 
 
-def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, monkeypatch):
+def test_runs_of_another_length_stand_beside_the_others(parse, tmp_path, monkeypatch):
     options = ("--seeds", "0", "--detectors", "retinanet", "--quantizers", "lsq")
     grids = [parse(*options, *more) for more in ((), ("--iterations", "800"), ("--start-iterations", "60"))]
     names = []
     for args in grids:
-        cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
-        jobs = tool.make_jobs(args, cells)
+        cells = part_of_grid(args, planned("shapes", "fpn"))
+        jobs = make_jobs(args, cells)
         by_name = {str(cell).removeprefix("retinanet_"): job for (_, cell), job in jobs.items()}
         start, reference = by_name["start"], by_name["float"]
         baseline, distill = by_name["lsq_w2a2_baseline"], by_name["lsq_w2a2_distill"]
@@ -249,9 +250,9 @@ def test_runs_of_another_length_stand_beside_the_others(tool, parse, tmp_path, m
         assert values[1]["MODEL.DISTILL.WEIGHTS"] == f"{reference.output_dir}/model_final_stripped.pth"
         finish(baseline, 40)
         with monkeypatch.context() as patched:
-            patched.setattr(tool, "ROOT", tmp_path)
+            set_root(patched, tmp_path)
             (tmp_path / "tools" / "experiments").mkdir(parents=True, exist_ok=True)
-            tool.write_results(args, cells, jobs)
+            write_results(args, cells, jobs)
         names.append((start.name, baseline.name, baseline.iterations))
     start, run = "seed 0 retinanet_start", "seed 0 retinanet_lsq_w2a2_baseline"
     assert names == [(start, run, 400), (start, f"{run}_800", 800), (f"{start}_from60", f"{run}_from60", 400)]
@@ -271,14 +272,14 @@ def test_a_teacher_from_another_start_is_refused_with_the_way_out(parse, capsys)
     parse("--methods", "aux_fpn+distill", "distill+two_stage")
 
 
-def test_detectors_are_evaluated_on_another_split_without_training_again(tool, parse, tmp_path, monkeypatch):
+def test_detectors_are_evaluated_on_another_split_without_training_again(parse, tmp_path, monkeypatch):
     options = ("--seeds", "0", "1", "--detectors", "retinanet", "--quantizers", "lsq", "--split", "test")
     args = parse(*options)
-    cells = tool.part_of_grid(args, tool.planned("shapes", "fpn"))
-    jobs = tool.make_jobs(args, cells)
-    assert tool.evaluations(parse(*options[:-2]), jobs) == {}
-    tests = tool.evaluations(args, jobs)
-    distill, reference = tool.Cell("retinanet", "lsq", 2, "distill"), tool.Cell("retinanet", "float", 32, "baseline")
+    cells = part_of_grid(args, planned("shapes", "fpn"))
+    jobs = make_jobs(args, cells)
+    assert evaluations(parse(*options[:-2]), jobs) == {}
+    tests = evaluations(args, jobs)
+    distill, reference = Cell("retinanet", "lsq", 2, "distill"), Cell("retinanet", "float", 32, "baseline")
     job = tests[0, distill]
     cfg = load_config(job.config, job.overrides)
     assert cfg.DATASETS.TEST == ("aqdet_shapes_test",) and cfg.MODEL.QUANT.WEIGHT.NUM_BITS == 2
@@ -286,20 +287,20 @@ def test_detectors_are_evaluated_on_another_split_without_training_again(tool, p
     assert job.command("train_net.py")[1:3] == ["train_net.py", "--eval-only"]
     assert job.output_dir != jobs[0, distill].output_dir and job.sources == (jobs[0, distill],)
     with monkeypatch.context() as patched:
-        patched.setattr(tool, "ROOT", tmp_path)
+        set_root(patched, tmp_path)
         (tmp_path / "tools" / "experiments").mkdir(parents=True)
         for seed, cell in ((0, reference), (0, distill), (1, distill)):
             finish(jobs[seed, cell], 40)
         finish(tests[0, distill], 30)
         finish(tests[0, reference], 35)
-        tool.write_results(args, cells, jobs)
+        write_results(args, cells, jobs)
         # A detector that is still to be evaluated is trained again if its weights are gone.
         assert jobs[1, distill].finished()
-        tool.recall_runs("shapes", [*jobs.values(), *tests.values()])
+        recall_runs("shapes", [*jobs.values(), *tests.values()])
         assert jobs[0, distill].finished() and not jobs[1, distill].finished()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "192x192 (retinanet lsq test)" in text and "on\n2000 images (test)" in text
     assert "| lsq w2a2 | distill | 30.0 | 60.0 | - | -5.0 | 30.0 |" in text and "--split test`" in text
     assert "Left out (seeds): retinanet_lsq_w2a2_distill (1).\n" in text
-    job = tool.evaluations(parse("--dataset", "bccd", "--split", "test"), tool.make_jobs(args, cells))[0, reference]
+    job = evaluations(parse("--dataset", "bccd", "--split", "test"), make_jobs(args, cells))[0, reference]
     assert "bccd_test" in load_config(job.config, job.overrides).DATASETS.TEST

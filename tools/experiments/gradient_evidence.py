@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Does an added loss bring the quantized trunk's gradient nearer to what full precision would get?
+"""Measures whether an added loss brings the gradient of a quantized trunk nearer to that of full precision.
 
-For each layer of a trunk in training, the cosine between the gradient of the quantized model and that of the same
-model with its quantizers off, on the same batches, with and without the losses of the auxiliary path (or the extra
-head). Takes the config.yaml and a checkpoint from the middle of a run with such losses, for example
-output/ablation/shapes/seed0/retinanet_lsq_w2a2_aux_backbone/{config.yaml,model_0000199.pth}.
+The measure is the cosine, for each layer of a trunk in training, between the gradient of the quantized model and the
+gradient of the same model with its quantizers off, on the same batches, with and without the losses of the auxiliary
+path (or the extra head). The program reads the config.yaml and a checkpoint from the middle of a run with such losses,
+for example output/ablation/shapes/seed0/retinanet_lsq_w2a2_aux_backbone/{config.yaml,model_0000199.pth}.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ COLUMNS = {
     "all_to_own": "with added losses, to the float gradient of the own",
     "beside_to_own": "added losses alone, to the float gradient of the own",
 }
+"""Field of ``Alignment`` -> title of its column."""
 PART = re.compile(r"(stem|res\d|fpn_[a-z]+\d|p\d)")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", type=file_to_read, required=True)
+    parser.add_argument("--config-file", type=file_to_read, required=True, help="config.yaml of the run")
     parser.add_argument(
         "--weights", type=file_to_read, required=True, help="checkpoint of quantized training, model_<iteration>.pth"
     )
@@ -53,24 +54,24 @@ def parse_args() -> argparse.Namespace:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of those that are not nan; nan if all are."""
+    """Returns the mean of the values that are not nan; nan if all are."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.mean(known) if known else math.nan
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of those that are not nan; 0 for fewer than two."""
+    """Returns the standard error of the mean of the values that are not nan; 0 for fewer than two of them."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
 
 
 def number(value: float) -> str:
-    """Two decimals, or a dash for nan."""
+    """Returns a value with two decimals, or a dash for nan."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def by_part(found: Sequence[Alignment]) -> dict[str, list[Alignment]]:
-    """Layers by stage of the backbone, then those of the pyramid."""
+    """Returns the layers of each stage of the backbone, then of the pyramid, then the others."""
     parts: dict[str, list[Alignment]] = {}
     for alignment in found:
         match = PART.search(alignment.layer)
@@ -81,18 +82,28 @@ def by_part(found: Sequence[Alignment]) -> dict[str, list[Alignment]]:
 
 
 def reached(found: Sequence[Alignment]) -> list[Alignment]:
-    """Layers that get a gradient from the added losses."""
+    """Returns the layers that get a gradient from the added losses."""
     return [alignment for alignment in found if not all(map(math.isnan, alignment.beside_to_own))]
 
 
 def gains(found: Sequence[Alignment]) -> list[float]:
-    """For each batch, what the added losses add to the cosine with the float gradient of the own, over layers."""
+    """Returns, for each batch, the mean over layers of the gain in cosine from the added losses.
+
+    The cosines compared are those of the gradients of all losses, and of the own losses, with the float gradient of the
+    own losses. Layers that the added losses do not reach are left out.
+    """
     members = reached(found)
     return [mean([a.all_to_own[i] - a.own[i] for a in members]) for i in range(len(members[0].own))] if members else []
 
 
 def make_table(found: Sequence[Alignment], summary: bool) -> str:
-    """Mean cosines over batches: a row a layer, or for the summary a row a stage and one for what is reached."""
+    """Returns a Markdown table of cosines, averaged over batches.
+
+    Args:
+        found: The layers.
+        summary: Whether the table has a row for each stage, and one for the layers that the added losses reach, instead
+            of a row for each layer.
+    """
     from results_file import markdown_table
 
     groups = {alignment.layer.removeprefix("backbone."): [alignment] for alignment in found}
@@ -108,7 +119,7 @@ def make_table(found: Sequence[Alignment], summary: bool) -> str:
 
 
 def make_plot(found: Sequence[Alignment], path: str) -> None:
-    """A line a column over the layers in the order of the trunk, with the standard error over batches."""
+    """Draws a line for each column over the layers of the trunk, with the standard error over batches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +144,7 @@ def make_plot(found: Sequence[Alignment], path: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[Alignment]:
-    """Loads the run's model and compares gradients on batches of its training data."""
+    """Loads the run's model and returns the comparison of gradients on batches of its training data."""
     from aqdet.analysis.gradients import gradient_alignment
     from aqdet.config import load_config
     from aqdet.data import check_num_classes, register_declared

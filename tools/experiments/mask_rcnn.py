@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What 4 and 2 bits cost a Mask R-CNN, and what the path wins back: trains, and writes the table into RESULTS.md.
+"""Trains Mask R-CNNs to see what 4 and 2 bits cost and what the path wins back, and writes the table into RESULTS.md.
 
 For each seed one full-precision start with the path on the embedded dataset, and from it runs of equal length: full
 precision, and 4 and 2 bits each with and without the path. Boxes and masks are evaluated, of the detector alone. Stop
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import Distinct, folder_to_write, integer
+from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     from jobs import Job
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "experiments")]  # jobs.py, ablation.py
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "experiments")]  # jobs.py, kept_runs.py
 DATASET, SECTION = "shapes", "mask_rcnn shapes"
 START_ITERATIONS, ITERATIONS = 300, 150
 STATE = "model_final.pth"
@@ -129,7 +130,7 @@ def make_table(seeds: list[int], done: dict[tuple[int, Row], dict[str, Any]]) ->
 def write_results(args: argparse.Namespace, jobs: dict[tuple[int, Row], Job]) -> None:
     """The section of RESULTS.md, from what has finished, here or before."""
     import torch
-    from ablation import keep_runs
+    from kept_runs import keep_runs
     from results_file import kept_remark, mean_and_spread, write_section
 
     kept = keep_runs(DATASET, list(jobs.values()))
@@ -165,8 +166,8 @@ torch {torch.__version__}.
 
 def main() -> None:
     args = parse_args()
-    from ablation import recall_runs
     from jobs import run_jobs  # late, so that --help opens at once
+    from kept_runs import recall_runs
 
     try:
         jobs = make_jobs(args)
@@ -189,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)
