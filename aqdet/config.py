@@ -133,9 +133,16 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # "atss": points of each level that are considered, and the side of the square at a point, in strides.
     cfg.MODEL.FCOS.ATSS_CANDIDATES = 9
     cfg.MODEL.FCOS.ATSS_SIDE = 8.0
+    # What the class scores learn. "focal": 1 at positive points. "quality" (2006.04388): the overlap of the predicted
+    # box; there is no centerness then, FOCAL_LOSS_GAMMA is the exponent and FOCAL_LOSS_ALPHA has no part in it.
+    cfg.MODEL.FCOS.CLASS_LOSS = "focal"
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
-    # Thresholds in evaluation; scores are sqrt(class probability x centerness).
+    # Experimental: factors of the two losses that HQOD (2408.02561) adds at positive points, 1 there, 0 for none: one
+    # that pulls boxes most that are nearly right, and one that pulls score and overlap up together.
+    cfg.MODEL.FCOS.HARMONIOUS_IOU_WEIGHT = 0.0
+    cfg.MODEL.FCOS.TASK_CORRELATION_WEIGHT = 0.0
+    # Thresholds in evaluation; scores are sqrt(class probability x centerness), or without a centerness the class's.
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6

@@ -205,7 +205,7 @@ class _Builder:
         anchors, classes = len(level.anchors), len(description.classes)
         width = self.op("Squeeze", self.size_of(level.logits, 3))
         scores = self.sigmoid(self.by_location(level.logits, anchors, classes))
-        if description.architecture == FCOS:
+        if level.centerness:
             centerness = self.sigmoid(self.by_location(level.centerness, 1, 1))
             scores = self.op("Sqrt", self.op("Mul", scores, centerness))
         scores = self.op("Reshape", scores, self.ints(0, -1))

@@ -106,7 +106,7 @@ class _Extractor:
         image = self._image_grid(model)
         levels = self._fpn(model.backbone, self._stem_input(model, image))
         towers = {"cls_subnet": {"cls_score": "logits"}, "bbox_subnet": {"bbox_pred": "deltas"}}
-        if isinstance(model, QuantFCOS):
+        if isinstance(model, QuantFCOS) and model.head.has_centerness:
             towers["bbox_subnet"]["ctrness"] = "centerness"
         outputs = []
         for index, name in enumerate(model.head_in_features):

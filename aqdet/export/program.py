@@ -154,7 +154,7 @@ class Output:
     """Predictions of a pyramid level: names of values, and the level's stride in pixels.
 
     Attributes:
-        centerness: of FCOS; "" for RetinaNet, which has none.
+        centerness: of FCOS; "" for RetinaNet, and for an FCOS that has none.
     """
 
     level: str

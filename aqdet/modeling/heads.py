@@ -81,18 +81,29 @@ class QuantFCOSHead(FCOSHead):
 
     Args:
         signed_input: whether the pyramid levels can be negative.
+        centerness: whether there is one; without it the scores are the classes' alone.
         kwargs: see :class:`detectron2.modeling.meta_arch.fcos.FCOSHead`.
     """
 
     @configurable
-    def __init__(self, *, signed_input: bool, **kwargs: Any) -> None:
+    def __init__(self, *, signed_input: bool, centerness: bool = True, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "norm": _head_norm(kwargs.get("norm", ""))})
-        _declare_sites(self, signed_input, self.cls_score, self.bbox_pred, self.ctrness)
+        self.has_centerness = centerness
+        predictions = [self.cls_score, self.bbox_pred]
+        if centerness:
+            predictions.append(self.ctrness)
+        else:
+            del self.ctrness
+        _declare_sites(self, signed_input, *predictions)
 
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Computes class logits, box deltas and centerness, each ``(N, K, H, W)`` for each level."""
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """Computes class logits, box deltas and, if there is one, centerness, each ``(N, K, H, W)`` for each level."""
         with shared_weights(self):
-            return super().forward(features)
+            if self.has_centerness:
+                return super().forward(features)
+            logits = [run_tower([*self.cls_subnet, self.cls_score], feature) for feature in features]
+            deltas = [run_tower([*self.bbox_subnet, self.bbox_pred], feature) for feature in features]
+            return logits, deltas
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
@@ -104,5 +115,6 @@ class QuantFCOSHead(FCOSHead):
             "conv_dims": [input_shape[0].channels] * fcos.NUM_CONVS,
             "prior_prob": fcos.PRIOR_PROB,
             "norm": fcos.NORM,
+            "centerness": fcos.CLASS_LOSS == "focal",
             "signed_input": not cfg.MODEL.FPN.RELU,
         }

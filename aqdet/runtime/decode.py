@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .folder import Description, Level
+from .folder import FCOS, Description, Level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ def decode(
     classes apart instead where there are few boxes, which rounds coordinates.
 
     Args:
-        outputs: of each level, float32: logits ``(A * K, h, w)``, deltas ``(A * 4, h, w)`` and, for FCOS, centerness
-            ``(1, h, w)``.
+        outputs: of each level, float32: logits ``(A * K, h, w)``, deltas ``(A * 4, h, w)`` and, of an FCOS that has
+            one, centerness ``(1, h, w)``.
         size: ``(height, width)`` of the resized image, without padding.
         original_size: ``(height, width)`` that boxes are scaled and clipped to.
         description: of the detector.
@@ -101,7 +101,8 @@ def _decode_level(
     scores, anchor, cls, y, x = scores[order], anchor[order], cls[order], y[order], x[order]
     picked = deltas.reshape(num_anchors, 4, height, width)[anchor, :, y, x]
     anchors = _anchors(level, description.anchor_offset, anchor, y, x)
-    boxes = _apply_distances(picked, anchors) if centerness else _apply_deltas(picked, anchors, description)
+    is_distance = description.architecture == FCOS
+    boxes = _apply_distances(picked, anchors) if is_distance else _apply_deltas(picked, anchors, description)
     return boxes, scores, cls
 
 

@@ -119,8 +119,8 @@ class Detector:
             batch: ``(N, 3, H, W)`` uint8, channels in the order of ``description.channels``.
 
         Returns:
-            For each level, float32: logits ``(N, A * K, h, w)``, deltas ``(N, A * 4, h, w)`` and, for FCOS, centerness
-            ``(N, 1, h, w)``.
+            For each level, float32: logits ``(N, A * K, h, w)``, deltas ``(N, A * 4, h, w)`` and, where there is
+            one, centerness ``(N, 1, h, w)``.
         """
         levels = [level.outputs for level in self.description.levels]
         names = [name for level in levels for name in level]

@@ -28,7 +28,7 @@ class Level:
 
     Attributes:
         logits, deltas: names of the graph's outputs, ``(N, A * K, h, w)`` and ``(N, A * 4, h, w)``.
-        centerness: of FCOS, ``(N, 1, h, w)``; "" for RetinaNet.
+        centerness: of FCOS, ``(N, 1, h, w)``; "" for RetinaNet, and for an FCOS whose scores are the classes' alone.
         stride: pixels of the network's input from one location to the next.
         anchors: ``(width, height)`` of the A anchors at a location, in the order of the channels. FCOS has a point
             there, and a square as large as the stride to measure from it.
@@ -177,7 +177,7 @@ def _parse(content: dict[str, Any]) -> Description:
         Level(
             str(output["logits"]),
             str(output["deltas"]),
-            str(output["centerness"]) if architecture == FCOS else "",
+            str(output.get("centerness", "")) if architecture == FCOS else "",
             int(stride),
             _anchor_shapes(sizes, ratios),
         )
@@ -189,6 +189,8 @@ def _parse(content: dict[str, Any]) -> Description:
         raise ValueError(f"outputs {content['outputs']!r}")
     if architecture == FCOS and any(len(level.anchors) != 1 for level in levels):
         raise ValueError(f"anchors {anchors!r} of FCOS")
+    if len({bool(level.centerness) for level in levels}) > 1:
+        raise ValueError(f"outputs {content['outputs']!r}: a centerness at some levels alone")
     return Description(
         architecture=architecture,
         classes=classes,

@@ -104,16 +104,18 @@ def test_a_threshold_is_compared_as_the_runtime_does():
         assert float(below) <= threshold < float(np.nextafter(below, np.float32(2)))
 
 
-def test_fcos_and_the_folder_that_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", ["focal", "quality"])
+def test_fcos_and_the_folder_that_is_written(tmp_path, monkeypatch, loss):
     from helpers import make_cfg
     from programs import OVERRIDES
 
     from aqdet.export import folder as module
 
-    model, _ = shared(*FCOS)
+    arch = (*FCOS, "MODEL.FCOS.CLASS_LOSS", loss)
+    model, _ = shared(*arch)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     monkeypatch.setattr(module, "compare", lambda *args, **options: [])
-    cfg = make_cfg(*OVERRIDES, *FCOS, "MODEL.FCOS.SCORE_THRESH_TEST", "0.02")
+    cfg = make_cfg(*OVERRIDES, *arch, "MODEL.FCOS.SCORE_THRESH_TEST", "0.02")
     module.export_detector(cfg, str(tmp_path / "model.pth"), tmp_path / "detector", end_to_end=True)
     file = tmp_path / "detector" / "model.end_to_end.onnx"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

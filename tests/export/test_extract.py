@@ -153,6 +153,9 @@ def test_fcos_predicts_three_outputs_from_two_towers():
         "head.ctrness.input_quantizer",
     }
     assert len([conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]) == 5
+    _, program = shared(*FCOS, "MODEL.FCOS.CLASS_LOSS", "quality")
+    assert program.outputs[0].names == ("logits_p3", "deltas_p3")
+    assert len([conv for conv in program.convs() if conv.path == "head.bbox_subnet.0"]) == 5
 
 
 def test_rounded_constants_are_the_programs():

@@ -163,6 +163,11 @@ def test_an_fcos_box_by_hand(tmp_path):
     np.testing.assert_allclose(found.boxes, [[8, 12, 28, 20]])
     np.testing.assert_allclose(found.scores, [np.sqrt(0.8 * 0.5)], rtol=1e-6)
     assert found.classes.tolist() == [1]
+    # Without a centerness the class's score is all; boxes are distances all the same.
+    level = dataclasses.replace(alone.levels[0], centerness="")
+    plain = decode([(logits, deltas)], (32, 32), (32, 32), dataclasses.replace(alone, levels=(level,)))
+    np.testing.assert_allclose(plain.boxes, [[8, 12, 28, 20]])
+    np.testing.assert_allclose(plain.scores, [0.8], rtol=1e-6)
 
 
 def test_equal_scores_come_in_the_order_of_the_flattened_predictions(tmp_path):

@@ -131,6 +131,12 @@ def set_in(*path, value):
     return change
 
 
+def centerness_at_the_first(content):
+    content["architecture"] = "FCOS"
+    content["anchors"].update(sizes=[[8], [16]], aspect_ratios=[[1.0]] * 2)
+    content["outputs"][0]["centerness"] = "centerness_p8"
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -142,7 +148,8 @@ def set_in(*path, value):
         (set_in("decode", "box_weights", value=[1, 1]), "box_weights"),
         (set_in("anchors", "strides", value=[8]), "zip()"),
         (set_in("architecture", value="SSD"), "'SSD' is not one of RetinaNet, FCOS"),
-        (set_in("architecture", value="FCOS"), "KeyError('centerness')"),
+        (set_in("architecture", value="FCOS"), "of FCOS"),
+        (centerness_at_the_first, "a centerness at some levels alone"),
     ],
 )
 def test_a_description_that_lacks_something_is_refused(folder, change, words):

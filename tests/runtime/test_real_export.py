@@ -90,7 +90,10 @@ def test_decodes_as_the_model(exported, model):
         np.testing.assert_allclose(found.boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
 
 
-@pytest.mark.parametrize("arch", [FCOS, [*FCOS, "MODEL.FCOS.ASSIGNMENT", "atss"]], ids=["fcos", "atss"])
+ATSS, QUALITY = ("MODEL.FCOS.ASSIGNMENT", "atss"), ("MODEL.FCOS.CLASS_LOSS", "quality")
+
+
+@pytest.mark.parametrize("arch", [FCOS, [*FCOS, *ATSS], [*FCOS, *QUALITY]], ids=["fcos", "atss", "quality"])
 def test_fcos_as_the_model(tmp_path, caplog, arch):
     settings = (*SETTINGS, *arch)
     model = calibrated(make_model(*settings), make_batch(4))
@@ -105,7 +108,8 @@ def test_fcos_as_the_model(tmp_path, caplog, arch):
     with torch.no_grad():
         dense = benchmark_export.Dense(model.eval())(torch.from_numpy(batch))
     assert [output.shape for level in levels for output in level] == [output.shape for output in dense]
-    outputs = [[torch.from_numpy(level[kind].copy()) for level in levels] for kind in range(3)]
+    assert len(levels[0]) == (2 if "quality" in arch else 3)
+    outputs = [[torch.from_numpy(value.copy()) for value in kind] for kind in zip(*levels, strict=True)]
     with torch.no_grad():
         results = model.forward_inference(ImageList(torch.from_numpy(batch), sizes), outputs[0], outputs)
     expected = detector_postprocess(results[0], *photo.shape[:2])

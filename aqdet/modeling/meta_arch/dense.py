@@ -113,7 +113,7 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         Args:
             images: the batch.
             features: one ``(N, C, H, W)`` for each level.
-            predictions: predictions of the main head: class logits, box deltas and, for FCOS, centerness.
+            predictions: predictions of the main head: class logits, box deltas and, of some FCOS, centerness.
             gt_instances: N ground truths.
         """
         anchors = self.anchor_generator(features)
