@@ -104,8 +104,8 @@ def test_a_threshold_is_compared_as_the_runtime_does():
         assert float(below) <= threshold < float(np.nextafter(below, np.float32(2)))
 
 
-@pytest.mark.parametrize("loss", ["focal", "quality"])
-def test_fcos_and_the_folder_that_is_written(tmp_path, monkeypatch, loss):
+@pytest.mark.parametrize("loss, threshold", [("focal", "0.02"), ("quality", "0.005")])
+def test_fcos_and_the_folder_that_is_written(tmp_path, monkeypatch, loss, threshold):
     from helpers import make_cfg
     from programs import OVERRIDES
 
@@ -115,7 +115,7 @@ def test_fcos_and_the_folder_that_is_written(tmp_path, monkeypatch, loss):
     model, _ = shared(*arch)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     monkeypatch.setattr(module, "compare", lambda *args, **options: [])
-    cfg = make_cfg(*OVERRIDES, *arch, "MODEL.FCOS.SCORE_THRESH_TEST", "0.02")
+    cfg = make_cfg(*OVERRIDES, *arch, "MODEL.FCOS.SCORE_THRESH_TEST", threshold)
     module.export_detector(cfg, str(tmp_path / "model.pth"), tmp_path / "detector", end_to_end=True)
     file = tmp_path / "detector" / "model.end_to_end.onnx"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
