@@ -1,4 +1,4 @@
-"""The folder that datasets are kept in: the embedded one, and the checks of declared ones."""
+"""The cache folder, which holds the embedded dataset and the results of checks of declared datasets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """
-Entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS``, read and their paths looked up.
+Reader of the entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS``, which also looks up their paths.
 
-Neither torch nor Detectron2 is needed: :mod:`aqdet.data.registry` registers what is declared here.
+It needs neither torch nor Detectron2; :mod:`aqdet.data.registry` registers the declared datasets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMAGE_FOLDER = "folder"
 _FOLDER_FIELDS = ("name", "root")
 # Fields of every entry that choose a part of its images.
 _PART_FIELDS = ("split", "share", "seed")
-# Fields with annotations, by which the format of an entry without one is told; the most telling first.
+# Fields that name annotations, by which the format of an entry without one is guessed; the most telling first.
 _ANNOTATION_FIELDS = ("annotations", "data", "yaml", "root", "images")
 _LOOKED_UP = "relative paths are looked up under $DETECTRON2_DATASETS, then in the current folder"
 
@@ -38,9 +38,10 @@ class Declaration:
         name: the name that the dataset is registered by.
         format: a key of :data:`aqdet.data.formats.FORMATS`, or ``"folder"`` with a folder of images for each class.
         file: the annotation file or folder, as the format has it.
-        image_root: folder that nothing is read outside of.
+        image_root: folder of the images; no image outside of it is read.
         split: name of a split of the format's own; ``""`` for none.
-        classes: names in the order of their ids; None for those in the annotations. Of image folders, the folders.
+        classes: names in the order of their ids; None for those in the annotations. Classes of image folders are the
+            folders' names.
         difficult_as_crowd: whether ``difficult`` objects of VOC become crowd regions.
         class_key: name of the attribute of VIA's regions that is their class; ``""`` to find it.
         share: the part of the images that is used; None for all.
@@ -124,15 +125,15 @@ def resolve(path: str) -> str:
 
 def existing(path: str, where: str, *, kind: str) -> str:
     """
-    Returns a path looked up.
+    Looks up a path that has to exist.
 
     Args:
-        path: as declared.
+        path: the path as declared.
         where: config key for the message.
         kind: ``"file"``, ``"folder"``, or ``"file or folder"``.
 
     Raises:
-        ValueError: if there is no such thing, or one of the other kind.
+        ValueError: if the path does not exist, or is of the other kind.
     """
     found = resolve(path)
     if kind == "file" and os.path.isdir(found):
@@ -183,7 +184,7 @@ def _declaration(entry: Any, where: str) -> Declaration:
 
 
 def _with_format(entry: Any, where: str) -> tuple[Any, Any]:
-    """Returns the entry and its format: as it says, COCO of one with a field json, else what its files look like."""
+    """Returns the entry and its format: the stated one, COCO for a field json, else the one its files look like."""
     from .formats.guess import guess_format
 
     if not isinstance(entry, dict) or "format" in entry or "json" in entry:
@@ -216,7 +217,7 @@ def _check_text(entry: dict[str, Any], field: str, where: str) -> None:
 
 
 def _part(entry: dict[str, Any], where: str, without_splits: str) -> tuple[str, Share | None]:
-    """The name of the split and the share of it; `without_splits` is the format's name if it has no named splits."""
+    """Returns the split's name and its share; `without_splits` is the format's name if it has no named splits."""
     split, share, seed = entry.get("split", ""), entry.get("share"), entry.get("seed", 0)
     if type(seed) is not int:
         raise ValueError(f"{where}.seed must be an integer, got {seed!r}")

@@ -1,10 +1,10 @@
-"""Training batches that are a function of the seed and the iteration, whoever reads them and whenever.
+"""Training batches that depend on the seed and the iteration alone.
 
-Detectron2's loader keeps its place in worker processes, in buckets of images that wait for others of their
-aspect ratio, and in random states that advance from image to image; none of that can be read back to be put in
-a checkpoint. Here nothing has a state: the order is drawn from the seed, and every image is augmented with
-random numbers of its own place in that order. So the same images come in the same iterations with any number
-of workers, with any number of processes that share the batch, and after a resume.
+Detectron2's loader keeps its position in worker processes, in buckets of images that wait for others of their
+aspect ratio, and in random states that advance from image to image; none of these can be saved in a checkpoint. This
+loader has no state: the order is drawn from the seed, and every image is augmented with random numbers that belong to
+its place in the order. So the same images come in the same iterations with any number of workers, with any number of
+processes that share the batch, and after a resume.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def seed_generators(*key: int) -> None:
     """Seeds the generators of Python, numpy and torch, CUDA's included, by ``key`` alone.
 
     Args:
-        key: integers that are not negative; different keys give unrelated states.
+        key: non-negative integers; different keys give unrelated states.
     """
     words = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(words[0])
@@ -50,7 +50,7 @@ def seed_generators(*key: int) -> None:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seeds as :func:`seed_generators` does within a block, without CUDA; restores the generators afterwards."""
+    """Seeds the generators, but CUDA's, within a block by :func:`seed_generators`, and restores them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(3).tolist()
     try:
@@ -65,7 +65,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class _SeededDataset(Dataset):
-    """A map-style dataset read by places, ``(index, position)``, each with random numbers of its own."""
+    """A map-style dataset that is read by places, ``(index, position)``, each with random numbers of its own."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self._dataset = dataset
@@ -80,16 +80,16 @@ class _SeededDataset(Dataset):
 class PlacedBatches(Sampler):
     """Endless batches of places ``(index, position)``: one process's share of each.
 
-    The whole batch is formed first and then dealt out, so that an iteration has the same images whatever the
-    number of processes. Deviation from Detectron2, where each process forms its own: with aspect ratio
-    grouping the whole batch has one orientation, not only each process's part.
+    The whole batch is formed first and then dealt out, so that an iteration has the same images with any number of
+    processes. Detectron2's processes form their own batches instead; the deviation is that with aspect ratio grouping
+    the whole batch has one orientation, and not only each process's part.
 
     Args:
         indices: the endless order of images.
-        batch_size: of the whole batch.
+        batch_size: size of the whole batch.
         group_of: image index -> group; images of different groups do not share a batch.
-        start: batches to pass over.
-        rank, world_size: which share.
+        start: number of batches to pass over.
+        rank, world_size: number of this process and of all processes.
     """
 
     def __init__(
@@ -125,16 +125,15 @@ class PlacedBatches(Sampler):
 class TrainLoader:
     """Endless training batches from a seed, from any iteration on.
 
-    Iterating starts nothing before the first batch is asked for: until then ``seed`` and ``start`` may be set,
-    as a resume does.
+    An iterator starts nothing before its first batch is asked for; until then a resume may set ``seed`` and ``start``.
 
     Args:
-        dataset: map-style, loads and augments.
+        dataset: map-style dataset, which loads and augments.
         order: seed -> the endless order of image indices, the same in all processes.
-        batch_size: images of all processes together.
+        batch_size: number of images of all processes together.
         group_of: see :class:`PlacedBatches`.
-        num_workers: processes that load.
-        seed: of the order and of augmentation.
+        num_workers: number of processes that load.
+        seed: seed of the order and of the augmentation.
 
     Attributes:
         start: iteration whose batch comes first.
@@ -173,22 +172,22 @@ class TrainLoader:
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             worker_init_fn=start_worker,
-            generator=torch.Generator(),  # of seeds that nothing uses; the default one would advance the main state
+            generator=torch.Generator(),  # for seeds that nothing uses; the default one would change the main state
         )
 
 
 def start_worker(worker: int) -> None:
     """Prepares a worker process of a data loader, as its ``worker_init_fn``.
 
-    A signal to the process group, as Ctrl-C sends it, is answered by the training process alone, which goes on
-    loading until its iteration ends. So the worker ignores SIGINT, and SIGTERM unless the training process itself
-    sent it: that is how :mod:`multiprocessing` ends the workers of a loader that still exists when the interpreter
-    exits, and it then waits for them without a limit. A worker also ends by itself when the training process was
-    killed. PyTorch's own watch does not see to that: a worker whose batches nobody takes waits for ever to hand over
-    the last ones, and keeps memory and open files.
+    Only the training process answers a signal to the process group, as Ctrl-C sends it, and goes on loading until its
+    iteration ends. Therefore the worker ignores SIGINT, and SIGTERM unless the training process itself has sent it:
+    :mod:`multiprocessing` ends the workers of a loader in this way if it still exists when the interpreter exits, and
+    then waits for them without a limit. A worker also ends by itself when the training process was killed. PyTorch's
+    own watch does not cover this case: a worker whose batches nobody takes waits forever to hand over the last ones,
+    and keeps memory and open files.
 
     Args:
-        worker: The worker's number, which does not matter.
+        worker: The worker's number, which is not used.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
@@ -202,7 +201,7 @@ def start_worker(worker: int) -> None:
 def _end_with(parent: int) -> None:
     """Ends this process when the parent process asks for it or is gone."""
     while os.getppid() == parent:
-        if not hasattr(signal, "sigtimedwait"):  # on macOS PyTorch's handler stays, by which any SIGTERM ends a worker
+        if not hasattr(signal, "sigtimedwait"):  # on macOS PyTorch's handler stays, and any SIGTERM ends a worker
             time.sleep(_WATCH_SECONDS)
             continue
         received = signal.sigtimedwait({signal.SIGTERM}, _WATCH_SECONDS)
@@ -214,15 +213,15 @@ def _end_with(parent: int) -> None:
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | None = None) -> TrainLoader:
     """Returns the loader of a config: Detectron2's dataset and sampler, read by :class:`TrainLoader`.
 
-    Without a ``SEED`` in the config one is drawn, the same in all processes.
+    Without a ``SEED`` in the config a seed is drawn, the same in all processes.
 
     Args:
-        cfg: config.
-        mapper: record -> what the model takes; None for Detectron2's of the config.
+        cfg: the config.
+        mapper: record -> input of the model; None for the mapper of the config.
 
     Raises:
-        ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly; or see
-            :func:`~aqdet.data.outlines.check_outlines`.
+        ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly; also as
+            :func:`~aqdet.data.outlines.check_outlines` does.
     """
     world_size = comm.get_world_size()
     batch_size = cfg.SOLVER.IMS_PER_BATCH
@@ -236,7 +235,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
     group_of = None
     if arguments["aspect_ratio_grouping"]:
         group_of = bytes(record["width"] > record["height"] for record in arguments["dataset"])
-    records = DatasetFromList(arguments["dataset"], copy=False)  # in bytes; the list itself is let go
+    records = DatasetFromList(arguments["dataset"], copy=False)  # as bytes: the list can be freed
 
     def order(seed: int) -> Iterator[int]:
         # Newer samplers take their seed from the config, 0.6's from numpy.
@@ -260,11 +259,11 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
 class OtherLoader:
     """Any iterable of training batches in the place of a :class:`TrainLoader`, such as Detectron2's own loader.
 
-    Its order is its own: a training with it runs, and a resumed one goes on with other images.
+    Its order does not depend on the seed, so that a resumed training goes on with other images.
 
     Args:
         batches: the iterable.
-        seed: of all random numbers but those of the loader.
+        seed: seed of all random numbers but the loader's.
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:

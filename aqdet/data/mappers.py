@@ -1,4 +1,4 @@
-"""Mappers, which turn a record of a dataset into the input of a model, augmented."""
+"""Mappers, which turn a record of a dataset into the augmented input of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ClassificationMapper:
     """Turns a record of an image folder into what the classifier reads.
 
     Args:
-        transform: torchvision's transforms of a Pillow image.
+        transform: torchvision transforms of a Pillow image.
         image_format: see :func:`detectron2.data.detection_utils.read_image`.
     """
 

@@ -1,4 +1,4 @@
-"""Check of what a training of masks reads."""
+"""Check of the segmentations that a training of masks reads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_outlines(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> None:
     Detectron2 would stop in the middle of the training, or in the loss, without saying which object lacks it.
 
     Args:
-        cfg: config.
-        records: of ``DATASETS.TRAIN``, in Detectron2's form.
+        cfg: the config.
+        records: the records of ``DATASETS.TRAIN``, in Detectron2's form.
 
     Raises:
         ValueError: in one line, naming the first image with such an object and the way out.

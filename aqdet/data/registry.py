@@ -1,4 +1,4 @@
-"""Datasets declared in a config, and checks of the data against the config before training."""
+"""Registration of datasets that a config declares, and checks of the data against the config before training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 EVALUATOR_TYPE = "image_classification"
-# Where a meta-architecture, with or without "Quant" in front, is told its number of classes.
+# Meta-architecture, without "Quant" in front -> section of the config with its number of classes.
 NUM_CLASSES_NODES = {
     "RetinaNet": "RETINANET",
     "FCOS": "FCOS",
@@ -52,12 +52,12 @@ def register_declared(cfg: CfgNode, *, train: bool = True) -> None:
     """
     Registers ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` and checks that the datasets to train and test on exist.
 
-    Every process of a job has to call it. The same declaration may come again. Labels are checked, images
-    are not opened where that can be avoided; :func:`check_datasets` is the whole check.
+    Every process of a job has to call it. It may be called again with the same declarations. It checks labels, and
+    opens images only where that cannot be avoided; :func:`check_datasets` is the whole check.
 
     Args:
-        cfg: config; ``DATASETS.CACHE_DIR`` is applied too.
-        train: if not, what is not tested on is passed over and need not exist.
+        cfg: the config; ``DATASETS.CACHE_DIR`` is applied, too.
+        train: whether there is a training; without one, datasets that are not tested on need not exist.
 
     Raises:
         ValueError: in one line, naming the entry, the field, the value and what would be right.
@@ -81,11 +81,11 @@ def declarations(cfg: CfgNode, only: Collection[str] | None = None) -> dict[str,
     Returns the entries of ``DATASETS.DECLARED`` and ``IMAGE_FOLDERS`` by name, their paths looked up.
 
     Args:
-        cfg: config.
+        cfg: the config.
         only: names of the entries that are used; None for all.
 
     Raises:
-        ValueError: in one line, as :func:`register_declared`.
+        ValueError: in one line, as :func:`register_declared` does.
     """
     found = parse_declared(cfg.DATASETS.DECLARED, only)
     for declaration in parse_image_folders(cfg.DATASETS.IMAGE_FOLDERS, only):
@@ -100,9 +100,9 @@ class DatasetCheck:
     The result of :func:`check_datasets`.
 
     Attributes:
-        reports: of the declared datasets that are used.
+        reports: reports of the declared datasets that are used, by name.
         advice: lines on the data as a whole.
-        strict: ``DATASETS.STRICT``.
+        strict: value of ``DATASETS.STRICT``.
     """
 
     reports: tuple[Report, ...]
@@ -111,7 +111,7 @@ class DatasetCheck:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """
-        Writes ``dataset_check.txt`` and ``dataset_check.json``, in the main process; without reports nothing.
+        Writes ``dataset_check.txt`` and ``dataset_check.json`` in the main process, if there are reports.
 
         Args:
             folder: ``OUTPUT_DIR`` of a training that has started, ``OUTPUT_DIR/inference`` of an evaluation.
@@ -124,22 +124,22 @@ class DatasetCheck:
 
 
 def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
-    """Checks the declared datasets before step 0 and logs what was repaired, dropped or found.
+    """Checks the declared datasets before step 0 and logs the findings.
 
-    What in the data as a whole is likely to make the training fail is logged, too (:mod:`aqdet.data.check.advice`).
-    Images are decoded unless ``DATASETS.CHECK_IMAGES`` is False; a check is not repeated while nothing that it
-    read has changed. Of the processes on a machine one checks and the others wait. Nothing is written:
-    :meth:`DatasetCheck.write` does so when it is known whose the folder is.
+    Likely causes of a failed training in the data as a whole are logged, too (:mod:`aqdet.data.check.advice`). Images
+    are decoded unless ``DATASETS.CHECK_IMAGES`` is False. A check is not repeated until a file that it read changes.
+    One process of each machine checks, and the others wait. Nothing is written yet; :meth:`DatasetCheck.write` does
+    that when the run has its folder.
 
     Args:
         cfg: config whose datasets are registered.
         train: whether the data to train on are used, and not only those to test on.
 
     Returns:
-        What was found.
+        The reports and the advice.
 
     Raises:
-        ValueError: in one line, if there are errors, or under ``DATASETS.STRICT`` anything but notes.
+        ValueError: in one line, if there are errors, or under ``DATASETS.STRICT`` any findings but notes.
     """
     names = dict.fromkeys(_used(cfg, train))
     known = declarations(cfg, names)
@@ -166,9 +166,9 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
 
 def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     """
-    Checks the number of classes in the config against the datasets, and these against each other.
+    Checks the number of classes in the config against the datasets, and the datasets against each other.
 
-    A number of 0 is replaced by that of the datasets.
+    The number 0 is replaced by the datasets' number.
 
     Args:
         cfg: config whose datasets are registered.
@@ -212,10 +212,10 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
 
 def complete_num_classes(cfg: CfgNode) -> None:
     """
-    Takes a number of classes of 0 from the data, as training does; with any other number no data are needed.
+    Replaces a number of classes of 0 by the data's, as training does; no data are needed for any other number.
 
     Raises:
-        ValueError: as :func:`register_declared` and :func:`check_num_classes`.
+        ValueError: as :func:`register_declared` and :func:`check_num_classes` do.
     """
     if _lacks_num_classes(cfg):
         register_declared(cfg)
@@ -275,7 +275,7 @@ def _register_image_folder(declaration: Declaration) -> None:
 
 
 def _load_image_folder(declaration: Declaration) -> list[dict[str, Any]]:
-    """Records ``{"file_name", "image_id", "label"}``, in the order of classes and file names."""
+    """Returns records ``{"file_name", "image_id", "label"}``, in the order of classes and file names."""
     report = Report(declaration.name)
     source = read_folders(declaration, report)
     for finding in report.findings:
@@ -295,7 +295,7 @@ def _load_image_folder(declaration: Declaration) -> list[dict[str, Any]]:
 
 
 def _refuse(report: Report, what: str, strict: bool) -> None:
-    """Raises if a report has what stops a training; the first findings of each kind are in the message."""
+    """Raises an error with the first findings of each kind if a report has findings that stop a training."""
     count = report.refused(strict)
     if not count:
         return
@@ -312,8 +312,8 @@ def _refuse(report: Report, what: str, strict: bool) -> None:
 
 @contextlib.contextmanager
 def _first_of_the_machine() -> Iterator[None]:
-    """Lets one process of each machine go first, and the others when it is done."""
-    # Detectron2 knows the rank on the machine only of processes that it has started itself.
+    """Lets one process of each machine run the block first, and the others when it is done."""
+    # Detectron2 knows the rank within the machine only for processes that it has started itself.
     local_rank = os.environ["LOCAL_RANK"] if dist.is_torchelastic_launched() else comm.get_local_rank()
     is_first = int(local_rank) == 0
     if not is_first:
@@ -352,7 +352,7 @@ def _log(report: Report, cfg: CfgNode) -> None:
 
 
 def _thing_classes(name: str) -> list[str] | None:
-    """Class names of a registered dataset; it is loaded if they are known only then."""
+    """Returns the class names of a registered dataset, which is loaded if they are known only then."""
     if MetadataCatalog.get(name).get("thing_classes") is None:
         DatasetCatalog.get(name)
     classes = MetadataCatalog.get(name).get("thing_classes")

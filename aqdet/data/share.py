@@ -1,4 +1,4 @@
-"""Splits by share: which images of a dataset belong to a part of it, decided by their names alone."""
+"""Splits by share: an image's name alone decides to which part of a dataset it belongs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Share:
     """
     A part of a dataset's images, drawn by a hash of each image's name and a seed.
 
-    An image stays in its part whatever other images come or go. Numbers are in millionths of the dataset.
+    An image stays in its part whatever other images come or go.
 
     Attributes:
-        start, end: the images whose hash is in ``[start, end)``.
-        seed: another seed is another draw.
+        start, end: limits of the hashes of the part's images, ``[start, end)``, in millionths of the dataset.
+        seed: seed of the draw.
     """
 
     start: int
@@ -35,12 +35,12 @@ class Share:
         Reads a share as a config gives it.
 
         Args:
-            value: ``0.8`` for the first 80 % of the draw, ``-0.2`` for the last 20 %, which ``0.8`` leaves;
-                ``[0.7, 0.9]`` for what lies between.
-            seed: of the draw.
+            value: ``0.8`` for the first 80 % of the draw, ``-0.2`` for the last 20 %, which ``0.8`` leaves, and
+                ``[0.7, 0.9]`` for the part between these limits.
+            seed: seed of the draw.
 
         Raises:
-            ValueError: if it is none of these.
+            ValueError: if the value is none of these.
         """
         ends = list(value) if isinstance(value, list | tuple) else [0, value]
         if len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):

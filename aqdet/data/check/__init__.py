@@ -1,1 +1,1 @@
-"""The check of a dataset before training: what is found, what is then done, and the data as they will be used."""
+"""The check of a dataset before training: findings, the policy for each kind of them, and the data that remain."""

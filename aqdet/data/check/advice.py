@@ -1,8 +1,8 @@
 """
-Whether a training on these data with this config is likely to learn: what is known before step 0, a line each.
+Advice before step 0 on whether a training with this config is likely to learn from these data, a line each.
 
-A finding is about a record; advice is about the data as a whole against the config, or two datasets against each other.
-Nothing is refused for it.
+A finding is about a record. Advice compares the data as a whole with the config, or two datasets with each other. No
+training is refused because of it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .statistics import COLOURS, Statistics
 __all__ = ["advise"]
 
 FEW_OBJECTS = 10
-# Share of a class's objects that no anchor reaches, above which it is worth a line; and what a remedy must leave.
+# Advice is given if no anchor reaches more than this share of a class's objects; a remedy must leave at most REMEDIED.
 UNMATCHED = 0.1
-# Objects that remedies are tried on: many remedies on all of a large dataset would take a minute.
-REMEDY_OBJECTS = 5000
 REMEDIED = 0.02
+# Number of objects that remedies are tried on: all objects of a large dataset would take a minute.
+REMEDY_OBJECTS = 5000
 SCALES = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-# Of two datasets: factor between the medians of sizes; difference of the means of colours, in grey levels and in
-# standard deviations of the images.
+# Limits for two datasets to be alike: the factor between the medians of sizes, and the difference between the means of
+# colours, in grey levels and in standard deviations of the images.
 SIZE_FACTOR = 2.5
 COLOUR_LEVELS = 30.0
 COLOUR_DEVIATIONS = 2.0
@@ -44,7 +44,7 @@ def advise(cfg: CfgNode, reports: Mapping[str, Report]) -> list[str]:
         reports: the reports of the declared datasets, by name.
 
     Returns:
-        what is likely to make a training fail, a line each, with the way out.
+        a line for each likely cause of a failed training, with the way out.
     """
     train = [name for name in cfg.DATASETS.TRAIN if name in reports]
     test = [name for name in cfg.DATASETS.TEST if name in reports]
@@ -84,7 +84,7 @@ def _unmatched(cfg: CfgNode, report: Report) -> Iterator[str]:
 
 
 def _missed(cfg: CfgNode, matcher: Matcher, statistics: Statistics, scale: float = 1.0) -> np.ndarray:
-    """By how much of the training each object is missed: the share of the config's sizes of images, (N,)."""
+    """Returns the share of the config's image sizes at which each object is missed: (N,)."""
     rows = np.array(statistics.objects, dtype=np.float64)
     shorts = _shortest_sides(cfg)
     missed = np.zeros(len(rows))
@@ -96,7 +96,7 @@ def _missed(cfg: CfgNode, matcher: Matcher, statistics: Statistics, scale: float
 
 
 def _remedies(cfg: CfgNode, statistics: Statistics, missed: np.ndarray) -> str:
-    """What to change in the config, each tried on the data: the least change that leaves few, else the best."""
+    """Returns the smallest change of the config that leaves few of the objects unmatched, else the best change."""
     step = -(-len(missed) // REMEDY_OBJECTS)
     statistics, missed = dataclasses.replace(statistics, objects=statistics.objects[::step]), missed[::step]
     tried: list[tuple[str, float]] = []
@@ -133,16 +133,16 @@ def _remedies(cfg: CfgNode, statistics: Statistics, missed: np.ndarray) -> str:
 
 
 def _least(tried: Sequence[tuple[float, float]], goal: float) -> tuple[float, float]:
-    """Of (change, share left) the least change that reaches the goal, else the one that leaves least."""
+    """Returns the first (change, share left) whose share reaches the goal, else the one with the smallest share."""
     return next((item for item in tried if item[1] <= goal), min(tried, key=lambda item: item[1]))
 
 
 def _ratios(statistics: Statistics, missed: np.ndarray) -> list[float]:
-    """Heights by widths for anchors: 1, and in steps of two as far as the objects that are missed need them."""
+    """Returns heights by widths for anchors: 1, and powers of two as far as the objects that are missed need them."""
     rows = np.array(statistics.objects, dtype=np.float64)[missed > 0]
     if not len(rows):
         return [0.5, 1.0, 2.0]
-    # Sides are kept with two digits: one of less is 0 there.
+    # Sides are kept with two digits, so that a side of less than 0.005 is 0 there.
     sides = rows[:, 3:5].clip(0.01)
     logs = np.log2(sides[:, 1] / sides[:, 0])
     low, high = min(-1, round(np.percentile(logs, 5))), max(1, round(np.percentile(logs, 95)))
@@ -153,7 +153,7 @@ def _ratios(statistics: Statistics, missed: np.ndarray) -> list[float]:
 
 
 def _rare_classes(reports: Sequence[Report]) -> Iterator[str]:
-    """Classes with few objects in all training sets together."""
+    """Returns advice on classes with few objects in all training sets together."""
     totals: dict[str, int] = {}
     for report in reports:
         if report.statistics is not None:
@@ -217,14 +217,14 @@ def _different(cfg: CfgNode, train: Report, test: Report) -> Iterator[str]:
 
 
 def _object_side(statistics: Statistics, shorts: Sequence[int], longest: int) -> float:
-    """Median over objects of the square root of their area in pixels of the network's input."""
+    """Returns the median over objects of the square root of their area in pixels of the network's input."""
     rows = np.array(statistics.objects, dtype=np.float64)
     areas = [resize(rows[:, 1:5], rows[:, 5:7], short, longest)[0][:, 2:].prod(axis=1) for short in shorts]
     return float(np.median(np.sqrt(areas)))
 
 
 def _shortest_sides(cfg: CfgNode) -> list[int]:
-    """Returns the shorter sides that images of the training get; of a range its ends and its middle."""
+    """Returns the shorter sides that training images are resized to; for a range, its ends and its middle."""
     sides = _listed(cfg.INPUT.MIN_SIZE_TRAIN)
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sides) == 2:
         return [sides[0], sum(sides) // 2, sides[1]]

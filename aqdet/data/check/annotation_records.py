@@ -15,7 +15,7 @@ from .values import box_of_polygons, four_numbers, integer_of, whole_number
 
 __all__ = ["AnnotationRecords"]
 
-# In pixels: by how much a box may reach outside for it to be rounding, of text and of whole pixels; a thin box.
+# Pixels that a box of decimal or of whole numbers may reach outside by rounding, and the side of a thin box.
 ROUNDING = 1e-3
 EDGE = 1.0
 THIN = 1.0
@@ -27,9 +27,9 @@ class AnnotationRecords:
 
     Args:
         source: the dataset's records.
-        report: what is found is added to it.
-        images: the usable images by their id; boxes are counted in them.
-        masks: whether masks are read, and segmentations checked as such.
+        report: receives the findings.
+        images: the usable images by their id, which count their boxes.
+        masks: whether segmentations are checked as a training of masks reads them.
 
     Attributes:
         of_class: number of usable boxes and crowd regions of each class.
@@ -74,7 +74,7 @@ class AnnotationRecords:
         image_id = whole_number(raw.get("image_id"))
         image = None if image_id is None else self.images.get(image_id)
         if image is None:
-            # One of an image that was refused is no finding of its own.
+            # The image was refused, which is a finding already.
             named = repr(raw.get("image_id")) if image_id is None else image_id
             if raw.get("image_id") is None or named not in self._refused:
                 self.report.add("annotation-nowhere", *place, "image_id", raw.get("image_id"))
@@ -100,7 +100,7 @@ class AnnotationRecords:
     def _category(self, place: tuple[str, str], value: Any) -> int | None:
         refused = self.source.refused_categories
         if isinstance(value, int | float | str) and (value in refused or whole_number(value) in refused):
-            # That of a category that was refused is no finding of its own.
+            # The category was refused, which is a finding already.
             return None
         category = integer_of(self.report, place, "category_id", value, "class-unknown", "class-type")
         if category is not None and category not in self.source.categories:
@@ -120,13 +120,13 @@ class AnnotationRecords:
         return key
 
     def _segmentation(self, place: tuple[str, str], raw: dict[str, Any]) -> Any:
-        """Polygons or RLE of the form that Detectron2 reads; None if there is none."""
+        """Returns polygons or RLE of the form that Detectron2 reads; None if there is no such segmentation."""
         value = raw.get("segmentation")
         if not value:
             return None
         if is_polygons(value) or is_rle(value):
             return value
-        if not self.masks:  # else it is said with what else there is to say
+        if not self.masks:  # with masks, check_segmentation says it with the other faults
             self.report.add("segmentation-malformed", *place, "segmentation", value)
         return None
 
@@ -152,7 +152,7 @@ class AnnotationRecords:
     def _box(
         self, place: tuple[str, str], raw: dict[str, Any], segmentation: Any, size: tuple[int, int] | None
     ) -> list[float] | None:
-        """x, y, width, height in pixels, inside the image; None if there is no such box."""
+        """Returns x, y, width, height in pixels, inside the image; None if there is no such box."""
         add = self.report.add
         value = raw.get("bbox")
         if value is None or value == []:
@@ -218,7 +218,7 @@ class AnnotationRecords:
         self._objects.add(known)
 
     def check_whole(self) -> None:
-        """Adds what only all boxes together show: other units, or corners in place of sizes."""
+        """Adds findings that only all boxes together show: other units, or corners in place of sizes."""
         boxes = self._raw_boxes
         if not boxes or self.source.format != "coco":
             return

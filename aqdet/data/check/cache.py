@@ -1,4 +1,4 @@
-"""Checks of declared datasets, kept until one of the files that they read changes."""
+"""A cache of checks of declared datasets; a check is kept until one of the files that it read changes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def check_declaration(
     Checks a dataset.
 
     Args:
-        declaration: which.
+        declaration: the declaration of the dataset.
         pixels: whether to decode all images.
         masks: whether to check segmentations as a training of masks reads them.
 
     Returns:
-        the report, the records that can be used as COCO JSON has them, and what was read.
+        the report, the usable records in the form of COCO JSON, and the files that were read.
     """
     report = Report(declaration.name)
     if declaration.format == IMAGE_FOLDER:
@@ -57,13 +57,13 @@ def checked(declaration: Declaration, *, pixels: bool, masks: bool = False) -> t
     Checks a dataset, or takes the report from the cache, where those without errors are kept.
 
     Args:
-        declaration: which.
+        declaration: the declaration of the dataset.
         pixels: whether all images have to be decoded.
         masks: whether segmentations have to be checked as a training of masks reads them.
 
     Returns:
         the report, and the COCO JSON to train on and to evaluate with: the declared file itself if it needs no
-        change, else one in the cache. It exists if the report has no errors. For a folder, the folder.
+        change, else a file in the cache, which exists if the report has no errors. For an image folder, the folder.
 
     Raises:
         ValueError: naming ``DATASETS.CACHE_DIR``, if nothing can be written there.
@@ -81,7 +81,7 @@ def checked(declaration: Declaration, *, pixels: bool, masks: bool = False) -> t
     is_copied = declaration.format != IMAGE_FOLDER and not is_whole
     json_file = str(usable) if is_copied else declaration.file
     if report.refused(strict=False):
-        # Not kept: what is then done about it can be a file that was not there to be read.
+        # A report with errors is not kept: the remedy may be a new file, which is not among those that were read.
         return report, json_file
     noted = {"inputs": _stamps(source.inputs), "is_copied": is_copied, "report": report.as_dict()}
     try:
@@ -96,7 +96,7 @@ def checked(declaration: Declaration, *, pixels: bool, masks: bool = False) -> t
 
 
 def _read_cache(path: Path, declaration: Declaration) -> tuple[Report, bool] | None:
-    """The report kept in a file and whether the data had to be copied; None unless all that it read is as it was."""
+    """Returns a kept report and whether the data had to be copied; None if a file that the check read has changed."""
     try:
         noted = json.loads(path.read_text(encoding="utf-8", errors="surrogatepass"))
         if noted["inputs"] != _stamps(noted["inputs"]):
@@ -107,7 +107,7 @@ def _read_cache(path: Path, declaration: Declaration) -> tuple[Report, bool] | N
 
 
 def _key(declaration: Declaration) -> str:
-    """Of the declared paths and options, the content of the annotation file, and the code that checks."""
+    """Returns a digest of the declared paths and options, the annotation file's content, and the code that checks."""
     file, image_root = os.path.abspath(declaration.file), os.path.abspath(declaration.image_root)
     fields = dataclasses.replace(declaration, name="", file=file, image_root=image_root)
     digest = hashlib.blake2b(repr(fields).encode("utf-8", "surrogateescape"), digest_size=16)
@@ -125,7 +125,7 @@ def _code() -> bytes:
 
 
 def _stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
-    """Size and time of the last change of each file; None for one that does not exist."""
+    """Returns size and time of the last change of each file; None for a file that does not exist."""
     stamps: dict[str, list[int] | None] = {}
     for path in sorted(paths):
         try:

@@ -6,12 +6,12 @@ Each kind has one of five severities:
 ``error``     training does not start; the record cannot be used as it was meant, or stops a run in its middle.
 ``repaired``  the meaning is plain and the record is changed to it.
 ``dropped``   the record holds nothing to learn from and is left out.
-``warning``   used as it is, and probably not meant.
-``note``      a fact worth a count.
+``warning``   the record is used as it is, although it was probably not meant so.
+``note``      the fact is worth a count.
 
-All are counted in the log and in the report. ``DATASETS.STRICT`` refuses all but notes. What begins with "masks" is
-looked for where masks are trained. An object whose segmentation shows nothing of it (*) is then made a crowd region of
-its box: not trained on, and detections in it are not counted.
+All are counted in the log and in the report. ``DATASETS.STRICT`` refuses all but notes. Kinds that begin with "masks"
+are looked for only where masks are trained. An object whose segmentation shows nothing of it (*) then becomes a crowd
+region of its box: it is not trained on, and detections in it are not counted.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .statistics import Statistics
 __all__ = ["KINDS", "SEVERITIES", "Finding", "Kind", "Report", "reports_as_json"]
 
 SEVERITIES = ("error", "repaired", "dropped", "warning", "note")
-# Records of a note that are kept; all are counted.
+# Number of records that are kept of each kind of note; all records are counted.
 NOTES_KEPT = 20
 _SHOWN = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of finding; `changes` if the data used then differ from the file's."""
+    """A kind of finding; `changes` says whether the data used then differ from the file's."""
 
     severity: str
     meaning: str
@@ -188,14 +188,14 @@ class Report:
     The findings in a dataset, with counts.
 
     Attributes:
-        name: the dataset's.
+        name: the dataset's name.
         notes_kept: how many records are kept of each kind of note; None for all.
-        findings: in the order found; of each kind of note the first ones only.
-        counts: kind -> how many, notes included.
-        facts: what else is printed, e.g. numbers of images and boxes.
+        findings: the findings in the order in which they were found; only the first ones of each kind of note.
+        counts: kind -> number of findings, notes included.
+        facts: further lines to print, e.g. numbers of images and boxes.
         categories: the dataset's id of a class -> its name, in the order of the contiguous ids.
         images: file name -> digest of the pixels, or the file's real path where pixels were not read.
-        statistics: what the images and objects are like; None where they were not looked at.
+        statistics: statistics of the images and objects; None where they were not looked at.
     """
 
     def __init__(self, name: str, *, notes_kept: int | None = NOTES_KEPT) -> None:
@@ -209,7 +209,7 @@ class Report:
         self.statistics: Statistics | None = None
 
     def add(self, kind: str, file: str, record: str = "", field: str = "", value: Any = "") -> None:
-        """Counts a finding; `value` is shown as JSON would, cut where long."""
+        """Adds a finding; `value` is shown as JSON, and cut if it is long."""
         self.counts[kind] += 1
         kept = self.notes_kept
         if KINDS[kind].severity != "note" or kept is None or self.counts[kind] <= kept:
@@ -230,7 +230,7 @@ class Report:
 
     @property
     def changes(self) -> bool:
-        """Whether the data used differ from the file's."""
+        """Whether the data that are used differ from the file's."""
         return any(KINDS[kind].changes for kind in self.counts)
 
     def classes(self) -> str:
@@ -239,7 +239,7 @@ class Report:
         return ", ".join(pairs) or "none"
 
     def text(self, examples: int = 5) -> str:
-        """Returns the report to read: facts, classes, then the findings by kind, each with `examples` records."""
+        """Returns the report as text: facts, classes, then the findings by kind, each kind with `examples` records."""
         lines = [f"{self.name}: " + ", ".join(f"{value} {key}" for key, value in self.facts.items())]
         lines.append(f"  classes: {self.classes()}")
         for severity in SEVERITIES:
@@ -273,7 +273,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], name: str) -> Report:
-        """Returns the report that :meth:`as_dict` was made of, for the dataset called `name` now."""
+        """Returns the report that :meth:`as_dict` has written, for a dataset whose name is now `name`."""
         report = cls(name)
         report.facts = content["facts"]
         report.categories = {item["id"]: item["name"] for item in content["categories"]}
@@ -287,7 +287,7 @@ class Report:
 
 
 def reports_as_json(reports: Sequence[Report], strict: bool, advice: Sequence[str] = ()) -> str:
-    """The reports as JSON text: all findings, how many of them stop a training, and advice on the data as a whole."""
+    """Returns reports as JSON text: all findings, how many of them stop a training, and advice on the whole data."""
     left_out = ("images", "statistics")
     datasets = [{k: v for k, v in report.as_dict().items() if k not in left_out} for report in reports]
     refused = sum(report.refused(strict) for report in reports)
@@ -301,7 +301,7 @@ def _shown(value: Any) -> str:
     elif isinstance(value, list) and not any(isinstance(item, list | dict) for item in value[:_SHOWN]):
         text = json.dumps(value[:_SHOWN], ensure_ascii=False, default=repr)
     elif isinstance(value, list | dict):
-        # Of limited depth and length, whatever the file has nested.
+        # Depth and length are limited, whatever the file has nested.
         text = reprlib.repr(value)
     else:
         text = json.dumps(value, ensure_ascii=False, default=repr)

@@ -1,10 +1,10 @@
 """
 Image files as Detectron2's reader sees them.
 
-Policy. Detectron2 turns an image as its EXIF orientation says before it compares sizes, and so does this. Every mode
-that Pillow converts to RGB without clipping is used: grey is put into three channels, a palette is looked up, alpha is
-dropped, CMYK is converted without a colour profile, and colour of 16 bits a channel keeps its upper 8. Grey of 16 or
-32 bits and floats would be clipped: refused.
+Policy. Detectron2 turns an image as its EXIF orientation says before it compares sizes, and so does this check. Every
+mode that Pillow converts to RGB without clipping is used: grey is put into three channels, a palette is looked up,
+alpha is dropped, CMYK is converted without a colour profile, and colour of 16 bits a channel keeps its upper 8. Grey of
+16 or 32 bits and floats would be clipped, and are refused.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class ScannedImage:
     An image file as Detectron2's reader sees it.
 
     Attributes:
-        width, height: in pixels after the turn that EXIF asks for; 0 if the file was not opened.
+        width, height: size in pixels after the turn that EXIF asks for; 0 if the file was not opened.
         turned: whether that turn swaps width and height.
-        digest: of the decoded pixels; empty if they were not read.
-        colours: as :func:`aqdet.data.check.statistics.colours_of` gives them; empty if pixels were not read.
-        findings: pairs of a kind and a value.
+        digest: digest of the decoded pixels; empty if they were not read.
+        colours: result of :func:`aqdet.data.check.statistics.colours_of`; empty if pixels were not read.
+        findings: pairs of a kind of finding and a value.
     """
 
     width: int = 0
@@ -61,13 +61,13 @@ def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> l
     Looks at image files in parallel, with a progress bar on a terminal.
 
     Args:
-        paths: of the files.
-        depths: for each, ``"stat"``: its length; ``"header"``: also its size and mode; ``"pixels"``: also
-            whether it decodes.
-        title: of the progress bar.
+        paths: paths of the files.
+        depths: what to look at in each file: ``"stat"``, its length; ``"header"``, its size and mode too;
+            ``"pixels"``, also whether it decodes.
+        title: text in front of the progress bar.
 
     Returns:
-        what was found, in the order of `paths`.
+        a result for each file, in the order of `paths`.
     """
     if not set(depths) - {"stat"}:
         return [_scan(path, "stat") for path in paths]
@@ -75,7 +75,7 @@ def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> l
     with concurrent.futures.ThreadPoolExecutor() as pool:
         found = pool.map(_scan, paths, depths)
         try:
-            # None: no bar where the output is a file.
+            # None shows no bar where the output is a file.
             return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=None))
         except BaseException:
             # An interrupt does not wait for the images that are left.
@@ -107,10 +107,10 @@ def _scan(path: str, depth: str) -> ScannedImage:
 
 
 def _orientation(image: Image.Image, depth: str) -> int:
-    """Returns the EXIF orientation; that of a PNG which has it after its pixels is seen only where these are read."""
+    """Returns the EXIF orientation; a PNG that stores it after its pixels shows it only where these are read."""
     try:
         exif = image.getexif() if depth == "pixels" else Image.Image.getexif(image)
-    except Exception:  # Detectron2 then takes the image as it is
+    except Exception:  # Detectron2 takes such an image as it is
         return 1
     return exif.get(EXIF_ORIENTATION, 1)
 

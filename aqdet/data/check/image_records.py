@@ -17,7 +17,7 @@ __all__ = ["ImageRecords", "UsableImage"]
 
 @dataclasses.dataclass
 class UsableImage:
-    """An image that can be used; `size` is (width, height), or None if not known."""
+    """An image that can be used; `size` is (width, height), or None if it is not known."""
 
     name: str
     size: tuple[int, int] | None
@@ -30,12 +30,12 @@ class ImageRecords:
 
     Args:
         source: the dataset's records.
-        report: what is found is added to it.
+        report: receives the findings.
         pixels: whether every image is decoded; else images are opened only where their size is not stated.
 
     Attributes:
         known: the usable images by their id.
-        colours: what :func:`aqdet.data.check.statistics.colours_of` says of each image whose pixels were read.
+        colours: result of :func:`aqdet.data.check.statistics.colours_of` for each image whose pixels were read.
     """
 
     def __init__(self, source: Source, report: Report, *, pixels: bool) -> None:
@@ -80,7 +80,7 @@ class ImageRecords:
         return usable
 
     def _named(self, index: int, raw: Any) -> tuple[tuple[str, str], int, str, dict[str, Any]] | None:
-        """(place, id, file name, record) of an image that has an id and a file name."""
+        """Returns (place, id, file name, record) of an image; None if it lacks an id or a file name, with a finding."""
         add = self.report.add
         if not isinstance(raw, dict):
             add("record-malformed", self.source.file, f"images[{index}]", value=raw)

@@ -1,9 +1,9 @@
 """
 Image files below a root, found by the names in annotations.
 
-Policy. A file is used if, with all links followed, it lies under the image root; the root itself may be a link,
-and an absolute name may point into it. A name whose folders are not there, as labelling tools write them, means the
-only file of its base name below the root that no other record names.
+Policy. A file is used if it lies under the image root when all links are followed; the root itself may be a link, and
+an absolute name may point into it. A name whose folders do not exist, as labelling tools write them, means the only
+file of its base name below the root, unless another record means that file, too.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["ImageFolder", "is_junk", "without_junk"]
 
 _JUNK_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 _JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
-# What Label Studio puts in front of the name of an uploaded file.
+# The digits that Label Studio puts in front of the name of an uploaded file.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
 _SHOWN_CANDIDATES = 3
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is one that a system or a tool leaves beside others: hidden, ``Thumbs.db``, a cache."""
+    """Returns whether a file or folder is left behind by a system or a tool: hidden, ``Thumbs.db``, a cache."""
     lower = os.path.basename(name).lower()
     return lower.startswith(".") or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
 
 
 def without_junk(folder: str, names: Iterable[str], report: Report) -> list[str]:
-    """Returns the names in a folder, sorted, without those that :func:`is_junk`, which are counted."""
+    """Returns the sorted names in a folder without junk (:func:`is_junk`), which is counted in the report."""
     kept = []
     for name in sorted(names):
         if is_junk(name):
@@ -59,12 +59,12 @@ class ImageFolder:
         Returns the files that the names of a dataset's images mean.
 
         Args:
-            names: as the annotations give them.
+            names: the names as the annotations give them.
 
         Returns:
-            for each as :meth:`find`, or a file and ``"image-elsewhere"`` if the name is not there and the only file of
-            its base name below the root is meant by no other name. The names of several such files are in what was
-            looked for.
+            the result of :meth:`find` for each name, or a file and ``"image-elsewhere"`` if the name does not exist and
+            no other name means the only file of its base name below the root. Where there are several such files, the
+            text of what was looked for names them.
         """
         found = [self.find(name) for name in names]
         lost = [index for index, (_, kind) in enumerate(found) if kind in ("image-missing", "image-outside")]
@@ -95,11 +95,11 @@ class ImageFolder:
         Returns the file that a name means.
 
         Args:
-            name: as the annotation gives it.
+            name: the name as the annotation gives it.
 
         Returns:
-            its name relative to the root, and ``""``, ``"image-path"`` if that is not the name given, or the
-            kind of error: ``"image-outside"`` or ``"image-missing"``, then with what was looked for.
+            the file's name relative to the root, and ``""``, or ``"image-path"`` if the annotation gives another name.
+            If there is no such file, the path that was looked for, and ``"image-outside"`` or ``"image-missing"``.
         """
         if "\0" in name or re.match(r"[A-Za-z]:[\\/]", name):
             return name, "image-outside"
@@ -160,7 +160,7 @@ class ImageFolder:
         return self._inside[folder]
 
     def _with_hint(self, name: str) -> str:
-        """Returns the name, with the file that was probably meant: of another case, or without the first folders."""
+        """Returns the name, with a hint at the file that was probably meant, in other case or without first folders."""
         mode = self._mode(name)
         if mode is not None and stat.S_ISDIR(mode):
             return f"{name} (it is a folder)"
@@ -175,13 +175,13 @@ class ImageFolder:
         return f"{name} (there is {near})" if near else name
 
     def _elsewhere(self, name: str) -> tuple[bool, list[str]]:
-        """Files that a name may mean that is not there, and whether a single one of them is meant for sure."""
+        """Returns the files that a missing name may mean, and whether one of them is certainly meant."""
         if "\0" in name:
             return False, []
         for form in _without_address(name.replace("\\", "/")):
             folder = os.path.dirname(form)
             inside = self._relative(folder) if folder else None
-            # In a folder that is there the file is lost, and one of its name elsewhere is another image.
+            # If the folder exists, the file is lost, and a file of the same name elsewhere is another image.
             path = os.path.join(self.root, inside or "")
             is_meant = not (inside and os.path.isdir(path) and self.contains(path))
             parts = [part for part in form.split("/") if part not in ("", ".", "..")]
@@ -197,7 +197,7 @@ class ImageFolder:
         return False, []
 
     def _index(self) -> dict[str, list[str]]:
-        """Files below the root by their base name; links to folders are not followed."""
+        """Returns the files below the root by their base name; links to folders are not followed."""
         if self._by_base_name is None:
             self._by_base_name = {}
             for path, folders, files in os.walk(self.root):
@@ -212,7 +212,7 @@ class ImageFolder:
 
 
 def _without_address(name: str) -> Iterator[str]:
-    """Returns the forms that a name can have as a path: itself, and without what an address has around it."""
+    """Returns the paths that a name can mean: the name itself, and an address (URL) without all but its path."""
     yield name
     if "://" not in name and not {"?", "%"} & set(name):
         return

@@ -1,5 +1,5 @@
 """
-Which objects a detector can learn: what its config's anchors, or points, reach after the config's resize.
+Objects that a detector can learn: those that its config's anchors, or points, reach after the config's resize.
 
 Shape shorthand:
     N: objects
@@ -24,7 +24,7 @@ _OBJECTS_AT_ONCE = 2000
 
 @dataclasses.dataclass(frozen=True)
 class _Level:
-    """A level's stride, and the (width, height) of its anchors at each location: (A, 2); both in pixels."""
+    """A pyramid level: its stride, and the (width, height) of its anchors at each location, (A, 2); both in pixels."""
 
     stride: int
     shapes: np.ndarray
@@ -36,12 +36,12 @@ class Matcher:
     The places that a detector predicts boxes from, and how near an object has to be to one.
 
     Attributes:
-        levels: of the pyramid, the finest first.
-        offset: of the first location, in strides.
-        threshold: IoU below which an anchor is background for an object, but for the one that overlaps it best; None
-            for a detector of points (FCOS).
-        radius: how far a point may be from an object's centre, in strides.
-        candidates: points of each level that an object considers (ATSS); 0 for FCOS's own rule.
+        levels: the pyramid levels, the finest first.
+        offset: position of the first location, in strides.
+        threshold: IoU below which an anchor is background for an object, unless no other anchor overlaps the object
+            more; None for a detector of points (FCOS).
+        radius: largest distance of a point from an object's centre, in strides.
+        candidates: number of points of each level that an object considers (ATSS); 0 for FCOS's own rule.
     """
 
     levels: tuple[_Level, ...]
@@ -57,11 +57,11 @@ class Matcher:
 
         Args:
             cfg: the config.
-            scale: factor of the anchors' sizes, to try others.
+            scale: factor of the anchors' sizes, to try other sizes.
             ratios: heights by widths of the anchors; None for the config's.
 
         Returns:
-            the matcher; None for an architecture without boxes, or whose levels the names do not tell.
+            the matcher; None for an architecture without boxes, or if the strides of its features are not known.
         """
         model = cfg.MODEL
         name = model.META_ARCHITECTURE.removeprefix("Quant")
@@ -98,7 +98,7 @@ class Matcher:
             sizes: width and height of their images: (N, 2).
 
         Returns:
-            whether an anchor overlaps the object by the threshold, or a point is given it: (N,).
+            whether an anchor overlaps the object by the threshold, or the object gets a point: (N,).
         """
         if self.threshold is not None:
             return self.best_overlap(boxes, sizes) >= self.threshold
@@ -113,7 +113,7 @@ class Matcher:
         best = np.zeros(len(boxes))
         centers = boxes[:, :2] + boxes[:, 2:] / 2
         for level in self.levels:
-            # Of anchors of one shape the one whose centre is nearest overlaps most: sides are independent.
+            # Among anchors of one shape, the nearest overlaps most; columns and rows can be chosen independently.
             cells = np.clip(np.round(centers / level.stride - self.offset), 0, np.ceil(sizes / level.stride) - 1)
             away = np.abs((cells + self.offset) * level.stride - centers)
             for shape in level.shapes:
@@ -123,7 +123,7 @@ class Matcher:
         return best
 
     def _has_point(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Returns whether FCOS (as Detectron2 has it) gives an object a point, were it alone in its image: (N,)."""
+        """Returns whether an object that is alone in its image gets a point of FCOS, as Detectron2 has it: (N,)."""
         found = np.zeros(len(boxes), dtype=bool)
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         reach = math.ceil(self.radius)
@@ -139,7 +139,7 @@ class Matcher:
                     longest = sides.max(axis=1)
                     fits = (far < self.radius * stride) & (sides.min(axis=1) > 0)
                     fits &= ((cells >= 0) & (cells < np.ceil(sizes / stride))).all(axis=1)
-                    # The finest level has all smaller objects, the coarsest all larger ones.
+                    # The finest level gets all smaller objects, the coarsest all larger ones.
                     fits &= (longest > (4 * stride if index else 0)) & (
                         (longest < 8 * stride) if index + 1 < len(self.levels) else True
                     )
@@ -147,7 +147,7 @@ class Matcher:
         return found
 
     def _has_chosen_point(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Returns whether ATSS (``aqdet.modeling.assignment``) gives an object a point, were it alone: (N,)."""
+        """Returns whether an object alone in its image gets a point of ATSS (``aqdet.modeling.assignment``): (N,)."""
         low, high = boxes[:, None, :2], boxes[:, None, :2] + boxes[:, None, 2:]
         overlaps, inside = [], []
         for level in self.levels:
@@ -166,7 +166,7 @@ class Matcher:
         below = overlap - np.nanmax(overlap, axis=1, keepdims=True)
         mean = np.nanmean(below, axis=1, keepdims=True)
         variance = np.nansum((below - mean) ** 2, axis=1) / (number - 1).clip(1)
-        enough = below >= mean + np.sqrt(variance)[:, None]  # not where there is no point
+        enough = below >= mean + np.sqrt(variance)[:, None]  # candidates outside the grid do not exist
         return (enough & np.concatenate(inside, axis=1)).any(axis=1)
 
     def _cells_around(self, centers: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -191,8 +191,8 @@ def resize(boxes: np.ndarray, sizes: np.ndarray, shortest: int, longest: int) ->
     Args:
         boxes: x, y, width, height: (N, 4).
         sizes: width and height of their images: (N, 2).
-        shortest: that the shorter side becomes; 0 leaves images as they are.
-        longest: that the longer side is at most, even if the shorter one then is less.
+        shortest: length that the shorter side becomes; 0 leaves images as they are.
+        longest: upper limit of the longer side; it comes before `shortest`.
 
     Returns:
         boxes and sizes in pixels of the network's input.
@@ -213,7 +213,7 @@ def _stride(feature: str) -> int | None:
 
 
 def _per_level(values: Sequence, num_levels: int) -> list[list[float]]:
-    """Detectron2's rule for SIZES and ASPECT_RATIOS: a list a level, one for all, or a plain list for all."""
+    """Returns SIZES or ASPECT_RATIOS of each level by Detectron2's rule: a list a level, or one list for all."""
     if not isinstance(values[0], list | tuple):
         return [list(values)] * num_levels
     if len(values) == 1:

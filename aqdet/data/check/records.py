@@ -1,9 +1,9 @@
 """
-One pass over a dataset of any format: every problem in one report, and the data as they will be used.
+One pass over a dataset of any format, which reports every problem and returns the usable data.
 
-The readers of :mod:`aqdet.data.formats` turn files into records like those of COCO JSON, as the files have them. Here
-every record is held against the policy of :mod:`aqdet.data.check.findings`. What remains is a COCO annotation file
-with the original ids, which training and evaluation both read: what is dropped or repaired in one is in the other.
+The readers of :mod:`aqdet.data.formats` turn files into records like those of COCO JSON, faults included. Here every
+record is checked against the policy of :mod:`aqdet.data.check.findings`. The usable records become a COCO annotation
+file with the original ids, which training and evaluation both read, so that both have the same repairs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def check_source(source: Source, report: Report, *, pixels: bool, masks: bool = 
     Checks a dataset of boxes.
 
     Args:
-        source: its records.
-        report: what is found is added to it.
+        source: the dataset's records.
+        report: receives the findings.
         pixels: whether every image is decoded; else images are opened only where their size is not stated.
         masks: whether segmentations are checked as a training of masks reads them.
 
     Returns:
-        the records that can be used, as COCO JSON has them.
+        the usable records in the form of COCO JSON.
     """
     images = ImageRecords(source, report, pixels=pixels)
     usable_images = images.check()
@@ -76,8 +76,8 @@ def check_labelled_images(source: Source, report: Report, *, pixels: bool) -> No
     Checks a dataset of images with a class each.
 
     Args:
-        source: its records.
-        report: what is found is added to it.
+        source: the dataset's records.
+        report: receives the findings.
         pixels: whether every image is decoded.
     """
     names = [image["file_name"] for image in source.images]

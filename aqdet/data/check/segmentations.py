@@ -1,8 +1,8 @@
 """
 Checks of segmentations, as a training of masks reads them: polygons, and masks as run lengths (RLE).
 
-Run lengths count pixels of 0 and of 1 in turn, down the columns from the upper left; as text they are COCO's, five bits
-of a number in a character. Coordinates are in pixels from the image's upper left corner.
+Run lengths count pixels of 0 and of 1 in turn, down the columns from the upper left. Their text is COCO's, with five
+bits of a number in a character. Coordinates are in pixels from the image's upper left corner.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .values import all_finite, box_of_polygons
 
 __all__ = ["check_segmentation", "crosses_itself", "is_polygons", "is_rle", "run_lengths"]
 
-# In pixels: by how much a polygon may reach outside its image, and a side of its box be another than the object's.
+# Pixels that a polygon may reach outside its image, and that a side of its box may differ from the object's.
 EDGE = 1.0
 APART = 2.0
-# The same as a share of the object's box.
+# The same tolerance as a share of the object's box.
 SHARE_APART = 0.1
 _PAIRS = 2**22
-"""Pairs of sides that are held against each other at once."""
+"""Number of pairs of sides that are compared at once."""
 
 
 def is_polygons(value: Any) -> bool:
@@ -34,7 +34,7 @@ def is_polygons(value: Any) -> bool:
 
 
 def is_rle(value: Any) -> bool:
-    """Returns whether a value has the fields of run lengths, whatever these are."""
+    """Returns whether a value has the fields of run lengths; their content is not checked."""
     if not isinstance(value, dict):
         return False
     counts, size = value.get("counts"), value.get("size")
@@ -49,7 +49,7 @@ def check_segmentation(
     Checks the segmentation of an object whose box is usable.
 
     Args:
-        report: what is found is added to it.
+        report: receives the findings.
         place: (file, record) for the report.
         value: the segmentation, as the file has it; not empty.
         box: x, y, width, height of the object, within its image.
@@ -98,7 +98,7 @@ def _check_rle(
         report.add("rle-malformed", *place, "segmentation.counts", total)
         return None
     ends = np.cumsum(np.array(counts, dtype=np.int64))
-    first, last = ends[0::2][: len(ends) // 2], ends[1::2] - 1  # of each run of ones, its last pixel included
+    first, last = ends[0::2][: len(ends) // 2], ends[1::2] - 1  # the first and the last pixel of each run of ones
     first, last = first[last >= first], last[last >= first]
     if not len(first):
         report.add("segmentation-empty", *place, "segmentation", "RLE without a pixel")
@@ -115,9 +115,9 @@ def run_lengths(counts: str | list[Any]) -> list[int] | None:
     Returns the run lengths of a mask.
 
     Args:
-        counts: as a list, or as COCO's text: in each character less 48 five bits of a number, lowest first, a sixth
-            that says whether more follow, and the highest of all is the sign; from the fourth number on they are
-            differences from the one before last.
+        counts: a list of numbers, or COCO's text of them. A character less 48 has five bits of a number, the lowest
+            ones first, and a sixth bit that says whether more follow; the highest bit is the sign. From the fourth
+            number on, a number is the difference from the one before last.
 
     Returns:
         the numbers, or None if there are none, some are negative, or the text is not of that form.
@@ -176,7 +176,7 @@ def _corners(polygon: list[float]) -> np.ndarray:
 
 
 def _has_area(polygon: list[float]) -> bool:
-    """Returns whether not all corners lie on one line; a figure of eight has area."""
+    """Returns whether the corners do not all lie on one line; a figure of eight has area."""
     points = _corners(polygon)
     if len(points) < 3:
         return False
@@ -187,7 +187,7 @@ def _has_area(polygon: list[float]) -> bool:
 
 
 def _clipped(polygon: list[float], size: tuple[int, int]) -> list[float]:
-    """Returns the part of a polygon within an image; parts that hang together outside do so along the edge."""
+    """Returns the part of a polygon within an image; parts that are joined outside stay joined along the edge."""
     points = [(x, y) for x, y in zip(polygon[0::2], polygon[1::2], strict=True)]
     for axis, sign, limit in ((0, 1, 0), (0, -1, -size[0]), (1, 1, 0), (1, -1, -size[1])):
         kept: list[tuple[float, float]] = []
@@ -223,7 +223,7 @@ def crosses_itself(polygon: list[float]) -> bool:
 
 
 def _turns(start: np.ndarray, end: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Returns 1, -1 or 0, ``(sides, points)``, for each point left of, right of or on each side's line."""
+    """Returns 1, -1 or 0 for each point to the left of, to the right of or on each side's line: ``(sides, points)``."""
     side = (end - start)[:, None]
     to = points[None] - start[:, None]
     return np.sign(side[..., 0] * to[..., 1] - side[..., 1] * to[..., 0])

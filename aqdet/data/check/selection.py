@@ -13,13 +13,13 @@ __all__ = ["select_share"]
 
 def select_share(source: Source, share: Share, found: Report, report: Report) -> None:
     """
-    Reduces a dataset to the images of a share; the same images are chosen however their names are written.
+    Reduces a dataset to the images of a share; the choice does not depend on how paths are written.
 
     Args:
-        source: the dataset; what is not in the share is taken out.
+        source: the dataset; records outside the share are removed.
         share: the part to keep.
-        found: what the reader has found, all records kept.
-        report: takes of this what is not about a file of images outside of the share alone.
+        found: the reader's findings, with all records.
+        report: receives these findings, but for those on files that only images outside the share have.
     """
     named = [raw for raw in source.images if isinstance(raw, dict) and isinstance(raw.get("file_name"), str)]
     names = [raw["file_name"] for raw in named]
@@ -61,7 +61,7 @@ def _key(image_id: object) -> object:
 
 
 def _label_files(source: Source, indices: set[int]) -> set[str]:
-    """Files that hold the annotations of these images and of no others, where a format has such."""
+    """Returns the files that hold the annotations of these images and of no others, where a format has such files."""
     files = [*source.label_files] or [""] * len(source.images)
     places = [place[0] for place in source.image_places] or files
     return {name for index in indices for name in (files[index], places[index])} - {source.file, ""}

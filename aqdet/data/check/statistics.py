@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["COLOURS", "Statistics", "colours_of"]
 
-# Of each; of larger datasets every n-th, so that a report stays small.
+# Largest number of images and of objects in a sample; larger datasets give every n-th, so that a report stays small.
 NUM_OBJECTS = 50_000
 NUM_IMAGES = 10_000
 # Numbers that describe the colours of an image, each from 0 to 255.
@@ -26,13 +26,13 @@ class Statistics:
     A sample of a dataset's images and objects, with counts of all.
 
     Attributes:
-        objects: rows of class (an index into the sorted ids), x, y, width, height of a box in pixels, and width and
-            height of its image. Crowd regions are no objects.
-        per_class: number of objects of each class, all counted, in the order of the ids.
-        per_image: (number of objects, number of images that have so many), all counted.
+        objects: sampled objects, a row each: class (an index into the sorted ids), x, y, width, height of the box in
+            pixels, and width and height of its image. Crowd regions are no objects.
+        per_class: number of all objects of each class, in the order of the ids.
+        per_image: (number of objects, number of images with so many objects) over all images.
         fullest: file name of an image with the most objects.
-        sizes: width and height of images.
-        colours: values of :data:`COLOURS` of images; empty unless pixels were read.
+        sizes: width and height of sampled images.
+        colours: values of :data:`COLOURS` of sampled images; empty unless pixels were read.
     """
 
     objects: list[list[float]] = dataclasses.field(default_factory=list)
@@ -45,15 +45,15 @@ class Statistics:
     @classmethod
     def of(cls, content: Mapping[str, Any], colours: Sequence[Sequence[float]] = ()) -> Statistics:
         """
-        Takes the sample.
+        Draws the sample.
 
         Args:
-            content: COCO records that can be used.
-            colours: values of :data:`COLOURS` of its images.
+            content: usable COCO records.
+            colours: values of :data:`COLOURS` of the images.
         """
         indices = {category["id"]: index for index, category in enumerate(content["categories"])}
         images = {image["id"]: image for image in content["images"]}
-        # An object of an image that cannot be read is in the records, its image is not.
+        # The records can have an object of an image that cannot be read and is not in them.
         objects = [a for a in content["annotations"] if not a["iscrowd"] and a["image_id"] in images]
         per_class = collections.Counter(indices[a["category_id"]] for a in objects)
         per_image = collections.Counter(a["image_id"] for a in objects)
@@ -84,8 +84,9 @@ def colours_of(pixels: np.ndarray) -> tuple[float, ...]:
         pixels: (H, W, 3) in the order red, green, blue, from 0 to 255.
 
     Returns:
-        :data:`COLOURS`: the means of the channels, the standard deviation of the pixels' brightness (their mean over
-        channels), and the mean of their largest less their smallest channel. About 64 pixels a side are looked at.
+        the values of :data:`COLOURS`: the means of the channels, the standard deviation of the pixels' brightness (the
+        mean over channels), and the mean difference between a pixel's largest and smallest channel. They are taken
+        over a grid of about 64 pixels a side.
     """
     steps = [max(1, side // 64) for side in pixels.shape[:2]]
     seen = pixels[:: steps[0], :: steps[1]].astype(np.float32)

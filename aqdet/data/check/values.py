@@ -12,7 +12,7 @@ __all__ = ["all_finite", "box_of_polygons", "four_numbers", "integer_of", "whole
 
 
 def whole_number(value: Any) -> int | None:
-    """An integer that is given as one, as a float without fraction, or as the text of one; None for all else."""
+    """Returns an integer given as such, as a float without fraction, or as text; None for anything else."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -30,11 +30,11 @@ def integer_of(report: Report, place: tuple[str, str], field: str, value: Any, e
     Returns an integer field of a record.
 
     Args:
-        report: what is found is added to it.
+        report: receives the findings.
         place: (file, record) for the report.
         field: name of the field.
-        value: as the file has it.
-        error, repaired: kinds of finding if it is none, and if it had to be made one.
+        value: the value as the file has it.
+        error, repaired: the kind of finding if the value is no integer, and if it had to be converted to one.
 
     Returns:
         the integer, or None if there is none.
@@ -48,7 +48,7 @@ def integer_of(report: Report, place: tuple[str, str], field: str, value: Any, e
 
 
 def four_numbers(value: Any) -> list[float] | None:
-    """Four numbers that are given as such or as text; None for all else."""
+    """Returns four numbers given as such or as text; None for anything else."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         return None
     numbers = []

@@ -1,4 +1,4 @@
-"""Folders of the embedded dataset in COCO's format, each written whole and once."""
+"""Folders of the embedded dataset in COCO's format; each folder is written once, and appears complete."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class SplitSpec:
     seed: int
 
 
-# "test" is for differences that 200 images are too few to show, as between a detector and its export.
+# "test" is for small differences, as between a detector and its export, which 200 images are too few to show.
 SHAPE_SPLITS = {"train": SplitSpec(800, seed=1), "val": SplitSpec(200, seed=2), "test": SplitSpec(2000, seed=3)}
 
 
 def make_shapes(folder: str | os.PathLike[str], *, num_images: int, seed: int, size: int = IMAGE_SIZE) -> Path:
     """
-    Write a dataset of drawn scenes, ``annotations.json`` and ``images/*.png``, once.
+    Writes a dataset of drawn scenes, ``annotations.json`` and ``images/*.png``, once.
 
-    The folder is filled aside and renamed, so that it is whole or not there; processes that
+    The folder is filled under another name and then renamed, so that it is complete or does not exist. Processes that
     ask for it at the same time wait for the first one. A folder that exists is used as it is.
 
     Args:
-        folder: where the dataset goes; its name is not used for anything else.
+        folder: the dataset's folder; its name is not used for anything else.
         num_images: number of images.
         seed: seed of the dataset; image ``i`` is ``draw_scene(seed, i, size)``.
         size: height and width of the images in pixels.
@@ -95,7 +95,7 @@ def shapes_folder(split: str, cache_dir: str | os.PathLike[str]) -> Path:
 
 
 def _remove_stale_parts(folder: Path) -> None:
-    """Removes what a killed process left behind; younger parts may be another machine's."""
+    """Removes unfinished folders that a killed process left behind; recent ones may be another machine's at work."""
     for part in folder.parent.glob(f".{folder.name}.part-*"):
         if time.time() - part.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(part, ignore_errors=True)

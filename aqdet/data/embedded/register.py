@@ -1,4 +1,4 @@
-"""Registers the embedded dataset with Detectron2, drawn on first use."""
+"""Registers the embedded dataset with Detectron2; it is drawn on first use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scenes import SHAPE_CLASSES
 
 
 def set_cache_dir(path: str) -> None:
-    """Sets where the embedded dataset goes too; see :func:`aqdet.data.cache_folder.set_cache_dir`."""
+    """Sets the cache folder, and with it the embedded dataset's; see :func:`aqdet.data.cache_folder.set_cache_dir`."""
     cache_folder.set_cache_dir(path)
     for split in SHAPE_SPLITS:
         _set_metadata(split)

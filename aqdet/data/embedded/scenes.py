@@ -26,15 +26,15 @@ SHAPE_CLASSES = ("circle", "ring", "square", "triangle", "cross", "star")
 
 # Difficulty. Ranges are inclusive.
 NUM_OBJECTS = (3, 7)
-# Area of an object in pixels, within COCO's bands (32^2 and 96^2), and how often each is drawn.
+# Areas of objects in pixels, within COCO's bands (32^2 and 96^2), and how often each range is drawn.
 AREA_RANGES = {"small": (260, 1000), "medium": (1050, 9000), "large": (9300, 12500)}
 BAND_PERCENT = {"small": 26, "medium": 52, "large": 22}
 CONTRAST = (36, 100)  # grey levels between a distractor's or a line's colour and the background's, per channel
 MIN_VISIBLE_PERCENT = 70  # an object that would hide more of another one is not drawn
 STRETCH_PERCENT = (88, 114)  # width of an object against its height, before rotation
-TURN_DEGREES = (-12, 12)  # of an object; distractors turn freely
-# What a class's colour tends to, as blue, green and red above the background's, and how far an object strays from it:
-# far enough to meet other classes, near enough for a detector to learn within minutes.
+TURN_DEGREES = (-12, 12)  # turn of an object in degrees; distractors turn freely
+# A class's mean colour, as blue, green and red above the background's, and the spread of its objects around it: large
+# enough to meet other classes, and small enough for a detector to learn within minutes.
 CLASS_TINTS = {
     "circle": (-50, -50, 70),
     "ring": (70, -50, -50),
@@ -70,7 +70,7 @@ class _Item:
     Attributes:
         kind: a class name, or the name of a distractor.
         polygons: outlines of int32 (P, 2) x, y vertices; the second one, if any, is a hole.
-        mask: bool (H, W), the pixels the shape covers.
+        mask: bool (H, W), the pixels that the shape covers.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class _Item:
 
 def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """
-    Draw one image of the embedded dataset.
+    Draws one image of the embedded dataset.
 
     Args:
         seed: seed of the split.
@@ -115,14 +115,14 @@ def _draw(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
 
 
 def _polar(radii: Sequence[int] | np.ndarray, degrees: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Vertices (P, 2) in 1/4096 pixel at the given radii (pixels) and angles."""
+    """Returns vertices (P, 2) in 1/4096 pixel at the given radii (pixels) and angles."""
     angles = np.asarray(degrees, np.int64)
     cos, sin = _COS[angles % 360], _COS[(angles - 90) % 360]
     return np.stack([cos, sin], axis=1) * np.asarray(radii, np.int64)[:, None]
 
 
 def _outline(kind: str, radius: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Outlines (P, 2) in 1/4096 pixel around the origin, upright."""
+    """Returns a shape's upright outlines (P, 2) in 1/4096 pixel around the origin."""
     disc = np.arange(0, 360, 10)
     if kind == "circle":
         return [_polar([radius] * 36, disc)]
@@ -165,13 +165,13 @@ def _polygon_area(polygons: list[np.ndarray]) -> float:
 
 @functools.cache
 def _reference_area(kind: str) -> int:
-    """Pixels that a shape of the reference radius covers; for random outlines, one of them."""
+    """Returns the number of pixels that a shape of the reference radius covers; for random outlines, of one outline."""
     outlines = _outline(kind, _REFERENCE_RADIUS, np.random.Generator(np.random.PCG64(0)))
     return int(_polygon_area([points >> _SHIFT for points in outlines]))
 
 
 def _place_items(rng: np.random.Generator, size: int) -> list[_Item]:
-    """Choose shapes from back to front, none of which hides too much of an object behind it."""
+    """Chooses shapes from back to front, none of which hides too much of an object behind it."""
     wanted = [True] * _draw(rng, NUM_OBJECTS) + [False] * _draw(rng, NUM_DISTRACTORS)
     items: list[_Item] = []
     for position in rng.permutation(len(wanted)):
@@ -253,7 +253,7 @@ def _annotation(item: _Item) -> dict[str, Any]:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """int16 (H, W, 1) pattern around zero: plain, stripes, checks or blotches."""
+    """Returns a pattern around zero, plain, stripes, checks or blotches: int16 (H, W, 1)."""
     kind, amplitude = int(rng.integers(4)), _draw(rng, TEXTURE_AMPLITUDE)
     period = _draw(rng, (3, 9))
     rows, columns = np.arange(height)[:, None], np.arange(width)
@@ -270,7 +270,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _blotches(rng: np.random.Generator, amplitude: int, cell: int, *shape: int) -> np.ndarray:
-    """int16 (H, W, C) of square cells with a random value each; `shape` is H, W and maybe C."""
+    """Returns square cells with a random value each: int16 (H, W, C)."""
     height, width, channels = (*shape, 1)[:3]
     rows, columns = -(-height // cell), -(-width // cell)
     values = rng.integers(-amplitude, amplitude + 1, (rows, columns, channels), dtype=np.int16)
@@ -278,7 +278,7 @@ def _blotches(rng: np.random.Generator, amplitude: int, cell: int, *shape: int) 
 
 
 def _background(rng: np.random.Generator, base: np.ndarray, size: int) -> np.ndarray:
-    """int16 (H, W, 3): the base colour with a slope of light, blotches at three scales, texture."""
+    """Returns the base colour with a slope of light, blotches at three scales and texture: int16 (H, W, 3)."""
     slope = rng.integers(-40, 41, 2)
     ramp = np.arange(size) - size // 2
     light = (ramp[:, None] * slope[0] + ramp * slope[1]) // size

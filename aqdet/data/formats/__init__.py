@@ -1,9 +1,9 @@
 """
 Formats of annotations that datasets can be declared in.
 
-A reader turns the files of its format into the records of one :class:`~aqdet.data.formats.source.Source`, as the
-files have them; :mod:`aqdet.data.check` holds these against the policy. A new format is a reader in a file of its
-own and an entry of :data:`FORMATS`. Nothing here imports torch or Detectron2.
+A reader turns the files of its format into the records of one :class:`~aqdet.data.formats.source.Source`, faults
+included; :mod:`aqdet.data.check` checks them against the policy. A new format needs a reader in a file of its own and
+an entry of :data:`FORMATS`. Nothing here imports torch or Detectron2.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Format:
 
     Attributes:
         name: value of the entry's field ``format``.
-        layout: how it looks on disk, in one line.
+        layout: one line on how the format looks on disk.
         example: an entry, as it is written in ``DATASETS.DECLARED``.
-        read: the reader; takes the declaration and the report that its findings go into.
-        needed: alternatives of the fields that an entry must have.
-        optional: fields that an entry may have; every entry may have ``split``, ``share`` and ``seed``.
+        read: the reader, a function of the declaration and of the report that receives the findings.
+        needed: alternative sets of fields, one of which an entry must have.
+        optional: fields that an entry may have; every entry may have ``split``, ``share`` and ``seed``, too.
         paths: the fields that are paths, each ``"file"``, ``"folder"`` or ``"file or folder"``.
         locate: (paths by field, name of the split) -> ``file`` and ``image_root`` of the declaration. It may raise a
             ValueError that starts with the name of a field.
@@ -57,7 +57,7 @@ class Format:
 
 
 def _beside(field: str) -> Callable[[Mapping[str, str], str], tuple[str, str]]:
-    """The annotation file of a field; images are below ``image_root``, or below the file's folder without it."""
+    """Returns ``locate`` for an annotation file; images are below ``image_root``, by default the file's folder."""
 
     def locate(paths: Mapping[str, str], split: str) -> tuple[str, str]:
         file = paths[field]
@@ -67,7 +67,7 @@ def _beside(field: str) -> Callable[[Mapping[str, str], str], tuple[str, str]]:
 
 
 def _locate_exported(paths: Mapping[str, str], split: str) -> tuple[str, str]:
-    """Of a labelling tool: one of the two may be absent, for annotations and images in one folder."""
+    """Locates annotations and images of a labelling tool; one field is enough where both are in one folder."""
     file = paths.get("annotations") or paths["images"]
     return file, paths.get("images") or os.path.dirname(file) or "."
 

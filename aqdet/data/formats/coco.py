@@ -20,7 +20,7 @@ def read_coco(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``file`` is the JSON.
-        report: what the file lacks as a whole goes into it.
+        report: receives findings on the file as a whole.
 
     Returns:
         the records, as they are in the file.
@@ -59,7 +59,7 @@ def _read_categories(source: Source, categories: list[Any], report: Report) -> N
     for key, name in named.items():
         of_name[name].append(key)
     for name, keys in of_name.items():
-        # Of several categories of one name the one with annotations is meant.
+        # If several categories have one name, the one with annotations is meant.
         keep = [key for key in keys if key in used] or keys[:1]
         for key in keys:
             if key not in keep:
@@ -76,7 +76,7 @@ def _read_categories(source: Source, categories: list[Any], report: Report) -> N
 
 
 def _read_category(source: Source, category: Any, record: str, report: Report) -> tuple[int, str] | None:
-    """Id and name of a category; None, with a finding, if it has not both."""
+    """Returns id and name of a category; None, with a finding, if it lacks one of them."""
     if not isinstance(category, dict):
         report.add("category-malformed", source.file, record, value=category)
         return None

@@ -1,4 +1,4 @@
-"""Images and objects of named classes, collected into the records of one :class:`Source`."""
+"""A collector of images and objects of named classes into the records of one :class:`Source`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .source import Source
 
 __all__ = ["CLASS_NAMES", "Collector", "says_yes"]
 
-# Names under which files have the class of an object, the most telling first; lower case.
+# Names of the field with the class of an object, in lower case, the most telling first.
 CLASS_NAMES = (
     *("class", "class_name", "classname", "class name", "label", "label_name", "labelname", "category"),
     *("category_name", "object_class", "object", "name", "type"),
 )
 
-# Texts that say yes in an attribute such as "difficult".
+# Texts that mean yes in an attribute such as "difficult".
 _YES = ("1", "true", "yes", "y")
 
 
@@ -28,10 +28,10 @@ class Collector:
     Adds records to a source, and gives the classes their ids at the end, from 1.
 
     Args:
-        source: that the records are added to.
-        report: what cannot be used goes into it.
-        declaration: the dataset. Its classes are used, else those that the files declare, else all names of objects,
-            sorted.
+        source: receives the records.
+        report: receives the findings.
+        declaration: the dataset. Its classes are used if it has some, else those that the files declare, else the
+            sorted names of all objects.
     """
 
     def __init__(self, source: Source, report: Report, declaration: Declaration) -> None:
@@ -42,7 +42,7 @@ class Collector:
         self._labels: list[str] = []
 
     def declare(self, names: Sequence[str]) -> None:
-        """Takes the classes that a file declares, in their order, unless others were given."""
+        """Adds the classes that a file declares, in their order, unless the declaration has classes."""
         if self._declared is None and names:
             self._declared = list(dict.fromkeys(names))
 
@@ -84,7 +84,7 @@ class Collector:
         self._labels.append(label.strip())
 
     def finish(self) -> Source:
-        """Sets the classes; returns the source."""
+        """Sets the classes and returns the source."""
         names = sorted(set(self._labels)) if self._declared is None else self._declared
         self.source.categories = dict(enumerate(names, 1))
         ids = {name: key for key, name in self.source.categories.items()}
@@ -94,5 +94,5 @@ class Collector:
 
 
 def says_yes(value: Any) -> bool:
-    """Returns whether an attribute such as "difficult" is set: ``True``, 1, or a text that says so."""
+    """Returns whether an attribute such as "difficult" is set: to ``True``, 1, or a text that means yes."""
     return str(value).strip().lower() in _YES

@@ -1,10 +1,11 @@
 """
-Tables of boxes as text: a row an object, in columns that a header names, or ``path,x1,y1,x2,y2,class`` without one.
+Tables of boxes as text, with a row for each object.
 
-The first is what TensorFlow's object detection takes (``filename,width,height,class,xmin,ymin,xmax,ymax``), in any
-order of columns and with other common spellings of them; a box may also be ``x,y,w,h``. The second is what
-keras-retinanet takes. Columns are separated by a comma, a semicolon, a tab or a bar. A row without a box, and then
-without a class, is an image without objects. Coordinates are continuous: a box from 0 to 64 is 64 wide.
+The columns of a table with a header are those of TensorFlow's object detection
+(``filename,width,height,class,xmin,ymin,xmax,ymax``), in any order and with other common spellings; a box may also be
+``x,y,w,h``. A table without a header has the columns of keras-retinanet, ``path,x1,y1,x2,y2,class``. Columns are
+separated by a comma, a semicolon, a tab or a bar. A row without box and class is an image without objects. Coordinates
+are continuous: a box from 0 to 64 is 64 wide.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .text import read_text
 __all__ = ["columns_of", "read_csv"]
 
 SEPARATORS = ",;\t|"
-# Spellings of a column, without case, spaces, dashes and underscores. A corner, or a corner with a size, is needed.
+# Spellings of columns, without case, spaces, dashes and underscores. Two corners, or a corner and a size, are needed.
 _SPELLINGS: dict[str, tuple[str, ...]] = {
     "file": (
         *("filename", "file", "filepath", "path", "image", "imagepath", "imagename", "imagefile", "imagefilename"),
@@ -58,10 +59,10 @@ def read_csv(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``file`` is the table.
-        report: what cannot be read goes into it.
+        report: receives the findings.
 
     Returns:
-        the records; classes are those of the declaration, or all in the table, sorted.
+        the records; the classes are those of the declaration, or all in the table, sorted.
     """
     path = declaration.file
     source = Source("csv", path, declaration.image_root, inputs={path}, states_sizes=False)
@@ -89,10 +90,10 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
         text: the table.
 
     Returns:
-        place of each column, (line, fields) of each row but the header, and the separator.
+        the index of each column, (line number, fields) of each row but the header, and the separator.
 
     Raises:
-        ValueError: in one line, if it is no table of boxes.
+        ValueError: in one line, if the text is no table of boxes.
     """
     missing: list[str] = []
     for separator in SEPARATORS:
@@ -115,7 +116,7 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
 
 
 def rows_start(text: str) -> str:
-    """Returns the first line, cut where long."""
+    """Returns the first line, cut if it is long."""
     line = text.strip().splitlines()[0]
     return line if len(line) <= 120 else f"{line[:117]}..."
 
@@ -127,7 +128,7 @@ def _named(header: list[str]) -> dict[str, int]:
         found = next((names.index(spelling) for spelling in spellings if spelling in names), None)
         if found is not None:
             columns[column] = found
-    # Beside x and y, and without w and h, a width is the box's: with corners it is the image's.
+    # A width beside x and y is the box's if there is no w, and a width beside two corners is the image's.
     known = set(columns)
     if {"x", "y", "width", "height"} <= known and not {"w", "h"} & known and not set(_CORNERS) <= known:
         columns["w"], columns["h"] = columns.pop("width"), columns.pop("height")
@@ -150,7 +151,7 @@ def _is_box_or_empty(fields: list[str]) -> bool:
 
 
 class _Reader:
-    """Adds rows of a table; `decimal_comma` if a comma does not separate the columns."""
+    """Adds rows of a table; `decimal_comma` says that numbers may have one, since no comma separates the columns."""
 
     def __init__(self, collector: Collector, columns: dict[str, int], path: str, *, decimal_comma: bool) -> None:
         self.collector = collector
@@ -164,7 +165,7 @@ class _Reader:
         self.sizes: dict[str, tuple[Any, Any]] = {}
 
     def read(self, place: tuple[str, str], row: list[str]) -> None:
-        """Adds a row's image, if it is new, and its object."""
+        """Adds a row's image if it is new, and the row's object."""
         fields = [field.strip() for field in row]
         if len(fields) < self.num_fields:
             value = f"{len(fields)} fields, {self.num_fields} are needed: {' '.join(fields)}"
@@ -214,7 +215,7 @@ class _Reader:
 
 
 def _integer(text: str) -> Any:
-    """A whole number, else the text; all values of a table are text, only one that is no number is worth a word."""
+    """Returns a whole number, or the text if it is none; only the latter becomes a finding, as a table is all text."""
     try:
         value = number(text)
     except ValueError:

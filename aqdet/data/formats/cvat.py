@@ -1,9 +1,9 @@
 """
 CVAT for images, version 1.1: one XML file for all images.
 
-Boxes, polygons, ellipses and masks become boxes, with the outline of all but upright boxes as segmentation; polylines,
-points, cuboids and skeletons are left out, and so is what is marked as outside of the image. Occluded objects
-are kept and counted. Classes are those of the task, in its order, without which all labels, sorted.
+Boxes, polygons, ellipses and masks become boxes, and outlines other than upright boxes become segmentations. Polylines,
+points, cuboids, skeletons and objects marked as outside of the image are left out. Occluded objects are kept and
+counted. Classes are those of the task, in its order, or all labels, sorted, if the file states no task.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_cvat(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``file`` is the XML.
-        report: what cannot be read goes into it.
+        report: receives the findings.
 
     Returns:
         the records.
@@ -54,7 +54,7 @@ def read_cvat(declaration: Declaration, report: Report) -> Source:
         name = image.get("name")
         record = name or f"image {index}"
         sides = [image.get(side) for side in ("width", "height")]
-        # All values of XML are text: only one that is no number is worth a word.
+        # All values of XML are text: numbers given as text are no finding here.
         size = [side if whole_number(side) is None else whole_number(side) for side in sides]
         image_id = collector.add_image(name, (path, record), *size)
         shapes = [shape for shape in image if shape.tag in (*_SHAPES, *_WITHOUT_AREA)]
@@ -74,9 +74,9 @@ def _problem(root: ElementTree.Element) -> str:
 
 
 def _labels(root: ElementTree.Element) -> list[str]:
-    """Names of the task's or the project's labels; those with a parent are parts of a skeleton."""
+    """Returns the names of the task's or the project's labels, without those of a skeleton's parts."""
     labels = [label for meta in root.findall("meta") for label in meta.iter("label") if label.find("parent") is None]
-    # Tasks with a label each are listed beside the project's own.
+    # A project's own labels stand beside those of its tasks.
     names = [(label.findtext("name") or "").strip() for label in labels]
     return [name for name in names if name]
 

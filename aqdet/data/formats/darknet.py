@@ -1,9 +1,9 @@
 """
-Darknet: an ``obj.data`` that names a list of images for each split and a file of class names, labels as YOLO's.
+Darknet: an ``obj.data`` that names a list of images for each split and a file of class names, with YOLO's labels.
 
-The paths in these files are relative to where darknet is started, most often the folder above ``data/``: they are
-looked up there, beside ``obj.data`` and below the image root, with fewer and fewer of their first folders. A class
-is the number of its line in the file of names. Label files and their lines are those of :mod:`.yolo`.
+The paths in these files are relative to the folder in which darknet is started, most often the one above ``data/``.
+They are looked up there, beside ``obj.data`` and below the image root, with fewer and fewer of their first folders. A
+class is the number of its line in the file of names. Label files and their lines are those of :mod:`.yolo`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_darknet(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``file`` is the ``obj.data``.
-        report: what cannot be read goes into it.
+        report: receives the findings.
 
     Returns:
         the records, with boxes relative to the size of the image.
@@ -69,7 +69,7 @@ def named_splits(path: str) -> list[str]:
 
 
 def _read_data(path: str, report: Report) -> dict[str, str] | None:
-    """Keys and values of an ``obj.data``; None if it is none."""
+    """Returns keys and values of an ``obj.data``; None, with a finding, if the file is none."""
     text = read_text(path, report)
     if text is None:
         return None
@@ -89,7 +89,7 @@ def _read_names(source: Source, path: str, classes: str, report: Report) -> None
         return
     names = [line.strip() for line in text.rstrip().splitlines()]
     for number, name in enumerate(names):
-        # An empty line counts as a class for darknet too.
+        # Darknet counts an empty line as a class, too.
         if not name or name in source.categories.values():
             report.add("category-malformed", path, f"line {number + 1}", "name", name or "(empty)")
             source.refused_categories.add(number)
@@ -132,15 +132,15 @@ class _Finder:
         return None
 
     def image(self, line: str) -> str:
-        """Returns the name of an image relative to the image root; the line as it is if there is no such image."""
-        # An image of less of the path may be another one: the check looks for it, and counts it as found elsewhere.
+        """Returns the name of an image relative to the image root, or the line as it is if there is no such image."""
+        # With fewer folders it may be another image: the check looks for it, and counts it as found elsewhere.
         for full in self._places(line, shortest=-1):
             if os.path.isfile(full) and self.folders[0].contains(full):
                 return os.path.relpath(full, self.root).replace(os.sep, "/")
         return line
 
     def _places(self, path: str, shortest: int) -> list[str]:
-        """Where a path may be meant; of its last parts `shortest` are kept at least, or all but the first for -1."""
+        """Yields the paths that may be meant; at least the last `shortest` parts are kept, for -1 all but the first."""
         slashed = path.replace("\\", "/")
         parts = [part for part in slashed.split("/") if part not in ("", ".")]
         places = [slashed] if os.path.isabs(slashed) else [os.path.join(os.path.dirname(self.home), slashed)]

@@ -1,4 +1,4 @@
-"""Image folders: a folder of images for each class, for classification."""
+"""Image folders for classification: a folder of images for each class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_folders(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``classes`` are names of folders in ``image_root``.
-        report: files that are passed over and classes without images go into it.
+        report: receives findings on files that are passed over and on classes without images.
 
     Returns:
         the images, in the order of classes and names, each with the ``category_id`` of its class.

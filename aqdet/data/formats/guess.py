@@ -1,4 +1,4 @@
-"""The format of annotations that are given without one, from what their files look like."""
+"""Guesses the format of annotations from what their files look like."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .via import is_via, is_via_csv
 
 __all__ = ["guess_entry", "guess_format"]
 
-# Files of a folder that are looked into: a labelling tool writes one beside each image.
+# Number of files of a folder that are opened; a labelling tool writes one beside each image.
 _LOOKED_AT = 50
 _FILE_FIELDS = {"coco": "json", "yolo": "yaml", "darknet": "data"}
 
 
 def guess_format(path: str) -> str:
     """
-    Tells the format of a file or a folder of annotations.
+    Returns the format of a file or a folder of annotations.
 
     Args:
-        path: of the file or folder.
+        path: path of the file or folder.
 
     Raises:
-        ValueError: in one line, if it is of none that is read; with what each looks like.
+        ValueError: in one line, with the layout of each format, if it has none of them.
     """
     return guess_entry(path)["format"]
 
@@ -41,14 +41,15 @@ def guess_entry(path: str, images: str = "") -> dict[str, Any]:
     Makes an entry of ``DATASETS.DECLARED`` for a file or a folder of annotations.
 
     Args:
-        path: of the file or folder.
-        images: folder of the images; ``""`` for ``images`` beside a file, or the file's folder if more are there.
+        path: path of the file or folder.
+        images: folder of the images; ``""`` for ``images`` beside a file, or the file's folder if that has more of
+            the images.
 
     Returns:
         the entry without a name.
 
     Raises:
-        ValueError: in one line, if it is of none that is read; with what each looks like.
+        ValueError: in one line, with the layout of each format, if it has none of them.
     """
     if not os.path.exists(path):
         raise ValueError(f"no file or folder {path!r}")
@@ -61,14 +62,14 @@ def guess_entry(path: str, images: str = "") -> dict[str, Any]:
     if name == "labelme":
         return {"format": name, "images": images or file, **({"annotations": file} if images else {})}
     if name in _FILE_FIELDS:
-        # What YOLO and darknet list is relative to their file's folder.
+        # Lists of YOLO and darknet are relative to their file's folder.
         root = images or (_images_of(name, file) if name == "coco" else os.path.dirname(file) or ".")
         return {"format": name, _FILE_FIELDS[name]: file, "image_root": root}
     return {"format": name, "annotations": file, "images": images or _images_of(name, file)}
 
 
 def _images_of(name: str, file: str) -> str:
-    """Returns the folder that names of images in a file are relative to: ``images`` beside it, or the file's own."""
+    """Returns the folder that names of images in a file are relative to: ``images`` beside the file, or its own."""
     from . import FORMATS
 
     folder = os.path.dirname(file) or "."
@@ -125,7 +126,7 @@ def _of_json(text: str) -> str:
 
 
 def _of_folder(folder: str) -> tuple[str, str] | None:
-    """Returns the format of a folder, and the file or folder that is declared."""
+    """Returns the format of a folder, and the file or folder to declare."""
     if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
         return "voc", folder
     files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not is_junk(name)]

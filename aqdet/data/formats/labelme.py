@@ -1,10 +1,10 @@
 """
-labelme folders: a JSON file for each image, in the images' folder or in one of its own.
+labelme folders: a JSON file for each image, in the images' folder or in another one.
 
 ``imagePath`` of a JSON is relative to the JSON's folder. Rectangles (by any two corners), polygons, circles and
-masks become boxes, with the outline of all but rectangles as segmentation. Shapes of one label and one ``group_id``
+masks become boxes, and outlines other than rectangles become segmentations. Shapes of one label and one ``group_id``
 are parts of one object, as in labelme's own conversion. Lines and points enclose nothing and are left out.
-An image without a JSON is not labelled, and is no part of the dataset; one whose JSON has no shapes is a negative.
+An image without a JSON is not labelled, and is no part of the dataset; an image whose JSON has no shapes is a negative.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def read_labelme(declaration: Declaration, report: Report) -> Source:
     Reads a labelme folder.
 
     Args:
-        declaration: the dataset; its ``file`` is the folder of the JSON files, also in folders of it.
-        report: what cannot be read goes into it.
+        declaration: the dataset; its ``file`` is the folder of the JSON files, which may lie in folders of it.
+        report: receives the findings.
 
     Returns:
-        the records; classes are those of the declaration, or all labels, sorted.
+        the records; the classes are those of the declaration, or all labels, sorted.
     """
     source = Source("labelme", declaration.file, declaration.image_root)
     reader = _Reader(source, Collector(source, report, declaration), report)
@@ -125,10 +125,10 @@ class _Reader:
 
     def _image_name(self, path: str, name: Any) -> Any:
         """
-        Returns the image file of a JSON, relative to the image root; `name` itself if there is none.
+        Returns the image file of a JSON, relative to the image root, or `name` itself if there is none.
 
-        ``imagePath`` goes stale where files were moved or renamed together: then an image beside the JSON, or at
-        the same place below the image root, that has the JSON's name is meant.
+        ``imagePath`` is out of date where files were moved or renamed together. Then it means the image of the JSON's
+        name beside the JSON, or at the same place below the image root.
         """
         own = os.path.dirname(path)
         if isinstance(name, str) and name.strip():
@@ -151,7 +151,7 @@ class _Reader:
         return name
 
     def _below_root(self, path: str) -> str | None:
-        """Returns a file's name relative to the image root; None if it is not there."""
+        """Returns a file's name relative to the image root; None if it does not lie there."""
         relative = os.path.relpath(os.path.abspath(path), os.path.abspath(self.source.image_root))
         relative = relative.replace(os.sep, "/")
         if relative.startswith("../") or "\0" in relative:

@@ -1,7 +1,7 @@
 """
-Outlines of objects as labelling tools draw them, and the box and the polygons that COCO has of each.
+Outlines of objects as labelling tools draw them, and COCO's box and polygons of each.
 
-Coordinates are in pixels from the image's upper left corner, continuous: a pixel has the width 1.
+Coordinates are continuous, in pixels from the image's upper left corner: a pixel has the width 1.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 Point = tuple[float, float]
-# Corners of the polygon that stands for an ellipse: less than 0.2% of its axes away from it.
+# Number of corners of the polygon that replaces an ellipse; it is less than 0.2 % of the axes away from the ellipse.
 _CORNERS = 48
-# Of an image with masks: a stated size is not believed beyond it.
+# Largest side of an image with masks, in pixels; a file that states a larger one is not believed.
 MAX_PIXELS = 2**28
 
 
@@ -40,7 +40,7 @@ class Outline:
     The place of an object.
 
     Attributes:
-        box: x, y, width, height.
+        box: x, y, width, height in pixels.
         segmentation: polygons as lists of x, y, x, y, ..., or RLE; None for a rectangle.
     """
 
@@ -50,10 +50,10 @@ class Outline:
 
 def number(value: Any) -> float:
     """
-    Returns a number that is given as one or as text; whole ones are integers.
+    Returns a number that is given as such or as text; a whole number becomes an integer.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the value is no number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{value!r} is no number")
@@ -69,7 +69,7 @@ def points_of(value: Any) -> list[Point]:
     Returns points that are given as pairs.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if the value is no list of pairs of numbers.
     """
     if not isinstance(value, list | tuple):
         raise ValueError(f"points must be a list of pairs, got {value!r}")
@@ -82,14 +82,14 @@ def points_of(value: Any) -> list[Point]:
 
 
 def of_corners(points: Sequence[Point]) -> Outline:
-    """Returns a rectangle with sides along the axes, by two corners or more, in any order."""
+    """Returns the upright rectangle around two or more corners in any order."""
     if len(points) < 2:
         raise ValueError(f"a rectangle needs two corners, got {len(points)}")
     return Outline(_extent(points))
 
 
 def of_polygon(parts: Iterable[Sequence[Point]]) -> Outline:
-    """Returns an object of one polygon or more."""
+    """Returns the outline of an object of one or more polygons."""
     polygons = list(parts)
     if any(len(points) < 3 for points in polygons):
         raise ValueError(f"a polygon needs three points, got {min(map(len, polygons))}")
@@ -98,7 +98,7 @@ def of_polygon(parts: Iterable[Sequence[Point]]) -> Outline:
 
 
 def of_ellipse(center: Point, radii: Point, angle: float = 0.0) -> Outline:
-    """Returns an ellipse, or a circle, turned by an angle in radians."""
+    """Returns the outline of an ellipse that is turned by an angle in radians."""
     if min(radii) < 0:
         raise ValueError(f"a radius must not be negative, got {min(radii)}")
     cos, sin = math.cos(angle), math.sin(angle)
@@ -114,7 +114,7 @@ def of_ellipse(center: Point, radii: Point, angle: float = 0.0) -> Outline:
 
 
 def of_rotated_box(corners: Sequence[Point], degrees: float) -> Outline:
-    """A rectangle given by its upper left and lower right corner before it is turned about its centre, clockwise."""
+    """Returns a rectangle turned clockwise about its centre; its two corners are those before the turn."""
     (left, top), (right, bottom) = corners
     width, height = right - left, bottom - top
     if not degrees % 360 or width < 0 or height < 0:
@@ -134,7 +134,7 @@ def of_rotated_box(corners: Sequence[Point], degrees: float) -> Outline:
 
 def of_mask(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> Outline:
     """
-    Returns a mask of a part of an image.
+    Returns the outline of a mask of a part of an image.
 
     Args:
         mask: (H, W), not 0 on the object.

@@ -1,4 +1,4 @@
-"""A dataset's records as the files of its format have them: what every reader returns and the check takes."""
+"""The records of a dataset as its files have them, which every reader returns and the check reads."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ class Source:
 
     Attributes:
         format: name of the format, a key of :data:`aqdet.data.formats.FORMATS`.
-        file: the annotation file that is named where a record has none of its own.
-        image_root: folder of the images, and of everything read.
+        file: the annotation file that findings name if a record has no file of its own.
+        image_root: folder of the images; no image outside of it is read.
         images: entries with ``id, file_name`` and, where stated, ``width, height``.
-        annotations: entries with ``id, image_id, category_id, bbox`` and what else COCO has.
+        annotations: entries with ``id, image_id, category_id, bbox`` and COCO's other fields.
         categories: id -> name.
-        refused_categories: ids of categories that the reader has refused: their objects are no findings of their own.
-        image_places, annotation_places: (file, record) of each entry, where not `file` and the id.
-        label_files: the annotation file of each image, where images have files of their own that are not in
-            `image_places`.
+        refused_categories: ids of categories that the reader has refused; their objects are no further findings.
+        image_places, annotation_places: (file, record) of each entry, unless they are `file` and the id.
+        label_files: the annotation file of each image, where each image has one that `image_places` does not name.
         inputs: files and folders that were read, for the cache's fingerprint.
         normalised: whether boxes are relative to the size of the image.
         states_sizes: whether the format states the sizes of images, so that a missing one is a fault.

@@ -1,4 +1,4 @@
-"""Text files as labelling tools and spreadsheets write them: encodings, byte order marks, JSON and XML."""
+"""Readers of text files of labelling tools and spreadsheets: encodings, byte order marks, JSON and XML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..check.findings import Report
 
 __all__ = ["parse_xml", "read_json", "read_text"]
 
-# That of UTF-32 starts with that of UTF-16, and is looked for first.
+# UTF-32's mark starts with UTF-16's, and is looked for first.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -27,12 +27,12 @@ _MARKS = (
 
 def read_text(path: str, report: Report, *, may_be_empty: bool = False) -> str | None:
     """
-    Reads a text file in UTF-8, or in what its byte order mark says.
+    Reads a text file in UTF-8, or in the encoding that its byte order mark states.
 
     Args:
-        path: of the file.
-        report: a mark, or why the file cannot be read, goes into it.
-        may_be_empty: whether an empty file is right.
+        path: path of the file.
+        report: receives a finding on a mark, or on why the file cannot be read.
+        may_be_empty: whether an empty file is allowed.
 
     Returns:
         the text without the mark; None if it cannot be read.
@@ -59,7 +59,7 @@ def read_text(path: str, report: Report, *, may_be_empty: bool = False) -> str |
 
 
 def read_json(path: str, report: Report) -> Any:
-    """Content of a JSON file; None, with the reason in the report, if it cannot be read."""
+    """Returns the content of a JSON file; None, with a finding, if it cannot be read."""
     text = read_text(path, report)
     if text is None:
         return None
@@ -78,8 +78,8 @@ def parse_xml(path: str) -> ElementTree.Element:
     Returns the root element of an XML file.
 
     Raises:
-        ValueError: if it is not XML, or has a DOCTYPE: that is where entities are defined, which can point
-            to other files or grow without bound, and an annotation needs none.
+        ValueError: if it is not XML, or has a DOCTYPE. A DOCTYPE can define entities that point to other files or grow
+            without bound, and annotations need none.
     """
     try:
         return fromstring(Path(path).read_bytes(), forbid_dtd=True)

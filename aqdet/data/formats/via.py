@@ -1,11 +1,11 @@
 """
 VGG Image Annotator, version 2: a project, or the annotations exported as JSON or as CSV.
 
-Rectangles, polygons, circles and ellipses become boxes, with the outline of all but rectangles as segmentation;
-points and open lines enclose nothing and are left out. The class of a region is one of its attributes: the declared
-one, the only one there is, or the one with a name such as ``class``. Values are text, or options of which one is
-ticked. Classes are the options of the attribute in their order where the project has them, else all values, sorted.
-Sizes of images are not in these files.
+Rectangles, polygons, circles and ellipses become boxes, and outlines other than rectangles become segmentations. Points
+and open lines enclose nothing and are left out. The class of a region is one of its attributes: the declared one, the
+only one, or one with a name such as ``class``. Its value is text, or options of which one is ticked. Classes are the
+attribute's options in their order where the project has them, else all values, sorted. The files do not state the sizes
+of images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_via(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``file`` is the JSON or CSV, its ``class_key`` the attribute that is the class.
-        report: what cannot be read goes into it.
+        report: receives the findings.
 
     Returns:
         the records.
@@ -84,13 +84,13 @@ def is_via(content: Any) -> bool:
 
 
 def is_via_csv(text: str) -> bool:
-    """Returns whether a text is a table of VIA's."""
+    """Returns whether a text is one of VIA's CSV tables."""
     lines = text.lstrip().splitlines()
     return bool(lines) and set(_CSV_COLUMNS) <= {name.strip(' "#') for name in lines[0].split(",")}
 
 
 def _read(path: str, report: Report) -> Any:
-    """Returns the content of a JSON, or that which the JSON would have had for a CSV."""
+    """Returns the content of a JSON, or of the JSON that says the same as a CSV."""
     text = read_text(path, report)
     if text is None:
         return None
@@ -104,7 +104,7 @@ def _read(path: str, report: Report) -> Any:
         for row in rows:
             name, shape, attributes = (row[column] for column in _CSV_COLUMNS)
             entry = entries.setdefault(name, {"filename": name, "regions": []})
-            # An image without regions has a row of its own.
+            # An image without regions has a row without a shape.
             if json.loads(shape or "{}"):
                 region = {"shape_attributes": json.loads(shape), "region_attributes": json.loads(attributes or "{}")}
                 entry["regions"].append(region)
@@ -136,10 +136,10 @@ def _listed(regions: Any, path: str, record: str, report: Report) -> Iterator[tu
 
 def _class_key(regions: list[dict[str, Any]], declaration: Declaration, path: str, report: Report) -> str | None:
     """
-    Returns the attribute that is the class.
+    Finds the attribute that is the class.
 
     Returns:
-        its name; ``""`` if no region has an attribute and one class is declared; None if it cannot be told.
+        its name; ``""`` if no region has an attribute and one class is declared; None if it is not clear.
     """
     counts: collections.Counter[str] = collections.Counter()
     for region in regions:
@@ -197,7 +197,7 @@ def _add_region(
 
 
 def _ticked(value: Any, key: str) -> Any:
-    """Returns the class that an attribute gives: its text, or the only option that is ticked."""
+    """Returns the class of a region: the attribute's text, or the only option that is ticked."""
     if not isinstance(value, dict):
         return value
     ticked = [name for name, flag in value.items() if flag is True or says_yes(flag)]

@@ -3,8 +3,8 @@ Pascal VOC: an XML file for each image, as labelImg and others write it.
 
 Two layouts are read. A VOC folder has ``Annotations``, ``JPEGImages`` and ``ImageSets/Main/SPLIT.txt``, whose lines are
 names of records. Without a split every XML file below the folder of annotations is a record; images may lie in the
-same folder. The image of ``sub/a.xml`` is ``sub/a`` with an image's ending below the folder of images, else the one
-that ``<filename>`` names.
+same folder. The image of ``sub/a.xml`` is ``sub/a`` with an image's ending below the folder of images, or the file that
+``<filename>`` names.
 
 VOC boxes are 1-based with inclusive ends: ``x = xmin - 1``, ``width = xmax - xmin + 1``.
 """
@@ -37,7 +37,7 @@ _ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 
 @dataclasses.dataclass(frozen=True)
 class _Object:
-    """An object of an XML file; `corners` are xmin, ymin, xmax, ymax as written there."""
+    """An object of an XML file; `corners` are xmin, ymin, xmax, ymax as the file has them."""
 
     index: int
     name: str
@@ -47,7 +47,7 @@ class _Object:
 
 @dataclasses.dataclass(frozen=True)
 class _Annotation:
-    """What is read from an XML file; `size` is the (width, height) it states, as text."""
+    """The content of an XML file; `size` is the (width, height) that it states, as text."""
 
     filename: str = ""
     size: tuple[str, str] = ("none", "none")
@@ -88,12 +88,12 @@ def read_voc(declaration: Declaration, report: Report) -> Source:
 
     Args:
         declaration: the dataset; its ``file`` is the VOC folder if it names a split, else the folder of XML files.
-            Without ``classes`` they are those of all the folder's annotations, sorted, so that all splits of it get
+            Without ``classes``, the classes are all names in the folder's annotations, sorted, so that all splits get
             the same ids.
-        report: what cannot be read goes into it.
+        report: receives the findings.
 
     Returns:
-        the records, with boxes as COCO has them.
+        the records, with COCO's boxes.
     """
     split = declaration.split
     folder = _subfolder(declaration.file, _ANNOTATION_FOLDERS) if split else declaration.file
@@ -176,7 +176,7 @@ class _Images:
             self._by_base[stem.rpartition("/")[2]].append(name)
 
     def of_record(self, stem: str, filename: str, path: str, report: Report) -> str:
-        """Name of a record's image, relative to the folder; one that is not there if none can be found."""
+        """Returns the name of a record's image, relative to the folder, or a name that does not exist."""
         own = self._by_stem.get(stem, [])
         if len(own) > 1:
             report.add("label-shared", path, value=" and ".join(own))
@@ -194,7 +194,7 @@ class _Images:
         return filename or f"{stem}.jpg"
 
     def _named(self, stem: str, filename: str) -> str:
-        """Returns the file that ``<filename>`` names: as it is, of another image's ending, or beside the record."""
+        """Returns the file that ``<filename>`` names: as it is, with another image's ending, or beside the record."""
         name = PurePosixPath(filename.replace("\\", "/"))
         if not filename or name.is_absolute() or ".." in name.parts:
             return ""
@@ -209,13 +209,13 @@ class _Images:
 
 
 def _subfolder(root: str, names: tuple[str, ...]) -> str:
-    """Returns the first folder of these names in a folder, in upper or lower case; the folder itself if it has none."""
+    """Returns the first folder of these names in a folder, in upper or lower case, or the folder itself."""
     there = {entry.name.lower(): entry.path for entry in os.scandir(root) if entry.is_dir()}
     return next((there[name] for name in names if name in there), root)
 
 
 def _files_below(folder: str, endings: tuple[str, ...], source: Source, report: Report) -> dict[str, list[str]]:
-    """Files below a folder by their name without its ending, each relative with ``/``; links are not followed."""
+    """Returns the files below a folder by their relative name without ending; links are not followed."""
     found: dict[str, list[str]] = collections.defaultdict(list)
     for path, folders, files in os.walk(folder):
         source.inputs.add(path)
@@ -229,7 +229,7 @@ def _files_below(folder: str, endings: tuple[str, ...], source: Source, report: 
 
 
 def _read_split(path: str, folder: str, report: Report) -> list[str]:
-    """Names of the split's records, without their ending, each once."""
+    """Returns the names of the split's records, without their ending, each once."""
     if not os.path.isfile(path):
         there = os.path.dirname(path)
         names = sorted(os.listdir(there)) if os.path.isdir(there) else []
@@ -257,7 +257,7 @@ def _read_split(path: str, folder: str, report: Report) -> list[str]:
 
 
 def _class_names(annotations: Mapping[str, _Annotation], others: Iterable[str], report: Report) -> list[str]:
-    """Sorted names in all annotations of a folder; `others` are the paths of those outside of the split."""
+    """Returns the sorted class names in a folder's annotations; `others` are the paths of those outside the split."""
     names = {item.name for annotation in annotations.values() for item in annotation.objects}
     for path in others:
         try:
@@ -268,7 +268,7 @@ def _class_names(annotations: Mapping[str, _Annotation], others: Iterable[str], 
 
 
 def _read_file(path: str, report: Report) -> _Annotation:
-    """What can be read of an XML file; the rest goes into the report."""
+    """Reads an XML file; the report receives findings on what cannot be read."""
     try:
         tree = parse_xml(path)
     except OSError as error:

@@ -1,12 +1,13 @@
 """
-YOLO folders: a ``data.yaml`` and, for each image, a text file with a line an object.
+YOLO folders: a ``data.yaml`` and, for each image, a text file with a line for each object.
 
 ``names`` of the YAML is a list, or a mapping from class numbers, which may have gaps. A split (``train``,
-``val``, ``test``) is a folder, a text file that lists images, or a list of these, relative to ``path``, and
-``path`` to the YAML's folder. The label file of ``.../images/a.jpg`` is ``.../labels/a.txt``; without a folder
-``images`` in its path it is beside the image. A line is ``class cx cy w h``, or ``class x1 y1 x2 y2 x3 y3 ...``
-for a polygon, whose box is used; all relative to the image's size. With ``kpt_shape`` in the YAML a line is a
-box followed by keypoints, which are left out. A missing or empty label file makes an image a negative.
+``val``, ``test``) is a folder, a text file that lists images, or a list of these. It is relative to ``path``, and
+``path`` is relative to the YAML's folder. The label file of ``.../images/a.jpg`` is ``.../labels/a.txt``; if no folder
+of the path is called ``images``, it lies beside the image. A line is ``class cx cy w h``, or
+``class x1 y1 x2 y2 x3 y3 ...`` for a polygon, whose box is used. All numbers are relative to the image's size. With
+``kpt_shape`` in the YAML a line is a box followed by keypoints, which are left out. An image whose label file is
+missing or empty is a negative.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .text import read_text
 __all__ = ["SPLITS", "named_splits", "read_images", "read_yolo"]
 
 SPLITS = ("train", "val", "test")
-# Other names of splits that are found.
+# Other names that a split may have.
 _ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
 
 
@@ -39,7 +40,7 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
     Args:
         declaration: the dataset; its ``file`` is the ``data.yaml``, and its ``image_root`` has to hold the images and
             the label files.
-        report: what cannot be read goes into it.
+        report: receives the findings.
 
     Returns:
         the records, with boxes relative to the size of the image.
@@ -60,15 +61,15 @@ def read_images(source: Source, names: list[str], report: Report) -> None:
     Adds images that were listed elsewhere, and the objects of their label files.
 
     Args:
-        source: that the records are added to.
-        names: of the images, as :meth:`ImageFolder.find_all` takes them.
-        report: what cannot be read goes into it.
+        source: receives the records.
+        names: names of the images, for :meth:`ImageFolder.find_all`.
+        report: receives the findings.
     """
     _Reader(source, {}, report).read_images(names)
 
 
 def named_splits(yaml_file: str) -> list[str]:
-    """Returns the splits that a ``data.yaml`` has, of those in :data:`SPLITS`; none if it cannot be read."""
+    """Returns the splits of :data:`SPLITS` that a ``data.yaml`` has; none if it cannot be read."""
     content = _read_yaml(yaml_file, Report(""))
     return [] if content is None else _splits_of(content)
 
@@ -139,7 +140,7 @@ class _Reader:
     # --- Which images ---
 
     def images_of(self, split: str) -> list[str]:
-        """Names of the images of a split, or of all of them for ``""``, relative to the image root."""
+        """Returns the names of a split's images, or of all images for ``""``, relative to the image root."""
         if not split:
             every = [name for key in _splits_of(self.content) for name in self.images_of(key)]
             if not every and not self.report.refused(strict=False):
@@ -192,7 +193,7 @@ class _Reader:
         return names
 
     def _in_list(self, path: str) -> list[str]:
-        """Images that a file lists: relative to its folder where they start with ``./``, else to ``path``."""
+        """Returns the images that a file lists: relative to its folder if they start with ``./``, else to ``path``."""
         self.source.inputs.add(path)
         text = read_text(path, self.report)
         lines = [] if text is None else [line.strip() for line in text.splitlines()]
@@ -263,7 +264,7 @@ class _Reader:
             return
         if not polygon:
             numbers = numbers[:4]
-        # What is not within rounding of 0 to 1 is no box that reaches a little outside; not a number is neither.
+        # Beyond rounding of 0 to 1 it is no box that reaches a little outside the image; neither is NaN.
         if not all(-0.01 <= number <= 1.01 for number in numbers):
             self.report.add("label-not-normalised", *place, value=" ".join(fields))
             return
@@ -274,7 +275,7 @@ class _Reader:
         else:
             cx, cy, width, height = numbers
             box = [cx - width / 2, cy - height / 2, width, height]
-        # A class is text in the file: only one such as 0.0 is worth a word.
+        # A class is text in the file; only a text such as 0.0 is a finding.
         category = int(fields[0]) if fields[0].removeprefix("-").isdecimal() else fields[0]
         annotation_id = len(self.source.annotations) + 1
         annotation = {"id": annotation_id, "image_id": image_id, "category_id": category, "bbox": box}
@@ -282,7 +283,7 @@ class _Reader:
         self.source.annotation_places.append(place)
 
     def check_label_files(self) -> None:
-        """Label files that no image has, and images that have none at all."""
+        """Adds findings on label files without an image, and on images if no label file exists at all."""
         root = self.source.image_root
         folders = {
             os.path.dirname(os.path.join(root, label)): os.path.dirname(os.path.join(root, image))
@@ -299,7 +300,7 @@ class _Reader:
             stems = {os.path.splitext(file)[0] for file in os.listdir(image_folder)}
             for file in without_junk(folder, os.listdir(folder), self.report):
                 stem, ending = os.path.splitext(file)
-                # labelImg writes the names of the classes there.
+                # labelImg writes the classes' names into it.
                 if ending == ".txt" and stem not in stems and file != "classes.txt":
                     self.report.add("label-without-image", os.path.join(folder, file))
 
