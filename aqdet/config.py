@@ -24,12 +24,15 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.QUANT.ENABLED = False
     cfg.MODEL.QUANT.WEIGHT = CfgNode()
     # "lsq", "pact", "dorefa", "lqnet" (non-uniform: trains and evaluates, is not exported), or "lsqplus", whose
-    # weights are LSQ's.
+    # weights are LSQ's; or "lsqodd", LSQ on a symmetric grid without zero for 1 to 4 bits (layers of more bits, as the
+    # boundary's, have LSQ's then).
     cfg.MODEL.QUANT.WEIGHT.QUANTIZER = "lsq"
-    # 2 to 8.
+    # 2 to 8; 1 with "lsqodd" too.
     cfg.MODEL.QUANT.WEIGHT.NUM_BITS = 4
     # One scale for each output channel instead of one for the tensor.
     cfg.MODEL.QUANT.WEIGHT.PER_CHANNEL = True
+    # "lsqodd" alone: subtract the mean of the weights that share a scale first.
+    cfg.MODEL.QUANT.WEIGHT.CENTERED = False
     cfg.MODEL.QUANT.INPUT = CfgNode()
     # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative; experimental, not measured
     # here), "lqnet" (non-uniform) or "n2uq" (learned thresholds, uniform levels); the last two train and evaluate, and
@@ -39,7 +42,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # Weights of the stem, weights and inputs of the prediction convs. The stem reads the uint8 image.
     cfg.MODEL.QUANT.BOUNDARY_NUM_BITS = 8
     # [[regex on the module path, {key: value, ...}], ...]; the first rule that matches a layer wins, and a rule
-    # that wins nowhere is an error. Keys: WEIGHT.QUANTIZER, WEIGHT.NUM_BITS, WEIGHT.PER_CHANNEL,
+    # that wins nowhere is an error. Keys: WEIGHT.QUANTIZER, WEIGHT.NUM_BITS, WEIGHT.PER_CHANNEL, WEIGHT.CENTERED,
     # INPUT.QUANTIZER, INPUT.NUM_BITS, and ENABLED: False to leave the layer in float.
     cfg.MODEL.QUANT.RULES = []
     # Tensors that more than one layer reads: the residual stream, the top-down sums, the pyramid levels.
@@ -54,6 +57,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # Largest share by which an iteration changes a scale, clipping range, offset or threshold, at the peak of the
     # schedule of SOLVER, with either optimizer and whatever SOLVER.BASE_LR. They get no weight decay.
     cfg.MODEL.QUANT.SCALE_LR = 0.002
+    # Factor of that share for what activations are quantized by, shared tensors included.
+    cfg.MODEL.QUANT.INPUT.SCALE_LR_FACTOR = 1.0
     cfg.register_deprecated_key("MODEL.QUANT.SCALE_LR_FACTOR")
     # The L2 term of PACT's alpha.
     cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4

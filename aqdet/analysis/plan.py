@@ -55,7 +55,7 @@ def _describe(quantizer: Quantizer | None, otherwise: str) -> str:
         return otherwise
     spec = quantizer.spec
     sign = ("s" if spec.signed else "u") if spec.role == "input" else ""
-    return f"{spec.quantizer} {sign}{spec.num_bits}" + "/ch" * spec.per_channel
+    return f"{spec.quantizer} {sign}{spec.num_bits}" + "/ch" * spec.per_channel + " centered" * spec.centered
 
 
 def _norm_name(module: nn.Module | None) -> str:

@@ -131,6 +131,7 @@ def _check_numbers(cfg: CfgNode) -> None:
         )
     for key, value in (
         ("QUANT.SCALE_LR", model.QUANT.SCALE_LR),
+        ("QUANT.INPUT.SCALE_LR_FACTOR", model.QUANT.INPUT.SCALE_LR_FACTOR),
         ("QUANT.PACT_ALPHA_DECAY", model.QUANT.PACT_ALPHA_DECAY),
         ("CLASSIFIER.NUM_CLASSES", model.CLASSIFIER.NUM_CLASSES),
         *((f"{node}.NUM_CLASSES", model[node].NUM_CLASSES) for node in (*DENSE, "ROI_HEADS")),

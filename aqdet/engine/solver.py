@@ -125,15 +125,17 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Returns Detectron2's parameter groups, with rules for parameters that it does not know.
 
     The parameters of quantizers step by a share of their size (:class:`RelativeStep`), at most ``QUANT.SCALE_LR``,
-    and have no weight decay, except PACT's ``alpha``, which has its own; the shared affine of one-BN-per-level lists
-    decays like other norms. Every trainable parameter is in exactly one group.
+    times ``QUANT.INPUT.SCALE_LR_FACTOR`` for those of activations, and have no weight decay, except PACT's ``alpha``,
+    which has its own; the shared affine of one-BN-per-level lists decays like other norms. Every trainable parameter is
+    in exactly one group.
     """
     solver, quant = cfg.SOLVER, cfg.MODEL.QUANT
     special: dict[nn.Parameter, dict[str, Any]] = {}
     for _, quantizer in quantizers(model):
+        factor = quant.INPUT.SCALE_LR_FACTOR if quantizer.spec.role == "input" else 1.0
         for name, parameter in quantizer.named_parameters():
             special[parameter] = {
-                "lr": quant.SCALE_LR,
+                "lr": quant.SCALE_LR * factor,
                 "weight_decay": quant.PACT_ALPHA_DECAY if name == "alpha" else 0.0,
                 "relative": True,
             }

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modeling.scaffold import SCAFFOLD_PREFIXES
-from ..quantization import Quantizer
+from ..quantization import QUANTIZER_REGISTRY, Quantizer
 from .program import Grid
 
-UNIFORM = ("dorefa", "lsq", "lsqplus", "pact")
+UNIFORM = ("dorefa", "lsq", "lsqodd", "lsqplus", "pact")
 """Methods whose integers an affine conversion reproduces."""
 _NOT_UNIFORM = {
     "lqnet": "has levels that are no multiples of one step",
@@ -133,9 +133,10 @@ def check_quantizer(quantizer: Quantizer, path: str) -> None:
     method = quantizer.spec.quantizer
     if method not in UNIFORM:
         reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
+        others = [name for name in UNIFORM if quantizer.spec.role in QUANTIZER_REGISTRY[name]]
         raise ValueError(
             f"layer {path}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
-            f"{', '.join(UNIFORM[:-1])} or {UNIFORM[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
+            f"{', '.join(others[:-1])} or {others[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
         )
     if not quantizer.enabled:
         raise ValueError(f"layer {path}: its quantizer is switched off (aqdet.quantization.set_quantization)")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers import LAYER_KINDS, QuantAdd, Site, StreamQuantizer, quantized_form, weighted_layers
 from ..quantization import QuantSpec
-from ..quantization.spec import MAX_BITS, MIN_BITS
+from ..quantization.spec import MAX_BITS, MIN_BITS, ODD, ODD_MAX_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ RULE_KEYS = {
     "WEIGHT.QUANTIZER": str,
     "WEIGHT.NUM_BITS": int,
     "WEIGHT.PER_CHANNEL": bool,
+    "WEIGHT.CENTERED": bool,
     "INPUT.QUANTIZER": str,
     "INPUT.NUM_BITS": int,
 }
@@ -85,6 +86,7 @@ class QuantPolicy:
             "WEIGHT.QUANTIZER": quant.WEIGHT.QUANTIZER,
             "WEIGHT.NUM_BITS": quant.WEIGHT.NUM_BITS,
             "WEIGHT.PER_CHANNEL": quant.WEIGHT.PER_CHANNEL,
+            "WEIGHT.CENTERED": quant.WEIGHT.CENTERED,
             "INPUT.QUANTIZER": quant.INPUT.QUANTIZER,
             "INPUT.NUM_BITS": quant.INPUT.NUM_BITS,
         }
@@ -106,7 +108,8 @@ class QuantPolicy:
     def specs(self, name: str, site: Site) -> tuple[QuantSpec, QuantSpec | None] | None:
         """Returns the specs of weight and input quantizer of a layer; None to leave it in float.
 
-        The input spec is None for the stem, which reads the uint8 image.
+        The input spec is None for the stem, which reads the uint8 image. Weights of more bits than ``lsqodd`` takes, as
+        the boundary layers', are LSQ's where the config has ``lsqodd``.
 
         Raises:
             ValueError: in one line, naming the layer.
@@ -119,12 +122,15 @@ class QuantPolicy:
         index = self.winning_rule(name)
         if index is not None:
             values.update(self.rules[index].overrides)
+        if values["WEIGHT.QUANTIZER"] == ODD and values["WEIGHT.NUM_BITS"] > ODD_MAX_BITS:
+            values["WEIGHT.QUANTIZER"], values["WEIGHT.CENTERED"] = "lsq", False
         try:
             weight = QuantSpec(
                 values["WEIGHT.QUANTIZER"],
                 values["WEIGHT.NUM_BITS"],
                 "weight",
                 per_channel=values["WEIGHT.PER_CHANNEL"],
+                centered=values["WEIGHT.CENTERED"],
             )
             if site.role == "stem":
                 return weight, None

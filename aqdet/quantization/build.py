@@ -5,6 +5,7 @@ from __future__ import annotations
 from .methods.dorefa import DoReFaInputQuantizer, DoReFaWeightQuantizer
 from .methods.lqnet import LQNetQuantizer
 from .methods.lsq import LSQQuantizer
+from .methods.lsqodd import LSQOddQuantizer
 from .methods.lsqplus import LSQPlusQuantizer
 from .methods.n2uq import N2UQQuantizer
 from .methods.pact import PACTQuantizer
@@ -15,6 +16,7 @@ QUANTIZER_REGISTRY: dict[str, dict[str, type[Quantizer]]] = {
     "dorefa": {"weight": DoReFaWeightQuantizer, "input": DoReFaInputQuantizer},
     "lqnet": {"weight": LQNetQuantizer, "input": LQNetQuantizer},
     "lsq": {"weight": LSQQuantizer, "input": LSQQuantizer},
+    "lsqodd": {"weight": LSQOddQuantizer},
     "lsqplus": {"weight": LSQQuantizer, "input": LSQPlusQuantizer},
     "n2uq": {"input": N2UQQuantizer},
     "pact": {"weight": PACTQuantizer, "input": PACTQuantizer},

@@ -190,7 +190,8 @@ class Quantizer(nn.Module):
         sign = "signed" if spec.signed else "unsigned"
         granularity = "per_channel" if spec.per_channel else "per_tensor"
         state = "" if self._ready else ", uncalibrated"
-        return f"{spec.quantizer}, {spec.num_bits} bits, {sign}, {granularity}{state}"
+        centered = ", centered" if spec.centered else ""
+        return f"{spec.quantizer}, {spec.num_bits} bits, {sign}, {granularity}{centered}{state}"
 
 
 def _old_identity(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_command_line(tmp_path):
     wrong = subprocess.run([*command, "MODEL.QUANT.WEIGHT.QUANTIZER", "lqs"], capture_output=True, text=True)
     last = wrong.stderr.strip().splitlines()[-1]
     assert wrong.returncode == 1 and last.startswith("error: MODEL.QUANT for layer backbone.")
-    assert "one of dorefa, lqnet, lsq, lsqplus, pact, got 'lqs'" in last
+    assert "one of dorefa, lqnet, lsq, lsqodd, lsqplus, pact, got 'lqs'" in last
 
 
 @pytest.mark.parametrize("architecture", ("GeneralizedRCNN", "RetinaNet"))

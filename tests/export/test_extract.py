@@ -237,7 +237,8 @@ class Levels(Quantizer):
 def test_lqnet_and_n2uq_are_refused(key, name, method, reason):
     message = refusal(trained_like("MODEL.QUANT.RULES", f"[['res3.1.conv1', {{'{key}.QUANTIZER': '{method}'}}]]"))
     assert message.startswith(f"layer backbone.bottom_up.res3.1.conv1.{name}: quantizer '{method}' {reason}")
-    assert "train the layer with dorefa, lsq, lsqplus or pact to export it" in message
+    methods = {"INPUT": "dorefa, lsq, lsqplus or pact", "WEIGHT": "dorefa, lsq, lsqodd, lsqplus or pact"}
+    assert f"train the layer with {methods[key]} to export it" in message
 
 
 @pytest.mark.parametrize("key, name", [("WEIGHT", "weight_quantizer"), ("INPUT", "input_quantizer")])

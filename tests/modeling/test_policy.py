@@ -114,7 +114,7 @@ def test_a_value_of_another_type_is_refused_rather_than_taken_as_true(overrides,
         (
             "WEIGHT.QUANTIZER",
             "lqs",
-            "weights must be one of dorefa, lqnet, lsq, lsqplus, pact, got 'lqs'",
+            "weights must be one of dorefa, lqnet, lsq, lsqodd, lsqplus, pact, got 'lqs'",
         ),
         (
             "INPUT.QUANTIZER",

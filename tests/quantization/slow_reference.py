@@ -156,3 +156,26 @@ def n2uq(
                 dintervals[j] -= dx[-1]
             dintervals[i] -= grad * scale * (x - ends[i]) / intervals[i] ** 2
     return codes, dx, dscale, dstart, dintervals
+
+
+def lsqodd(
+    xs: list[float], grads: list[float], scale: float, bits: int, centered: bool
+) -> tuple[list[int], list[float], list[float], float]:
+    """LSQ on odd multiples of half a step, for values that share a scale.
+
+    Returns codes, values, and the gradients of x and of the scale.
+    """
+    mean = math.fsum(xs) / len(xs) if centered else 0.0
+    half = 2 ** (bits - 1)
+    codes, values, passed, dscale = [], [], [], 0.0
+    for x, grad in zip(xs, grads, strict=True):
+        ratio = (x - mean) / scale
+        # Of the levels the one whose interval holds the ratio; the outermost intervals have no end.
+        code = max([k for k in range(1 - 2 * half, 2 * half, 2) if k / 2 - 0.5 <= ratio], default=1 - 2 * half)
+        codes.append(code)
+        values.append(code * scale / 2)
+        inside = -half < ratio < half
+        passed.append(grad if inside else 0.0)
+        dscale += grad * (code / 2 - ratio if inside else code / 2)
+    lowered = math.fsum(passed) / len(xs) if centered else 0.0
+    return codes, values, [grad - lowered for grad in passed], dscale

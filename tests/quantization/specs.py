@@ -25,6 +25,10 @@ LATER_SPECS = [
     for bits, (role, signed, per_channel) in itertools.product((2, 4, 8), KINDS)
     if role in roles
 ]
+LATER_SPECS += [
+    QuantSpec("lsqodd", bits, "weight", per_channel=per_channel, centered=centered)
+    for bits, per_channel, centered in itertools.product((1, 2, 4), (False, True), (False, True))
+]
 LATER_FOUR_BITS = [spec for spec in LATER_SPECS if spec.num_bits == 4]
 FOUR_BITS = [spec for spec in SPECS if spec.num_bits == 4]
 UNIFORM = [spec for spec in SPECS if (spec.quantizer, spec.role) != ("dorefa", "weight")]
@@ -33,7 +37,7 @@ NUM_CHANNELS = 6
 
 def ident(spec: QuantSpec) -> str:
     sign = "s" if spec.signed else "u"
-    return f"{spec.quantizer}-{spec.role}-{spec.num_bits}{sign}{'-pc' if spec.per_channel else ''}"
+    return f"{spec.quantizer}-{spec.role}-{spec.num_bits}{sign}" + "-pc" * spec.per_channel + "-mean" * spec.centered
 
 
 def is_uniform(spec: QuantSpec) -> bool:

@@ -133,12 +133,15 @@ def test_b_bits_are_b_bits_of_the_later_methods_too(spec):
         integers = quantizer.to_integer(x)
         assert integers.codes.dtype == torch.int32 and integers.scale.dtype == torch.float32
         assert torch.equal(integers.dequantize(), y)
+        if spec.quantizer == "lsqodd":
+            assert integers.codes.abs().max() <= 2**spec.num_bits - 1 and (integers.codes % 2 == 1).all()
+            continue
         low = 0 if spec.quantizer == "lsqplus" or not spec.signed else -(2 ** (spec.num_bits - 1))
         assert low <= integers.codes.min() and integers.codes.max() <= low + 2**spec.num_bits - 1
         assert low <= integers.zero_point <= low + 2**spec.num_bits - 1
     # Wide data reaches every level of few bits.
-    if spec.num_bits == 2:
-        assert all(len(values.unique()) == 4 for values in groups(spec, quantizer(data(spec, 4) * 3)))
+    if spec.num_bits <= 2:
+        assert all(len(values.unique()) == 2**spec.num_bits for values in groups(spec, quantizer(data(spec, 4) * 3)))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,7 @@ def test_b_bits_are_b_bits_of_the_later_methods_too(spec):
         (QuantSpec("lsqplus", 4, "input", signed=False), 1),
         (QuantSpec("lqnet", 4, "weight", per_channel=True), 4 * NUM_CHANNELS),
         (QuantSpec("n2uq", 4, "input"), 16),
+        (QuantSpec("lsqodd", 2, "weight", per_channel=True, centered=True), NUM_CHANNELS),
     ],
 )
 def test_how_many_numbers_ship(spec, number):
@@ -222,7 +226,7 @@ def test_constant_and_one_element_tensors_stay_finite(spec, shape, value):
             assert torch.isfinite(tensor).all()
         if spec.quantizer != "lqnet":
             assert torch.equal(quantizer.to_integer(x).dequantize(), y)
-        if is_uniform(spec) and value == 0.7 and method in ("mse", "minmax"):
+        if is_uniform(spec) and not spec.centered and value == 0.7 and method in ("mse", "minmax"):
             torch.testing.assert_close(y, x, rtol=0.02, atol=0)
 
 
@@ -354,6 +358,16 @@ def test_a_checkpoint_of_another_grid_is_refused(wrong, words):
             QuantSpec("dorefa", 4, "weight"),
             "per_channel is True in the checkpoint and False in the model",
         ),
+        (
+            QuantSpec("lsqodd", 2, "weight", per_channel=True),
+            QuantSpec("lsqodd", 2, "weight", per_channel=True, centered=True),
+            "centered is False in the checkpoint and True in the model",
+        ),
+        (
+            QuantSpec("lsqodd", 2, "weight", centered=True),
+            QuantSpec("lsqodd", 2, "weight"),
+            "centered is True in the checkpoint and False in the model",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_method_is_refused(stored, own, words):
@@ -433,6 +447,10 @@ def test_loading_an_uncalibrated_checkpoint_is_uncalibrated():
         ({"role": "bias"}, "'weight' or 'input', got 'bias'"),
         ({"role": "weight", "signed": False}, "weights are signed"),
         ({"role": "input", "per_channel": True}, "per-channel scales are for weights"),
+        ({"quantizer": "lsqodd", "role": "weight", "num_bits": 5}, "from 1 to 4 for lsqodd, got 5"),
+        ({"quantizer": "lsqodd", "role": "weight", "num_bits": 0}, "from 1 to 4 for lsqodd, got 0"),
+        ({"quantizer": "lsqodd"}, "inputs must be one of dorefa, lqnet, lsq, lsqplus, n2uq, pact, got 'lsqodd'"),
+        ({"role": "weight", "centered": True}, "WEIGHT.CENTERED must be False with WEIGHT.QUANTIZER lsq: .* lsqodd"),
     ],
 )
 def test_wrong_specs_are_refused_with_what_is_valid(values, words):

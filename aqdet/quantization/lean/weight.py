@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..functional import broadcast_scale, quantize
 from ..methods.dorefa import DoReFaWeightQuantizer, largest_magnitude
+from ..methods.lsqodd import LSQOddQuantizer, odd_codes, odd_gradients, prepared
 from ..quantizer import AffineGrid, Quantizer
 from .elementwise import fake_quantized, scale_gradients
 from .integer import IntegerWeight
-from .parts import split_parts
+from .parts import join_sums, split_parts
 
 
 class WeightRecipe(NamedTuple):
@@ -72,6 +73,33 @@ def dorefa_weight(w: Tensor, num_bits: int, per_channel: bool) -> Tensor:
     return _DoReFaWeight.apply(w, num_bits, per_channel)
 
 
+def _write_odd_codes(x: Tensor, scale: Tensor, num_bits: int, out: Tensor) -> None:
+    """Writes the odd codes of ``x`` to ``out``, in parts."""
+    for s, x_part, out_part in split_parts(scale, x, out):
+        out_part.copy_(odd_codes(x_part / s, num_bits))
+
+
+def _odd_recipe(quantizer: LSQOddQuantizer, weight: Tensor) -> WeightRecipe:
+    spec = quantizer.spec
+
+    def replay(w: Tensor, scale: Tensor) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+        x = prepared(w, spec)
+
+        def gradients(grad: Tensor) -> Sequence[Tensor]:
+            dx, sums = torch.empty_like(x), []
+            for s, grad_part, x_part, dx_part in split_parts(scale, grad.float(), x, dx):
+                found, dscale = odd_gradients(grad_part, x_part, s, spec.num_bits)
+                dx_part.copy_(found)
+                sums.append(dscale)
+            return prepared(dx, spec).to(w.dtype), join_sums(sums, scale)
+
+        values = torch.empty_like(x)
+        _write_odd_codes(x, scale, spec.num_bits, values)
+        return values.mul_(scale / 2).to(w.dtype), gradients
+
+    return WeightRecipe((weight, quantizer.broadcast_scale(weight)), replay)
+
+
 def kept_weight(weight: Tensor) -> WeightRecipe:
     """Returns the recipe of a quantized weight that is kept itself."""
     return WeightRecipe((weight,), lambda w: (w, lambda grad: (grad,)))
@@ -88,6 +116,8 @@ def recipe_of_weight(quantizer: Quantizer, weight: Tensor) -> WeightRecipe:
             return values, lambda grad: (_tanh_gradient(grad, squashed, w.dtype),)
 
         return WeightRecipe((weight,), replay_dorefa)
+    if isinstance(quantizer, LSQOddQuantizer) and quantizer.is_active:
+        return _odd_recipe(quantizer, weight)
     grid, gradient = usable_grid(quantizer), quantizer.gradient
     if grid is None or gradient is None:
         return kept_weight(quantizer(weight))
@@ -120,6 +150,12 @@ def integer_weight(quantizer: Quantizer, weight: Tensor, largest: int = 128) -> 
         if 2**spec.num_bits - 1 > min(largest, 127):
             return None
         scale = _dorefa_codes(torch.tanh(weight.float()), spec.num_bits, spec.per_channel, codes)
+    elif isinstance(quantizer, LSQOddQuantizer):
+        if 2**quantizer.spec.num_bits - 1 > largest:
+            return None
+        scale = quantizer.broadcast_scale(weight)
+        _write_odd_codes(prepared(weight, quantizer.spec), scale, quantizer.spec.num_bits, codes)
+        scale = scale / 2
     else:
         grid = usable_grid(quantizer)
         if grid is None or grid.quant_max > 127 or max(-grid.quant_min, grid.quant_max) > largest:

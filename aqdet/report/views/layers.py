@@ -62,7 +62,8 @@ def layers(runs: Sequence[Run], facts: Sequence[LayerFacts]) -> dict[str, Any] |
 def _brief(histogram: SiteHistogram) -> str:
     """Describes a quantizer as the plan does, for example ``lsq s4/ch``."""
     spec = histogram.spec
-    return f"{spec.quantizer} {'s' if spec.signed else 'u'}{spec.num_bits}" + "/ch" * spec.per_channel
+    sign = "s" if spec.signed else "u"
+    return f"{spec.quantizer} {sign}{spec.num_bits}" + "/ch" * spec.per_channel + " centered" * spec.centered
 
 
 def _share(value: float | None) -> str:
@@ -74,7 +75,8 @@ def _share(value: float | None) -> str:
 def _caption(histogram: SiteHistogram) -> str:
     spec = histogram.spec
     sign = "signed" if spec.signed else "unsigned"
-    parts = [f"{spec.quantizer}, {spec.num_bits} bits {sign}" + ", per channel" * spec.per_channel]
+    rest = ", per channel" * spec.per_channel + ", centered" * spec.centered
+    parts = [f"{spec.quantizer}, {spec.num_bits} bits {sign}{rest}"]
     if histogram.below is not None and histogram.above is not None:
         parts.append(f"clipped below {_share(histogram.below)}, above {_share(histogram.above)}")
     else:

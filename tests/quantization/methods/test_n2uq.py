@@ -157,7 +157,9 @@ def test_an_unsigned_site_includes_the_relu():
 
 
 def test_it_is_for_activations():
-    with pytest.raises(ValueError, match="weights must be one of dorefa, lqnet, lsq, lsqplus, pact, got 'n2uq'"):
+    with pytest.raises(
+        ValueError, match="weights must be one of dorefa, lqnet, lsq, lsqodd, lsqplus, pact, got 'n2uq'"
+    ):
         build_quantizer(QuantSpec("n2uq", 4, "weight"))
 
 
