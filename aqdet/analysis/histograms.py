@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec, quantizers
 from ..quantization.functional import SCALE_EPS, broadcast_scale
+from ..quantization.methods.lsqodd import prepared
 
 NUM_BINS = 96
 # Of the quantization range, shown on either side of it.
@@ -97,6 +98,7 @@ class _Counter:
 
     def _on_own_levels(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
         quantized = self._quantizer.fake_quantize(x).detach()
+        x = prepared(x, self._quantizer.spec)  # without a mean that the quantizer subtracts
         if self._quantizer.spec.per_channel:
             unit = broadcast_scale(quantized.abs().flatten(1).amax(dim=1).clamp(min=SCALE_EPS), x)
             x, quantized = x / unit, quantized / unit

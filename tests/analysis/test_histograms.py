@@ -13,11 +13,11 @@ from aqdet.layers import QuantAdd, QuantConv2d, StreamQuantizer
 from aqdet.quantization import QuantSpec, calibrate, quantizers
 
 
-def make_layer(weight=("lsq", 4), signed=True, per_channel=True):
+def make_layer(weight=("lsq", 4), signed=True, per_channel=True, centered=False):
     """A convolution calibrated on less than it will read, so that something is clipped; and its input."""
     torch.manual_seed(0)
     specs = (
-        QuantSpec(*weight, "weight", per_channel=per_channel),
+        QuantSpec(*weight, "weight", per_channel=per_channel, centered=centered),
         QuantSpec("lsq", 3, "input", signed=signed),
     )
     model = nn.Sequential(QuantConv2d.from_float(Conv2d(3, 5, 3), *specs))
@@ -88,6 +88,19 @@ def test_a_method_without_a_grid_is_shown_on_its_own_levels(per_channel):
     assert histogram.levels.round(4).tolist() == pytest.approx(distinct, abs=2e-4)
     assert histogram.unit == "values" and histogram.below is None and histogram.above is None
     assert histogram.used == len(distinct) <= 8 and histogram.counts.sum() == model[0].weight.numel()
+
+
+def test_weights_are_shown_without_the_mean_that_is_subtracted():
+    found = []
+    for shift in (0.0, 5.0):
+        model, _ = make_layer(weight=("lsqodd", 2), centered=True)
+        with torch.no_grad():
+            model[0].weight += shift
+        found.append(weight_histograms(model)["0.weight_quantizer"])
+    assert found[0].levels == pytest.approx([-1, -1 / 3, 1 / 3, 1], abs=1e-4)
+    assert found[1].levels == pytest.approx(found[0].levels, abs=1e-4)
+    assert abs(found[1].counts - found[0].counts).sum() <= 4  # at the edges of bins, by rounding
+    assert found[1].used == 4
 
 
 @pytest.mark.parametrize("method", ["lqnet", "n2uq"])

@@ -27,6 +27,17 @@ def test_numbers_by_hand():
     assert rows["auxiliary.head.cls_score"].weight == "float 32"
 
 
+def test_weights_without_a_zero_level_are_named():
+    method = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd", "MODEL.QUANT.WEIGHT.NUM_BITS", "2")
+    model = make_model(*QUANT, *method, "MODEL.QUANT.WEIGHT.CENTERED", "True")
+    rows = {r.name: r for r in make_plan(model, (64, 64))}
+    inner = rows["backbone.bottom_up.res3.0.conv2"]
+    assert inner.weight == "lsqodd 2/ch centered" and inner.input == "lsq u4"
+    # weights at 2 bits; gamma, beta, mean and variance, a scale a channel and the input's at 32
+    assert inner.weight_bits == 128 * 128 * 9 * 2 + (4 * 128 + 128 + 1) * 32
+    assert rows["backbone.bottom_up.stem.conv1"].weight == "lsq 8/ch"
+
+
 def test_totals_and_float_plan():
     rows, bare = (make_plan(make_model(*o), (64, 64)) for o in ((*QUANT, *AUX), ()))
     model = make_model(*QUANT, *AUX)

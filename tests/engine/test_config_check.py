@@ -62,6 +62,7 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
         ("MODEL.CLASSIFIER.NUM_CLASSES", "-1", "must not be negative"),
         ("MODEL.RETINANET.NUM_CLASSES", "-1", "must not be negative"),
         ("MODEL.QUANT.SCALE_LR", "-1.0", "must not be negative"),
+        ("MODEL.QUANT.INPUT.SCALE_LR_FACTOR", "-1.0", "must not be negative"),
         ("MODEL.BACKBONE.FREEZE_AT", "-1", "from 0, nothing, to 5"),
         ("MODEL.BACKBONE.FREEZE_AT", "6", "from 0, nothing, to 5"),
         ("TEST.DETECTIONS_PER_IMAGE", "0", "at least 1, got 0"),

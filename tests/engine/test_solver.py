@@ -53,6 +53,17 @@ def test_values_by_kind_of_parameter():
         assert found[name] == pytest.approx((0.05, 0.0007 if key == "alpha" else 0.0)), name
 
 
+def test_scales_of_activations_have_a_factor_of_their_own():
+    model = make_model(*QUANT, *AUX)
+    factor = ("MODEL.QUANT.INPUT.SCALE_LR_FACTOR", "4.0")
+    found = values_by_name(model, build_optimizer(make_cfg(*QUANT, *AUX, *SOLVER, *factor), model))
+    rates = {"weight": set(), "input": set()}
+    for name, quantizer in quantizers(model):
+        rates[quantizer.spec.role] |= {found[f"{name}.{key}"][0] for key, _ in quantizer.named_parameters()}
+    assert rates == {"weight": {0.05}, "input": {0.2}}
+    assert found["head.cls_score.weight"] == (0.1, 0.01)
+
+
 def test_as_detectron2_where_there_is_nothing_new():
     overrides = (*SOLVER, "MODEL.RETINANET.NORM", "")
     cfg, model = make_cfg(*overrides), make_model(*overrides)

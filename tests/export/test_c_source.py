@@ -69,6 +69,7 @@ def outputs_of(binary, program, shapes, images):
         ((), ("-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover")),
         (SEVEN_BITS, ("-O3", "-march=native", "-ffp-contract=fast")),
         (LSQPLUS, ("-O1",)),
+        (("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd", "MODEL.QUANT.WEIGHT.NUM_BITS", "2"), ("-O1",)),
     ],
 )
 def test_predictions_are_the_shipped_ones_to_the_bit(tmp_path, overrides, flags):

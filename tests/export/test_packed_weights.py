@@ -17,6 +17,7 @@ from aqdet.export.packed_weights import grid_of_codes, pack_int4, pack_pairs_of_
 from aqdet.export.reference import run
 
 DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
+ODD = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd")
 BITS = {bits: ("MODEL.QUANT.WEIGHT.NUM_BITS", str(bits)) for bits in (2, 3, 5)}
 
 
@@ -68,8 +69,8 @@ def test_any_weight_comes_back(bits, odd, shape):
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), BITS[2], BITS[3], BITS[5], DOREFA, (*DOREFA, *BITS[2]), FCOS],
-    ids=["4 bits", "2 bits", "3 bits", "5 bits", "dorefa", "dorefa, 2 bits", "fcos"],
+    [(), BITS[2], BITS[3], BITS[5], DOREFA, (*DOREFA, *BITS[2]), (*ODD, *BITS[2]), FCOS],
+    ids=["4 bits", "2 bits", "3 bits", "5 bits", "dorefa", "dorefa, 2 bits", "without zero, 2 bits", "fcos"],
 )
 def test_the_runtime_folds_them_and_has_the_references_values(overrides):
     _, program = shared(*overrides)
@@ -86,7 +87,10 @@ def test_the_runtime_folds_them_and_has_the_references_values(overrides):
         np.testing.assert_array_equal(found, reference[info.name], info.name)
 
 
-@pytest.mark.parametrize("bits, overrides", [(4, ()), (2, BITS[2])])
+ODD_BITS = [(2, (*ODD, "MODEL.QUANT.WEIGHT.CENTERED", "True", "MODEL.QUANT.WEIGHT.NUM_BITS", bits)) for bits in "12"]
+
+
+@pytest.mark.parametrize("bits, overrides", [(4, ()), (2, BITS[2]), *ODD_BITS, (4, ODD)])
 def test_a_weight_takes_its_bits_once(bits, overrides):
     _, program = shared(*overrides)
     graph = build_onnx(program)

@@ -12,9 +12,10 @@ from aqdet.export.qonnx_graph import DOMAIN, build_qonnx
 from aqdet.export.reference import run
 
 DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
+ODD = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd", "MODEL.QUANT.WEIGHT.NUM_BITS", "2")
 
 
-@pytest.mark.parametrize("overrides", [(), LSQPLUS, DOREFA], ids=["lsq", "lsq+", "dorefa"])
+@pytest.mark.parametrize("overrides", [(), LSQPLUS, DOREFA, ODD], ids=["lsq", "lsq+", "dorefa", "without zero"])
 def test_the_executor_has_the_references_codes(overrides):
     wrapper = pytest.importorskip("qonnx.core.modelwrapper")
     from qonnx.core.onnx_exec import execute_onnx

@@ -37,6 +37,23 @@ def test_defaults_by_role_and_first_match_wins():
     assert model.backbone.bottom_up.res5[1].conv2.weight_quantizer.scale.shape == (512,)
 
 
+def test_without_a_zero_level_where_bits_are_few_and_lsq_elsewhere():
+    rules = (
+        ("res3", {"WEIGHT.NUM_BITS": 1}),
+        (r"res4\.0", {"WEIGHT.NUM_BITS": 5}),
+        (r"res4\.1", {"WEIGHT.CENTERED": False}),
+    )
+    extra = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd", "MODEL.QUANT.WEIGHT.CENTERED", "True")
+    model = build_model(with_rules(*rules, extra=extra))
+    specs = {name: layer.weight_quantizer.spec for name, layer in quantizable_layers(model)}
+    found = {name: (spec.quantizer, spec.num_bits, spec.centered) for name, spec in specs.items()}
+    assert found["backbone.bottom_up.stem.conv1"] == found["head.cls_score"] == ("lsq", 8, False)
+    assert found["backbone.bottom_up.res3.0.conv1"] == ("lsqodd", 1, True)
+    assert found["backbone.bottom_up.res4.0.conv1"] == ("lsq", 5, False)
+    assert found["backbone.bottom_up.res4.1.conv1"] == ("lsqodd", 4, False)
+    assert found["backbone.bottom_up.res5.0.conv1"] == ("lsqodd", 4, True)
+
+
 def test_a_layer_left_in_float_is_announced(caplog):
     with caplog.at_level(logging.WARNING):
         model = build_model(with_rules((r"cls_score", {"ENABLED": False})))
@@ -122,6 +139,7 @@ def test_a_value_of_another_type_is_refused_rather_than_taken_as_true(overrides,
             "inputs must be one of dorefa, lqnet, lsq, lsqplus, n2uq, pact, got 'lqs'",
         ),
         ("WEIGHT.NUM_BITS", "1", "integer from 2 to 8, got 1"),
+        ("WEIGHT.CENTERED", "True", "WEIGHT.CENTERED must be False with WEIGHT.QUANTIZER lsq: it is for lsqodd"),
         ("INPUT.NUM_BITS", "32", "integer from 2 to 8, got 32"),
     ],
 )
