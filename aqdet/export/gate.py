@@ -24,7 +24,7 @@ from ..data import register_declared
 from ..evaluation import build_evaluator
 from ..evaluation.exported import ExportedDetector
 from ..runtime import Detector
-from .extract import with_rounded_constants
+from .as_shipped import AsShipped
 
 SHOWN = 0.5
 """Score from which a detection of the trained model counts as one that its user sees."""
@@ -140,10 +140,11 @@ def evaluate_both(
     progress: Callable[[str], object] = lambda _: None,
     float_model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the trained model, the same with the constants that ship, and the exported folder on the same images.
+    """Evaluates the trained model, the same in the arithmetic that ships, and the exported folder on the same images.
 
-    What is left between the second and the third is float32's rounding at ties; between the first and the second lie
-    biases rounded to int32 and the scales of sums, see :func:`~aqdet.export.extract.with_rounded_constants`.
+    Between the first and the second lies all that rounding does: biases in int32, scales of sums, and float32's error
+    at ties, which later layers carry on. Between the second and the third, whose networks have the same codes, lie the
+    runtime's own reading, resizing and decoding.
 
     Args:
         cfg: of the detector; not changed.
@@ -154,8 +155,8 @@ def evaluate_both(
         float_model: the detector in full precision that ``model`` was made from without training, if it was.
 
     Returns:
-        ``dataset``, ``images``, ``metrics`` (``trained``, ``rounded``, ``exported`` and the ``difference`` of the last
-        and the first by name), ``detections`` of the first and ``rounded_detections`` of the second beside the
+        ``dataset``, ``images``, ``metrics`` (``trained``, ``shipped``, ``exported`` and the ``difference`` of the last
+        and the first by name), ``detections`` of the first and ``shipped_detections`` of the second beside the
         exported ones, see :meth:`Matches.summary`. With a ``float_model`` its metrics are there as ``float``, and its
         ``float_detections`` beside the exported ones.
 
@@ -165,7 +166,7 @@ def evaluate_both(
     cfg, records = dataset_records(cfg, dataset)
     objects = {record["image_id"]: _objects(record) for record in records}
     exported = ExportedDetector(Detector(folder, threads=torch.get_num_threads()))
-    models = {"trained": model, "rounded": with_rounded_constants(model)}
+    models: dict[str, nn.Module] = {"trained": model, "shipped": AsShipped(model)}
     if float_model is not None:
         models["float"] = float_model
     matches = {name: Matches() for name in models}

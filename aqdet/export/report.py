@@ -109,23 +109,24 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     lines = ["", f"## On {evaluation['dataset']}, {evaluation['images']} images", ""]
     # Quantized without training it has a float model beside it, and is not "trained".
     start = ["float", "quantized"] if "float_detections" in evaluation else ["trained"]
-    columns = [*start, "with the constants that ship", "exported", f"exported - {start[-1]}"]
+    columns = [*start, "in the arithmetic that ships", "exported", f"exported - {start[-1]}"]
     lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    keys = [*["float"] * (len(start) - 1), "trained", "rounded", "exported"]
+    keys = [*["float"] * (len(start) - 1), "trained", "shipped", "exported"]
     for name, values in evaluation["metrics"].items():
         cells = ["-" if v is None else f"{v:.2f}" for v in (values[key] for key in keys)]
         difference = values["difference"]
         lines.append(f"| {name} | {' | '.join(cells)} | {'-' if difference is None else f'{difference:+.2f}'} |")
-    rounded = evaluation["rounded_detections"]
+    shipped = evaluation["shipped_detections"]
     if "float_detections" in evaluation:
         lines += ["", detections_line(evaluation["float_detections"], "float")]
     return [
         *lines,
         "",
         detections_line(evaluation["detections"], start[-1]),
-        f"With the constants that ship (biases in int32, scales of sums) the {start[-1]} model has "
-        f"{rounded['trained']} such detections, {rounded['matched']} of them exported too; scores differ by "
-        f"{rounded['mean_score_difference']:.1e} on average, {rounded['largest_score_difference']:.1e} at most.",
+        f"In the arithmetic that ships (the program's integers, executed by torch) the {start[-1]} model has "
+        f"{shipped['trained']} such detections, {shipped['matched']} of them exported too; scores differ by "
+        f"{shipped['mean_score_difference']:.1e} on average, {shipped['largest_score_difference']:.1e} at most. The "
+        f"{start[-1]} model and this one differ by rounding alone.",
     ]
 
 
