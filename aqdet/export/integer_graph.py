@@ -14,7 +14,10 @@ import onnxruntime
 from .agreement import runtime_session
 
 INTEGER_KINDS = frozenset(
-    "Clip Concat MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Resize Slice Split Transpose".split()
+    (
+        "Clip Concat Gather MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Reshape Resize Slice Split "
+        "Transpose"
+    ).split()
 )
 """Operators that compute on integers in the graphs written here, as ONNX Runtime executes them."""
 
@@ -22,18 +25,24 @@ INTEGER_KINDS = frozenset(
 def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> dict[str, int]:
     """Counts the operators of the graph that ONNX Runtime executes.
 
+    What depends on the image's size alone, as the places that a Gather reads, is not computed from its values.
+
     Raises:
         ValueError: naming them, if operations that do not come after a prediction compute in float.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "optimized.onnx")
         runtime_session(graph, optimize=True, optimized_path=path)
-        nodes = onnx.load(path).graph.node
+        executed = onnx.load(path).graph
+    nodes = executed.node
     predicted: set[str] = set()
+    of_sizes = {tensor.name for tensor in executed.initializer} | {""}
     floats = []
     for node in nodes:
         if node.op_type == "MatMulInteger" or any(name in predicted for name in node.input):
             predicted.update(node.output)
+        elif node.op_type == "Shape" or all(name in of_sizes for name in node.input):
+            of_sizes.update(node.output)
         elif node.op_type not in INTEGER_KINDS:
             name = re.sub(r"_token_\d+$", "", node.output[0])  # which layout changes add
             if not any(re.search(pattern, name) for pattern in allow_float):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from programs import LSQPLUS, image, make_conv, shared
 
 from aqdet.export.agreement import runtime_session
@@ -28,8 +28,10 @@ def test_onnx_runtime_executes_integers_alone():
     convs = list(program.convs())
     predictions = sum(conv.grid is None for conv in convs)
     assert executed["QLinearConv"] == len(convs) - predictions and executed["MatMulInteger"] == predictions
-    # Eight residual sums and two of the pyramid; the only Adds left are the predictions' two parts and int32 biases.
-    assert executed["QLinearAdd"] == 10 and executed["Add"] == 2 * predictions
+    # Eight residual sums and two of the pyramid; the only Adds left are the predictions' two parts and int32 biases,
+    # and three for each level's places under a kernel.
+    assert executed["QLinearAdd"] == 10 and executed["Add"] == 2 * predictions + 3 * len(program.outputs)
+    assert executed["Gather"] == predictions and executed["Range"] == 2 * len(program.outputs)
     assert not {"Conv", "DequantizeLinear", "QuantizeLinear", "LeakyRelu", "Relu"} & set(executed)
 
 
@@ -119,6 +121,35 @@ def test_dorefa_at_8_bits_reads_its_input_four_times():
     concat = next(node for node in graph.graph.node if node.op_type == "Concat" and "copies" in node.output[0])
     assert list(concat.input) == [stem.input] * 4
     check_integer(graph)
+
+
+def test_the_image_is_read_in_channels_by_four():
+    _, program = shared()
+    stem = next(program.convs())
+    graph = build_onnx(program).graph
+    concat = next(node for node in graph.node if node.op_type == "Concat" and "copies" in node.output[0])
+    assert list(concat.input) == [stem.input, stem.input, f"{stem.output}.copies_rest"]
+    weight = next(t for t in graph.initializer if t.name == f"{stem.path}.weight")
+    parts = np.split(numpy_helper.to_array(weight).astype(np.int32), [3, 6], axis=1)
+    assert parts[2].shape[1] == 2 and not parts[2].any()
+    np.testing.assert_array_equal(parts[0] + parts[1], stem.integer_weight)
+
+
+def test_a_float_operation_after_sizes_is_still_named():
+    """What is computed of sizes passes; a value of the image that meets it does not."""
+    _, program = shared()
+    graph = build_onnx(program)
+    gather = next(node for node in graph.graph.node if node.op_type == "Gather")
+    values = [
+        helper.make_node("Cast", [gather.input[1]], ["float_places"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [gather.output[0]], ["float_codes"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["float_places"], ["total"], keepdims=0),
+        helper.make_node("Mul", ["float_codes", "total"], ["mixed"]),
+    ]
+    graph.graph.node.extend(values)
+    graph.graph.output.append(helper.make_tensor_value_info("mixed", TensorProto.FLOAT, None))
+    with pytest.raises(ValueError, match=r"float_codes \(Cast\), mixed \(Mul\) in float"):
+        check_integer(graph)
 
 
 def test_worst_pairs_of_products_are_exact_on_any_x86():
