@@ -2,8 +2,8 @@
 
 import dataclasses
 import shutil
-import subprocess
 
+import c_program
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,51 +14,21 @@ from aqdet.export.onnx_graph import build_onnx
 from aqdet.export.program import IMAGE, Grid, Program
 from aqdet.export.reference import run
 
-FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror")
-MAIN = """
-#include "detector.h"
-#include <stdio.h>
-
-static uint8_t image[DETECTOR_HEIGHT * DETECTOR_WIDTH * 3];
-static detector_outputs outputs;
-
-int main(void) {
-    while (fread(image, sizeof image, 1, stdin) == 1) {
-        detector_run(image, &outputs);
-        if (fwrite(&outputs, sizeof outputs, 1, stdout) != 1) {
-            return 1;
-        }
-    }
-    return 0;
-}
-"""
+ARM_GCC, QEMU = "arm-linux-gnueabihf-gcc", "qemu-arm-static"
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
 
-def compiled(folder, source, *flags):
+needs_arm = pytest.mark.skipif(
+    shutil.which(ARM_GCC) is None or shutil.which(QEMU) is None,
+    reason="needs gcc-arm-linux-gnueabihf, libc6-dev-armhf-cross and qemu-user-static",
+)
+
+
+def compiled(folder, source, *compiler):
     """A program that reads images from its standard input and writes the predictions."""
-    for name, text in (("detector.h", source.header), ("detector.c", source.source), ("main.c", MAIN)):
+    for name, text in (("detector.h", source.header), ("detector.c", source.source)):
         (folder / name).write_text(text)
-    command = ["gcc", *FLAGS, *flags, "-o", folder / "detector", folder / "detector.c", folder / "main.c"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "detector"
-
-
-def outputs_of(binary, program, shapes, images):
-    """Predictions (N, C, H, W) of images (N, 3, H, W), by name."""
-    data = images.transpose(0, 2, 3, 1).tobytes()
-    done = subprocess.run([binary], input=data, capture_output=True, check=True)
-    rows = np.frombuffer(done.stdout, np.float32).reshape(len(images), -1)
-    values, start = {}, 0
-    for output in program.outputs:
-        for name in output.names:
-            channels, height, width = shapes[name]
-            end = start + channels * height * width
-            values[name] = rows[:, start:end].reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
-            start = end
-    assert start == rows.shape[1]
-    return values
+    return c_program.build(folder, folder, *compiler)
 
 
 @needs_gcc
@@ -77,14 +47,37 @@ def test_predictions_are_the_shipped_ones_to_the_bit(tmp_path, overrides, flags)
     images = image(64, 96, count=2)
     source = build_c(program, 64, 96)
     expected = run(program, images)
-    shapes = {name: expected[name].shape[1:] for output in program.outputs for name in output.names}
-    found = outputs_of(compiled(tmp_path, source, *flags), program, shapes, images)
+    found = c_program.predictions([compiled(tmp_path, source, "gcc", *flags)], source.header, images)
+    assert set(found) == {name for output in program.outputs for name in output.names}
     session = onnxruntime.InferenceSession(build_onnx(program).SerializeToString(), providers=["CPUExecutionProvider"])
     shipped = dict(zip([o.name for o in session.get_outputs()], session.run(None, {IMAGE: images}), strict=True))
-    for name in shapes:
+    for name in found:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
         np.testing.assert_array_equal(found[name], shipped[name], err_msg=name)
-    assert source.outputs == sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    assert source.outputs == sum(value[0].nbytes for value in found.values())
+
+
+@needs_arm
+@pytest.mark.parametrize(
+    ("overrides", "flags"),
+    [((), ("-O3", "-mthumb")), (LSQPLUS, ("-O3", "-marm", "-mcpu=cortex-a15", "-mfpu=neon-vfpv4"))],
+    ids=["thumb", "neon"],
+)
+def test_predictions_on_32_bit_arm(tmp_path, overrides, flags):
+    _, program = shared(*overrides)
+    images = image(64, 64, count=1)
+    source = build_c(program, 64, 64)
+    binary = compiled(tmp_path, source, ARM_GCC, "-static", *flags)
+    expected = run(program, images)
+    for name, value in c_program.predictions([QEMU, binary], source.header, images).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+@needs_gcc
+def test_a_program_that_does_not_compile_says_why(tmp_path):
+    source = build_c(shared()[1], 64, 64)
+    with pytest.raises(RuntimeError, match="gcc: .*only without -ffast-math"):
+        compiled(tmp_path, source, "gcc", "-ffast-math")
 
 
 def slow_unpack(words, count, bits):

@@ -12,11 +12,12 @@ them on processors that QEMU emulates; runs the same with ONNX Runtime in JavaSc
     arm-dot      aarch64 with products of 8-bit integers (Neoverse N1)
     arm          aarch64 without them (Cortex-A72)
     node, web    onnxruntime-node, and onnxruntime-web, which is WebAssembly
+    c, c-arm     detector.c of export_model.py --c, compiled for this machine, and for 32-bit ARM with NEON
 
 Needs qemu-user-static; for aarch64 also Debian's apt-get and dpkg, and for JavaScript Node.js and npm, all with their
-registries. What is missing leaves its machines out, with a line that says why. The aarch64 system and the npm packages
-stay in the cache folder. Takes about half a minute a machine and folder. The exit status is 1 if something differs
-and 2 if the request cannot be met.
+registries; for C gcc, and gcc-arm-linux-gnueabihf with libc6-dev-armhf-cross. What is missing leaves its machines out,
+with a line that says why. The aarch64 system and the npm packages stay in the cache folder. Takes about half a minute a
+machine and folder. The exit status is 1 if something differs and 2 if the request cannot be met.
 """
 
 from __future__ import annotations
@@ -36,18 +37,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aarch64 import (
-    SECONDS_LIMIT,
-    Command,
-    NotHere,
-    debian_system,
-    fetch,
-    last_line,
-    program,
-    run_program,
-    runtime_packages,
-    write_cpuinfo,
-)
+from aarch64 import debian_system, runtime_packages, write_cpuinfo
+from debian import SECONDS_LIMIT, Command, NotHere, fetch, last_line, program, run_program
 
 from aqdet.utils.arguments import file_to_read
 from aqdet.utils.console import run_console
@@ -67,7 +58,16 @@ ARM = {
 }
 X86 = {"x86-avx2": "Haswell", "x86-sse4": "Nehalem"}
 JAVASCRIPT = {"node": "onnxruntime-node", "web": "onnxruntime-web"}
-MACHINES = ("here", *X86, *ARM, *JAVASCRIPT)
+# Compiler and flags, its package, and the program that runs what it makes.
+C = {
+    "c": (("gcc", "-O3"), "gcc", ""),
+    "c-arm": (
+        ("arm-linux-gnueabihf-gcc", "-static", "-O3", "-mfpu=neon"),
+        "gcc-arm-linux-gnueabihf and libc6-dev-armhf-cross",
+        "qemu-arm-static",
+    ),
+}
+MACHINES = ("here", *X86, *ARM, *JAVASCRIPT, *C)
 # Operations that write integer codes; behind QuantizeLinear there may be a Clip, which then has the codes.
 CODES = ("QuantizeLinear", "Clip", "MaxPool", "Resize")
 SELF_TEST = """
@@ -214,6 +214,17 @@ def emulated_arm(name: str, folder: Path, cache: Path) -> Outcome:
     return self_test([qemu, "-cpu", processor, "-L", system, python], folder, [packages])
 
 
+def javascript_packages(cache: Path, package: str) -> Path:
+    """Folder in whose ``node_modules`` a package of npm's is; installed there if it is not yet."""
+    place = cache / "javascript"
+    if not (place / "node_modules" / package / "package.json").is_file():
+        npm = program("npm", package="npm")
+        place.mkdir(parents=True, exist_ok=True)
+        # Its install script would download libraries for GPUs.
+        fetch([npm, "install", "--ignore-scripts", "--no-fund", "--no-audit", package], f"npm install {package}", place)
+    return place
+
+
 def in_javascript(package: str, folder: Path, cache: Path) -> Outcome:
     """ONNX Runtime's package in Node.js: the outputs of the graph as it ships, and the codes of all layers."""
     import numpy as np
@@ -221,12 +232,7 @@ def in_javascript(package: str, folder: Path, cache: Path) -> Outcome:
     from aqdet.runtime.folder import MODEL
     from aqdet.runtime.golden import GOLDEN, Check, compare_arrays
 
-    node, npm = program("node", package="nodejs"), program("npm", package="npm")
-    place = cache / "javascript"
-    if not (place / "node_modules" / package / "package.json").is_file():
-        place.mkdir(parents=True, exist_ok=True)
-        # Its install script would download libraries for GPUs.
-        fetch([npm, "install", "--ignore-scripts", "--no-fund", "--no-audit", package], f"npm install {package}", place)
+    node, place = program("node", package="nodejs"), javascript_packages(cache, package)
     about = json.loads((place / "node_modules" / package / "package.json").read_text(encoding="utf-8"))["version"]
     with np.load(folder / GOLDEN, allow_pickle=False) as file:
         golden = dict(file)
@@ -248,6 +254,39 @@ def in_javascript(package: str, folder: Path, cache: Path) -> Outcome:
                     found = np.fromfile(work / f"{name}.bin", expected.dtype).reshape(expected.shape)
                     checks.append(compare_arrays(f"{what} {name.removeprefix(f'{kind}/')}", found, expected))
     return Outcome("", f"{package} {about}", tuple(checks))
+
+
+def in_c(name: str, folder: Path) -> Outcome:
+    """The C program beside the runtime, on the golden vectors' image at the size that the program is for."""
+    import c_program
+    import numpy as np
+
+    from aqdet.runtime import Detector
+    from aqdet.runtime.golden import GOLDEN, Check, compare_arrays
+    from aqdet.runtime.preprocess import make_batch, resize
+
+    (gcc, *flags), package, emulator = C[name]
+    if not (folder / "detector.c").is_file():
+        raise NotHere("the folder has no detector.c (export_model.py --c SIZE writes it)")
+    compiler = program(gcc, package=package)
+    before = [program(emulator, package="qemu-user-static")] if emulator else []
+    header = (folder / "detector.h").read_text(encoding="utf-8")
+    detector = Detector(folder, threads=1)
+    with np.load(folder / GOLDEN, allow_pickle=False) as golden:
+        image = resize(golden["image"], *c_program.image_size(header))
+    batch, _ = make_batch([image], dataclasses.replace(detector.description, min_size=0))
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            binary = c_program.build(folder, Path(temporary), compiler, *flags)
+            found = c_program.predictions([*before, binary], header, batch)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            return Outcome("", gcc, (Check("detector.c", False, str(error)),))
+    checks = [
+        compare_arrays(f"output {output}", found[output], value)
+        for level, values in zip(detector.description.levels, detector.run(batch), strict=True)
+        for output, value in zip(level.outputs, values, strict=True)
+    ]
+    return Outcome("", f"{gcc} {' '.join(flags)}, {image.shape[0]}x{image.shape[1]} pixels", tuple(checks))
 
 
 def write_with_outputs(model: Path, target: Path, names: Sequence[str]) -> None:
@@ -301,6 +340,7 @@ def run(name: str, folder: Path, all_layers: Path, cache: Path) -> Outcome:
     runs: dict[str, Callable[[], Outcome]] = {"here": lambda: here(folder, all_layers, cache)}
     runs |= {key: functools.partial(emulated_x86, X86[key], all_layers) for key in X86}
     runs |= {key: functools.partial(emulated_arm, key, all_layers, cache) for key in ARM}
+    runs |= {key: functools.partial(in_c, key, folder) for key in C}
     runs |= {key: functools.partial(in_javascript, JAVASCRIPT[key], all_layers, cache) for key in JAVASCRIPT}
     try:
         outcome = runs[name]()
