@@ -43,7 +43,12 @@ setup(
     ],
     packages=[*find_packages(include=["aqdet", "aqdet.*"]), "aqdet.configs", "aqdet.programs"],
     package_dir={"aqdet.configs": "configs", "aqdet.programs": "tools"},
-    package_data={"aqdet": ["py.typed"], "aqdet.report": ["templates/*"], "aqdet.configs": ["**/*.yaml", "README.md"]},
+    package_data={
+        "aqdet": ["py.typed"],
+        "aqdet.report": ["templates/*"],
+        "aqdet.configs": ["**/*.yaml", "README.md"],
+        "aqdet.programs": ["examples/*"],
+    },
     cmdclass={"build_py": BuildModules},
     entry_points={"console_scripts": ["aqdet = aqdet.main:main"]},
     zip_safe=False,

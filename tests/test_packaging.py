@@ -66,7 +66,9 @@ def test_what_is_installed(wheel):
     configs = {f"aqdet/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert configs == {name for name in installed if name.endswith(".yaml")}
     programs = {f"aqdet/programs/{program}.py" for program, _, _ in command.PROGRAMS.values()}
-    assert programs == {name for name in installed if name.startswith("aqdet/programs/")}
+    examples = {f"aqdet/programs/examples/{path.name}" for path in (ROOT / "tools/examples").iterdir()}
+    assert len(examples) == 2
+    assert programs | examples == {name for name in installed if name.startswith("aqdet/programs/")}
     others = {path for path in (ROOT / "aqdet").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert {path.relative_to(ROOT).as_posix() for path in others} <= installed  # each kind is in package_data
     assert {name.split("/")[0] for name in installed if ".dist-info/" not in name} == {"aqdet"}

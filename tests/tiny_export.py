@@ -14,7 +14,8 @@ from detectron2.modeling.matcher import Matcher
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from aqdet.runtime import write_description
+from aqdet.export.end_to_end import build_end_to_end
+from aqdet.runtime import read_description, write_description
 
 CLASSES = ("disc", "cross", "ring")
 STRIDES = (8, 16)
@@ -89,6 +90,22 @@ def write_folder(folder, model, *, channels="BGR", min_size=64, max_size=100, cl
     content = make_content(model, channels, min_size, max_size, classes, layers)
     write_description(folder, content, ("model.onnx", "model.safetensors"))
     return folder
+
+
+def write_sure_twin(folder, *, channels="BGR", **decode):
+    """Writes a twin whose scores can be told apart, and that leaves images as large as they are."""
+    model = make_twin(**decode)
+    with torch.no_grad():
+        for conv in (*model.head.logits, *model.head.deltas):
+            conv.weight.mul_(6)
+    return write_folder(folder, model, channels=channels, min_size=0)
+
+
+def end_to_end_of(folder):
+    """The graph from pixels to detections of a twin's folder."""
+    network = onnx.load(folder / "model.onnx")
+    network.opset_import[0].version, network.ir_version = 21, 10  # the twin's few nodes are the same in both
+    return build_end_to_end(network, read_description(folder))
 
 
 def make_graph(model):

@@ -1,24 +1,20 @@
 """The graph from pixels to detections against aqdet.runtime: the same detections in the same order."""
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 from helpers import FCOS
 from programs import shared
-from tiny_export import make_photo, make_twin, write_folder
+from tiny_export import end_to_end_of, make_photo, make_twin, write_folder
+from tiny_export import write_sure_twin as twin
 
-from aqdet.export.end_to_end import build_end_to_end, largest_float32_below
-from aqdet.export.onnx_graph import OPSET
+from aqdet.export.end_to_end import largest_float32_below
 from aqdet.runtime import Detector
 
 
 def session_of(folder):
-    network = onnx.load(folder / "model.onnx")
-    network.opset_import[0].version, network.ir_version = OPSET, 10  # the twin's few nodes are the same in both
-    model = build_end_to_end(network, Detector(folder).description)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(end_to_end_of(folder).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def detect(session, *images):
@@ -33,14 +29,6 @@ def assert_same(found, expected, index=0):
     np.testing.assert_array_equal(classes[own], expected.classes)
     np.testing.assert_allclose(scores[own], expected.scores, rtol=2e-6)
     np.testing.assert_allclose(boxes[own], expected.boxes, rtol=1e-5, atol=1e-3)
-
-
-def twin(folder, *, channels="BGR", **decode):
-    model = make_twin(**decode)
-    with torch.no_grad():
-        for conv in (*model.head.logits, *model.head.deltas):
-            conv.weight.mul_(6)  # scores that can be told apart
-    return write_folder(folder, model, channels=channels, min_size=0)
 
 
 @pytest.mark.parametrize(

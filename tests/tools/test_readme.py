@@ -16,7 +16,7 @@ ROWS = {
 def programs():
     """The programs by their path below tools/: scripts, and Python files that run something."""
     for path in TOOLS.rglob("*"):
-        if path.suffix in (".sh", ".mjs") or (
+        if path.suffix in (".sh", ".mjs", ".cpp") or (
             path.suffix == ".py" and 'if __name__ == "__main__"' in path.read_text("utf-8")
         ):
             yield path.relative_to(TOOLS).as_posix()
@@ -31,7 +31,8 @@ def test_every_program_has_a_row_and_every_row_a_program():
 def test_the_example_is_of_the_program(name):
     words = shlex.split(ROWS[name][1])
     source = (TOOLS / name).read_text("utf-8")
-    assert words[:2] == [{".sh": "bash", ".mjs": "node", ".py": "python"}[(TOOLS / name).suffix], f"tools/{name}"]
+    first = {".sh": "bash", ".mjs": "node", ".py": "python", ".cpp": "g++"}[(TOOLS / name).suffix]
+    assert words[0] == first and f"tools/{name}" == next(word for word in words[1:] if not word.startswith("-"))
     for word in words[2:]:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file()
