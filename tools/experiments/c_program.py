@@ -46,7 +46,16 @@ def build(source: Path, work: Path, *compiler: str) -> Path:
         RuntimeError: if it does not compile without warnings, with what the compiler said first.
     """
     (work / "main.c").write_text(MAIN)
-    command = [*compiler, *FLAGS, "-I", source, "-o", work / "detector", source / "detector.c", work / "main.c"]
+    command: Command = [
+        *compiler,
+        *FLAGS,
+        "-I",
+        source,
+        "-o",
+        work / "detector",
+        source / "detector.c",
+        work / "main.c",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_LIMIT, check=False)
     if done.returncode:
         raise RuntimeError(f"{compiler[0]}: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
