@@ -1,4 +1,4 @@
-"""Detectron2's trainers of one step, which stop where a loss or a gradient is not finite."""
+"""Detectron2's trainers of one step, which here stop when a loss or a gradient is not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 _MIN_GRAD_SCALE = 2.0**-16
-"""32 steps in a row were skipped when mixed precision, which starts at ``2^16``, is at this."""
+"""Smallest scale of mixed precision. It starts at ``2^16``, so that 32 steps in a row were skipped at this value."""
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -20,11 +20,11 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class _CheckedLosses:
-    """Checks the losses of all processes where Detectron2 checks those of the main one: before the weights move."""
+    """Checks the losses of all processes before the weights move, where Detectron2 checks those of the main one."""
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         losses = [value.detach().float() for value in loss_dict.values()]
-        # One copy of all: each that is read by itself waits for the GPU.
+        # All are copied at once, since each copy waits for the GPU.
         values = dict(zip(loss_dict, torch.stack(losses).cpu(), strict=True))
         wrong = ", ".join(f"{name} {value.item()}" for name, value in values.items() if not torch.isfinite(value))
         wrong = wrong or self._wrong_gradients()

@@ -1,6 +1,7 @@
-"""The training or evaluation that one command line asks for, in one process or more.
+"""The training or evaluation that a command line asks for, in one process or more.
 
-Exit status: 2 for wrong input or a file that cannot be written, 3 for a loss that is not finite, 128 + n for signal n.
+The exit status is 2 for wrong input or a file that cannot be written, 3 for a loss that is not finite, and 128 + n for
+signal n.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, DatasetCheck]:
     cfg.freeze()
     nowhere = cfg.clone()
     nowhere.defrost()
-    nowhere.OUTPUT_DIR = None  # Detectron2 would write its config and log there, whether or not a run comes of it
+    nowhere.OUTPUT_DIR = None  # Detectron2 would write its config and log there even if the run is refused later
     if args.config_file:
-        args.config_file = find_config_file(args.config_file)  # Detectron2 logs the file, and does not know names
+        args.config_file = find_config_file(args.config_file)  # Detectron2 logs the file, and knows no names of configs
     if cfg.MODEL.DEVICE == "cpu":
         logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_cuda)
     default_setup(nowhere, args)
@@ -76,13 +77,13 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, DatasetCheck]:
 def _is_not_about_cuda(record: logging.LogRecord) -> bool:
     """Keeps back a warning of PyTorch that a CUDA toolkit is installed where there is no GPU.
 
-    Detectron2's table of the environment, whose making brings it forth, says itself whether a GPU is available.
+    PyTorch warns while Detectron2 makes its table of the environment, and the table says whether a GPU is available.
     """
     return not str(record.msg).startswith("No CUDA runtime is found")
 
 
 def train(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:
-    """Trains; takes ``OUTPUT_DIR`` for this run as soon as nothing can be refused any more."""
+    """Trains; ``OUTPUT_DIR`` becomes this run's as soon as nothing can be refused any more."""
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume or is_restart())
     with trainer.started():
@@ -96,7 +97,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: R
     if args.exported:
         try:
             from ..evaluation.exported import load_exported
-        except ModuleNotFoundError as error:  # training does without ONNX Runtime
+        except ModuleNotFoundError as error:  # training does not need ONNX Runtime
             raise ValueError(f"--exported needs {error.name}: pip install '.[export]'") from error
         model, weights = load_exported(cfg, args.exported), args.exported
     else:
@@ -112,10 +113,10 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: R
 
 
 def run(args: argparse.Namespace) -> None:
-    """Calls :func:`main` in one process or more, and ends the process with its exit status if something fails.
+    """Calls :func:`main` in one process or more, and ends the process with an exit status if something fails.
 
     Args:
-        args: The options of Detectron2's ``default_argument_parser``, and ``exported``, a folder or "".
+        args: The options of Detectron2's ``default_argument_parser``, and ``exported``, which is a folder or "".
     """
     try:
         launch(main, args)
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
             raise
         fail(str(error))
     except torch.multiprocessing.ProcessExitedException as error:
-        # The process that failed has printed why.
+        # The process that failed has printed the reason.
         sys.exit(error.exit_code)
 
 
@@ -152,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
             raise
         message = str(error)
         if message.startswith("Caught "):
-            # A worker of the data loader sends its traceback, which ends in what happened.
+            # A worker of the data loader sends its traceback, whose last line is the error.
             message = message.strip().splitlines()[-1]
         fail(f"{' '.join(message.split())} (AQDET_DEBUG=1 shows where)")
 

@@ -1,4 +1,4 @@
-"""A config against the machine and against what is registered, before anything is built."""
+"""Checks of a config against the machine and against the registries, before anything is built."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..modeling.meta_arch.rcnn import QuantGeneralizedRCNN, check_two_stage
 logger = logging.getLogger(__name__)
 
 DENSE = ("RETINANET", "FCOS")
-# What Detectron2 0.6 and main both know.
+# Names that Detectron2 0.6 and main both know.
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 def fit_to_machine(cfg: CfgNode) -> None:
-    """Changes keys that this machine cannot follow, and logs each: device, SyncBN and mixed precision on a CPU."""
+    """Changes and logs the keys that this machine cannot follow: device, SyncBN and mixed precision on a CPU."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s but there is no CUDA device: using cpu", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
@@ -39,10 +39,10 @@ def fit_to_machine(cfg: CfgNode) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks values that Detectron2 accepts silently, or fails on without naming the key.
+    """Checks values that Detectron2 accepts silently, or refuses without naming the key.
 
     Raises:
-        ValueError: in one line, naming the key, the value and the valid ones.
+        ValueError: In one line, naming the key, the value and the valid ones.
     """
     _check_numbers(cfg)
     _check_test(cfg)
@@ -89,7 +89,7 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
-    """The pyramid, the head and the auxiliary head have the pyramid's channels, heads for regions their own."""
+    """Checks that group norms fit: to the pyramid's channels, or to their own channels in heads for regions."""
     nodes = {"FPN": "FPN.OUT_CHANNELS"}
     if issubclass(architecture, LowPrecisionDense):
         nodes |= {architecture.node: "FPN.OUT_CHANNELS", "AUX": "FPN.OUT_CHANNELS"}
@@ -151,7 +151,7 @@ def _check_numbers(cfg: CfgNode) -> None:
 
 
 def _check_features(cfg: CfgNode, architecture: type) -> None:
-    """Features by name: of the ResNet, of the pyramid that reads it, of the head that reads that."""
+    """Checks that the pyramid reads features of the ResNet, and the head features of the pyramid."""
     name = cfg.MODEL.BACKBONE.NAME
     given = feature_names(cfg)
     if given is None:

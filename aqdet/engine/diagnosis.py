@@ -1,4 +1,4 @@
-"""Explanations of a training step that failed: the first tensor that is not finite, a norm that gets one value."""
+"""Explanations of a failed training step: the first tensor that is not finite, or a norm that gets one value."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 def explain_non_finite(trainer: Trainer, wrong: str) -> str:
-    """Repeats the forward pass of an iteration and says in one line where the first tensor that is not finite is.
+    """Repeats the forward pass of an iteration and returns a line that names the first tensor that is not finite.
 
-    All processes call this together, with the state from before the iteration put back.
+    All processes call this together, after they have restored the state from before the iteration.
 
     Args:
         trainer: The trainer, in the iteration.
@@ -52,7 +52,7 @@ def explain_non_finite(trainer: Trainer, wrong: str) -> str:
         words.append("parameters and outputs of layers are finite: it arises behind them")
     words.append(f"learning rate {max(group['lr'] for group in trainer.optimizer.param_groups):.3g}")
     words.append(f"images {', '.join(str(image.get('image_id', image.get('file_name'))) for image in batch)}")
-    # The process where it happened knows most: the others' tensors are finite.
+    # The process in which it happened knows the place: the others' tensors are finite.
     texts = comm.all_gather("; ".join(words) if found is not None else "")
     return next((text for text in texts if text), "; ".join(words))
 
@@ -64,7 +64,7 @@ class NonFiniteTensor:
     Attributes:
         what: ``"output of <module>"`` or ``"parameter <name>"``.
         level: pyramid level or stage, ``""`` if there is none.
-        around: quantizers around it in the order of computation.
+        around: names of the quantizers around it, in the order of computation.
     """
 
     what: str
@@ -75,12 +75,12 @@ class NonFiniteTensor:
 def find_non_finite(model: nn.Module, run: Callable[[], object]) -> NonFiniteTensor | None:
     """Runs a model and finds the first tensor that is not finite.
 
-    A module whose output is not finite although its inputs are is the origin. If the inputs are not finite
-    either, they were made by what encloses it, a convolution around its norm for example.
+    The origin is a module whose output is not finite although its inputs are. If its inputs are not finite either, an
+    enclosing module has made them, for example a convolution around its norm.
 
     Args:
-        model: not wrapped for distribution.
-        run: calls the model.
+        model: The model, not wrapped for distribution.
+        run: A function that calls the model.
 
     Returns:
         None if all parameters and all outputs of modules are finite.
@@ -95,7 +95,7 @@ def find_non_finite(model: nn.Module, run: Callable[[], object]) -> NonFiniteTen
 
     calls: Counter[str] = Counter()
     inputs_finite: dict[str, bool] = {}
-    order: list[str] = []  # of layers with quantizers
+    order: list[str] = []  # names of layers with quantizers
     first: tuple[str, Counter[str], str] | None = None
 
     def before(name: str) -> None:
@@ -143,7 +143,7 @@ def all_finite(values: Any) -> bool:
 
 
 def _level_by_calls(model: nn.Module, layer: str, then: Counter[str], total: Counter[str]) -> str:
-    """Returns the level of a head's layer: heads are called once a level, in order."""
+    """Returns the level of a head's layer, since heads are called once for each level, in order."""
     names: Sequence[str] = getattr(model, "head_in_features", ())
     while layer:
         if total[layer] > 1:
@@ -163,11 +163,11 @@ def _level_of(name: str) -> str:
 
 
 def describe_single_value(model: nn.Module, error: ValueError) -> str:
-    """Names the batch norm that got one value a channel, from torch's error; "" for any other error.
+    """Returns a text that names the batch norm that got one value a channel; "" for any other error.
 
     Args:
-        model: not wrapped for distribution.
-        error: as it was raised, with its traceback.
+        model: The model, not wrapped for distribution.
+        error: PyTorch's error, with its traceback.
     """
     if not str(error).startswith("Expected more than 1 value per channel"):
         return ""
@@ -187,7 +187,7 @@ def describe_single_value(model: nn.Module, error: ValueError) -> str:
 
 
 def describe_scales(model: nn.Module, names: Sequence[str]) -> str:
-    """Returns a text of quantizers' names with their scales, or ranges of scales."""
+    """Returns a text with the names of quantizers and their scales, or ranges of scales."""
     modules = dict(quantizers(model))
     texts = []
     for name in names:

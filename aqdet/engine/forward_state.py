@@ -1,4 +1,4 @@
-"""State of a model that training changes without the optimizer."""
+"""State of a model that a forward pass in training changes, without the optimizer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..quantization import quantizers
 
 
 def loss_normalizers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:
-    """Returns the moving averages that Detectron2's dense detectors keep in an attribute, by module."""
+    """Returns, by module, the moving averages that Detectron2's dense detectors keep in an attribute."""
     return {name: float(vars(m)["loss_normalizer"]) for name, m in modules if "loss_normalizer" in vars(m)}
 
 
 def set_loss_normalizers(modules: Iterable[tuple[str, nn.Module]], values: Mapping[str, float]) -> None:
-    """Puts back :func:`loss_normalizers`; those without a value start anew."""
+    """Restores the averages of :func:`loss_normalizers`; an average without a value starts anew."""
     for name, module in modules:
         vars(module).pop("loss_normalizer", None)
         if name in values:
@@ -28,10 +28,10 @@ def set_loss_normalizers(modules: Iterable[tuple[str, nn.Module]], values: Mappi
 
 
 class ForwardState:
-    """The state that a training forward changes in a model: statistics in buffers, and loss normalizers."""
+    """The state that a training forward pass changes in a model: statistics in buffers, and loss normalizers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.named_modules())  # walking the model in every iteration takes longer than copying
+        self._modules = list(model.named_modules())  # once: it takes longer than copying
         named = model.named_buffers()
         self._buffers = [b for n, b in named if b.is_floating_point() or n.endswith("num_batches_tracked")]
 
@@ -48,9 +48,9 @@ class ForwardState:
 
 @contextlib.contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Restores buffers (BN statistics), loss normalizers, BN list positions and random states afterwards.
+    """Restores buffers (BN statistics), loss normalizers, positions of BN lists and random states after the block.
 
-    Quantizers are left alone.
+    Quantizers keep what the block has changed.
     """
     owned = {id(buffer) for _, quantizer in quantizers(model) for buffer in quantizer.buffers()}
     buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in owned]

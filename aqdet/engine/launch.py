@@ -1,4 +1,4 @@
-"""Starting processes, and what is set in each before anything is built."""
+"""The start of processes, and their settings before anything is built."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from detectron2.utils import comm
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Calls ``main(args)``: in this process, in one for each of ``--num-gpus``, or in each that torchrun started.
+    """Calls ``main(args)`` in this process, in one process for each of ``--num-gpus``, or in each of torchrun's.
 
     Under torchrun ``main`` calls :func:`join_process_group` when it knows the device.
 
     Raises:
-        ValueError: if ``--num-gpus`` asks for what is not there.
+        ValueError: If ``--num-gpus`` asks for more GPUs than there are.
     """
     if dist.is_torchelastic_launched():
         if args.num_gpus * args.num_machines > 1:
@@ -47,17 +47,17 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 
 def join_process_group(device: str) -> None:
-    """Joins the processes of torchrun by NCCL on GPUs and by gloo on CPUs; without torchrun only checks the device.
+    """Joins the processes of torchrun by NCCL on GPUs and by gloo on CPUs; without torchrun it only checks the device.
 
-    The store that torchrun lends outlives a restart, with the addresses of the processes before it. So on one
-    node each attempt gets keys of its own. Nodes may count attempts differently: for restarts on several, set
+    torchrun's store outlives a restart, and still has the addresses of the earlier processes. Therefore each attempt on
+    one node gets its own keys. Several nodes may count attempts differently: for restarts there, set
     ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun, which then makes a new store each time.
 
     Args:
         device: ``MODEL.DEVICE``.
 
     Raises:
-        ValueError: if there are fewer GPUs than processes, or all of these are to use the same.
+        ValueError: If there are fewer GPUs than processes, or the device is one GPU for all processes.
     """
     under_torchrun = dist.is_torchelastic_launched()
     size = int(os.environ["WORLD_SIZE"]) if under_torchrun else comm.get_world_size()
@@ -83,7 +83,7 @@ def join_process_group(device: str) -> None:
 
 
 def rank_of_this_process() -> int:
-    """Returns the process's rank in the run, under torchrun also before :func:`join_process_group`."""
+    """Returns the process's rank in the run; under torchrun it is known before :func:`join_process_group`, too."""
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else comm.get_rank()
 
 
@@ -106,12 +106,12 @@ def make_deterministic(cfg: CfgNode) -> None:
     """Applies ``SOLVER.DETERMINISTIC`` to torch; call it before the first use of a GPU.
 
     Raises:
-        ValueError: if the key is on and there is no seed.
+        ValueError: If the key is on and there is no seed.
     """
     if not cfg.SOLVER.DETERMINISTIC:
         return
     if cfg.SEED < 0:
         raise ValueError(f"SOLVER.DETERMINISTIC needs a SEED of 0 or more, got {cfg.SEED}")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without this variable
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""Parts of a LazyConfig that are built from one of our configs."""
+"""Parts of a LazyConfig that are built from one of aqdet's configs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .solver import build_optimizer
 
 
 def parameters_of(model: nn.Module) -> nn.Module:
-    """Returns the model: the ``params`` of an optimizer in a LazyConfig, whose ``model`` the training script sets."""
+    """Returns the model; it is the ``params`` of a LazyConfig's optimizer, where the training script sets it."""
     return model
 
 
@@ -18,10 +18,10 @@ def optimizer_of(cfg: CfgNode, params: nn.Module) -> torch.optim.Optimizer:
     """Builds the optimizer of a config.
 
     Args:
-        cfg: config of the model.
-        params: the model, see :func:`parameters_of`.
+        cfg: The config of the model.
+        params: The model, see :func:`parameters_of`.
 
     Returns:
-        See :func:`aqdet.engine.build_optimizer`.
+        The optimizer, see :func:`aqdet.engine.build_optimizer`.
     """
     return build_optimizer(cfg, params)

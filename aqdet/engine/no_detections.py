@@ -1,4 +1,4 @@
-"""The likely causes of a training that ends with a detector that finds nothing."""
+"""The likely causes if a training ends with a detector that finds nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def describe_nothing_found(cfg: CfgNode, results: Mapping[str, Any]) -> str:
 
     Args:
         cfg: The config of the training.
-        results: What ``Trainer.test`` returned: metrics by task, or these by dataset.
+        results: The result of ``Trainer.test``: metrics by task, or these by dataset.
 
     Returns:
         One line with the likely causes, the likeliest first; "" if something was found.
@@ -53,7 +53,7 @@ def _box_metrics(cfg: CfgNode, results: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _scores(cfg: CfgNode, name: str) -> list[float]:
-    """Scores of all detections on a dataset, as the evaluator wrote them."""
+    """Returns the scores of all detections on a dataset, which the evaluator has written."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", name if len(cfg.DATASETS.TEST) > 1 else "")
     try:
         with open(os.path.join(folder, "coco_instances_results.json"), encoding="utf-8") as file:

@@ -28,7 +28,7 @@ _held: dict[str, IO[str]] = {}
 
 
 def check_output_dir(folder: str, *, train: bool) -> None:
-    """Checks that a folder can be made and written, and that no training is running in it; changes nothing.
+    """Checks that a folder can be made and written, and that no training is running in it, and changes nothing.
 
     All processes of a run call it together.
 
@@ -66,9 +66,9 @@ def _problem_of(folder: str, train: bool) -> str:
 def holding(folder: str) -> Iterator[bool]:
     """Makes a folder and keeps other trainings out of it while the block runs.
 
-    All processes of a run enter together; the main one holds the lock for all of them. The operating system takes the
-    lock back when that process ends, however it ends, so the file that a killed training leaves behind blocks nothing.
-    Within one process a block may be inside another for the same folder.
+    All processes of a run enter together, and the main one holds the lock for all of them. The operating system
+    releases the lock however that process ends, so that the file of a killed training blocks nothing. Blocks for the
+    same folder may be nested within one process.
 
     Args:
         folder: ``OUTPUT_DIR``.
@@ -115,7 +115,7 @@ def _take(folder: str) -> IO[str]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # the training before removed the file after it was opened here
+        file.close()  # the earlier training removed the file after it was opened here
     file.truncate(0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(to_json({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
@@ -124,8 +124,8 @@ def _take(folder: str) -> IO[str]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Locks a file for this process; False if another one has it."""
-    # A record lock belongs to a process: unlike flock's, it does not live on in data loader workers after a kill.
+    """Locks a file for this process; returns False if another process has locked it."""
+    # A record lock belongs to one process: unlike flock's, it does not survive a kill in data loader workers.
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -157,14 +157,14 @@ def write_config(cfg: CfgNode) -> None:
 
 @contextlib.contextmanager
 def evaluation_noted(cfg: CfgNode, **facts: Any) -> Iterator[None]:
-    """Records in ``OUTPUT_DIR/inference`` the config and the weights of the results there.
+    """Records the config and the weights of an evaluation in ``OUTPUT_DIR/inference``, beside its results.
 
-    ``config.yaml`` is the config and ``evaluation.json`` says which weights. The note of an earlier evaluation is
-    removed before the block and the new one is written after it, by the main process.
+    ``config.yaml`` has the config, and ``evaluation.json`` names the weights. The main process removes the record of an
+    earlier evaluation before the block, and writes the new one after it.
 
     Args:
         cfg: The config of the evaluation.
-        facts: ``weights``, the checkpoint or exported folder, of which a file also gets its SHA-256, and other facts.
+        facts: ``weights``, the checkpoint or exported folder, and other facts; the SHA-256 of a file is added.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     if comm.is_main_process():

@@ -1,4 +1,4 @@
-"""Post-training quantization: a quantized detector from one in full precision, without a step of training."""
+"""Post-training quantization: a quantized detector from a full-precision one, without a step of training."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = {"RetinaNet": "QuantRetinaNet"}
 """Detectron2's meta-architectures that can be quantized under another name."""
 MOST_WEIGHT_BITS = 7
-"""Beside 8-bit inputs: a weight of 8 bits would be shipped as two int8 convolutions, see ``export/containers.py``."""
+"""Bits of weights beside 8-bit inputs; 8-bit weights would ship as two int8 convolutions (``export/containers.py``)."""
 HELD_OUT = 4
-"""Of so many batches one is not calibrated on: by it what was tried is judged."""
+"""One batch of so many is held out of calibration, and judges what was tried."""
 _SECONDS_BETWEEN_LINES = 5.0
 Batch = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One way to quantize, and the error of the outputs that it leaves, see :func:`output_error`."""
+    """One way to quantize, and the error of its outputs, see :func:`output_error`."""
 
     name: str
     error: float
@@ -49,13 +49,13 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class PostTraining:
-    """What post-training quantization made.
+    """The result of post-training quantization.
 
     Attributes:
-        model: the quantized detector, in evaluation mode.
-        float_model: the detector that it was made from.
-        attempts: all that was tried, in order.
-        chosen: name of the attempt that ``model`` is.
+        model: The quantized detector, in evaluation mode.
+        float_model: The detector that it was made from.
+        attempts: All attempts, in order.
+        chosen: The name of the attempt that ``model`` is.
     """
 
     model: nn.Module
@@ -65,12 +65,12 @@ class PostTraining:
 
 
 def quantized_overrides(cfg: CfgNode, bits: int) -> list[str]:
-    """``KEY VALUE`` pairs that make the config of a detector in full precision that of a quantized one.
+    """Returns ``KEY VALUE`` pairs that turn a full-precision detector's config into a quantized one's.
 
     Args:
-        cfg: of a detector of ours, or of Detectron2's whose structure ours can have.
-        bits: of the weights and inputs of inner layers; weights have :data:`MOST_WEIGHT_BITS` at most, which ship in
-            half the bytes of 8 and run in half the time.
+        cfg: The config of a detector of aqdet, or of one of Detectron2's that aqdet can quantize.
+        bits: Bits of the weights and inputs of inner layers. Weights have at most :data:`MOST_WEIGHT_BITS`, which need
+            half the bytes and half the time of 8 bits.
     """
     architecture, backbone = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME
     pairs = []
@@ -86,10 +86,10 @@ def quantized_overrides(cfg: CfgNode, bits: int) -> list[str]:
 
 
 def check_quantizable(cfg: CfgNode) -> None:
-    """Checks that a config is of a quantized detector that can be exported.
+    """Checks that a config describes a quantized detector that can be exported.
 
     Raises:
-        ValueError: in one line, naming the key and the way out.
+        ValueError: In one line, naming the key and the way out.
     """
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCH_REGISTRY or not issubclass(META_ARCH_REGISTRY.get(name), LowPrecisionDense):
@@ -110,22 +110,22 @@ def quantize_detector(
     methods: Sequence[str] = CALIBRATION_METHODS,
     progress: Callable[[str], object] = logger.info,
 ) -> PostTraining:
-    """Quantizes a detector in full precision from some images alone.
+    """Quantizes a full-precision detector from some images alone.
 
-    Every calibration method is tried, then corrections of what quantization shifts: the outputs' means by the biases
-    (1906.04721), and BN statistics estimated again. Of all the one is taken whose outputs on images that it was not
-    calibrated on are nearest to the detector's in full precision.
+    Every calibration method is tried, and then corrections of the shifts that quantization causes: biases correct the
+    outputs' means (1906.04721), and BN statistics are estimated again. The attempt is chosen whose outputs on held-out
+    images are nearest to the full-precision detector's.
 
     Args:
-        cfg: of the quantized detector, see :func:`quantized_overrides`; not changed.
-        weights: checkpoint in full precision.
-        batches: images as Detectron2's detectors take them, without ground truth. Every fourth is held out; a single
-            one serves for both.
-        methods: of :data:`aqdet.quantization.CALIBRATION_METHODS`.
-        progress: called with lines of text.
+        cfg: The config of the quantized detector, see :func:`quantized_overrides`; it is not changed.
+        weights: The full-precision checkpoint.
+        batches: Images in the form of Detectron2's detectors, without ground truth. Every fourth batch is held out; a
+            single batch serves for both purposes.
+        methods: Names from :data:`aqdet.quantization.CALIBRATION_METHODS`.
+        progress: A function that is called with lines of text.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, for a checkpoint that does not fit, or no batches.
+        FileNotFoundError, ValueError: In one line, for a checkpoint that does not fit, or no batches.
     """
     if not batches:
         raise ValueError("post-training quantization needs at least one image")
@@ -164,7 +164,7 @@ def quantize_detector(
             trial = copy.deepcopy(plain)
             try:
                 correct(trial, functools.partial(counter.over, calibration, name))
-            except ValueError as error:  # a BN that gets one value a channel from a batch
+            except ValueError as error:  # a BN gets one value a channel from a batch
                 progress(f"{name}: left out, {error}")
                 continue
             attempts.append(error_of(trial, f"{method}, {name}"))
@@ -174,7 +174,7 @@ def quantize_detector(
 
 
 def _load(cfg: CfgNode, weights: str) -> tuple[nn.Module, nn.Module]:
-    """The detector in full precision, and the quantized one with its weights and without ranges."""
+    """Returns the full-precision detector, and the quantized one with the same weights and without ranges."""
     float_model = load_detector(cfg, weights, quantized=False, whole=True)
     cfg = detector_only(cfg)
     cfg.MODEL.QUANT.ENABLED = True
@@ -186,21 +186,22 @@ def _load(cfg: CfgNode, weights: str) -> tuple[nn.Module, nn.Module]:
 
 
 def predict(model: Any, batch: Batch) -> list[list[Tensor]]:
-    """A dense detector's predictions before decoding: for each kind, a tensor ``(N, C, H, W)`` a level."""
+    """Returns a dense detector's predictions before decoding: for each kind, a tensor ``(N, C, H, W)`` a level."""
     images = model.preprocess_image(batch)
     features = model.backbone(images.tensor)
     return [list(kind) for kind in model.head([features[name] for name in model.head_in_features])]
 
 
 def output_error(wanted: list[list[Tensor]], found: list[list[Tensor]], num_classes: int) -> float:
-    """How far a detector's predictions are from those in full precision, relative to their size.
+    """Returns the error of a detector's predictions, relative to the size of the full-precision predictions.
 
-    Squared differences of the class probabilities (times the centerness, where there is one), and of the box deltas
-    where the detector in full precision sees objects, each as a share of its squared predictions.
+    The error is the sum of two squared differences, each divided by the squared full-precision predictions: that of the
+    class probabilities (times the centerness, where there is one), and that of the box deltas where the full-precision
+    detector sees objects.
 
     Args:
-        wanted, found: see :func:`predict`.
-        num_classes: of the detector.
+        wanted, found: Predictions in full precision and of the detector, see :func:`predict`.
+        num_classes: The number of classes.
     """
     shares = []
     scores = _scores(wanted), _scores(found)
@@ -230,7 +231,7 @@ Loader = Callable[[], Iterator[Batch]]
 
 
 def _corrections(float_model: nn.Module, model: nn.Module) -> dict[str, Callable[[nn.Module, Loader], None]]:
-    """Ways to put right what quantization shifts, by name."""
+    """Returns the corrections of shifts that quantization causes, by name."""
 
     def biases(trial: nn.Module, batches: Loader) -> None:
         correct_biases(trial, float_model, batches())
@@ -259,15 +260,15 @@ def reestimate_bn(model: nn.Module, batches: Loader) -> None:
 
 @torch.no_grad()
 def correct_biases(model: nn.Module, float_model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Moves each channel's mean output back to where it is in full precision, layer after layer.
+    """Moves each channel's mean output back to its full-precision value, layer after layer.
 
-    A layer is corrected on inputs from layers that are corrected already (Nagel et al., 1906.04721), by the bias of its
-    norm, or of its convolution where it has none. A prediction of several levels has one bias for all of them.
+    A layer is corrected on inputs from corrected layers (Nagel et al., 1906.04721), by the bias of its norm, or of its
+    convolution if it has no norm. A prediction layer that runs on several levels has one bias for all of them.
 
     Args:
-        model: the quantized detector, changed in place.
-        float_model: the same in full precision.
-        batches: images.
+        model: The quantized detector, which is changed in place.
+        float_model: The same detector in full precision.
+        batches: Batches of images.
     """
     sites = dict(_sites(model))
     theirs = {name: float_model.get_submodule(name) for name in sites}
@@ -306,7 +307,7 @@ def correct_biases(model: nn.Module, float_model: nn.Module, batches: Iterable[B
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a bias whose output is a convolution's before its activation."""
+    """Returns the modules with a bias whose output is a convolution's before its activation."""
     for name, module in model.named_modules():
         if not isinstance(module, QuantConv2d):
             continue
@@ -318,7 +319,7 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Counter:
-    """Batches that are done of all that are to be run, with the time that is left."""
+    """Counts the batches that are done, and tells how many are left and how long they take."""
 
     def __init__(self, total: int, progress: Callable[[str], object]) -> None:
         self._total, self._progress = total, progress
@@ -326,7 +327,7 @@ class _Counter:
         self._start = self._printed = time.monotonic()
 
     def over(self, batches: Sequence[Batch], text: str) -> Iterator[Batch]:
-        """Yields batches and counts each when it is done."""
+        """Yields batches and counts each one when it is done."""
         for batch in batches:
             yield batch
             self._done += 1

@@ -1,4 +1,4 @@
-"""Preparation of a quantized training for a custom loop, or for another trainer."""
+"""Preparation of a quantized training in a custom loop, or by another trainer."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Preparation(TrainerBase):
     """A model that is ready for the first step of a custom loop, with its optimizer and checkpointer.
 
     Attributes:
-        model: the model that was prepared, in training mode.
-        optimizer: see :func:`aqdet.engine.build_optimizer`.
-        checkpointer: loads strictly and safely; saves the model, the optimizer and the hooks.
-        start_iter: iteration to begin with, above 0 after a resume.
+        model: The prepared model, in training mode.
+        optimizer: The optimizer, see :func:`aqdet.engine.build_optimizer`.
+        checkpointer: Loads strictly and safely; saves the model, the optimizer and the hooks.
+        start_iter: The iteration to begin with, above 0 after a resume.
         max_iter: ``SOLVER.MAX_ITER``.
     """
 
@@ -58,8 +58,8 @@ class Preparation(TrainerBase):
     def step(self, iteration: int) -> Iterator[EventStorage]:
         """Encloses one iteration: forward, backward and the optimizer's step.
 
-        Inside, Detectron2's event storage is at the iteration. Before and after, what the config asks for happens:
-        moving average, oscillation, frozen BN.
+        Within the block, Detectron2's event storage is at the iteration. The hooks that the config asks for run before
+        and after it: moving average, oscillation, frozen BN.
         """
         self.iter = self.storage.iter = iteration
         with self.storage:
@@ -71,7 +71,7 @@ class Preparation(TrainerBase):
     def evaluating(self) -> Iterator[nn.Module]:
         """Yields the detector alone, without its auxiliary path, in evaluation mode; restores the model afterwards.
 
-        With ``SOLVER.EMA_DECAY`` it is the moving average.
+        With ``SOLVER.EMA_DECAY`` the detector has the averaged weights.
         """
         was_training = self.model.training
         averaged = contextlib.nullcontext() if self._average is None else self._average.applied()
@@ -116,17 +116,18 @@ def prepare(
             inference_on_dataset(detector, test_loader, evaluator)
         prepared.save_stripped()
 
-    The schedule of the learning rate is the loop's.
+    The loop has to schedule the learning rate.
 
     Args:
-        cfg: config that the model was built from.
-        model: from Detectron2's ``build_model``, on its device; a ``DistributedDataParallel`` of it too.
-        batches: training batches; ``MODEL.QUANT.CALIBRATION.NUM_BATCHES`` of them are read by an iterator of its own.
-        weights: checkpoint to start from, ``""`` for the model as it is; ``MODEL.WEIGHTS`` by default.
-        resume: goes on from the last checkpoint in ``OUTPUT_DIR``, if there is one.
+        cfg: The config that the model was built from.
+        model: The result of Detectron2's ``build_model``, on its device; it may be in a ``DistributedDataParallel``.
+        batches: Training batches; calibration reads ``MODEL.QUANT.CALIBRATION.NUM_BATCHES`` of them from an iterator
+            of its own.
+        weights: The checkpoint to start from, ``""`` for the model as it is; by default ``MODEL.WEIGHTS``.
+        resume: Whether to go on from the last checkpoint in ``OUTPUT_DIR``, if there is one.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, for a config or a checkpoint that does not do.
+        FileNotFoundError, ValueError: In one line, if the config or the checkpoint cannot be used.
     """
     _check(cfg)
     bare = unwrap(model)
@@ -158,13 +159,13 @@ def prepare(
 def prepare_trainer(trainer: DefaultTrainer) -> None:
     """Makes a built ``DefaultTrainer``, or a subclass of it, train as :class:`aqdet.engine.Trainer` does.
 
-    To be called between the constructor and ``resume_or_load``. Optimizer, schedule and checkpointer are replaced, the
-    first two by what the trainer's class builds where it overrides them; calibration comes before training, and
-    evaluation is of the detector alone. Random numbers and the order of images stay Detectron2's, so that a resumed
-    training is not exact.
+    Call it between the constructor and ``resume_or_load``. It replaces optimizer, schedule and checkpointer; if the
+    trainer's class overrides how the first two are built, its own are built again. Quantizers are calibrated before
+    training, and the detector is evaluated alone. Random numbers and the order of images stay Detectron2's, so that a
+    resumed training does not repeat the same numbers.
 
     Raises:
-        ValueError: in one line, for a config that does not do.
+        ValueError: In one line, if the config cannot be used.
     """
     cfg = trainer.cfg
     _check(cfg)
@@ -206,7 +207,7 @@ def _check(cfg: CfgNode) -> None:
 
 
 def _prepare_model(cfg: CfgNode, model: nn.Module, host: TrainerBase | None) -> WeightAverageHook | None:
-    """Attaches the teacher, registers hooks with ``host`` if there is one, and returns that of the moving average."""
+    """Attaches the teacher, registers hooks with ``host`` if there is one, and returns the moving average's hook."""
     if cfg.MODEL.DISTILL.ENABLED:
         model.distillation = build_distillation(cfg)  # type: ignore[assignment]
     acknowledge(model, *HOOK_KEYS)

@@ -16,14 +16,14 @@ _FORMAT = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s",
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        """Passes over a line that a full disk has no room for; the error that stops the run is printed too."""
+        """Drops a line for which the disk has no room; the error that stops the run is printed, too."""
 
 
 class RunLog(logging.Handler):
     """Keeps log records until a folder is given, and then writes them and all that follow to ``log.txt`` there.
 
-    A command that is refused so leaves no file. Used in a ``with`` statement, whose end closes the file. Processes
-    other than the main one write ``log.txt.rank<number>``, as with Detectron2's ``setup_logger``.
+    So a command that is refused leaves no file. It is used in a ``with`` statement, whose end closes the file.
+    Processes other than the main one write ``log.txt.rank<number>``, as with Detectron2's ``setup_logger``.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class RunLog(logging.Handler):
             self._lines.append(_FORMAT.format(record))
 
     def write_to(self, folder: str) -> None:
-        """Opens ``log.txt`` in a folder, which is made, and appends what was logged so far.
+        """Makes a folder, opens ``log.txt`` in it, and appends the records that were kept.
 
         Raises:
             OSError: If the file cannot be written.
@@ -69,7 +69,7 @@ class RunLog(logging.Handler):
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of a full disk: the lines that had no room
+            with contextlib.suppress(OSError):  # full disk: the buffered lines are lost
                 self._file.close()
         super().close()
 
@@ -78,10 +78,10 @@ class RunLog(logging.Handler):
 def errors_in_one_line(*kinds: type[BaseException]) -> Iterator[None]:
     """Omits the traceback that Detectron2's training loop logs for errors that are no fault of the program.
 
-    With ``AQDET_DEBUG`` set in the environment it stays.
+    With ``AQDET_DEBUG`` set in the environment, the traceback stays.
 
     Args:
-        kinds: The errors that are meant.
+        kinds: The classes of these errors.
     """
 
     def shorten(record: logging.LogRecord) -> bool:

@@ -21,19 +21,19 @@ class RelativeStep(torch.optim.Optimizer):
     """Mix-in of an optimizer that steps the parameters of quantizers by a share of their size.
 
     A scale, a clipping range, an offset or a threshold ``p`` lies on an axis whose unit ``u`` is the quantizer's own
-    scale (or alpha). It is learned as ``p = u t``: Adam (1412.6980) on ``t``, whose gradient is ``u dL/dp``. So an
+    scale (or alpha). It is learned as ``p = u t`` by Adam (1412.6980) on ``t``, whose gradient is ``u dL/dp``. So an
     iteration changes a scale by at most the share ``lr``, whatever its size, its number of elements, its bit width,
     the batch, the number of processes, and the optimizer of all other parameters. Plain steps differ by four orders of
-    magnitude between an 8-bit weight scale and the scale of a large input: one explodes where the other stands still.
+    magnitude between an 8-bit weight scale and the scale of a large input: one explodes while the other stands still.
 
-    Parameter groups with ``"relative": True`` get this rule, and all others that of the class mixed with.
+    Parameter groups with ``"relative": True`` follow this rule, and all others follow the optimizer mixed with.
 
     Args:
-        params: parameter groups, each with a key ``"relative"``.
-        units: relative parameter to the one whose value, where the step starts, is its unit: itself or another, of the
-            same shape or of one element.
-        clip: clips the gradient of a parameter that is not relative, in place, before a step; None for no clipping.
-        options: those of the class mixed with.
+        params: Parameter groups, each with a key ``"relative"``.
+        units: Relative parameter -> the parameter whose value before the step is its unit: itself, or another one of
+            the same shape or of one element.
+        clip: Clips the gradient of a parameter that is not relative, in place, before a step; None for no clipping.
+        options: Options of the optimizer mixed with.
     """
 
     betas = (0.9, 0.999)
@@ -66,7 +66,7 @@ class RelativeStep(torch.optim.Optimizer):
         relative = [
             (group, [p for p in group["params"] if p.grad is not None]) for group in groups if group["relative"]
         ]
-        # All before the first step: a unit may be in another group.
+        # All units are read before the first step, since a unit may be in another group.
         units = [[self._units[p].detach().abs().expand_as(p).clone() for p in params] for _, params in relative]
         for (group, params), units_of_group in zip(relative, units, strict=True):
             if params:
@@ -86,7 +86,7 @@ class RelativeStep(torch.optim.Optimizer):
         torch._foreach_lerp_(second, torch._foreach_mul(grads, grads), 1 - beta2)
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
-        counts = [step.item() for step in steps]  # on the CPU: nothing waits
+        counts = [step.item() for step in steps]  # on the CPU, so that no GPU is waited for
         sizes = torch._foreach_div(second, [1 - beta2**count for count in counts])
         torch._foreach_sqrt_(sizes)
         torch._foreach_add_(sizes, self.eps)
@@ -103,7 +103,7 @@ class RelativeStep(torch.optim.Optimizer):
         """See :meth:`torch.optim.Optimizer.load_state_dict`.
 
         Raises:
-            ValueError: if the state was written by a version that stepped scales as it stepped weights.
+            ValueError: If a version that stepped scales like weights has written the state.
         """
         if any("relative" not in group for group in state_dict["param_groups"]):
             if any(group["relative"] for group in self.param_groups):
@@ -124,10 +124,10 @@ def with_relative_step(optimizer: type[torch.optim.Optimizer]) -> type[RelativeS
 def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Returns Detectron2's parameter groups, with rules for parameters that it does not know.
 
-    The parameters of quantizers step by a share of their size (:class:`RelativeStep`), at most ``QUANT.SCALE_LR``,
-    times ``QUANT.INPUT.SCALE_LR_FACTOR`` for those of activations, and have no weight decay, except PACT's ``alpha``,
-    which has its own; the shared affine of one-BN-per-level lists decays like other norms. Every trainable parameter is
-    in exactly one group.
+    The parameters of quantizers step by a share of their size (:class:`RelativeStep`), at most ``QUANT.SCALE_LR``, and
+    those of activations at most this times ``QUANT.INPUT.SCALE_LR_FACTOR``. They have no weight decay, except PACT's
+    ``alpha``, which has its own. The shared affine parameters of one-BN-per-level lists decay like other norms. Every
+    trainable parameter is in exactly one group.
     """
     solver, quant = cfg.SOLVER, cfg.MODEL.QUANT
     special: dict[nn.Parameter, dict[str, Any]] = {}
@@ -172,10 +172,10 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Builds SGD as Detectron2 does, or AdamW (1711.05101), over :func:`optimizer_groups`.
 
-    The parameters of quantizers have one rule with both, :class:`RelativeStep`.
+    The parameters of quantizers follow :class:`RelativeStep` with both.
 
     Raises:
-        ValueError: for an unknown ``SOLVER.OPTIMIZER``.
+        ValueError: If ``SOLVER.OPTIMIZER`` is unknown.
     """
     acknowledge(model, *OPTIMIZER_KEYS)
     solver = cfg.SOLVER
@@ -186,10 +186,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}, got {solver.OPTIMIZER!r}")
     units: dict[Tensor, Tensor] = {}
     for _, quantizer in quantizers(model):
-        # The first parameter of each is its scale or alpha; offsets and thresholds lie on the same axis.
+        # The first parameter of each quantizer is its scale or alpha; offsets and thresholds lie on the same axis.
         learned = list(quantizer.parameters())
         units.update({parameter: learned[0] for parameter in learned})
     if solver.CLIP_GRADIENTS.ENABLED:
-        # Not by maybe_add_gradient_clipping, which would clip quantizers' gradients too: those are of any size.
+        # Detectron2's maybe_add_gradient_clipping would clip quantizers' gradients too, which can have any size.
         options["clip"] = _create_gradient_clipper(solver.CLIP_GRADIENTS)
     return with_relative_step(OPTIMIZERS[solver.OPTIMIZER])(optimizer_groups(cfg, model), units=units, **options)

@@ -14,7 +14,7 @@ def build_distillation(cfg: CfgNode) -> Distillation:
     """Builds the teacher of ``MODEL.DISTILL``: the config's detector without quantizers and auxiliary path.
 
     Raises:
-        ValueError: in one line that names the key, if its checkpoint is missing, does not fit or lacks a part.
+        ValueError: In one line that names the key, if its checkpoint is missing, does not fit or lacks a part.
     """
     node = cfg.MODEL.DISTILL
     if not node.WEIGHTS:

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def _usable(key: str, names: Any, hint: str = "") -> Iterator[None]:
-    """Detectron2 asserts that data is usable: a user error that lacks the config key."""
+    """Turns Detectron2's assertion that data can be used into an error that names the config key."""
     try:
         yield
     except AssertionError as error:
@@ -66,9 +66,9 @@ def _usable(key: str, names: Any, hint: str = "") -> Iterator[None]:
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer with calibration, stripped evaluation and exact resume.
 
-    Every iteration is a function of the model's and the optimizer's state, the seed and the iteration's number:
-    its images by :class:`~aqdet.data.loader.TrainLoader`, all other random numbers because the generators are
-    set from these. So a run that was killed ends, on a CPU to the bit, as if it had not been.
+    Every iteration depends on the model's and the optimizer's state, the seed and the iteration's number alone:
+    :class:`~aqdet.data.loader.TrainLoader` chooses its images so, and the generators of all other random numbers are
+    seeded so. A run that was killed and resumed therefore ends like one that was not; on a CPU, to the bit.
     """
 
     iter: int
@@ -97,18 +97,17 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(cfg, model, trainer=weakref.proxy(self))
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self._resumed_from: str | None = None  # what last_checkpoint named when a run was resumed
+        self._resumed_from: str | None = None  # the checkpoint that last_checkpoint named when a run was resumed
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Builds the list of hooks in the order in which they run; the last thing that the constructor calls.
+        """Builds the list of hooks in the order in which they run; the constructor calls it last.
 
         Calibration comes first, before anything reads the model. The oscillation hook, which may set weights,
-        comes before the one that averages them, and both before BN statistics are estimated. Evaluation and the
-        writers come before the checkpoint, which so holds the state after the whole iteration: a run that is
-        killed anywhere repeats what the checkpoint does not know of, and nothing else. The stripped file is
-        written when the whole one exists and before the last evaluation, which might fail. Signals are answered
-        when all that is done.
+        comes before the one that averages them, and both come before BN statistics are estimated. Evaluation and the
+        writers come before the checkpoint, which then holds the state after the whole iteration: a run that is
+        killed anywhere repeats the iterations after the checkpoint, and nothing else. The stripped file is
+        written after ``model_final.pth`` and before the last evaluation, which might fail. Signals are answered last.
         """
         cfg = self.cfg.clone()
         cfg.defrost()
@@ -116,7 +115,7 @@ class Trainer(DefaultTrainer):
 
         def build_loader() -> TrainLoader | OtherLoader:
             loader = as_train_loader(self.build_train_loader(cfg), cfg)
-            loader.seed = self.data_loader.seed  # a resumed run's, where the config has none
+            loader.seed = self.data_loader.seed  # the resumed run's seed, if the config has none
             return loader
 
         is_main = comm.is_main_process()
@@ -143,16 +142,16 @@ class Trainer(DefaultTrainer):
         return [hook for hook in hooks if hook is not None]
 
     def build_writers(self) -> list[EventWriter]:
-        """Builds Detectron2's writers, with a ``metrics.json`` that goes on where a resumed run does."""
+        """Builds Detectron2's writers; a resumed run goes on with its ``metrics.json``."""
         assert self._metrics is not None
         return [CommonMetricPrinter(self.max_iter), self._metrics, TensorboardWriter(self.cfg.OUTPUT_DIR)]
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        """Makes ``OUTPUT_DIR`` this training's while the block runs: locked, with its config, earlier notes put aside.
+        """Reserves ``OUTPUT_DIR`` for this training within a block: locks it, writes the config, renames old notes.
 
-        :meth:`train` does so by itself. Who has more to write there when the training starts calls :meth:`train` in
-        such a block. Until then nothing is written, so that a command that is refused leaves nothing.
+        :meth:`train` does this by itself. A caller that has more to write when the training starts calls :meth:`train`
+        within such a block. Nothing is written before, so that a command that is refused leaves nothing behind.
 
         Raises:
             ValueError: In one line, if another training runs there, or has gone on since this one was resumed.
@@ -178,10 +177,10 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> Any:
-        """Trains from :attr:`start_iter` to ``SOLVER.MAX_ITER``, as Detectron2's does, and evaluates.
+        """Trains from :attr:`start_iter` to ``SOLVER.MAX_ITER``, as Detectron2's trainer does, and evaluates.
 
-        With ``SOLVER.MAX_ITER 0`` quantizers are calibrated, the detector is evaluated and saved: post-training
-        quantization.
+        With ``SOLVER.MAX_ITER 0`` it calibrates the quantizers, evaluates the detector and saves it, which is
+        post-training quantization.
 
         Raises:
             Interrupted: If Ctrl-C stops it outside of an iteration that could be saved.
@@ -215,12 +214,11 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         """Runs one iteration, with random numbers of its own.
 
-        Detectron2's scripted losses compute their gradient in another order from the second call in a process
-        on, when TorchScript has optimized them: not here where a resume is to be exact. On CPUs that costs
-        nothing.
+        TorchScript optimizes Detectron2's scripted losses after their first call in a process, and then computes
+        gradients in another order. That is turned off where a resume is to be exact; on CPUs it costs nothing.
 
         Raises:
-            NonFiniteLoss: in one line that says where from, after saving the state from before the iteration.
+            NonFiniteLoss: In one line that names the origin, after the state from before the iteration was saved.
         """
         seed_generators(self.data_loader.seed, self.iter, comm.get_rank())
         exact = self.cfg.SOLVER.DETERMINISTIC or self.cfg.MODEL.DEVICE == "cpu"
@@ -246,9 +244,9 @@ class Trainer(DefaultTrainer):
         return f"; the state from before is in {self.checkpointer.get_checkpoint_file()}"
 
     def after_train(self) -> None:
-        """Calls the hooks' ``after_train``; an error of theirs does not hide the one that ends the training.
+        """Calls the hooks' ``after_train``; their errors do not hide the one that ends the training.
 
-        A run that is resumed after its last iteration is not one further, and one that failed is not at its end.
+        The hooks see the number of finished iterations, also if the run was resumed after its last one or has failed.
         """
         self.iter = min(self.iter, self.max_iter)
         if sys.exception() is self._outer_error:
@@ -275,10 +273,10 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Loads as Detectron2's trainer does; warns if quantized training is about to start from random weights.
+        """Loads as Detectron2's trainer does, and warns if quantized training would start from random weights.
 
-        All processes continue from the main one's checkpoint, or none does. Nothing is written: a run that starts
-        anew puts aside the note of where an earlier one in its folder stood when it starts.
+        Either all processes continue from the main one's checkpoint, or none does. Nothing is written yet; a run that
+        starts anew renames an earlier run's note of its last checkpoint when it starts.
 
         Raises:
             FileNotFoundError, ValueError: In one line, if the checkpoint is missing, damaged or of another config.
@@ -287,7 +285,7 @@ class Trainer(DefaultTrainer):
         self._resumed_from = self.checkpointer.get_checkpoint_file() if path else None
         if path:
             self.checkpointer.resume(path)
-            self.start_iter = self.iter + 1  # the checkpoint has the iteration that was done
+            self.start_iter = self.iter + 1  # the checkpoint has the last finished iteration
             return
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if self.cfg.MODEL.QUANT.ENABLED and not self.cfg.MODEL.WEIGHTS:
@@ -299,7 +297,7 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         """Returns iteration, hooks, optimizer, seed, and loss normalizers, which are plain attributes of the model."""
         state = super().state_dict()
-        state.setdefault("_trainer", self._trainer.state_dict())  # left out by Detectron2 0.6
+        state.setdefault("_trainer", self._trainer.state_dict())  # Detectron2 0.6 leaves it out
         state["seed"] = self.data_loader.seed
         state["loss_normalizers"] = loss_normalizers(unwrap(self.model).named_modules())
         return state
@@ -333,7 +331,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        """Builds Detectron2's schedule; for no iterations that of one, since it divides by their number."""
+        """Builds Detectron2's schedule, for at least one iteration, since it divides by their number."""
         if cfg.SOLVER.MAX_ITER == 0:
             cfg = cfg.clone()
             cfg.defrost()
@@ -345,7 +343,7 @@ class Trainer(DefaultTrainer):
         """See :func:`aqdet.data.loader.build_train_loader`.
 
         Raises:
-            ValueError: naming ``DATASETS.TRAIN``, if it is empty or has no boxes, or ``SOLVER.IMS_PER_BATCH``.
+            ValueError: If ``DATASETS.TRAIN`` is empty or has no boxes, or if ``SOLVER.IMS_PER_BATCH`` does not fit.
         """
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
@@ -360,10 +358,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Builds Detectron2's loader, whose workers end with this process, also when it is killed.
+        """Builds Detectron2's loader, whose workers end with this process, even if it is killed.
 
         Raises:
-            ValueError: naming ``DATASETS.TEST``, if the dataset has no images.
+            ValueError: Naming ``DATASETS.TEST``, if the dataset has no images.
         """
         with _usable("DATASETS.TEST", (dataset_name,)):
             loader = build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
@@ -372,9 +370,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """See :func:`aqdet.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``.
+        """See :func:`aqdet.evaluation.build_evaluator`; results are written into ``OUTPUT_DIR/inference``.
 
-        Each of several sets has a folder there.
+        If there are several datasets, each has a folder there.
         """
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
@@ -386,7 +384,7 @@ class Trainer(DefaultTrainer):
         """Evaluates the detector alone, without its auxiliary path.
 
         Raises:
-            ValueError: if quantizers were never calibrated, as after loading a float checkpoint.
+            ValueError: If quantizers were never calibrated, as after loading a float checkpoint.
         """
         with without_scaffold(model):
             check_calibrated(model, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")

@@ -1,4 +1,4 @@
-"""Writers of a training's scalars, whose files appear with the first value."""
+"""Writers of a training's scalars, which create their files with the first value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MetricsWriter(EventWriter):
         """Appends a line for each iteration that has new scalars.
 
         Raises:
-            OSError: naming the file, which then ends with the last whole line, as when the disk is full.
+            OSError: Naming the file, for example if the disk is full; the file then ends with its last complete line.
         """
         by_iteration: dict[int, dict[str, float]] = {}
         for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(WINDOW).items():

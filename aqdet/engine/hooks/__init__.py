@@ -1,1 +1,1 @@
-"""Hooks of the trainer, one a file."""
+"""Hooks of the trainer, one in each file."""

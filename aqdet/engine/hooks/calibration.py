@@ -1,4 +1,4 @@
-"""First ranges of quantizers, and the alignment of adaptors."""
+"""The hook that gives quantizers their first ranges and aligns adaptors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 class CalibrationHook(HookBase):
     """Calibrates quantizers without a range on training batches, before training.
 
-    The model runs in training mode, so that the ranges are those of the batch statistics that training sees,
-    and everything but the quantizers is restored afterwards. Adaptors of an auxiliary path whose head is a
-    copy of the detector's are aligned by the same batches, and averaged over processes. Where nothing is pending,
-    as after a resume, nothing happens.
+    The model runs in training mode, so that ranges fit the batch statistics of training, and everything but the
+    quantizers is restored afterwards. If the head of an auxiliary path is a copy of the detector's, the hook also
+    aligns the path's adaptors on the same batches, and averages them across processes. After a resume everything is
+    calibrated, and the hook does nothing.
 
     Args:
-        build_loader: makes a data loader of its own, so that training sees the data it would have seen.
-        num_batches, method: ``MODEL.QUANT.CALIBRATION``.
+        build_loader: Makes another data loader, so that training still begins with its first batch.
+        num_batches, method: Values of ``MODEL.QUANT.CALIBRATION``.
 
     Raises:
-        ValueError: if one of them is not valid, before training rather than in it.
+        ValueError: If one of them is not valid; it is raised before training.
     """
 
     def __init__(self, build_loader: Callable[[], Iterable[Any]], num_batches: int, method: str) -> None:
@@ -46,7 +46,7 @@ class CalibrationHook(HookBase):
         self._method = method
 
     def before_train(self) -> None:
-        """Calibrates what is not calibrated."""
+        """Calibrates the quantizers and aligns the adaptors that are not ready."""
         model = self.trainer.model
         states = [q.is_calibrated or not q.enabled for _, q in quantizers(model)]
         adaptors = waiting_adaptors(model)

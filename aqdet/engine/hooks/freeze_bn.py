@@ -1,4 +1,4 @@
-"""BN statistics that are frozen late in training."""
+"""The hook that freezes BN statistics late in training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 class FreezeBNHook(HookBase):
     """Freezes the running statistics of the detector's BNs from an iteration on, and normalizes by them.
 
-    Their affine parameters train on. The auxiliary path goes on as before. Set anew before each step, since
-    evaluation switches the whole model back to training mode; a resume needs no state. All processes freeze the
-    main one's statistics, which are those in the checkpoint.
+    Their affine parameters go on training, and so does the auxiliary path. The hook sets the mode before each step,
+    since evaluation switches the whole model back to training mode; so a resume needs no state. All processes freeze
+    the main one's statistics, which are those in the checkpoint.
 
     Args:
         iteration: ``SOLVER.FREEZE_BN_ITER``.
-        max_iter: ``SOLVER.MAX_ITER``; warns if the iteration is not before it.
+        max_iter: ``SOLVER.MAX_ITER``; the hook warns if the iteration is not before it.
 
     Raises:
-        ValueError: if it is negative.
+        ValueError: If the iteration is negative.
     """
 
     def __init__(self, iteration: int, max_iter: int | None = None) -> None:
@@ -38,7 +38,7 @@ class FreezeBNHook(HookBase):
         self._iteration = iteration
 
     def before_step(self) -> None:
-        """Freezes the statistics in the given iteration."""
+        """Freezes the statistics from the given iteration on."""
         if self.trainer.iter < self._iteration:
             return
         model = self.trainer.model

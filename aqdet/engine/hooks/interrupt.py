@@ -1,4 +1,4 @@
-"""Signals that stop a training between two iterations."""
+"""The hook that stops a training between two iterations when a signal comes."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Interrupted(SystemExit):
 class InterruptHook(HookBase):
     """Ends the iteration, saves and stops on SIGTERM and Ctrl-C; the same signal again stops at once.
 
-    A signal to one process stops all of them, after the same iteration. It has to be the last hook, so that
-    what it saves is the state after everything else. In a process that ``--num-gpus`` started SIGTERM is left
-    alone: there it means that another process has failed, and waiting for that one would take forever. Such
-    processes get SIGINT when their parent ends.
+    A signal to one process stops all of them, after the same iteration. The hook has to be the last one, so that it
+    saves the state after all others. In a process that ``--num-gpus`` has started, it does not handle SIGTERM: there
+    the signal means that another process has failed, and waiting for that one would take forever. Such processes get
+    SIGINT when their parent ends.
 
     Args:
-        checkpointer: saves ``model_<iteration>.pth``.
+        checkpointer: Saves ``model_<iteration>.pth``.
     """
 
     def __init__(self, checkpointer: AqdetCheckpointer) -> None:
@@ -60,9 +60,9 @@ class InterruptHook(HookBase):
         self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
-        """Takes the signals, which then wait for the end of an iteration."""
+        """Installs the handlers; from now on signals wait for the end of an iteration."""
         if threading.current_thread() is not threading.main_thread():
-            return  # Only the main thread may set handlers, and it has its own.
+            return  # Only the main thread may set handlers.
         spawned = multiprocessing.parent_process() is not None
         for signum in (signal.SIGINT,) if spawned else (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._receive)
@@ -70,7 +70,7 @@ class InterruptHook(HookBase):
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         logger.warning("%s: saving after this iteration; once more to stop at once", signal.Signals(signum).name)
         self._received = signum
-        signal.signal(signum, self._previous.pop(signum))  # The other one may follow: Ctrl-C, then a parent's SIGTERM.
+        signal.signal(signum, self._previous.pop(signum))  # The other signal may follow: first Ctrl-C, then SIGTERM.
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
@@ -78,11 +78,11 @@ class InterruptHook(HookBase):
         self._previous.clear()
 
     def after_step(self) -> None:
-        """Stops if any process got a signal."""
+        """Stops the training if any process got a signal."""
         signum = max(comm.all_gather(self._received))
         iteration = self.trainer.iter
         if iteration + 1 >= self.trainer.max_iter:
-            self._restore()  # What follows, evaluation, is not in iterations, and all is saved.
+            self._restore()  # The evaluation that follows has no iterations, and everything is saved.
         if signum:
             if iteration + 1 < self.trainer.max_iter:
                 self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)

@@ -1,4 +1,4 @@
-"""Metrics that a resume goes on with."""
+"""The hook that carries metrics through a resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MetricsHook(HookBase):
     """Carries ``metrics.json``, and the recent values that its medians are taken over, through a resume.
 
     Args:
-        writer: of the main process; None in the others.
+        writer: The writer of the main process; None in the others.
     """
 
     def __init__(self, writer: MetricsWriter | None) -> None:
@@ -24,7 +24,7 @@ class MetricsHook(HookBase):
         self._loaded: dict[str, Any] | None = None
 
     def before_train(self) -> None:
-        """Puts back what was loaded, or starts the file anew if the run starts at its beginning."""
+        """Restores the loaded state, or starts the file anew if the run starts at its beginning."""
         if self._loaded is None:
             if self._writer is not None and self.trainer.start_iter == 0:
                 self._writer.start_anew()
@@ -39,7 +39,7 @@ class MetricsHook(HookBase):
             self._writer.load_state_dict(self._loaded["file"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state after the trainer's iteration, in Python's own types."""
+        """Returns the state after the trainer's iteration, in built-in types."""
         storage, iteration = self.trainer.storage, self.trainer.iter
         hints = storage.smoothing_hints()
         recent = {}

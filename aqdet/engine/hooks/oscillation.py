@@ -1,4 +1,4 @@
-"""Weights that flip between two levels: measured, dampened, frozen (Nagel et al., ICML 2022, arXiv 2203.11086)."""
+"""The hook that measures, dampens and freezes weights that flip between two levels (Nagel et al., 2203.11086)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ...utils.distributed import unwrap
 logger = logging.getLogger(__name__)
 
 MAX_BITS = 4
-"""Layers of more bits are left alone, as in the authors' code: their flips are small."""
+"""Largest number of bits of a layer that is treated, as in the authors' code; with more bits, flips are small."""
 OSCILLATING = 0.005
-"""A weight of a higher frequency counts as oscillating, as in the paper's tables."""
+"""Frequency above which a weight counts as oscillating, as in the paper's tables."""
 LOG_PERIOD = 20
 
 
@@ -32,9 +32,11 @@ class WeightHistory:
     """The history of one layer's weight; every tensor has the weight's shape.
 
     Attributes:
-        codes: int8, after the last step. direction: int8, sign of the last change of each code, 0 before any.
-        frequency: moving average of "the code changed back". average: moving average of the code.
-        frozen: bool.
+        codes: int8, the codes after the last step.
+        direction: int8, the sign of the last change of each code, 0 before the first one.
+        frequency: The moving average of "the code changed back".
+        average: The moving average of the code.
+        frozen: bool, whether each weight is frozen.
     """
 
     codes: Tensor
@@ -52,8 +54,8 @@ class WeightHistory:
     def update(self, codes: Tensor, momentum: float, threshold: float) -> Tensor:
         """Adds the codes after a step, and freezes weights that oscillate.
 
-        A code oscillates when it changes in the direction opposite to its last change. Above ``threshold``,
-        if that is not 0, a weight is frozen to the rounded average of its code.
+        A code oscillates when it changes in the direction opposite to its last change. A weight whose frequency is
+        above ``threshold``, unless that is 0, is frozen to the rounded average of its code.
 
         Returns:
             The share of weights whose code changed, 0-dim.
@@ -81,19 +83,19 @@ class OscillationHook(HookBase):
 
     Dampening adds the loss ``weight * |q(w) - clip(w)|^2``, summed over all weights, which pulls them to the
     middle of their level; scales get no gradient of it. Its weight rises from 0 by a cosine, as in the paper.
-    Freezing keeps a weight at its code from then on: after each step it is put onto the level, wherever the scale
-    has moved. The threshold falls by a cosine from ``threshold_start``.
+    A frozen weight keeps its code from then on: after each step it is set to its level on the current scale. The
+    threshold falls by a cosine from ``threshold_start``.
 
     Args:
-        model: with its quantizers; not wrapped.
-        dampening: ``DAMPENING``, weight of the loss at the end, 0 for none.
-        threshold: ``FREEZE_THRESHOLD`` at the end of training, 0 for no freezing.
+        model: The model with its quantizers, not wrapped for distribution.
+        dampening: ``DAMPENING``, the weight of the loss at the end; 0 for no dampening.
+        threshold: ``FREEZE_THRESHOLD``, the threshold at the end of training; 0 for no freezing.
         threshold_start: ``FREEZE_THRESHOLD_START``.
         momentum: ``MOMENTUM`` of the moving averages.
 
     Raises:
-        ValueError: naming the key of ``MODEL.QUANT.OSCILLATION``, or if no weight has a uniform grid of at
-            most 4 bits.
+        ValueError: If a key of ``MODEL.QUANT.OSCILLATION`` is not valid, which it names, or if no weight has a uniform
+            grid of at most 4 bits.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class OscillationHook(HookBase):
         self._handle = model.register_forward_hook(self._add_loss) if dampening > 0 else None
 
     def _progress(self, iteration: int) -> float:
-        """From 0 to 1 by a cosine."""
+        """Returns a factor that rises from 0 to 1 over the training by a cosine."""
         return 0.5 * (1 - math.cos(math.pi * min(iteration / max(self.trainer.max_iter, 1), 1.0)))
 
     def _add_loss(self, model: nn.Module, _: Any, losses: Any) -> Any:
@@ -132,7 +134,7 @@ class OscillationHook(HookBase):
 
     @torch.no_grad()
     def before_train(self) -> None:
-        """Starts with the codes after calibration, or goes on with the history of the run that is resumed."""
+        """Starts from the codes after calibration, or from the history of the resumed run."""
         for path, layer in self._layers.items():
             device = layer.weight.device
             if path in self._history:
@@ -146,7 +148,7 @@ class OscillationHook(HookBase):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Updates the history, puts frozen weights onto their level, and logs if it is time."""
+        """Updates the history, sets frozen weights to their level, and logs every 20 iterations."""
         end, start = self._threshold
         threshold = 0.0
         if end > 0:
@@ -205,9 +207,9 @@ class OscillationHook(HookBase):
 
 
 def dampening_loss(weight: Tensor, quantizer: Quantizer) -> Tensor:
-    """Returns ``|q(w) - clip(w)|^2`` with q(w) held constant: 0-dim, differentiable in the weight alone.
+    """Returns ``|q(w) - clip(w)|^2`` with constant q(w): a 0-dim tensor, differentiable in the weight alone.
 
-    Weights that the range clips get no gradient, so that the learned range is not disturbed.
+    Clipped weights get no gradient, so that the learned range is not disturbed.
     """
     grid = quantizer.grid()
     assert grid is not None
@@ -218,7 +220,7 @@ def dampening_loss(weight: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Layers of the detector whose weight is on a uniform grid of few bits, by path."""
+    """Returns the layers of the detector, by name, whose weight is on a uniform grid of few bits."""
     layers, left_out = {}, []
     for path, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
@@ -243,7 +245,7 @@ def build_oscillation_hook(cfg: CfgNode, model: nn.Module) -> OscillationHook | 
     """Builds the hook of ``MODEL.QUANT.OSCILLATION``; None if all of it is off.
 
     Raises:
-        ValueError: see :class:`OscillationHook`.
+        ValueError: As :class:`OscillationHook` does.
     """
     node = cfg.MODEL.QUANT.OSCILLATION
     if not (node.TRACK or node.DAMPENING or node.FREEZE_THRESHOLD):

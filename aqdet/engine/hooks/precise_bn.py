@@ -1,4 +1,4 @@
-"""BN statistics that are estimated again before evaluation."""
+"""The hook that estimates BN statistics again before evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Moments:
-    """Sums over what a BN sees: count, values, squares; a forward pre-hook."""
+    """A forward pre-hook that sums count, values and squares of a BN's inputs."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         assert norm.running_mean is not None
@@ -36,7 +36,7 @@ class _Moments:
         self._sums += torch.stack([torch.ones_like(mean), mean, var + mean.square()]) * (x.numel() // x.shape[1])
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance over all ranks."""
+        """Returns mean and variance over all ranks."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)
         count, total, squares = self._sums
@@ -50,17 +50,17 @@ def _norms_in_training(model: nn.Module) -> list[_BatchNorm]:
 
 
 def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num_batches: int) -> None:
-    """Replaces the running statistics of a detector's BNs by those of the weights as they are.
+    """Replaces the running statistics of a detector's BNs by the statistics of its current weights.
 
-    Quantized weights that flip between levels leave moving averages of statistics that no set of weights ever
-    had (Nagel et al., 2203.11086). Every BN in training mode gets the population mean and variance over the
-    batches and over all ranks; one BN per pyramid level is one BN each. Nothing else changes: not the auxiliary
-    path, the loss normalizer, or the random states.
+    When quantized weights flip between levels, running statistics are averages that belong to no set of weights
+    (Nagel et al., 2203.11086). Every BN in training mode gets the population mean and variance over the batches and
+    over all ranks; where there is one BN per pyramid level, each is estimated by itself. The auxiliary path, the loss
+    normalizer and the random states do not change.
 
     Args:
-        model: in training mode; wrapped in ``DistributedDataParallel`` or not.
-        build_loader: makes an iterable of training batches.
-        num_batches: how many of them are used.
+        model: The model in training mode; it may be wrapped in ``DistributedDataParallel``.
+        build_loader: Makes an iterable of training batches.
+        num_batches: The number of batches that are used.
     """
     with without_scaffold(model):
         moments = [(norm, _Moments(norm)) for norm in _norms_in_training(model)]
@@ -80,17 +80,17 @@ def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num
 
 
 class PreciseBNHook(HookBase):
-    """Estimates BN statistics again, every ``period`` iterations and after the last one: before evaluation.
+    """Estimates BN statistics again before each evaluation: every ``period`` iterations and after the last one.
 
-    In place of Detectron2's hook, which would also run the auxiliary path, move the loss normalizer and the
-    random states of training, and keep the statistics of each rank apart. It comes before the checkpoint.
-    With averaged weights it is their statistics that are estimated.
+    It replaces Detectron2's hook, which would also run the auxiliary path, change the loss normalizer and the random
+    states of training, and keep the statistics of each rank apart. It has to run before the checkpoint is written.
+    With averaged weights, it estimates the average's statistics.
 
     Args:
         period: ``TEST.EVAL_PERIOD``; 0 for the end of training alone.
-        build_loader: makes a new loader each time, so that nothing of it has to be resumed.
+        build_loader: Makes a new loader each time, so that a resume does not have to restore one.
         num_batches: ``TEST.PRECISE_BN.NUM_ITER``.
-        average: the hook that averages weights, if there is one.
+        average: The hook that averages weights, if there is one.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PreciseBNHook(HookBase):
         self._average = average
 
     def after_step(self) -> None:
-        """Estimates the statistics if an evaluation is due, unless BN is frozen by then."""
+        """Estimates the statistics if an evaluation is due and BN is not frozen."""
         done = self.trainer.iter + 1
         if done < self.trainer.max_iter and not (self._period > 0 and done % self._period == 0):
             return

@@ -1,4 +1,4 @@
-"""Warnings of quantizers that do not learn."""
+"""The hook that warns of quantizers that do not learn."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MAX_LISTED = 5
 
 
 class QuantizerWatchHook(HookBase):
-    """Warns, once for each, of quantizers that do not learn as they should, by their names.
+    """Warns once of each quantizer that does not learn as it should, and names it.
 
-    These are scales at their floor, layers whose weights are all on one level, and scales or clipping ranges that have
-    moved by more than a factor of ``MAX_FACTOR`` or not at all since this process began to train. The hook looks every
-    ``period`` iterations and after the last one.
+    The warnings are for scales at their floor, layers whose weights are all on one level, and scales or clipping ranges
+    that have changed by more than a factor of ``MAX_FACTOR`` or not at all since this process began to train. The hook
+    looks every ``period`` iterations and after the last one.
 
     Args:
-        period: in iterations; a look costs about as much as quantizing the weights once.
+        period: The number of iterations between two looks; a look costs about as much as quantizing the weights once.
     """
 
     MAX_FACTOR = 4.0
@@ -36,7 +36,7 @@ class QuantizerWatchHook(HookBase):
         self._started: dict[str, Tensor] = {}
 
     def before_step(self) -> None:
-        """Records the sizes that training starts with, which are known after calibration."""
+        """Records the first scales and ranges, which are known after calibration."""
         if not self._started:
             self._started = _sizes(self.trainer.model)
 
@@ -78,7 +78,7 @@ class QuantizerWatchHook(HookBase):
 
 
 def _sizes(model: nn.Module) -> dict[str, Tensor]:
-    """Name to a copy of the learned scale or alpha of every quantizer that is to learn one."""
+    """Returns copies of the scale or alpha of every quantizer that learns one, by name."""
     learned = {name: next(quantizer.parameters(), None) for name, quantizer in quantizers(model) if quantizer.is_active}
     return {
         name: p.detach().abs().clamp(min=SCALE_EPS) for name, p in learned.items() if p is not None and p.requires_grad
@@ -86,7 +86,7 @@ def _sizes(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _may_clip_nothing(model: nn.Module, name: str) -> bool:
-    """Whether a quantizer's range has a gradient only where it clips, as PACT's (1805.06085), and may clip nothing."""
+    """Returns whether a quantizer may clip nothing, and then has no gradient, as PACT's (1805.06085)."""
     return cast(Quantizer, model.get_submodule(name)).gradient == "pact"
 
 

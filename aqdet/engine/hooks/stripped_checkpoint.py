@@ -1,4 +1,4 @@
-"""The checkpoint of the detector alone."""
+"""The hook that writes the checkpoint of the detector alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class StrippedCheckpointHook(HookBase):
         self._checkpointer = checkpointer
 
     def after_train(self) -> None:
-        """Writes the file if training came to its end."""
+        """Writes the file if the training has finished."""
         if self.trainer.iter >= self.trainer.max_iter:
             if self.trainer.max_iter == 0:
                 self._save_without_a_step()
             self._checkpointer.save_stripped("model_final_stripped")
 
     def _save_without_a_step(self) -> None:
-        """Writes ``model_final.pth``, which else follows the last step; a resume begins with iteration 0."""
+        """Writes ``model_final.pth``, which otherwise the last step does; a resume begins with iteration 0."""
         self.trainer.iter = -1
         try:
             self._checkpointer.save("model_final", iteration=-1)

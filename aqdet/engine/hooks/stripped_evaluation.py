@@ -1,4 +1,4 @@
-"""Evaluation of the detector alone."""
+"""The hook that evaluates the detector alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...utils.distributed import broadcast_from_main
 class StrippedEvalHook(EvalHook):
     """Evaluates the detector alone, every ``eval_period`` iterations and after the last one.
 
-    The auxiliary path is taken out of the model during evaluation and put back after. All processes evaluate
-    the main process's BN statistics, which are those in the checkpoint. If evaluation fails, what was trained
-    is saved first.
+    The auxiliary path is removed from the model during evaluation and restored afterwards. All processes evaluate with
+    the main process's BN statistics, which are those in the checkpoint. If the evaluation fails, the hook saves a
+    checkpoint before the error ends the training.
 
     Args:
-        eval_period, eval_function: see Detectron2's.
-        checkpointer: saves ``model_<iteration>.pth``.
+        eval_period, eval_function: See Detectron2's ``EvalHook``.
+        checkpointer: Saves ``model_<iteration>.pth``.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class StrippedEvalHook(EvalHook):
             with without_scaffold(trainer.model):
                 super()._do_eval()
         except Exception:
-            if trainer.iter < trainer.max_iter:  # else model_final.pth exists
+            if trainer.iter < trainer.max_iter:  # after the last one, model_final.pth exists
                 self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
             raise
 
     def after_train(self) -> None:
-        """Evaluates if training came to its end."""
+        """Evaluates if the training has finished."""
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()

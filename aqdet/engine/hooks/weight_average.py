@@ -1,4 +1,4 @@
-"""A moving average of weights, scales and BN statistics, for evaluation and for what ships."""
+"""The hook that keeps a moving average of weights, scales and BN statistics for evaluation and export."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 class WeightAverageHook(HookBase):
     """Averages the detector over iterations; evaluation and the final checkpoint have the average.
 
-    Latent weights, scales and every other float of the state dict but the auxiliary path, after each step:
+    Averaged are latent weights, scales and every other float of the state dict but the auxiliary path, after each step:
     ``average <- d average + (1 - d) value`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
     the start is soon forgotten. Averaged latent weights do not take part in the flips of single weights between
     two levels (2311.05109).
 
     After the last step the model and the average change places: ``model_final.pth`` and the stripped file
-    have the average as the model, and training that is resumed to go further changes them back. In earlier
-    checkpoints the model is what is trained, and the average is in the trainer's state. So this hook stands
+    have the average as the model, and a training that is resumed to go further changes them back. In earlier
+    checkpoints the model has the trained weights, and the trainer's state has the average. Therefore this hook runs
     before the checkpoint's.
 
     Args:
         decay: ``SOLVER.EMA_DECAY``, above 0 and below 1.
 
     Raises:
-        ValueError: for another decay.
+        ValueError: If the decay is not in this range.
     """
 
     def __init__(self, decay: float) -> None:
@@ -51,7 +51,7 @@ class WeightAverageHook(HookBase):
         return {k: v for k, v in state.items() if v.is_floating_point() and not k.startswith(SCAFFOLD_PREFIXES)}
 
     def before_train(self) -> None:
-        """Starts from the model, calibrated by now, or from the state of the run that is resumed."""
+        """Starts from the model, which is calibrated by now, or from the state of the resumed run."""
         tensors = self._tensors()
         if not self._other:
             self._other = {key: value.clone() for key, value in tensors.items()}
@@ -78,7 +78,7 @@ class WeightAverageHook(HookBase):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the average, the same one on all ranks, into the model within a block; changes made there stay in it."""
+        """Puts the average, equal on all ranks, into the model within a block; changes made there stay in it."""
         if self._swapped:
             yield
             return
