@@ -26,6 +26,7 @@ METHODS = [
     ("lqnet", "lqnet"),
     ("lsq", "lsqplus"),
     ("lsq", "n2uq"),
+    ("lsqodd", "lsq"),
 ]
 
 

@@ -21,7 +21,7 @@ def ready(per_channel=True, method="lsq", **geometry):
 
 
 @pytest.mark.parametrize("per_channel", (True, False))
-@pytest.mark.parametrize("method", ("lsq", "pact", "dorefa"))
+@pytest.mark.parametrize("method", ("lsq", "pact", "dorefa", "lsqodd"))
 @pytest.mark.parametrize(
     "geometry",
     [

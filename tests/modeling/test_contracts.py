@@ -99,12 +99,13 @@ def test_dropped_is_dropped(taps):
     "method, relu",
     [
         *itertools.product(["lsq", "pact", "dorefa", "n2uq"], ["True", "False"]),
-        *(("lsqplus", "False"), ("lqnet", "False")),
+        *(("lsqplus", "False"), ("lqnet", "False"), ("lsqodd", "True")),
     ],
 )
 def test_every_convolution_sees_b_bits_and_zero_padding(monkeypatch, method, relu):
     weight_method = "lsq" if method == "n2uq" else method
-    extra = ("MODEL.QUANT.WEIGHT.QUANTIZER", weight_method, "MODEL.QUANT.INPUT.QUANTIZER", method)
+    input_method = "lsq" if method == "lsqodd" else method
+    extra = ("MODEL.QUANT.WEIGHT.QUANTIZER", weight_method, "MODEL.QUANT.INPUT.QUANTIZER", input_method)
     model = calibrated(make_model(*QUANT, *extra, "MODEL.FPN.RELU", relu), BATCH).eval()
     convs = {id(m): n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert all(isinstance(model.get_submodule(n), QuantConv2d) for n in convs.values())

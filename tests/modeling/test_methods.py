@@ -7,7 +7,12 @@ from helpers import AUX, QUANT, calibrated, gradients, make_batch, make_model
 from aqdet.quantization import quantizers
 
 BATCH = make_batch()
-METHODS = [("lsqplus", "lsqplus", "False"), ("lqnet", "lqnet", "False"), ("lsq", "n2uq", "True")]
+METHODS = [
+    ("lsqplus", "lsqplus", "False"),
+    ("lqnet", "lqnet", "False"),
+    ("lsq", "n2uq", "True"),
+    ("lsqodd", "lsq", "True"),
+]
 
 
 @pytest.mark.parametrize("weight, input, relu", METHODS)

@@ -28,6 +28,7 @@ def instances_of(model, inputs):
         ("MODEL.QUANT.INPUT.QUANTIZER", "pact", "MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa"),
         ("MODEL.QUANT.INPUT.QUANTIZER", "lsqplus", "MODEL.QUANT.RESIDUAL_QUANTIZER", "lsqplus"),
         ("MODEL.QUANT.INPUT.QUANTIZER", "n2uq"),
+        ("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd", "MODEL.QUANT.WEIGHT.CENTERED", "True"),
         ("MODEL.QUANT.INPUT.QUANTIZER", "lqnet", "MODEL.QUANT.WEIGHT.QUANTIZER", "lqnet"),
     ],
 )

@@ -230,7 +230,7 @@ def test_wrong_values_name_their_key(values, words):
         make_hook(quantized_model(), **values)
 
 
-@pytest.mark.parametrize("method, bits", [("lqnet", 2), ("dorefa", 2), ("lsq", 8)])
+@pytest.mark.parametrize("method, bits", [("lqnet", 2), ("dorefa", 2), ("lsqodd", 2), ("lsq", 8)])
 def test_weights_without_a_grid_of_few_bits_are_an_error_or_a_count(method, bits, caplog):
     with pytest.raises(ValueError, match="no layer has weights on a uniform grid of at most 4 bits"):
         make_hook(quantized_model(method, bits))
