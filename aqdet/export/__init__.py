@@ -7,9 +7,9 @@
 - ``model.end_to_end.onnx``, if asked for: pixels to detections (:mod:`~aqdet.export.end_to_end`).
 - ``model.qonnx.onnx``, if asked for: QONNX with the true bit widths (:mod:`~aqdet.export.qonnx_graph`).
 - ``detector.c``, ``detector.h``, if asked for: plain C (:mod:`~aqdet.export.c_source`).
-- ``golden.npz``: ``image``, ``input``, ``codes/NAME``, ``outputs/NAME``, ``boxes``, ``scores``, ``classes``: what the
-  detector computes for one image at the size that it has, for the self-test of :mod:`aqdet.runtime`.
-- ``detector.json``: what the runtime has to know, and the SHA-256 of the files above.
+- ``golden.npz``: ``image``, ``input``, ``codes/NAME``, ``outputs/NAME``, ``boxes``, ``scores``, ``classes``: the values
+  that the detector computes for one image, not resized, for the self-test of :mod:`aqdet.runtime`.
+- ``detector.json``: the facts that the runtime needs, and the SHA-256 of the files above.
 - ``report.json``, ``report.md``: types, bounds, agreement, ranges and evaluation; ``README.md``: the model card.
 """
 

@@ -1,17 +1,17 @@
-"""The codes of the trained model, the integer reference and ONNX Runtime, compared layer by layer.
+"""Layer by layer comparison of the codes of the trained model, the integer reference and ONNX Runtime.
 
 Each execution is compared with the reference twice:
 
-- *local*: the reference runs each operation on the codes that the execution itself had there. What differs is
-  that operation's doing;
-- *whole*: both run from the image. A code that differs early changes what comes after it.
+- *local*: the reference runs each operation on the codes that the execution itself had there. A difference is then
+  caused by this operation;
+- *whole*: both run from the image. A code that differs early changes later ones.
 
-ONNX Runtime as it ships, with its optimizations, has to have the reference's codes and predictions to the bit, and
-nothing excuses one that differs. What computes in float32, as ONNX Runtime does without optimizations, may differ where
-the value before rounding lies next to a tie: within float32's error of one. For the trained model that is also within
-half a unit of a convolution's sum, since it does not round biases to int32, and within what the scales of a sum were
-moved by. A copy of it with the constants that ship (:func:`~aqdet.export.extract.with_rounded_constants`) shows what is
-left without these.
+ONNX Runtime with its optimizations, as it ships, must have the reference's codes and predictions to the bit; no
+difference is allowed. An execution in float32, such as ONNX Runtime's without optimizations, may differ where the value
+before rounding lies within float32's error of a tie. The trained model may also differ within half a unit of a
+convolution's sum, since it does not round biases to int32, and within the change that the scales of sums got. A copy of
+it with the constants that ship (:func:`~aqdet.export.extract.with_rounded_constants`) shows the differences without
+these two causes.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ class Difference:
     """The comparison of one value of one execution with the reference.
 
     Attributes:
-        value: its name. execution: one of :data:`EXECUTIONS`.
-        is_prediction: whether it is a float32 output, which has no codes and is counted nowhere.
-        count: number of codes. local, whole: how many differ, see the module.
-        largest: the largest local difference in codes; for a prediction, in its own units.
-        unexplained: local differences that nothing excuses, see the module.
+        value: The name of the value.
+        execution: One of :data:`EXECUTIONS`.
+        is_prediction: Whether the value is a float32 output, which has no codes and is not counted.
+        count: The number of codes.
+        local, whole: How many codes differ, see the module.
+        largest: The largest local difference in codes; for a prediction, in its own units.
+        unexplained: The number of local differences that are not allowed, see the module.
     """
 
     value: str
@@ -82,14 +84,14 @@ def compare(
     """Runs every execution on some images and compares it with the reference.
 
     Args:
-        model: the detector that ``program`` was extracted from.
-        program: see there.
-        images: each ``(3, H, W)``, sides multiples of ``program.size_divisibility``.
-        progress: called with a line of text from time to time.
-        tensorrt: also runs TensorRT's graph, see :mod:`~aqdet.export.tensorrt_graph`.
+        model: The detector that ``program`` was extracted from.
+        program: The integer program.
+        images: Images ``(3, H, W)``, whose sides are multiples of ``program.size_divisibility``.
+        progress: A function that is called with a line of text from time to time.
+        tensorrt: Whether to run TensorRT's graph, too, see :mod:`~aqdet.export.tensorrt_graph`.
 
     Returns:
-        For each value that an execution has of its own, summed over the images, in the order of the program.
+        A difference for each value that an execution computes, summed over the images, in the order of the program.
     """
     sessions = {
         PLAIN: runtime_session(build_onnx(program, extra_outputs=True), optimize=False),
@@ -172,7 +174,7 @@ def _unexplained(
     grids: Mapping[str, Grid],
     execution: str,
 ) -> int:
-    """Number of differing codes whose value before rounding is not close enough to the tie between the two."""
+    """Returns the number of differing codes whose value before rounding is too far from the tie between them."""
     wrong = own != expected
     if execution in EXACT:
         return int(wrong.sum())
@@ -196,7 +198,7 @@ def _unexplained(
 def _before_rounding(
     operation: Operation, inputs: list[NDArray[np.int64]], grids: Mapping[str, Grid]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns the real number, in output codes, that is rounded to a code; and float32's error in computing it."""
+    """Returns the real number, in output codes, that is rounded to a code, and float32's error in computing it."""
     if isinstance(operation, Conv):
         assert operation.grid is not None
         source = grids[operation.input]
@@ -217,7 +219,7 @@ def _before_rounding(
 
 
 def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Values:
-    """Returns the codes behind the values of the fake-quantized model, and its predictions as they are."""
+    """Returns the codes of the fake-quantized model's values, and its predictions as they are."""
     recorded: dict[str, list[NDArray[np.int16]]] = {}
     training = model.training
     model.eval()
@@ -243,7 +245,7 @@ def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Va
 
 @contextlib.contextmanager
 def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -> Iterator[None]:
-    """Notes the codes at every activation quantizer, at each of its calls, under the names of the program."""
+    """Records the codes at every call of every activation quantizer, under the names of the program."""
     handles = []
 
     def note(name: str, quantizer: Quantizer | None, x: Tensor) -> None:
@@ -269,7 +271,7 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
 
             handles.append(module.register_forward_pre_hook(note_operands))
         elif isinstance(module, QuantStem):
-            # Its stream is quantized after the pooling; the same values before it tell the two apart.
+            # The stem's stream is quantized after the pooling; the output before it has a name of its own.
             stream = module.output_stream
             handles.append(
                 module.conv1.register_forward_hook(
@@ -298,9 +300,9 @@ def runtime_session(model: Any, *, optimize: bool, optimized_path: str | None = 
     """Creates a session on one thread of the CPU.
 
     Args:
-        model: an ``onnx.ModelProto``.
-        optimize: with all of ONNX Runtime's optimizations, or none.
-        optimized_path: where to write the graph that is really executed.
+        model: An ``onnx.ModelProto``.
+        optimize: Whether to use all of ONNX Runtime's optimizations, or none.
+        optimized_path: The file to write the graph to that is really executed.
     """
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel

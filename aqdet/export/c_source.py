@@ -1,10 +1,11 @@
 """The integer program as plain C: ``detector.c`` and ``detector.h``, for microcontrollers and safety reviews.
 
-C99 without libraries, static buffers, no allocation. Weights lie packed in their bits and are unpacked layer by layer
-into one buffer. Everything is integers but the multiplication of a sum by its multiplier, which is ONNX Runtime's:
-float32 times float32, rounded to nearest with ties to even. So the codes are those of the shipped ``model.onnx``.
+The program is C99 without libraries; its buffers are static, and it allocates nothing. Weights are stored in their bits
+and are unpacked layer by layer into one buffer. All arithmetic is on integers, except for the multiplication of a sum
+by its multiplier, which is ONNX Runtime's: float32 times float32, rounded to nearest with ties to even. So the codes
+equal those of the shipped ``model.onnx``.
 
-Values are ``(H, W, C)`` bytes, a code plus its grid's zero point; predictions are float32, ``(H, W, C)`` too.
+Values are ``(H, W, C)`` bytes, each a code plus its grid's zero point; predictions are float32 ``(H, W, C)``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Progr
 from .reference import conv_multiplier, execute
 
 LANES = 16
-"""Output channels that are computed at once; weights are padded to multiples of it."""
+"""Number of output channels that are computed at once; weights are padded to multiples of it."""
 PIXELS = 4
-"""Output pixels of a row that are computed at once."""
+"""Number of output pixels of a row that are computed at once."""
 _ALIGNMENT = 16
 Shape = tuple[int, int, int]
 
@@ -32,10 +33,10 @@ class CSource:
     """A detector as C.
 
     Attributes:
-        header, source: texts of ``detector.h`` and ``detector.c``.
-        arena: bytes of RAM in static buffers, the caller's outputs not counted.
-        flash: bytes of constants.
-        outputs: bytes of the structure that the caller gives for the predictions.
+        header, source: The texts of ``detector.h`` and ``detector.c``.
+        arena: Bytes of RAM in static buffers, without the caller's outputs.
+        flash: Bytes of constants.
+        outputs: Bytes of the structure that the caller passes for the predictions.
     """
 
     header: str
@@ -54,11 +55,11 @@ def build_c(program: Program, height: int, width: int) -> CSource:
     """Writes a program for images of one size as C.
 
     Args:
-        program: of the detector.
-        height, width: of the image.
+        program: The detector's program.
+        height, width: Size of the image in pixels.
 
     Raises:
-        ValueError: in one line, for a size that is no multiple of the program's, or a layer that it does not know.
+        ValueError: In one line, if the size is no multiple of the program's, or a layer is not supported.
     """
     divisor = program.size_divisibility
     if height < 1 or width < 1 or height % divisor or width % divisor:
@@ -161,14 +162,14 @@ class _Writer:
         )
 
     def _table(self, operation: Requantize, grids: Mapping[str, Grid]) -> str:
-        """What each stored byte becomes, computed by the reference."""
+        """Returns the table of an operation on bytes: its result for each stored byte, computed by the reference."""
         zero = grids[operation.input].zero_point
         codes = (np.arange(256) - zero).reshape(1, 1, 1, 256)
         stored = np.asarray(execute(operation, [codes], grids)).reshape(-1) + operation.grid.zero_point
         return self._constant("uint8_t", stored, 1)
 
     def _constant(self, kind: str, values: Sequence[object] | NDArray[np.generic], size: int) -> str:
-        """Name of a table of constants; equal ones are there once, as the weights of a head for all levels are."""
+        """Returns the name of a table of constants; equal tables, as a head's weights for all levels, exist once."""
         text = ", ".join(str(value) for value in values)
         key = f"{kind}:{text}".encode()
         if key not in self.tables:
@@ -180,11 +181,11 @@ class _Writer:
 
 
 def pack(weight: NDArray[np.int16], bits: int) -> NDArray[np.uint32]:
-    """Weights in the order in which they are read, ``bits`` each in two's complement, low bits first.
+    """Packs weights in the order in which they are read, ``bits`` each in two's complement, low bits first.
 
     Args:
-        weight: ``(O, C, kH, kW)``; a channel of zeros is added where their number is odd.
-        bits: of each.
+        weight: ``(O, C, kH, kW)``; a channel of zeros is added if C is odd.
+        bits: The number of bits of a weight.
 
     Returns:
         Words of the codes in the order ``(kH, kW, C / 2, O, 2)``.
@@ -194,7 +195,7 @@ def pack(weight: NDArray[np.int16], bits: int) -> NDArray[np.uint32]:
     codes = even.transpose(2, 3, 1, 0).reshape(*kernel, channels // 2, 2, outs).swapaxes(3, 4)
     codes = codes.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
     stream = ((codes[:, None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(-1)
-    # A word more, since two are read at a time.
+    # One word is added, since two are read at a time.
     stream = np.pad(stream, (0, -len(stream) % 32 + 32))
     return np.packbits(stream, bitorder="little").view("<u4").astype(np.uint32)
 
@@ -205,7 +206,7 @@ def _bits(weight: NDArray[np.int16]) -> int:
 
 
 def _shape(operation: Operation, inputs: Sequence[Shape]) -> Shape:
-    """Height, width and channels of an operation's output."""
+    """Returns height, width and channels of an operation's output."""
     height, width, channels = inputs[0]
     if isinstance(operation, PadImage):
         vertical, horizontal = operation.amount
@@ -232,7 +233,7 @@ def _shape(operation: Operation, inputs: Sequence[Shape]) -> Shape:
 
 
 def _places(program: Program, shapes: Mapping[str, Shape], predictions: Sequence[str]) -> tuple[dict[str, int], int]:
-    """Where in the arena each value lies, so that none that is still read is written over; and the arena's bytes."""
+    """Returns the places of values in the arena, where none overwrites one still in use, and the arena's size."""
     last = {name: step for step, operation in enumerate(program.operations) for name in inputs_of(operation)}
     places: dict[str, int] = {}
     live: list[tuple[int, int, int]] = []  # begin, end, last step

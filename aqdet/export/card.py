@@ -1,4 +1,4 @@
-"""``README.md`` of an exported folder: what the detector is, how good, and how to run it."""
+"""``README.md`` of an exported folder, its model card: what the detector is, how good it is, and how to run it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
     """Returns the text of the model card.
 
     Args:
-        content: of ``detector.json``.
-        report: of ``report.json``.
-        files: names of the files of the folder.
-        licence: of the weights.
+        content: The content of ``detector.json``.
+        report: The content of ``report.json``.
+        files: The names of the files of the folder.
+        licence: The licence of the weights.
     """
     source, size = content["source"], report["sizes"]
     lines = [
@@ -81,7 +81,7 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
 
 
 def _bits(rows: Sequence[Mapping[str, Any]]) -> str:
-    """E.g. ``weights of 4 bits (8 in 11 of 58 convolutions)``."""
+    """Returns a text on the bits, for example ``weights of 4 bits (8 in 11 of 58 convolutions)``."""
     bits = [row["weight_bits"] for row in rows if row["kind"] == "conv"]
     usual = max(set(bits), key=bits.count)
     others = sorted(set(bits) - {usual})

@@ -1,4 +1,4 @@
-"""Integer weights in int8 tensors, so that every x86 computes with them exactly."""
+"""Integer weights as int8 tensors with which every x86 computes exactly."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 from .program import Conv, Grid, largest_code
 
 INT8_LIMIT = 127
-# Of the sum of two products of uint8 and int8 in the 16 bits of x86 without VNNI.
+# Largest sum of two products of uint8 and int8 in the 16 bits of x86 without VNNI.
 PAIR_LIMIT = 2**15 - 1
 
 
 def int8_parts(conv: Conv, source: Grid) -> list[NDArray[np.int8]]:
-    """Splits integer weights into a sum of int8 ones, each for one reading of the input ``source``.
+    """Splits integer weights into a sum of int8 parts; each part convolves the input, on the grid ``source``, once.
 
-    Without VNNI, x86 adds two products of uint8 and int8 in int16, which saturates. So a part's codes stay within
-    what :data:`PAIR_LIMIT` allows beside the largest input code: at 4 bits there is one part, at 8 bits there are two,
-    and one at 7.
+    Without VNNI, x86 adds two products of uint8 and int8 in int16, which saturates. So the sum of two of a part's
+    products with the largest input code is at most :data:`PAIR_LIMIT`. There is one part up to 7 bits, and there are
+    two at 8 bits.
 
     Raises:
-        ValueError: if a grouped convolution would need more than one.
+        ValueError: If a grouped convolution would need more than one part.
     """
     weight = conv.integer_weight
     limit = min(INT8_LIMIT, PAIR_LIMIT // (2 * largest_code(source)))

@@ -1,4 +1,4 @@
-"""What a detector's folder says of itself: the content of ``detector.json``, and the same in the graph's metadata."""
+"""The description of an exported detector: the content of ``detector.json``, and the same in the graph's metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREPROCESSING = (
 
 
 def pad_image(program: Program, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pads ``(3, H, W)`` by rows and columns of the code of zero, up to multiples of the size divisibility."""
+    """Pads ``(3, H, W)`` with the code of zero below and to the right, up to multiples of the size divisibility."""
     bottom, right = (-side % program.size_divisibility for side in image.shape[1:])
     padded = [
         np.pad(channel, ((0, bottom), (0, right)), constant_values=value)
@@ -44,7 +44,7 @@ def describe_detector(
     """Returns the content of ``detector.json``, see :mod:`aqdet.runtime.folder`.
 
     Raises:
-        ValueError: naming the config key, for anchors that the runtime does not know.
+        ValueError: Naming the config key, for anchors that the runtime does not support.
     """
     strides = [output.stride for output in program.outputs]
     decode: dict[str, Any] = {
@@ -54,7 +54,7 @@ def describe_detector(
         "max_detections": int(model.max_detections_per_image),
     }
     if isinstance(model, QuantFCOS):
-        # A point a location, which Detectron2 describes by a square as large as the stride.
+        # One point at each location, which Detectron2 describes by a square as large as the stride.
         sizes, ratios, offset = (
             [[float(stride)] for stride in strides],
             [[1.0]] * len(strides),
@@ -101,7 +101,7 @@ def _broadcast(values: Sequence[Sequence[float]], levels: int) -> list[list[floa
 
 
 def _classes(cfg: CfgNode, number: int, progress: Callable[[str], object]) -> tuple[list[str], list[int | None]]:
-    """Names of the classes and their ids in the training set or, where that is not to be had, the test set."""
+    """Returns the classes' names and ids from the training set or, if that is not available, from the test set."""
     reason = "DATASETS.TRAIN and TEST are empty"
     for datasets, train in ((cfg.DATASETS.TRAIN, True), (cfg.DATASETS.TEST, False)):
         if not datasets:
@@ -122,10 +122,10 @@ def _classes(cfg: CfgNode, number: int, progress: Callable[[str], object]) -> tu
 
 
 def graph_metadata(content: Mapping[str, Any]) -> dict[str, str]:
-    """The graph's ``metadata_props``: what a program needs that has ``model.onnx`` alone, JSON but for plain words.
+    """Returns the graph's ``metadata_props``, for a program that has ``model.onnx`` alone; values are text or JSON.
 
     Args:
-        content: of ``detector.json``, ``source`` included.
+        content: The content of ``detector.json``, with ``source``.
     """
     keys = ("classes", "category_ids", "input", "anchors", "decode", "outputs")
     return {

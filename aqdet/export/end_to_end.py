@@ -1,8 +1,8 @@
-"""One ONNX file from pixels to detections, for programs that are to decode nothing.
+"""One ONNX file from pixels to detections, for programs without a decoder of their own.
 
-Around the network stand standard operations: padding before it; scores, boxes and class-wise non-maximum suppression
-after it. The detections are those of :mod:`aqdet.runtime`, in the same order; scores and boxes are equal up to the last
-bits of the exponential. What is left to the program is the resizing of images.
+Standard operations surround the network: padding comes before it; scores, boxes and class-wise non-maximum suppression
+come after it. The detections are those of :mod:`aqdet.runtime`, in the same order; scores and boxes are equal up to the
+last bits of the exponential. The program has to resize images itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ABOUT = (
     "An object detector: N images of one size to the detections of all of them, those of the first image first, the "
     "surest of an image first. Class c is the c-th of metadata_props' classes; boxes are (x1, y1, x2, y2) in pixels."
 )
-# Of candidates' scores in the rows of other classes, below any score.
+# Score of candidates in the rows of other classes, which is below any score.
 _NO_SCORE = -1.0
 
 
@@ -31,13 +31,13 @@ def build_end_to_end(network: onnx.ModelProto, description: Description) -> onnx
     """Puts padding before and decoding after a network.
 
     Args:
-        network: from :func:`~aqdet.export.onnx_graph.build_onnx`.
-        description: of the detector.
+        network: The result of :func:`~aqdet.export.onnx_graph.build_onnx`.
+        description: The description of the detector.
 
     Returns:
-        A checked model. Input ``images``, uint8 ``(N, H, W, 3)`` RGB at the size that the network is to see, any H and
-        W. Outputs over all images: ``boxes`` float32 ``(R, 4)``, ``scores`` float32 ``(R,)``, ``classes`` int64
-        ``(R,)`` and ``image_indices`` int64 ``(R,)``, the image that each belongs to.
+        A checked model. Its input is ``images``, uint8 ``(N, H, W, 3)`` RGB of any H and W, resized for the network.
+        Its outputs over all images are ``boxes`` float32 ``(R, 4)``, ``scores`` float32 ``(R,)``, ``classes`` int64
+        ``(R,)`` and ``image_indices`` int64 ``(R,)``, the image that each detection belongs to.
     """
     builder = _Builder(description)
     builder.pad()
@@ -72,7 +72,7 @@ def build_end_to_end(network: onnx.ModelProto, description: Description) -> onnx
 
 
 def largest_float32_below(threshold: float) -> float:
-    """Returns the largest float32 that is not above ``threshold``: no float32 lies between them."""
+    """Returns the largest float32 that is not above ``threshold``, so that no float32 lies between the two."""
     value = np.float32(threshold)
     return float(value if float(value) <= threshold else np.nextafter(value, np.float32(-np.inf)))
 
@@ -116,13 +116,13 @@ class _Builder:
         return self.op("Slice", x, self.ints(start), self.ints(stop), self.ints(axis))
 
     def size_of(self, x: str, axis: int) -> str:
-        """``(1,)``."""
+        """Returns the size of an axis as a tensor: ``(1,)``."""
         return self.op("Shape", x, start=axis, end=axis + 1)
 
     # --- before the network ---
 
     def pad(self) -> None:
-        """``images`` to the network's input."""
+        """Adds the padding of ``images`` to the network's input."""
         description = self.description
         self.sides = self.op("Shape", PIXELS, start=1, end=3)
         rest = self.op("Mod", self.op("Neg", self.sides), self.ints(description.size_divisibility))
@@ -140,14 +140,14 @@ class _Builder:
     # --- after it ---
 
     def detect(self) -> None:
-        """The network's outputs to detections."""
+        """Adds the decoding of the network's outputs to detections."""
         levels = [self.level(level) for level in self.description.levels]
         boxes, scores, classes = (self.op("Concat", *parts, axis=1) for parts in zip(*levels, strict=True))
         flat = self.suppress(boxes, scores, classes)
         count = self.size_of(flat, 0)
         per_image = self.size_of(scores, 1)
         flat_scores = self.op("Reshape", scores, self.ints(-1))
-        # By score, among equal ones by place; then, keeping that order, by image.
+        # Sorted by score, equal scores by place; then, keeping that order, by image.
         flat = self.ops("TopK", flat, count, axis=0, largest=0)[0]
         order = self.ops("TopK", self.op("Gather", flat_scores, flat), count, axis=0)[1]
         flat = self.op("Gather", flat, order)
@@ -169,7 +169,7 @@ class _Builder:
             self.op("Compress", value, keep, output=name, axis=0)
 
     def suppress(self, boxes: str, scores: str, classes: str) -> str:
-        """Places of the candidates that stay, ``image * R + candidate``, int64 in any order."""
+        """Returns the places of the kept candidates, ``image * R + candidate``, int64 in any order."""
         description = self.description
         own_class = self.op(
             "Equal",
@@ -190,7 +190,7 @@ class _Builder:
         return self.op("Add", self.op("Mul", image, self.size_of(scores, 1)), candidate)
 
     def among_the_first(self, images: str) -> str:
-        """Returns whether a detection is among the best of its image that are kept; they are in order."""
+        """Returns whether each detection is among the best ones of its image, which are kept; they are in order."""
         batch = self.op("Squeeze", self.size_of(PIXELS, 0))
         numbers = self.op("Range", self.scalar(0), batch, self.scalar(1))
         own = self.op("Equal", self.op("Unsqueeze", images, self.ints(1)), numbers)
@@ -220,17 +220,17 @@ class _Builder:
         return decode(deltas, self.anchors(level, anchor, x, y)), best, chosen
 
     def sigmoid(self, x: str) -> str:
-        """``1 / (1 + exp(-x))``; ONNX Runtime's Sigmoid is an approximation that is a hundred times less precise."""
+        """Returns ``1 / (1 + exp(-x))``; ONNX Runtime's Sigmoid is an approximation, a hundred times less precise."""
         one = self.floats(1)
         return self.op("Div", one, self.op("Add", one, self.op("Exp", self.op("Neg", x))))
 
     def by_location(self, predictions: str, anchors: int, values: int) -> str:
-        """``(N, anchors * values, h, w)`` to ``(N, h * w, anchors, values)``, the order in which candidates count."""
+        """Returns ``(N, anchors * values, h, w)`` as ``(N, h * w, anchors, values)``, the order of the candidates."""
         apart = self.op("Reshape", predictions, self.ints(0, anchors, values, -1))
         return self.op("Transpose", apart, perm=[0, 3, 1, 2])
 
     def anchors(self, level: Level, anchor: str, x: str, y: str) -> str:
-        """Boxes of anchors at locations, ``(N, k, 4)``."""
+        """Returns the boxes of anchors at locations, ``(N, k, 4)``."""
         half = np.array(level.anchors) / 2
         cells = self.floats(np.concatenate([-half, half], axis=1))
         corners = self.op("Concat", *(self.op("Unsqueeze", v, self.ints(2)) for v in (x, y, x, y)), axis=2)

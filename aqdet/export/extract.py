@@ -48,12 +48,12 @@ def extract(model: nn.Module) -> Program:
     """Returns the integer program of a detector.
 
     Args:
-        model: a calibrated :class:`~aqdet.modeling.QuantRetinaNet` or :class:`~aqdet.modeling.QuantFCOS`; its
-            auxiliary path, if any, is not looked at.
+        model: A calibrated :class:`~aqdet.modeling.QuantRetinaNet` or :class:`~aqdet.modeling.QuantFCOS`; its
+            auxiliary path, if any, is ignored.
 
     Raises:
-        ValueError: in one line that names the layer, if it cannot run on integers: one left in float, not
-            calibrated, switched off, of a method that is not uniform, with a norm that does not fold.
+        ValueError: In one line that names a layer, if the layer cannot run on integers: it is in float, not
+            calibrated, switched off, of a method that is not uniform, or has a norm that does not fold.
     """
     if not isinstance(model, QuantRetinaNet | QuantFCOS):
         raise ValueError(
@@ -65,9 +65,9 @@ def extract(model: nn.Module) -> Program:
 def with_rounded_constants(model: nn.Module) -> nn.Module:
     """Returns a copy of a detector with the constants that ship, otherwise the same.
 
-    A bias is what int32 makes of it: it moves by at most half a unit of its convolution's sum, through the norm's
-    running mean. A sum has the scales of :mod:`~aqdet.export.sums`. Between this model and the program only float32's
-    own rounding is left, so that the two can be compared closely.
+    Each bias is rounded as in int32, by a change of the norm's running mean: it moves by at most half a unit of its
+    convolution's sum. Each sum has the scales of :mod:`~aqdet.export.sums`. This model and the program then differ by
+    float32's own rounding alone, so that they can be compared closely.
     """
     model = copy.deepcopy(model)
     _Extractor(round_constants=True).detector(model)
@@ -78,8 +78,8 @@ class ScaledAdd(QuantAdd):
     """A quantized sum whose operands are multiplied by constants near 1 after their quantizers.
 
     Args:
-        add: the sum, whose quantizers it takes over.
-        gains: of the two operands.
+        add: The sum, whose quantizers are taken over.
+        gains: The constants of the two operands.
     """
 
     def __init__(self, add: nn.Module, gains: Sequence[float]) -> None:
@@ -145,7 +145,7 @@ class _Extractor:
         conv = self._quantized(stem.conv1, f"{path}.conv1")
         if conv.input_quantizer is not None:
             raise ValueError(f"layer {path}.conv1: the stem reads the uint8 image and has no input quantizer")
-        # sum((pixel - mean) * weight), with the mean moved into the bias.
+        # The sum of (pixel - mean) * weight, with the mean moved into the bias.
         codes, scale = self._weight(conv, f"{path}.conv1")
         shift = -(codes.sum((2, 3)) @ np.array(mean)) * scale * x.grid.scale
         y = self._conv(
@@ -234,9 +234,9 @@ class _Extractor:
     # --- head ---
 
     def _tower(self, head: Any, subnet: str, predictions: dict[str, str], x: _Value, index: int, level: str) -> None:
-        """One subnet and the convolutions that predict from it, name to output, at one level.
+        """Adds one subnet and the convolutions that predict from it, name -> output, at one level.
 
-        A convolution runs once for each that reads it, whose grids differ: before FCOS's box and centerness twice.
+        A convolution runs once for each reader with another grid: the one before FCOS's box and centerness runs twice.
         """
         steps: list[tuple[str, nn.Module, nn.Module | None]] = []
         for name, module in getattr(head, subnet).named_children():
@@ -312,7 +312,7 @@ class _Extractor:
         return target
 
     def _weight(self, conv: QuantConv2d, path: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-        """Codes ``(O, C / groups, kH, kW)`` and scales ``(O,)`` of a weight."""
+        """Returns codes ``(O, C / groups, kH, kW)`` and scales ``(O,)`` of a weight."""
         quantizer = conv.weight_quantizer
         check_quantizer(quantizer, f"{path}.weight_quantizer")
         integers = quantizer.to_integer(conv.weight)

@@ -1,4 +1,4 @@
-"""A convolution and its norm as integers: codes, a multiplier for each channel and an int32 bias."""
+"""Folding of a convolution and its norm into integers: codes, a multiplier for each channel and an int32 bias."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .containers import INT8_LIMIT, PAIR_LIMIT
 from .program import Grid, largest_code
 
 INT32_LIMIT = 2**31 - 1
-# A channel whose convolution moves the output by less than this share of a code is its bias.
+# A channel is replaced by its bias if the convolution moves its output by less than this share of a code.
 NEGLIGIBLE = 2.0**-10
 _CONSTANT_UNITS = 2**16
 
@@ -70,13 +70,13 @@ def fold(
 
     Args:
         codes: ``(O, C / groups, kH, kW)``.
-        weight_scale: ``(O,)``, of any sign, norm included.
+        weight_scale: ``(O,)``, of any sign, with the norm's multiplier.
         bias: ``(O,)``, in real units.
-        source, target: grids of input and output.
-        path: for messages.
+        source, target: Grids of input and output.
+        path: The layer's name for messages.
 
     Raises:
-        ValueError: if a bias does not fit in int32.
+        ValueError: If a bias does not fit in int32.
     """
     if not (np.isfinite(weight_scale).all() and np.isfinite(bias).all()):
         raise ValueError(f"layer {path}: its weights or its norm's parameters are not finite")
@@ -99,7 +99,7 @@ def fold(
                 integer_bias[c] = round(bias[c] / unit)
                 break
         else:
-            # Tiny or zero multiplier: the convolution moves nothing, or the bias saturates the output.
+            # With a tiny or zero multiplier the convolution moves nothing, or the bias saturates the output.
             step = 1.0 if target is None else target.scale
             moves = abs(weight_scale[c]) * source.scale * float(total[c]) * code / step
             beyond = target is not None and abs(bias[c]) / step - moves > target.quant_max - target.quant_min + 1

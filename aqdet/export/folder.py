@@ -1,4 +1,4 @@
-"""From a checkpoint to the exported folder: builds, proves, compares, writes aside and renames."""
+"""The export of a checkpoint to a folder: builds, proves and compares, then writes aside and renames."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ MODEL, END_TO_END_MODEL = "model.onnx", "model.end_to_end.onnx"
 QONNX_MODEL, TENSORRT_MODEL = "model.qonnx.onnx", "model.tensorrt.onnx"
 C_FILES = ("detector.c", "detector.h")
 TRAINING_IMAGES = 4
-"""Images of the training set that ranges are measured on."""
+"""Number of images of the training set on which ranges are measured."""
 GOLDEN_SIZE = 160
-"""Pixels of the golden vectors' image at most, which is cut out of the first one."""
+"""Largest side of the golden vectors' image in pixels; the image is cut out of the first one."""
 SHIFTED = 0.1
-"""Share of the quantizers that clip more from which images are said to be of another kind."""
+"""Share of quantizers that clip more, from which on the images are said to be of another kind."""
 Progress = Callable[[str], object]
 
 
@@ -71,36 +71,36 @@ def export_detector(
     config_name: str = "",
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """Writes a detector's folder, whole or not at all.
+    """Writes a detector's folder, completely or not at all.
 
     Args:
-        cfg: config that the checkpoint was trained with; not changed.
-        weights: checkpoint of quantized training. Its auxiliary path is left out.
-        output: folder to write; replaced if it is an exported detector.
-        images: for the agreement, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT`` as the network reads them, of any
-            size; the training set's if there are none, and random ones if that is not to be had.
-        end_to_end: also writes ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
-        qonnx: also writes ``model.qonnx.onnx`` for images of so many pixels high and wide, see
+        cfg: The config that the checkpoint was trained with; it is not changed.
+        weights: The checkpoint of a quantized training. Its auxiliary path is left out.
+        output: The folder to write; it is replaced if it is an exported detector.
+        images: Images for the comparison, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT``, resized for the network.
+            Without any, images of the training set are used, or random ones if that is not available.
+        end_to_end: Whether to write ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
+        qonnx: Height and width in pixels of the images for which to write ``model.qonnx.onnx``, see
             :mod:`~aqdet.export.qonnx_graph`; 0 for none.
-        c: also writes ``detector.c`` and ``detector.h`` for images of so many pixels high and wide, see
+        c: Height and width in pixels of the images for which to write ``detector.c`` and ``detector.h``, see
             :mod:`~aqdet.export.c_source`; 0 for none.
-        tensorrt: also writes ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
-        allow_float: regexes on the names of operations before the predictions that may compute in float.
-        dataset: name of one on which the trained and the exported model are evaluated; "" for none.
-        max_loss: of AP there, in points, by which the exported model may be below the trained one; None for any.
-        float_model: detector in full precision that the checkpoint was made from without training. It is evaluated too,
-            and ``max_loss`` is of its AP.
-        force: writes the folder in spite of ranges that cannot be right and of a loss above ``max_loss``.
-        licence: of the weights, for the model card.
-        config_name: noted in the folder.
-        progress: called with lines of text.
+        tensorrt: Whether to write ``model.tensorrt.onnx``, see :mod:`~aqdet.export.tensorrt_graph`.
+        allow_float: Regexes on the names of operations before the predictions that may compute in float.
+        dataset: The name of a dataset on which the trained and the exported model are evaluated; "" for none.
+        max_loss: The loss of AP there, in points, that the exported model may have; None for any loss.
+        float_model: The full-precision detector that the checkpoint was made from without training. It is evaluated,
+            too, and ``max_loss`` is a loss of its AP.
+        force: Whether to write the folder in spite of implausible ranges or a loss above ``max_loss``.
+        licence: The licence of the weights, for the model card.
+        config_name: The name of the config, which is recorded in the folder.
+        progress: A function that is called with lines of text.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, naming the layer, file or config key.
-        NotGoodEnough: in one line, if the detector is not to ship; nothing is written.
+        FileNotFoundError, ValueError: In one line, naming the layer, file or config key.
+        NotGoodEnough: In one line, if the detector must not ship; nothing is written.
     """
     output = Path(output)
     _check_target(output)
@@ -197,10 +197,10 @@ def _check_ranges(
     force: bool,
     progress: Progress,
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """What the quantizers' ranges are used for on the training images and on the given ones, and warnings.
+    """Returns how much of the quantizers' ranges the training images and the given ones use, and warnings.
 
     Raises:
-        NotGoodEnough: naming layers, if a range cannot be right.
+        NotGoodEnough: Naming layers, if a range cannot be right.
     """
     ranges, measured = {}, {}
     for name, images in (("training", training), ("given", given)):
@@ -243,9 +243,9 @@ def _check_target(output: Path) -> None:
 
 
 def _publish(aside: Path, output: Path) -> None:
-    """Flushes a finished folder to disk and gives it its name; a former export makes way, or stays if that fails."""
+    """Flushes a finished folder to disk and renames it; an earlier export is replaced, or stays if that fails."""
     for path in (*aside.iterdir(), aside):
-        # Readable by others, whatever the umask and the libraries that wrote the files say.
+        # Others can read the files, whatever the umask and the libraries that wrote them say.
         path.chmod(0o755 if path.is_dir() else 0o644)
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -265,7 +265,7 @@ def _publish(aside: Path, output: Path) -> None:
 
 
 def _sizes(model: nn.Module, folder: Path, files: Sequence[str]) -> dict[str, Any]:
-    """Bytes of the files, and of the float32 state dict of the same detector without quantizers."""
+    """Returns the bytes of the files, and of the float32 state dict of the same detector without quantizers."""
     names = {name for name, _ in quantizers(model)}
     state = {
         key: value

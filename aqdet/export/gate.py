@@ -1,4 +1,4 @@
-"""Whether an exported detector may ship: its AP and its detections beside the trained model's, on a dataset."""
+"""The gate before an export: AP and detections of the exported detector beside the trained model's, on a dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..runtime import Detector
 from .as_shipped import AsShipped
 
 SHOWN = 0.5
-"""Score from which a detection of the trained model counts as one that its user sees."""
+"""Score from which on a detection of the trained model counts as one that a user sees."""
 _OVERLAP = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -36,7 +36,7 @@ class NotGoodEnough(ValueError):
     """Raised for a detector that must not ship.
 
     Attributes:
-        exit_status: of a program that stops for it.
+        exit_status: The exit status of a program that stops for it.
     """
 
     exit_status = 3
@@ -47,11 +47,12 @@ class Matches:
     """Detections of the trained and of the exported model, image by image.
 
     Attributes:
-        trained, exported: numbers of detections with a score of at least :data:`SHOWN`.
-        matched: of ``trained``, how many have one of the same class at an intersection over union of 0.5.
-        differences: of the matched ones' scores, exported less trained.
-        hits: for both, scores of the detections that hit an object of their class.
-        objects: in the dataset.
+        trained, exported: Numbers of detections with a score of at least :data:`SHOWN`.
+        matched: How many detections of ``trained`` have an exported one of the same class at an intersection over union
+            of 0.5.
+        differences: Differences of the matched detections' scores, exported less trained.
+        hits: Scores of the detections that hit an object of their class, for both models.
+        objects: The number of objects in the dataset.
     """
 
     trained: int = 0
@@ -91,7 +92,7 @@ class Matches:
 
 
 def match(found: Instances, others: Instances) -> list[tuple[int, int]]:
-    """Pairs detections with objects or other detections of their class, the surest first, each at most once."""
+    """Pairs detections with objects or other detections of their class, by descending score, each at most once."""
     if not len(found) or not len(others):
         return []
     overlaps = pairwise_iou(_boxes(found), _boxes(others))
@@ -117,7 +118,7 @@ def dataset_records(cfg: CfgNode, dataset: str) -> tuple[CfgNode, list[dict[str,
     """Returns a config whose test set is a dataset, and the dataset's records.
 
     Raises:
-        ValueError: in one line, for a dataset that is not known or has no records.
+        ValueError: In one line, if the dataset is unknown or has no records.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -140,28 +141,28 @@ def evaluate_both(
     progress: Callable[[str], object] = lambda _: None,
     float_model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the trained model, the same in the arithmetic that ships, and the exported folder on the same images.
+    """Evaluates the trained model, its copy in the arithmetic that ships, and the exported folder on the same images.
 
-    Between the first and the second lies all that rounding does: biases in int32, scales of sums, and float32's error
-    at ties, which later layers carry on. Between the second and the third, whose networks have the same codes, lie the
-    runtime's own reading, resizing and decoding.
+    The trained model and the copy differ by rounding: of biases to int32, of the scales of sums, and by float32's error
+    at ties, which later layers carry on. The networks of the copy and of the folder have the same codes, and differ by
+    the runtime's own reading, resizing and decoding.
 
     Args:
-        cfg: of the detector; not changed.
-        model: the trained, fake-quantized detector.
-        folder: exported.
-        dataset: name of a registered or declared dataset.
-        progress: called with a line of text from time to time.
-        float_model: the detector in full precision that ``model`` was made from without training, if it was.
+        cfg: The config of the detector; it is not changed.
+        model: The trained, fake-quantized detector.
+        folder: The exported folder.
+        dataset: The name of a registered or declared dataset.
+        progress: A function that is called with a line of text from time to time.
+        float_model: The full-precision detector that ``model`` was made from, if it was made without training.
 
     Returns:
-        ``dataset``, ``images``, ``metrics`` (``trained``, ``shipped``, ``exported`` and the ``difference`` of the last
-        and the first by name), ``detections`` of the first and ``shipped_detections`` of the second beside the
-        exported ones, see :meth:`Matches.summary`. With a ``float_model`` its metrics are there as ``float``, and its
-        ``float_detections`` beside the exported ones.
+        ``dataset``, ``images``, ``metrics`` (``trained``, ``shipped``, ``exported``, and the ``difference`` between
+        ``exported`` and ``trained``), and comparisons with the exported detections (:meth:`Matches.summary`):
+        ``detections`` of the trained model, ``shipped_detections`` of the copy. With a ``float_model`` there are its
+        metrics, ``float``, and its comparison, ``float_detections``.
 
     Raises:
-        ValueError: in one line, for a dataset that is not known, has other classes or no records.
+        ValueError: In one line, if the dataset is unknown, has other classes or no records.
     """
     cfg, records = dataset_records(cfg, dataset)
     objects = {record["image_id"]: _objects(record) for record in records}
@@ -190,7 +191,7 @@ def evaluate_both(
                 printed = now
                 left = (len(records) - done) * (now - start) / done
                 progress(f"{dataset}: {done} of {len(records)} images, ETA {int(left) // 60}:{int(left) % 60:02d} min")
-        with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
+        with contextlib.redirect_stdout(io.StringIO()):  # output of pycocotools
             results_of = [evaluator.evaluate() or {} for evaluator in evaluators]
     found: list[dict[str, Any]] = [dict(next(iter(results.values()), {})) for results in results_of]
     metrics = {}
@@ -220,12 +221,12 @@ def _difference(trained: float, exported: float | None) -> float | None:
 
 
 def check_loss(evaluation: dict[str, Any], max_loss: float) -> None:
-    """Checks that the exported model's AP is not more than ``max_loss`` below the trained one's.
+    """Checks that the exported model's AP is at most ``max_loss`` below the trained one's.
 
-    Where there is a float model, which was quantized without training, it is its AP that counts.
+    If a float model was quantized without training, the float model's AP is compared instead.
 
     Raises:
-        NotGoodEnough: in one line, if it is, or if there is no AP to compare.
+        NotGoodEnough: In one line, if the loss is larger, or if there is no AP to compare.
     """
     metrics: dict[str, dict[str, Any]] = evaluation["metrics"]
     name = next(iter(metrics), "")
@@ -242,6 +243,6 @@ def check_loss(evaluation: dict[str, Any], max_loss: float) -> None:
 
 
 def as_bgr(image: NDArray[np.uint8], channels: str) -> NDArray[np.uint8]:
-    """Returns a network's image, ``(3, H, W)``, as the runtime takes one: ``(H, W, 3)`` BGR."""
+    """Returns a network's image, ``(3, H, W)``, in the form of the runtime's input: ``(H, W, 3)`` BGR."""
     pixels = image.transpose(1, 2, 0)
     return np.ascontiguousarray(pixels if channels == "BGR" else pixels[:, :, ::-1])

@@ -1,4 +1,4 @@
-"""Grids of a detector's quantizers, and one-line refusals of parameters that integers cannot be made of."""
+"""Grids of a detector's quantizers, and checks of parameters, which refuse those without integers in one line."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ..quantization import QUANTIZER_REGISTRY, Quantizer
 from .program import Grid
 
 UNIFORM = ("dorefa", "lsq", "lsqodd", "lsqplus", "pact")
-"""Methods whose integers an affine conversion reproduces."""
+"""Methods whose values are integers times a scale."""
 _NOT_UNIFORM = {
     "lqnet": "has levels that are no multiples of one step",
     "n2uq": "compares with learned thresholds, so that its codes are not round(x / scale)",
 }
 LARGEST_MULTIPLIER = 2.0**20
-"""Codes of the output that one unit of a convolution's sum may be worth: thousands of times more than any range has."""
+"""Most codes of the output that one unit of a convolution's sum may be worth, thousands of times any range."""
 STEP_SIZES = ("scale", "alpha")
-"""Parameters of quantizers that have to be positive: a step size, or a range that is divided by codes."""
+"""Parameters of quantizers that have to be positive: step sizes, and ranges that are divided by a number of codes."""
 LARGEST_STEP = 1e6
-"""No step size of a trained detector comes near it, whose weights and values are counted in tens."""
+"""Largest step size that is accepted; weights and values of a trained detector are in the tens at most."""
 
 
 def check_parameters(model: nn.Module) -> None:
     """Checks that a detector's parameters and statistics are numbers that a trained detector can have.
 
-    A step size of zero or below acts as the smallest allowed one while training, so that the model runs: what ships
-    would be a detector whose layer clips everything.
+    A step size of zero or below acts as the smallest allowed one in training, so that the model runs; the shipped
+    detector would have a layer that clips everything.
 
     Raises:
-        ValueError: in one line that names the layer, the parameter and its value.
+        ValueError: In one line that names the layer, the parameter and its value.
     """
     for path, module in model.named_modules():
         if path.startswith(SCAFFOLD_PREFIXES):
@@ -56,7 +56,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def _first_of(tensor: Tensor, wrong: Tensor) -> str:
-    """E.g. ``got nan (1 of 64 values, the first at 3)``."""
+    """Returns a text on the first wrong value, for example ``got nan (1 of 64 values, the first at 3)``."""
     index = int(wrong.flatten().nonzero()[0])
     where = ""
     if tensor.numel() > 1:
@@ -69,7 +69,7 @@ def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
     """Returns the grid of an activation.
 
     Raises:
-        ValueError: in one line, if there is none that integers can be on.
+        ValueError: In one line, if the quantizer has no grid of integers.
     """
     if quantizer is None:
         raise ValueError(f"layer {path} is not quantized: the model was built with MODEL.QUANT.ENABLED False")
@@ -87,12 +87,12 @@ def check_reach(reach: float, target: Grid, path: str) -> None:
     """Checks that the values which reach a grid can be told apart on it.
 
     Args:
-        reach: the largest magnitude that a value may have before it is rounded.
-        target: the grid.
-        path: of the quantizer, for messages.
+        reach: The largest magnitude that a value may have before it is rounded.
+        target: The grid.
+        path: The quantizer's name for messages.
 
     Raises:
-        ValueError: in one line, if every value would become zero, as where a scale is thousands of times too large.
+        ValueError: In one line, if every value would become zero, for example with a scale that is far too large.
     """
     if not math.isfinite(reach):
         raise ValueError(f"layer {path}: values before its scale of {target.scale:g} are not finite")
@@ -107,12 +107,12 @@ def check_multiplier(unit: NDArray[np.float64], target: Grid | None, path: str) 
     """Checks that a convolution's sums and its output are of comparable size.
 
     Args:
-        unit: ``(O,)``, what one unit of each channel's sum stands for.
-        target: grid of the output; None for a prediction.
-        path: of the convolution, for messages.
+        unit: ``(O,)``, the real value of one unit of each channel's sum.
+        target: The grid of the output; None for a prediction.
+        path: The convolution's name for messages.
 
     Raises:
-        ValueError: in one line, if a unit is worth more than :data:`LARGEST_MULTIPLIER` codes of the output.
+        ValueError: In one line, if a unit is worth more than :data:`LARGEST_MULTIPLIER` codes of the output.
     """
     step = 1.0 if target is None else target.scale
     channel = int(np.argmax(unit))
@@ -128,7 +128,7 @@ def check_quantizer(quantizer: Quantizer, path: str) -> None:
     """Checks that a quantizer is calibrated, switched on and uniform.
 
     Raises:
-        ValueError: in one line that names the layer.
+        ValueError: In one line that names the layer.
     """
     method = quantizer.spec.quantizer
     if method not in UNIFORM:

@@ -18,10 +18,10 @@ from ..utils.files import IMAGE_ENDINGS, is_image
 
 
 def network_image(cfg: CfgNode, file: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Reads an image file as the network does, ``(3, H, W)`` in ``cfg.INPUT.FORMAT``.
+    """Reads and resizes an image file for the network: ``(3, H, W)`` in ``cfg.INPUT.FORMAT``.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: If it cannot be read.
     """
     image = read_image(os.fspath(file), cfg.INPUT.FORMAT)
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
@@ -29,15 +29,15 @@ def network_image(cfg: CfgNode, file: str | os.PathLike[str]) -> NDArray[np.uint
 
 
 def images_of(cfg: CfgNode, paths: Sequence[str], limit: int) -> list[NDArray[np.uint8]]:
-    """Images of files and folders as the network reads them, each ``(3, H, W)``.
+    """Reads the images of files and folders for the network, each ``(3, H, W)``.
 
     Args:
-        cfg: of the detector.
-        paths: files and folders, as ``--images`` names them.
-        limit: of the number of images; more are left out evenly.
+        cfg: The config of the detector.
+        paths: Files and folders, as ``--images`` names them.
+        limit: The largest number of images; of more images, evenly spread ones are taken.
 
     Raises:
-        FileNotFoundError, ValueError: in one line that names the path, if there is none or it is no image.
+        FileNotFoundError, ValueError: In one line that names the path, if it does not exist or is no image.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -63,9 +63,10 @@ def training_images(
     """Reads images spread over the training set, on which quantizers were calibrated.
 
     Args:
-        cfg: names the set.
-        number: of images.
-        progress: is told if the set is not to be had, which is no error: the images are not shipped.
+        cfg: The config, which names the set.
+        number: The number of images.
+        progress: A function that is called with a line of text if the set is not available. That is no error, since
+            these images are not shipped.
     """
     if not cfg.DATASETS.TRAIN:
         return []

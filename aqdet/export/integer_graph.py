@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime executes a graph on integers alone."""
+"""Check that ONNX Runtime executes a graph on integers alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTEGER_KINDS = frozenset(
         "Transpose"
     ).split()
 )
-"""Operators that compute on integers in the graphs written here, as ONNX Runtime executes them."""
+"""Operators of ONNX Runtime that compute on integers in the graphs written here."""
 
 
 def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> dict[str, int]:
@@ -28,7 +28,7 @@ def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> di
     What depends on the image's size alone, as the places that a Gather reads, is not computed from its values.
 
     Raises:
-        ValueError: naming them, if operations that do not come after a prediction compute in float.
+        ValueError: Naming the operations that compute in float although they do not come after a prediction.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "optimized.onnx")
@@ -44,7 +44,7 @@ def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> di
         elif node.op_type == "Shape" or all(name in of_sizes for name in node.input):
             of_sizes.update(node.output)
         elif node.op_type not in INTEGER_KINDS:
-            name = re.sub(r"_token_\d+$", "", node.output[0])  # which layout changes add
+            name = re.sub(r"_token_\d+$", "", node.output[0])  # layout changes add these
             if not any(re.search(pattern, name) for pattern in allow_float):
                 floats.append(f"{name} ({node.op_type})")
     if floats:

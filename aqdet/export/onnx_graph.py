@@ -1,17 +1,17 @@
 """The integer program as an ONNX graph of QuantizeLinear / DequantizeLinear pairs.
 
-Written for ONNX Runtime on x86, which runs it on integers alone:
+The graph is written for ONNX Runtime on x86, which runs it on integers alone:
 
 - activations are uint8 (signed codes with a zero point, as a rule 128), weights int8 with a scale for each
   channel, biases int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
-- where two products of uint8 and int8 might exceed int16, in which x86 without VNNI adds them, the weights are a sum
-  of smaller ones, and the input is read once for each;
-- a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. In float before it, it would
+- x86 without VNNI adds two products of uint8 and int8 in int16; where they might exceed it, the weights are a sum of
+  smaller ones, and the input is read once for each;
+- a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. A Clip in float before it would
   leave the convolution in float;
 - a change of grid is a LeakyRelu of slope 1, the identity, which becomes a table of 256 bytes
   (``QLinearLeakyRelu``); a bare DequantizeLinear / QuantizeLinear pair would compute in float;
 - weights are packed into the bits that they were trained with, see :mod:`~aqdet.export.packed_weights`;
-- a sum (``QLinearAdd``) is in codes of its result, by ratios that no machine rounds differently;
+- a sum (``QLinearAdd``) is computed in codes of its result, with ratios that no machine rounds differently;
 - pooling, upsampling and padding work on the uint8 tensor itself;
 - a prediction keeps the precision of its int32 sums; only their unit is float. It is a MatMulInteger over the
   patches that its kernel covers: ONNX Runtime's ConvInteger is several times slower where there is VNNI.
@@ -36,7 +36,7 @@ from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requant
 CHANNELS_TOGETHER = 4
 """ONNX Runtime's fastest integer convolution reads so many at once, or a multiple: 8 take less time than 6."""
 OPSET = 21
-"""The first with INT4 tensors."""
+"""The first version of ONNX's operators with INT4 tensors."""
 _IR_VERSION = 10
 DESCRIPTION = (
     "The network of an object detector on integers: a uint8 image to predictions at each level of a pyramid. Decoding, "
@@ -50,12 +50,12 @@ def build_onnx(
     """Builds the program as an ONNX model.
 
     Args:
-        program: what to write.
-        extra_outputs: makes every integer value an output, for comparing layer by layer.
-        metadata: what the file says of itself, by key (ONNX's ``metadata_props``).
+        program: The program.
+        extra_outputs: Whether every integer value becomes an output, to compare layer by layer.
+        metadata: ONNX's ``metadata_props`` of the file, by key.
 
     Returns:
-        A checked model. Input ``image``, uint8 ``(N, 3, H, W)``; outputs float32, see :class:`Program`.
+        A checked model. Its input is ``image``, uint8 ``(N, 3, H, W)``; its outputs are float32, see :class:`Program`.
     """
     return GraphBuilder(program).build(extra_outputs, metadata)
 
@@ -64,11 +64,11 @@ class GraphBuilder:
     """Writes a program node by node.
 
     Args:
-        program: what to write.
+        program: The program.
     """
 
     value_type = TensorProto.UINT8
-    """Of the integer values."""
+    """ONNX's type of the integer values."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -115,7 +115,7 @@ class GraphBuilder:
         content = f"{tensor.data_type} {list(tensor.dims)} ".encode() + tensor.raw_data
         digest = hashlib.sha256(content).digest()
         if digest not in self._by_content:
-            while tensor.name in self.initializers:  # of other content, as a level's own weights would be
+            while tensor.name in self.initializers:  # of other content, for example a level's own weights
                 tensor.name += "_"
             self._by_content[digest] = tensor.name
             self.initializers[tensor.name] = tensor
@@ -126,7 +126,7 @@ class GraphBuilder:
         return self.constant(f"zero_point_{grid.zero_point}", grid.zero_point, np.uint8)
 
     def dequantized(self, name: str, reader: str, scale: float | None = None) -> str:
-        """Adds a DequantizeLinear of the reader's own to the real values of ``name``, or its codes times ``scale``."""
+        """Adds a DequantizeLinear for one reader: to the real values of ``name``, or to its codes times ``scale``."""
         grid = self.grids[name]
         own = f"{name}.scale" if scale is None else f"{reader}/{name}.ratio"
         inputs = [name, self.constant(own, grid.scale if scale is None else scale, np.float32), self.zero_point(grid)]
@@ -136,9 +136,9 @@ class GraphBuilder:
         """Quantizes real values onto the grid of ``output``, with a Clip where the grid has fewer than 256 codes.
 
         Args:
-            real: name of the values.
-            output: name of the codes.
-            scale: that a code stands for in ``real``, if it is not the grid's.
+            real: The name of the values.
+            output: The name of the codes.
+            scale: The value of a code in ``real``; by default the grid's scale.
         """
         grid = self.grids[output]
         low, high = grid.quant_min + grid.zero_point, grid.quant_max + grid.zero_point
@@ -151,7 +151,7 @@ class GraphBuilder:
             self.node("Clip", [name, *bounds], output)
 
     def copies(self, operation: Conv) -> tuple[str, str]:
-        """Returns input and int8 weight of a convolution, repeated along the channels if one int8 part is too few."""
+        """Returns input and int8 weight of a convolution, repeated along the channels for several int8 parts."""
         parts = int8_parts(operation, self.grids[operation.input])
         if len(parts) == 1:
             return operation.input, write_weight(self, operation)
@@ -167,7 +167,7 @@ class GraphBuilder:
         return source, self.constant(self.weight_name(operation), weight, np.int8)
 
     def real_constant(self, name: str, integers: str, scale: NDArray[np.float32], dtype: Any) -> str:
-        """Adds integers times a scale for each slice of their first axis, with zero points, which other tools need."""
+        """Adds integers with a scale for each slice of their first axis, and zero points, which other tools need."""
         zeros = self.constant(f"zeros_{len(scale)}_{np.dtype(dtype)}", np.zeros(len(scale)), dtype)
         inputs = [integers, self.constant(f"{name}_scale", scale, np.float32), zeros]
         return self.node("DequantizeLinear", inputs, name, axis=0)
@@ -207,7 +207,7 @@ class GraphBuilder:
 
     @staticmethod
     def weight_name(operation: Conv) -> str:
-        """Returns the name of a convolution's weight; of a level's own weight it has the output's name, too."""
+        """Returns the name of a convolution's weight; the name of a level's own weight contains the output's."""
         return f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
 
     def conv(self, operation: Conv) -> None:
@@ -234,7 +234,7 @@ class GraphBuilder:
             shape = self.constant(f"{columns_of}_shape", [-1, len(operation.weight)], np.int64)
             weight = self.node("Reshape", [f"{columns_of}_first", shape], columns_of)
         else:
-            # Parts are columns of one product: the patches are read once.
+            # The parts are columns of one product, so that the patches are read once.
             columns = [part.transpose(2, 3, 1, 0).reshape(-1, len(part)) for part in parts]
             weight = self.constant(self.weight_name(operation), np.concatenate(columns, 1), np.int8)
         rows = self.patches(operation, grid.zero_point)
@@ -256,7 +256,7 @@ class GraphBuilder:
         """Adds ``(N, H, W, kh kw C)``, the values under the kernel at each place, in the order ``(kh, kw, C)``.
 
         Raises:
-            ValueError: for a grouped convolution.
+            ValueError: If the convolution is grouped.
         """
         if operation.groups > 1:
             raise ValueError(f"layer {operation.path}: a prediction with groups has no integer form")
@@ -338,7 +338,7 @@ class GraphBuilder:
     # --- model ---
 
     def model(self, extra_outputs: bool, metadata: Mapping[str, str]) -> onnx.ModelProto:
-        """Makes the model of the nodes, checked; see :func:`build_onnx`."""
+        """Makes a model of the nodes and checks it; see :func:`build_onnx`."""
         step = self.program.size_divisibility
         about = f"pixels of N images as they are, 0 to 255; H and W multiples of {step}"
         image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", 3, "H", "W"], about)

@@ -1,12 +1,13 @@
-"""Weights in an ONNX graph in the bits that they were trained with.
+"""Weights of an ONNX graph, stored in the bits that they were trained with.
 
-An initializer holds the codes packed; standard nodes make int8 of them: unpack, multiply by the channel's sign and
-multiple, cast. They depend on constants alone, so that ONNX Runtime computes them once, when it loads the file, and
-then sees the int8 weights that its integer convolutions take: half or a quarter of the file, the same speed and values.
+An initializer holds the packed codes. Standard nodes turn them into int8: they unpack, multiply by the channel's sign
+and multiple, and cast. These nodes depend on constants alone, so that ONNX Runtime computes them once, when it loads
+the file, and then has the int8 weights that its integer convolutions need. The file has half or a quarter of the size,
+and speed and values are the same.
 
-- 1 and 2 bits: four codes a byte of a UINT8 tensor, the first in the lowest bits. Four shifts and a mask unpack them.
-- 3 and 4 bits: an INT4 tensor, two codes a byte. ONNX Runtime reads it from version 1.23 on.
-- more: int8 as it is, sign and multiple included.
+- 1 and 2 bits: four codes in a byte of a UINT8 tensor, the first in the lowest bits; shifts and a mask unpack them.
+- 3 and 4 bits: an INT4 tensor, two codes in a byte. ONNX Runtime reads it from version 1.23 on.
+- More bits: int8 without packing, multiplied by sign and multiple.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def packed_bits(conv: Conv) -> int:
 
 
 def grid_of_codes(weight: NDArray[np.int16], num_bits: int) -> tuple[int, int]:
-    """Returns smallest code and step: -8 and 1 for 4 bits; -15 and 2 where the codes are odd, as DoReFa's are."""
+    """Returns smallest code and step: -8 and 1 for 4 bits, but -15 and 2 for odd codes, such as DoReFa's."""
     if int(np.abs(weight.astype(np.int32)).max(initial=0)) > 2 ** (num_bits - 1) or bool((weight & 1).all()):
         return -(2**num_bits - 1), 2
     return -(2 ** (num_bits - 1)), 1
@@ -52,7 +53,7 @@ def pack_int4(codes: NDArray[np.integer]) -> bytes:
 
 
 def pack_pairs_of_bits(codes: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Four unsigned 2-bit codes a byte, the first in the lowest bits. Example: ``[3, 0, 1, 2, 1]`` is ``[0x93, 1]``."""
+    """Packs four unsigned 2-bit codes into a byte, the first lowest; ``[3, 0, 1, 2, 1]`` becomes ``[0x93, 1]``."""
     flat = codes.astype(np.uint8).reshape(-1)
     rows = np.pad(flat, (0, -flat.size % CODES_PER_BYTE)).reshape(-1, CODES_PER_BYTE)
     return (rows << np.arange(0, 8, 2, dtype=np.uint8)).sum(1).astype(np.uint8)
@@ -61,10 +62,10 @@ def pack_pairs_of_bits(codes: NDArray[np.integer]) -> NDArray[np.uint8]:
 def write_weight(builder: GraphBuilder, conv: Conv) -> str:
     """Adds a convolution's integer weight, ``(O, C / groups, kH, kW)``, to a graph.
 
-    Levels of the pyramid share the packed codes, and the int8 weight too where their signs and multiples are the same.
+    Levels of the pyramid share the packed codes, and the int8 weight, too, if their signs and multiples are equal.
 
     Returns:
-        the name of the int8 tensor ``weight * sign * multiple``, whose magnitudes have to fit.
+        The name of the int8 tensor ``weight * sign * multiple``, whose magnitudes have to fit.
     """
     name = builder.weight_name(conv)
     if packed_bits(conv) > 4:
@@ -86,7 +87,7 @@ def write_weight(builder: GraphBuilder, conv: Conv) -> str:
 
 
 def _write_codes(builder: GraphBuilder, conv: Conv) -> tuple[str, int, int]:
-    """Packed codes: the name of the tensor that a Cast to int32 reads, and step and offset of the codes behind it."""
+    """Adds packed codes; returns the tensor that a Cast to int32 reads, and step and offset of the codes after it."""
     weight, base = conv.weight.astype(np.int32), f"{conv.path}.weight"
     smallest, step = grid_of_codes(conv.weight, conv.weight_bits)
     if packed_bits(conv) == 4:

@@ -1,4 +1,4 @@
-"""What a detector loses by quantization without training, and whether training is worth it."""
+"""Comparison of a detector before and after quantization without training, and advice on whether to train."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..runtime import Detector
 from .gate import Matches, as_bgr
 
 ENOUGH_AP, ENOUGH_MATCHED = 0.5, 0.97
-"""Loss of AP, in points, and share of the detections found again, from which training has little to win back."""
+"""Loss of AP in points, and share of detections found again, up to and from which training has little to win back."""
 FINE_TUNING = 5
-"""A quantized training goes on at the learning rate of the one in full precision divided by this."""
+"""Divisor of the full-precision training's learning rate for a quantized training that goes on from it."""
 
 
 def match_on_images(
     cfg: Any, float_model: nn.Module, folder: str | os.PathLike[str], images: Sequence[NDArray[np.uint8]]
 ) -> dict[str, Any]:
-    """Detections of a float detector and of the exported one on images without ground truth.
+    """Compares the detections of a float detector and of the exported one on images without ground truth.
 
     Args:
-        cfg: of the detector.
-        float_model: in evaluation mode.
-        folder: exported.
-        images: as the network reads them, ``(3, H, W)``.
+        cfg: The config of the detector.
+        float_model: The float detector in evaluation mode.
+        folder: The exported folder.
+        images: Images resized for the network, ``(3, H, W)``.
 
     Returns:
-        See :meth:`~aqdet.export.gate.Matches.summary`; ``trained`` is the float detector.
+        The result of :meth:`~aqdet.export.gate.Matches.summary`; ``trained`` is the float detector.
     """
     detector = Detector(folder, threads=torch.get_num_threads())
     matches = Matches()
@@ -49,18 +49,18 @@ def match_on_images(
 
 
 def comparison(report: Mapping[str, Any], matches: Mapping[str, Any], label: str) -> list[list[str]]:
-    """Rows of a table: the detector in full precision beside the quantized one.
+    """Returns the rows of a table with the full-precision detector and the quantized one.
 
     Args:
-        report: of the export, see :func:`~aqdet.export.folder.export_detector`.
-        matches: of the float detector's detections and the exported one's.
-        label: of the quantized detector.
+        report: The report of the export, see :func:`~aqdet.export.folder.export_detector`.
+        matches: The comparison of the float detector's detections with the exported one's.
+        label: The name of the quantized detector in the table.
     """
     rows = [["", "float", label]]
     evaluation = report.get("evaluation")
     if evaluation:
         for name, values in evaluation["metrics"].items():
-            if "-" not in name:  # those of single classes are in report.md
+            if "-" not in name:  # report.md has those of single classes
                 rows.append([name, *("-" if v is None else f"{v:.1f}" for v in (values["float"], values["exported"]))])
     sizes = report["sizes"]
     rows.append(["size, MB", f"{sizes['float32_state_dict'] / 1e6:.1f}", f"{sizes['model.onnx'] / 1e6:.1f}"])
@@ -71,23 +71,23 @@ def comparison(report: Mapping[str, Any], matches: Mapping[str, Any], label: str
 
 
 def matched_share(matches: Mapping[str, Any]) -> float:
-    """Share of the float detections that the exported detector has too."""
+    """Returns the share of the float detections that the exported detector has, too."""
     return float(matches["matched"] / matches["trained"]) if matches["trained"] else 1.0
 
 
 def advice(
     report: Mapping[str, Any], matches: Mapping[str, Any], bits: int, training: str, fewer: str
 ) -> tuple[bool, str]:
-    """Whether a quantized training is worth it, in words.
+    """Returns whether a quantized training is worth it, with the reason.
 
     Args:
-        report, matches: see :func:`comparison`.
-        bits: that were asked for.
-        training: command that trains at these bits.
-        fewer: command that trains at 4 bits.
+        report, matches: See :func:`comparison`.
+        bits: The bits that were asked for.
+        training: The command that trains at these bits.
+        fewer: The command that trains at 4 bits.
 
     Returns:
-        Whether it is, and the text.
+        Whether training is worth it, and a text for the user.
     """
     metrics = report.get("evaluation", {}).get("metrics", {})
     name = next(iter(metrics), "")
@@ -115,15 +115,15 @@ def advice(
 def training_command(
     program: str, config: str, weights: str, pairs: Sequence[str], learning_rate: float, overrides: Sequence[str]
 ) -> str:
-    """The command that trains the quantized detector from the weights in full precision.
+    """Returns the command that trains the quantized detector from the full-precision weights.
 
     Args:
-        program: ``train_net.py``, or words that run it.
-        config: file.
-        weights: checkpoint.
+        program: ``train_net.py``, or the words of a command that runs it.
+        config: The config file.
+        weights: The full-precision checkpoint.
         pairs: ``KEY VALUE ...`` that quantize, see :func:`aqdet.engine.post_training.quantized_overrides`.
-        learning_rate: of the training in full precision.
-        overrides: ``KEY VALUE ...`` that the command line had.
+        learning_rate: The learning rate of the full-precision training.
+        overrides: ``KEY VALUE ...`` of the command line.
     """
     more = ["MODEL.AUX.ENABLED", "True", "MODEL.WEIGHTS", weights, "SOLVER.BASE_LR", f"{learning_rate / FINE_TUNING:g}"]
     return f"{program} --config-file {shlex.join([config, *pairs, *overrides, *more])}"

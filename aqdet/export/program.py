@@ -1,9 +1,10 @@
 """The integer program: a shipped detector as a list of small operations on integers.
 
-It is the one description that the integer reference executes, that is written as ONNX, packed and reported.
+All forms come from this one description: the integer reference executes it, and graphs, C sources and reports are
+written from it.
 
 Every value between the image and the predictions is a tensor of integer codes, shape ``(N, C, H, W)``, that
-stands for ``codes * grid.scale``. ReLU is no operation of its own: the next grid starts at zero.
+stands for ``codes * grid.scale``. There is no ReLU: the grid after it starts at zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ IMAGE = "image"
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Integers ``quant_min`` to ``quant_max``, each standing for itself times ``scale`` (a float32 value)."""
+    """The integers ``quant_min`` to ``quant_max``, each of which means itself times ``scale``, a float32 value."""
 
     scale: float
     quant_min: int
@@ -29,7 +30,7 @@ class Grid:
     def zero_point(self) -> int:
         """The code of zero where codes are stored as uint8.
 
-        0 for unsigned codes, 128 for signed ones; as many as there are negative codes where 128 leaves no room, as
+        It is 0 for unsigned codes and 128 for signed ones, or the number of negative codes if 128 leaves no room, as
         with LSQ+'s offset at 8 bits.
         """
         if self.quant_min >= 0:
@@ -38,12 +39,12 @@ class Grid:
 
     @property
     def signed(self) -> bool:
-        """Whether there are negative codes."""
+        """Whether the grid has negative codes."""
         return self.quant_min < 0
 
     @property
     def num_bits(self) -> int:
-        """Bits that the codes need."""
+        """The number of bits that the codes need."""
         return (self.quant_max - self.quant_min).bit_length()
 
 
@@ -52,9 +53,9 @@ class PadImage:
     """Surrounds the uint8 image with each channel's code of zero.
 
     Attributes:
-        amount: rows and columns added on either side, ``(vertical, horizontal)``.
-        values: one code a channel; the mean pixel, rounded.
-        mean: the mean pixel, which is what zero means in the float model.
+        amount: Rows and columns added on each side, ``(vertical, horizontal)``.
+        values: One code for each channel, the rounded mean pixel.
+        mean: The mean pixel, which is zero in the float model.
     """
 
     output: str
@@ -69,15 +70,16 @@ class Conv:
     """``sum(input * weight * sign * multiple) + bias`` in int32, then a per-channel multiplier onto the next grid.
 
     Attributes:
-        path: of the module; ``level`` of the pyramid where it is shared, else "".
-        weight: ``(O, C / groups, kH, kW)`` int16, the codes as trained.
-        weight_bits: of the weight's quantizer.
-        sign: ``(O,)`` int8: -1 where batch norm has a negative multiplier, 0 where the output is constant.
-        multiple: ``(O,)`` int16: the integer convolution runs with ``weight * sign * multiple``, whose finer unit
-            makes the bias's rounding as many times smaller.
-        scale: ``(O,)`` float32, positive: one unit of those weights, batch norm's multiplier included.
+        path: The name of the module.
+        level: The pyramid level if levels share the module, else "".
+        weight: ``(O, C / groups, kH, kW)`` int16, the trained codes.
+        weight_bits: The number of bits of the weight's quantizer.
+        sign: ``(O,)`` int8, -1 where batch norm has a negative multiplier, 0 where the output is constant.
+        multiple: ``(O,)`` int16. The integer convolution runs with ``weight * sign * multiple``, whose finer unit
+            makes the bias's rounding smaller by this factor.
+        scale: ``(O,)`` float32, positive, the value of one unit of those weights with batch norm's multiplier.
         bias: ``(O,)`` int32, in units of ``input scale * scale``.
-        grid: of the output; None for a prediction, whose output is float32: the int32 sum times its unit.
+        grid: The grid of the output; None for a prediction, whose output is float32, the int32 sum times its unit.
     """
 
     output: str
@@ -105,7 +107,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Requantize:
-    """Codes onto another grid; a ReLU too where that grid starts at zero."""
+    """A change of codes to another grid; it is a ReLU, too, if that grid starts at zero."""
 
     output: str
     input: str
@@ -117,7 +119,7 @@ class Add:
     """The sum of two values on a grid, ``round((a * multipliers[0] + b * multipliers[1]) / 2**shift)``.
 
     Attributes:
-        multipliers, shift: see :func:`~aqdet.export.sums.choose_sum_scales`; no pair of codes is a rounding tie.
+        multipliers, shift: See :func:`~aqdet.export.sums.choose_sum_scales`; no pair of codes is a rounding tie.
     """
 
     output: str
@@ -129,7 +131,7 @@ class Add:
 
 @dataclasses.dataclass(frozen=True)
 class MaxPool:
-    """Maximum over windows; padding never wins."""
+    """The maximum over windows; padding is never the maximum."""
 
     output: str
     input: str
@@ -140,7 +142,7 @@ class MaxPool:
 
 @dataclasses.dataclass(frozen=True)
 class Upsample:
-    """Nearest neighbour, twice the height and width."""
+    """Upsampling by nearest neighbour to twice the height and width."""
 
     output: str
     input: str
@@ -151,10 +153,10 @@ Operation = PadImage | Conv | Requantize | Add | MaxPool | Upsample
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Predictions of a pyramid level: names of values, and the level's stride in pixels.
+    """The predictions of a pyramid level: names of values, and the level's stride in pixels.
 
     Attributes:
-        centerness: of FCOS; "" for RetinaNet, and for an FCOS that has none.
+        centerness: The name of FCOS's centerness; "" for RetinaNet, and for an FCOS without it.
     """
 
     level: str
@@ -171,13 +173,13 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Operations in an order in which they can run.
+    """A list of operations in an order in which they can run.
 
     Attributes:
-        image: grid of the uint8 image; the mean pixel is in the first convolution's bias.
-        operations: see the classes above.
-        outputs: one for each level, high to low resolution.
-        size_divisibility: height and width of the image must be multiples of it.
+        image: The grid of the uint8 image; the mean pixel is in the first convolution's bias.
+        operations: The operations, see the classes above.
+        outputs: The predictions of each level, from high to low resolution.
+        size_divisibility: Height and width of the image must be multiples of it.
     """
 
     image: Grid
@@ -186,7 +188,7 @@ class Program:
     size_divisibility: int
 
     def grids(self) -> dict[str, Grid]:
-        """Grid of every integer value by name."""
+        """The grid of every integer value by name."""
         grids = {IMAGE: self.image}
         for operation in self.operations:
             grid = grids[inputs_of(operation)[0]]
@@ -208,5 +210,5 @@ def inputs_of(operation: Operation) -> tuple[str, ...]:
 
 
 def largest_code(grid: Grid) -> int:
-    """Returns the largest integer by which a value on ``grid`` enters a sum of products, stored as uint8 or centred."""
+    """Returns the largest magnitude of a value on ``grid`` in a sum of products, stored as uint8 or centred."""
     return max(grid.quant_max + grid.zero_point, -grid.quant_min)

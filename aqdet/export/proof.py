@@ -1,4 +1,4 @@
-"""Integer types of every operation, and the proof that no int32 sum can overflow."""
+"""The integer types of every operation, and the proof that no int32 sum can overflow."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from .sums import largest_move
 class Accumulator:
     """Bounds of a convolution's int32 sums.
 
-    Both count partial sums in any order, with codes as they are stored: a signed activation as uint8 with a zero
-    point, and the correction for that zero point.
+    Both bounds hold for partial sums in any order, and for codes as they are stored: a signed activation is uint8 with
+    a zero point, and the sum has a correction for it.
 
     Attributes:
-        by_bits: from bit widths, kernel and channels: the largest product times their number, plus the largest bias.
-        by_codes: from the weights' own codes: the largest sum of a channel's magnitudes, plus its bias.
-        max_input_code: largest stored code of the input. max_weight_code: largest magnitude of an integer weight as it
-            is stored, see :func:`~aqdet.export.containers.int8_parts`.
+        by_bits: The bound from bit widths, kernel and channels: the largest product times the number of products, plus
+            the largest bias.
+        by_codes: The bound from the weights' own codes: the largest sum of a channel's magnitudes, plus its bias.
+        max_input_code: The largest stored code of the input.
+        max_weight_code: The largest magnitude of a stored integer weight, see
+            :func:`~aqdet.export.containers.int8_parts`.
     """
 
     by_bits: int
@@ -37,7 +39,7 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
     """Computes the bounds of a convolution's int32 sums, see :class:`Accumulator`.
 
     Raises:
-        ValueError: naming the layer, if its sums may overflow.
+        ValueError: Naming the layer, if its sums may overflow.
     """
     weight = np.abs(conv.integer_weight.astype(np.int64)).reshape(len(conv.bias), -1)
     bias = np.abs(conv.bias.astype(np.int64))
@@ -61,10 +63,10 @@ def describe(grid: Grid) -> str:
 
 
 def operation_rows(program: Program) -> list[dict[str, Any]]:
-    """Returns a row for each operation: what it is, what it reads and writes, in which types; bounds for convolutions.
+    """Returns a row for each operation: its kind, inputs and output with their types, and bounds for convolutions.
 
     Raises:
-        ValueError: naming the layer, if the sums of one may overflow.
+        ValueError: Naming the layer, if the sums of a convolution may overflow.
     """
     grids = program.grids()
     rows: list[dict[str, Any]] = []

@@ -1,12 +1,12 @@
-"""The integer program as QONNX (2206.07527), for hardware whose arithmetic has the bits that were trained.
+"""The integer program as QONNX (2206.07527), for hardware whose arithmetic has the bits of the training.
 
-Every tensor is integer-valued, and a ``Quant`` node with scale 1 says how many bits it has: weights and activations
-their own, not a byte. Before each stands the multiplication by which a sum gets onto its grid. A tool that folds these
-into thresholds, as FINN does, is left with integers alone.
+Every tensor holds integers, and a ``Quant`` node with scale 1 states its number of bits: the bits of the weights and
+activations, not those of a byte. A multiplication before it puts a sum onto its grid. A tool that folds these
+multiplications into thresholds, as FINN does, has integers alone.
 
-All is float32 for QONNX's own executor, which gives the reference's codes while a sum stays below 2**24. Shapes are
-static, as its tools want them. What they are known to refuse: FINN and hls4ml have no Resize with factor 2 in every
-version, and hls4ml no padding that is not zero, which the image's mean pixel is here.
+All tensors are float32 for QONNX's own executor, which gives the reference's codes while a sum stays below 2**24.
+Shapes are static, as its tools require. These tools are known to refuse some of it: not every version of FINN and
+hls4ml has a Resize with factor 2, and hls4ml refuses padding by a value other than zero, such as the mean pixel.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def build_qonnx(program: Program, height: int, width: int) -> onnx.ModelProto:
     """Builds the program as a QONNX model.
 
     Args:
-        program: what to write.
-        height, width: of the image, multiples of ``program.size_divisibility``.
+        program: The program.
+        height, width: Size of the image in pixels, multiples of ``program.size_divisibility``.
 
     Returns:
         A model with input ``image``, float32 ``(1, 3, height, width)`` of whole numbers 0 to 255, and the outputs
         of :class:`~aqdet.export.program.Program`.
 
     Raises:
-        ValueError: in one line, for a size that does not fit.
+        ValueError: In one line, if the size does not fit.
     """
     step = program.size_divisibility
     if height < 1 or width < 1 or height % step or width % step:
@@ -103,7 +103,7 @@ class _Builder:
         return self.constant(name, values.reshape(1, -1, 1, 1))
 
     def quant(self, x: str, output: str, lowest: int, highest: int) -> str:
-        """Rounds onto the integers from ``lowest`` to ``highest``: signed, narrow or unsigned, or by a zero point."""
+        """Adds rounding to the integers ``lowest`` to ``highest``: signed, narrow, unsigned, or with a zero point."""
         bits = (highest - lowest).bit_length()
         signed, narrow, zero = lowest < 0, 0, 0
         if signed and lowest == -highest and highest == 2 ** (bits - 1) - 1:
@@ -132,7 +132,7 @@ class _Builder:
             code = self.constant("pad_code", float(operation.values[0]))
             self.op("Pad", [pixels, pads, code], operation.output, mode="constant")
             return
-        # Pad has one value for all channels; zero between a subtraction and an addition of whole numbers.
+        # Pad has one value for all channels: it pads by zero, between a subtraction and an addition of whole numbers.
         codes = self.per_channel("pad_codes", np.array(operation.values))
         centred = self.op("Sub", [pixels, codes], f"{operation.output}.centred")
         padded = self.op("Pad", [centred, pads], f"{operation.output}.around_zero", mode="constant")
@@ -144,7 +144,7 @@ class _Builder:
         if key not in self._weights:
             bits = conv.weight_bits
             while conv.weight.min() < -(2 ** (bits - 1)) or conv.weight.max() > 2 ** (bits - 1) - 1:
-                bits += 1  # odd codes, as DoReFa's are, stand for half steps
+                bits += 1  # odd codes, such as DoReFa's, mean half steps
             name = self.constant(f"{conv.output}.weight", conv.weight)
             self._weights[key] = self.quant(name, f"{name}.quant", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return self._weights[key]

@@ -1,8 +1,8 @@
-"""The integer program in numpy, slow and plain: the reference for every other execution.
+"""The integer program in plain, slow numpy, which is the reference for every other execution.
 
-It executes the arithmetic that ships, which is ONNX Runtime's: sums of products in int32; a sum as float32 times a
-float32 multiplier, rounded to nearest with ties to even; a change of grid through float32 values. IEEE 754 fixes
-each of these steps, so that every machine and every language that follows them has the same codes.
+It executes the arithmetic that ships, which is ONNX Runtime's: sums of products are int32; a sum becomes float32, is
+multiplied by a float32 multiplier and rounded to nearest with ties to even; a change of grid goes through float32
+values. IEEE 754 defines each of these steps, so that every machine and every language gets the same codes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = NDArray[np.int64]
 
 
 def _onto(real: NDArray[np.float32], grid: Grid) -> Array:
-    """Values in units of a grid to its codes, ties to even."""
+    """Rounds values in units of a grid to its codes, ties to even."""
     return np.clip(np.rint(real), grid.quant_min, grid.quant_max).astype(np.int64)
 
 
@@ -28,7 +28,9 @@ def convolve(x: Array, weight: NDArray[np.int32], conv: Conv) -> Array:
     Products are summed in float64 matrix products, which is exact: every partial sum is an integer below 2**53.
 
     Args:
-        x: ``(N, C, H, W)``. weight: ``(O, C / groups, kH, kW)``. conv: for the geometry.
+        x: ``(N, C, H, W)``.
+        weight: ``(O, C / groups, kH, kW)``.
+        conv: The convolution, for its geometry.
     """
     vertical, horizontal = conv.padding
     padded = np.pad(x, ((0, 0), (0, 0), (vertical, vertical), (horizontal, horizontal)))
@@ -50,7 +52,7 @@ def convolve(x: Array, weight: NDArray[np.int32], conv: Conv) -> Array:
 
 
 def accumulate(conv: Conv, x: Array) -> Array:
-    """Returns the int32 sums of a convolution, bias included."""
+    """Returns the int32 sums of a convolution, with the bias."""
     return convolve(x, conv.integer_weight, conv) + conv.bias.astype(np.int64).reshape(1, -1, 1, 1)
 
 
@@ -60,7 +62,7 @@ def conv_unit(conv: Conv, input_scale: float) -> NDArray[np.float32]:
 
 
 def conv_multiplier(conv: Conv, input_scale: float) -> NDArray[np.float32]:
-    """Returns the multiplier of a sum, ``(O,)``, to the codes of the output or to the predicted value."""
+    """Returns the multiplier, ``(O,)``, that turns a sum into output codes or a predicted value."""
     unit = conv_unit(conv, input_scale)
     return unit if conv.grid is None else unit / np.float32(conv.grid.scale)
 
@@ -69,12 +71,12 @@ def execute(operation: Operation, inputs: list[Array], grids: Mapping[str, Grid]
     """Runs one operation.
 
     Args:
-        operation: what to run.
-        inputs: codes, ``(N, C, H, W)``.
-        grids: of all values by name.
+        operation: The operation.
+        inputs: Codes, ``(N, C, H, W)``.
+        grids: The grids of all values by name.
 
     Returns:
-        Codes; float32 for the convolutions that predict.
+        Codes, or float32 values for a convolution that predicts.
     """
     x = inputs[0]
     if isinstance(operation, PadImage):
@@ -118,12 +120,12 @@ def run(
     """Executes a program.
 
     Args:
-        program: what to execute.
-        image: ``(N, 3, H, W)``, height and width multiples of ``program.size_divisibility``.
-        progress: called with each operation before it runs.
+        program: The program.
+        image: ``(N, 3, H, W)``, whose height and width are multiples of ``program.size_divisibility``.
+        progress: A function that is called with each operation before it runs.
 
     Returns:
-        Every value by name: codes as int16, predictions as float32.
+        Every value by name, codes as int16 and predictions as float32.
     """
     grids = program.grids()
     values: dict[str, NDArray[np.generic]] = {IMAGE: image}

@@ -1,4 +1,4 @@
-"""``report.md``: what an export measured, as text."""
+"""``report.md``, the text of an export's measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .agreement import EXECUTIONS, Difference
 
 
 def agreement_totals(agreement: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sums over the codes of each execution."""
+    """Returns the sums over the codes of each execution."""
     totals = []
     for execution in _executions(agreement):
         found = [Difference(**entry) for entry in agreement["values"] if entry["execution"] == execution]
@@ -29,13 +29,13 @@ def agreement_totals(agreement: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _executions(agreement: dict[str, Any]) -> list[str]:
-    """Those that were compared, in order."""
+    """Returns the executions that were compared, in order."""
     names = {entry["execution"] for entry in agreement["values"]}
     return [execution for execution in EXECUTIONS if execution in names]
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """``report.md``: sizes, types, bounds and agreement."""
+    """Returns ``report.md``: sizes, types, bounds and agreement."""
     sizes, worst, agreement = report["sizes"], report["tightest"], report["agreement"]
     lines = ["# Exported detector", "", "## Size", "", "| | bytes | of float32 |", "|---|---|---|"]
     for name, size in sizes.items():
@@ -105,9 +105,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
-    """AP of the trained and the exported model, and their detections side by side."""
+    """Returns lines on the AP of the trained and the exported model, and on their detections."""
     lines = ["", f"## On {evaluation['dataset']}, {evaluation['images']} images", ""]
-    # Quantized without training it has a float model beside it, and is not "trained".
+    # A detector quantized without training has a float model beside it, and is not called "trained".
     start = ["float", "quantized"] if "float_detections" in evaluation else ["trained"]
     columns = [*start, "in the arithmetic that ships", "exported", f"exported - {start[-1]}"]
     lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
@@ -131,7 +131,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def detections_line(detections: Mapping[str, Any], model: str = "trained") -> str:
-    """Matched detections of a model and the exported one, their scores, and the threshold that keeps the recall."""
+    """Returns a line on the matched detections of two models, their scores, and the threshold with equal recall."""
     text = (
         f"Of the {model} model's {detections['trained']} detections with a score of at least 0.5, the exported one has "
         f"{detections['matched']} too (it has {detections['exported']}); their scores differ by "
@@ -146,7 +146,7 @@ def detections_line(detections: Mapping[str, Any], model: str = "trained") -> st
 
 
 def range_lines(ranges: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
-    """How much of each quantizer's range is used."""
+    """Returns lines on how much of each quantizer's range is used."""
     if not ranges:
         return ["", "## Ranges", "", "Not measured: neither --images nor the training set were at hand."]
     lines = ["", "## Ranges", "", *[f"Warning: {warning}" for warning in warnings], *[""] * bool(warnings)]

@@ -1,9 +1,9 @@
-"""Scales of a sum that come out the same on every machine.
+"""Scales with which a sum is the same on every machine.
 
-ONNX Runtime's QLinearAdd multiplies both operands by float32 ratios, in an order that depends on the machine: where the
-result lies next to a rounding tie, one machine rounds up and another down. With ratios ``m / 2**shift`` of few bits
-every product and every sum is exact in float32, in any order, fused or not; and with the right ``m`` no pair of
-codes ends at a tie. So there is one result.
+ONNX Runtime's QLinearAdd multiplies both operands by float32 ratios, in an order that depends on the machine: if the
+result lies next to a rounding tie, one machine rounds up and another down. With ratios ``m / 2**shift`` of few bits,
+every product and every sum is exact in float32, in any order, fused or not, and with the right ``m`` no pair of
+codes ends at a tie. So there is only one result.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import numpy as np
 from .program import Add, Grid
 
 MAX_SHIFT = 15
-# Sums of two products stay below it, and below 2**24 with the zero point: exact in float32.
+# Limit of the sum of two products; with the zero point it is below 2**24, which float32 represents exactly.
 _EXACT = 2**23
 _RADIUS = 40
 
 
 def choose_sum_scales(operands: tuple[Grid, Grid], target: Grid, name: str = "") -> tuple[tuple[int, int], int]:
-    """Returns the dyadic scales of a sum nearest to those of its operands with which no pair of codes is a tie.
+    """Returns the dyadic scales, nearest to a sum's own, with which no pair of codes is a tie.
 
     The sum of codes ``a`` and ``b`` is ``round((a * multipliers[0] + b * multipliers[1]) / 2**shift)``.
 
     Args:
-        operands: grids of what is added.
-        target: grid of the sum.
-        name: of the sum, for messages.
+        operands: The grids of the two operands.
+        target: The grid of the sum.
+        name: The name of the sum for messages.
 
     Returns:
-        the multipliers of the two operands, and the shift, 1 to :data:`MAX_SHIFT`.
+        The multipliers of the two operands, and the shift, 1 to :data:`MAX_SHIFT`.
 
     Raises:
-        ValueError: in one line that names the sum, if its scales are too far apart for 24 bits.
+        ValueError: In one line that names the sum, if its scales are too far apart for 24 bits.
     """
     ratios = [grid.scale / target.scale for grid in operands]
     largest = [max(-grid.quant_min, grid.quant_max) for grid in operands]
@@ -56,7 +56,7 @@ def choose_sum_scales(operands: tuple[Grid, Grid], target: Grid, name: str = "")
         a, b = (int(multiplier) for multiplier in candidates[index])
         sums = first[:, None] * a + second * b
         ties = (sums & (one - 1)) == one >> 1
-        # A tie outside the range is clipped either way.
+        # A tie outside the range is clipped in either case.
         ties &= (sums > target.quant_min * one) & (sums < target.quant_max * one)
         if not ties.any():
             return (a, b), shift
@@ -64,7 +64,7 @@ def choose_sum_scales(operands: tuple[Grid, Grid], target: Grid, name: str = "")
 
 
 def largest_move(add: Add, grids: Mapping[str, Grid]) -> float:
-    """How far a sum before rounding is, at most, from the one with its operands' own scales, in codes of the sum."""
+    """Returns the largest change of a sum before rounding against its operands' own scales, in codes of the sum."""
     move = 0.0
     for name, multiplier in zip(add.inputs, add.multipliers, strict=True):
         grid = grids[name]

@@ -1,12 +1,12 @@
 """The integer program as an ONNX graph for TensorRT, whose 8-bit tensors are signed and have zero point 0.
 
-What differs from :mod:`~aqdet.export.onnx_graph`:
+It differs from :mod:`~aqdet.export.onnx_graph` in these points:
 
-- every tensor between QuantizeLinear and DequantizeLinear is int8, so that codes up to 127 fit and no others do;
-- the uint8 image, from which 128 is subtracted, is int8 too; the stem's bias makes up for it;
+- every tensor between QuantizeLinear and DequantizeLinear is int8, which limits codes to 127;
+- the image is int8, too, since 128 is subtracted from its uint8 values; the stem's bias compensates for that;
 - biases are float32 constants, which TensorRT adds to the int32 sums after scaling them;
 - a range of fewer than 8 bits is a Clip in float before QuantizeLinear, since TensorRT clips no integers;
-- pooling and upsampling stand between DequantizeLinear and QuantizeLinear, past which TensorRT moves them;
+- pooling and upsampling stand between DequantizeLinear and QuantizeLinear; TensorRT moves them out;
 - a prediction is a Conv whose output is not quantized.
 """
 
@@ -31,17 +31,17 @@ def build_tensorrt(program: Program, *, extra_outputs: bool = False) -> onnx.Mod
     """Builds an ONNX model for TensorRT; input, outputs and arguments are those of :func:`build_onnx`.
 
     Raises:
-        ValueError: in one line that names the layer, if the program does not fit into signed 8 bits.
+        ValueError: In one line that names the layer, if the program does not fit into signed 8 bits.
     """
     check_signed(program)
     return _TensorRTBuilder(program).build(extra_outputs)
 
 
 def check_signed(program: Program) -> None:
-    """Checks that every code behind the image is an int8, and every weight one of -127 to 127.
+    """Checks that every code after the image is an int8, and that every weight is from -127 to 127.
 
     Raises:
-        ValueError: in one line, naming the first layer where one is not, and how many more there are.
+        ValueError: In one line, naming the first layer that does not fit, and the number of others.
     """
     grids = program.grids()
     wide: dict[str, Grid] = {}
@@ -84,7 +84,7 @@ class _TensorRTBuilder(GraphBuilder):
         self.requantized(real, output, step)
 
     def requantized(self, real: str, output: str, step: float | None = None) -> None:
-        """Real values that are within the grid of ``output`` onto it."""
+        """Adds the quantization of real values, which are within the grid of ``output``, to this grid."""
         own = self.grids[output].scale if step is None else step
         scale = self.constant(f"{output}.step", own, np.float32)
         self.node("QuantizeLinear", [real, scale, self.zero_point(self.grids[output])], output)
@@ -93,7 +93,7 @@ class _TensorRTBuilder(GraphBuilder):
         grid = self.grids[operation.input]
         name = f"{operation.output}.signed"
         self.grids[name] = Grid(grid.scale, INT8_MIN, INT8_MAX)
-        # Integers in float32 throughout, up to the last multiplication: exact.
+        # All values are integers in float32 up to the last multiplication, and so exact.
         zero = np.array(operation.values, np.float32).reshape(1, -1, 1, 1)
         self.node("Cast", [operation.input], f"{name}.pixels", to=TensorProto.FLOAT)
         self.node("Sub", [f"{name}.pixels", self.constant("image_zero", zero, np.float32)], f"{name}.centred")

@@ -1,4 +1,4 @@
-"""How much of each quantizer's range a detector uses on images, and what that says of it and of them."""
+"""Measurement of how much of each quantizer's range a detector uses on images, and conclusions from it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .agreement import runtime_session, runtime_values
 from .onnx_graph import build_onnx
 from .program import Add, Conv, Grid, Program, Requantize
 
-# Trained detectors use two thirds of every range or more. One of many codes of which so small a part is used has a
-# scale that is many times too large; below the second share it is worth a look.
+# Trained detectors use at least two thirds of every range. If less than the first share of a range of many codes is
+# used, its scale is many times too large; below the second share there is a warning.
 LEAST_USED, USUALLY_USED = 1 / 16, 0.15
 LEAST_CODES = 31
-# Of the codes that are not zero: a scale that is many times too small clips nearly all.
+# Share of the nonzero codes that may be clipped: a scale that is many times too small clips nearly all.
 MOST_CLIPPED = 0.9
-# Other images than those of the calibration: this many times the clipped share, and that much more of it.
+# Images are unlike those of the calibration if the clipped share is this many times, and this much, larger.
 _FACTOR, _MARGIN = 3.0, 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Codes of one quantizer over images, all levels of the pyramid together.
+    """The codes of one quantizer over images, for all levels of the pyramid together.
 
     Attributes:
-        name: of the quantizer.
-        codes: number of codes that its range has on the larger side, zero not counted: 15 for 4 unsigned bits.
-        used: the largest magnitude among the codes, as a share of ``codes``.
-        clipped: share of the codes other than zero that are the largest or the smallest of the range.
+        name: The name of the quantizer.
+        codes: The number of codes on the larger side of its range, without zero: 15 for 4 unsigned bits.
+        used: The largest magnitude among the codes, as a share of ``codes``.
+        clipped: The share of the nonzero codes that are the largest or the smallest of the range.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Usage:
 
     @property
     def is_hardly_used(self) -> bool:
-        """Whether little of a range of 4 bits or more is used: fewer bits would do, or its scale is not right."""
+        """Whether little of a range of at least 4 bits is used: fewer bits are enough, or the scale is wrong."""
         return self.codes >= 7 and self.used < USUALLY_USED
 
 
@@ -64,9 +64,9 @@ def measure_usage(
     """Runs a program on images, as it ships, and counts the codes of every quantizer.
 
     Args:
-        program: what to run.
-        images: each ``(3, H, W)``, sides multiples of ``program.size_divisibility``.
-        progress: called with a line of text for each image.
+        program: The program.
+        images: Images ``(3, H, W)``, whose sides are multiples of ``program.size_divisibility``.
+        progress: A function that is called with a line of text for each image.
     """
     session = runtime_session(build_onnx(program, extra_outputs=True), optimize=True)
     grids = program.grids()
