@@ -116,6 +116,9 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILL.LOGIT_WEIGHT = 1.0
 
     # --- Structure ---
+    # A RegNetX (2003.13678) in place of the ResNet: "200MF", "400MF", "600MF", "800MF", "1.6GF" or "3.2GF", its
+    # multiply-adds at 224x224. Its stages are res2 to res5 too. Of MODEL.RESNETS only NORM and OUT_FEATURES count then.
+    cfg.MODEL.RESNETS.REGNETX = ""
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
     cfg.MODEL.FPN.RELU = False
     # What P6 is computed from: "res5" or "p5".

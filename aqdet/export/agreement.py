@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
-from ..modeling.backbone import QuantStem
+from ..modeling.blocks import QuantStem
 from ..quantization import Quantizer
 from .extract import with_rounded_constants
 from .onnx_graph import build_onnx

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
 from ..modeling import QuantFCOS, QuantFPN, QuantRetinaNet
-from ..modeling.backbone import QuantBasicBlock, QuantBottleneckBlock, QuantLastLevelP6P7, QuantStem
+from ..modeling.backbone import QuantLastLevelP6P7
+from ..modeling.blocks import QuantBasicBlock, QuantBottleneckBlock, QuantSimpleStem, QuantStem
 from ..quantization import Quantizer
 from .fold import as_array, fold, lower_bias, norm_affine
 from .grids import check_multiplier, check_parameters, check_quantizer, check_reach, grid_of
@@ -131,8 +132,8 @@ class _Extractor:
 
     def _stem_input(self, model: Any, grid: Grid) -> _Value:
         stem = model.backbone.bottom_up.stem
-        if not isinstance(stem, QuantStem):
-            raise ValueError(f"layer backbone.bottom_up.stem: export knows QuantStem, not {type(stem).__name__}")
+        if not isinstance(stem, QuantStem | QuantSimpleStem):
+            raise ValueError(f"layer backbone.bottom_up.stem: export knows no {type(stem).__name__}")
         mean = tuple(model.pixel_mean.flatten().tolist())
         values = tuple(min(max(round(value), 0), 255) for value in mean)
         vertical, horizontal = stem.conv1.padding
@@ -141,7 +142,8 @@ class _Extractor:
 
     def _stem(self, stem: Any, path: str, x: _Value, mean: Sequence[float]) -> _Value:
         target = self._stream(stem.output_stream, f"{path}.output_stream")
-        name = f"{path}.conv1.output"
+        pooled = isinstance(stem, QuantStem)
+        name = f"{path}.conv1.output" if pooled else target.name
         conv = self._quantized(stem.conv1, f"{path}.conv1")
         if conv.input_quantizer is not None:
             raise ValueError(f"layer {path}.conv1: the stem reads the uint8 image and has no input quantizer")
@@ -151,7 +153,8 @@ class _Extractor:
         y = self._conv(
             conv, f"{path}.conv1", x, name, target.grid, conv.norm, relu=True, input_offset=shift, padding=(0, 0)
         )
-        self.operations.append(MaxPool(target.name, y.name, kernel=3, stride=2, padding=1))
+        if pooled:
+            self.operations.append(MaxPool(target.name, y.name, kernel=3, stride=2, padding=1))
         return target
 
     def _resnet(self, resnet: Any, path: str, x: _Value) -> dict[str, _Value]:

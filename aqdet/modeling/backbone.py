@@ -1,4 +1,4 @@
-"""ResNet and FPN whose convolutions, sums and shared tensors can be quantized.
+"""ResNet and FPN whose convolutions, sums and shared tensors can be quantized, and their builders.
 
 The classes are Detectron2's with the sums and ReLUs that matter for integer inference made modules; without
 quantizers they compute the same to the bit, under the same parameter names. The builders are registered.
@@ -18,106 +18,20 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, CNNBlockBase, ResNet
-from torch import Tensor, nn
+from detectron2.modeling.backbone.resnet import ResNet
+from torch import Tensor
 
-from ..layers import QuantAdd, StreamQuantizer, declare_site, max_pool2d, relu_before
-from ..quantization import quantizers
+from ..layers import QuantAdd, StreamQuantizer, declare_site, relu_before
 from .architecture import check_architecture
+from .blocks import QuantBasicBlock, QuantBottleneckBlock, QuantStem
 from .policy import QuantPolicy
+from .regnet import build_regnetx
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STAGES = ["res2", "res3", "res4", "res5"]
 PYRAMID_OF_REGIONS = "build_quant_resnet_fpn_backbone"
 PYRAMIDS = {"build_quant_retinanet_resnet_fpn_backbone": ("p6", "p7"), PYRAMID_OF_REGIONS: ("p6",)}
 """Backbones with a pyramid, and the levels of its top block."""
-
-
-class _FreezesQuantizers(CNNBlockBase):
-    """A block whose quantizers stay as they are calibrated once it is frozen, as its weights and norms do."""
-
-    def freeze(self) -> Any:
-        """Freezes the block; see Detectron2's. Its quantizers are still calibrated where they are not yet."""
-        for _, quantizer in quantizers(self):
-            quantizer.frozen = True
-        return super().freeze()
-
-
-class QuantStem(_FreezesQuantizers, BasicStem):
-    """7x7 conv, max pool, ReLU; reads the uint8 image and puts the residual stream on its grid.
-
-    ReLU and quantizer come after the pooling, which gives the same values as before it (the maximum of
-    quantized values is the quantized maximum) for a quarter of the work, and a tap point like a block's.
-    """
-
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        declare_site(self.conv1, signed=True, role="stem")
-        self.output_stream = StreamQuantizer(relu=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(N, 3, H, W)`` to ``(N, C, H / 4, W / 4)``."""
-        x = max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
-        return self.output_stream(x)
-
-
-def _relu_between(x: Tensor, conv: nn.Module) -> Tensor:
-    return relu_before(getattr(conv, "input_quantizer", None), x, inplace=True)
-
-
-class _ResidualMixin(nn.Module):
-    """The end of a residual block: sum, then ReLU and shared stream, whose input is the tap point."""
-
-    shortcut: nn.Conv2d | None
-
-    def _add_residual(self) -> None:
-        self.residual_add = QuantAdd(signed=(True, None if self.shortcut is None else True))
-        self.output_stream = StreamQuantizer(relu=True)
-        if self.shortcut is not None:
-            declare_site(self.shortcut, signed=False)
-
-    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return self.output_stream(self.residual_add(out, x))
-
-
-class QuantBasicBlock(_FreezesQuantizers, BasicBlock, _ResidualMixin):
-    """ResNet-18/34 block. Its tap point is the sum before ReLU and quantization."""
-
-    conv1: nn.Conv2d
-    conv2: nn.Conv2d
-
-    def __init__(self, in_channels: int, out_channels: int, **kwargs: object) -> None:
-        super().__init__(in_channels, out_channels, **kwargs)
-        declare_site(self.conv1, signed=False)
-        declare_site(self.conv2, signed=False)
-        self._add_residual()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
-        out = _relu_between(self.conv1(x), self.conv2)
-        return self._finish(self.conv2(out), x)
-
-
-class QuantBottleneckBlock(_FreezesQuantizers, BottleneckBlock, _ResidualMixin):
-    """ResNet-50/101 block. Its tap point is the sum before ReLU and quantization."""
-
-    conv1: nn.Conv2d
-    conv2: nn.Conv2d
-    conv3: nn.Conv2d
-
-    def __init__(self, in_channels: int, out_channels: int, **kwargs: object) -> None:
-        super().__init__(in_channels, out_channels, **kwargs)
-        for conv in (self.conv1, self.conv2, self.conv3):
-            declare_site(conv, signed=False)
-        self._add_residual()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
-        out = _relu_between(self.conv1(x), self.conv2)
-        out = _relu_between(self.conv2(out), self.conv3)
-        return self._finish(self.conv3(out), x)
 
 
 class QuantLastLevelP6P7(LastLevelP6P7):
@@ -231,9 +145,16 @@ def feature_names(cfg: CfgNode) -> list[str] | None:
 
 
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Builds a ResNet in float with declared sites, from Detectron2's ``MODEL.RESNETS`` keys."""
+    """Builds a ResNet or RegNetX in float with declared sites, from ``MODEL.RESNETS``."""
     check_architecture(cfg)
     resnets = cfg.MODEL.RESNETS
+    if resnets.REGNETX:
+        return build_regnetx(
+            resnets.REGNETX,
+            in_channels=input_shape.channels,
+            norm=resnets.NORM,
+            out_features=resnets.OUT_FEATURES,
+        )
     depth = resnets.DEPTH
     if depth not in BLOCKS_PER_STAGE:
         valid = ", ".join(map(str, BLOCKS_PER_STAGE))

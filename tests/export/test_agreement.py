@@ -17,6 +17,8 @@ BOTTLENECK = (
     *("MODEL.FPN.NORM", "", "MODEL.RETINANET.NORM", ""),
 )
 
+REGNETX = (*FCOS, "MODEL.RESNETS.REGNETX", "200MF")
+
 
 def totals(differences, execution):
     chosen = [d for d in differences if d.execution == execution and not d.is_prediction]
@@ -24,7 +26,9 @@ def totals(differences, execution):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), SIGNED, BOTTLENECK, LSQPLUS, FCOS], ids=["relu", "signed", "bottleneck", "lsq+", "fcos"]
+    "overrides",
+    [(), SIGNED, BOTTLENECK, LSQPLUS, FCOS, REGNETX],
+    ids=["relu", "signed", "bottleneck", "lsq+", "fcos", "regnetx"],
 )
 def test_every_code_is_the_references_or_lies_at_a_tie(overrides):
     model, program = shared(*overrides)

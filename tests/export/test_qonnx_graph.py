@@ -13,9 +13,11 @@ from aqdet.export.reference import run
 
 DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
 ODD = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lsqodd", "MODEL.QUANT.WEIGHT.NUM_BITS", "2")
+REGNETX = ("MODEL.RESNETS.REGNETX", "200MF")
+FORMS = {"lsq": (), "lsq+": LSQPLUS, "dorefa": DOREFA, "without zero": ODD, "regnetx": REGNETX}
 
 
-@pytest.mark.parametrize("overrides", [(), LSQPLUS, DOREFA, ODD], ids=["lsq", "lsq+", "dorefa", "without zero"])
+@pytest.mark.parametrize("overrides", FORMS.values(), ids=FORMS)
 def test_the_executor_has_the_references_codes(overrides):
     wrapper = pytest.importorskip("qonnx.core.modelwrapper")
     from qonnx.core.onnx_exec import execute_onnx

@@ -8,7 +8,7 @@ from helpers import QUANT, make_cfg
 from torch import nn
 
 from aqdet.layers import QuantConv2d, StreamQuantizer
-from aqdet.modeling.backbone import QuantBasicBlock, QuantStem
+from aqdet.modeling.blocks import QuantBasicBlock, QuantStem
 from aqdet.quantization import calibrate, quantizers, set_quantization
 
 R50 = ("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256")
