@@ -18,7 +18,7 @@ PROGRAMS = {
     "demo": ("demo", "main", "draw what a trained detector finds in images and videos"),
     "export": ("export_model", "main", "export a trained detector to a folder that runs without PyTorch"),
     "quantize": ("quantize", "main", "quantize a full-precision detector without training, and export it"),
-    "convert-torchvision": ("convert_torchvision", "main", "make a checkpoint to start from of torchvision's ResNet"),
+    "convert-torchvision": ("convert_torchvision", "main", "make a checkpoint to start from of torchvision's trunks"),
 }
 DETECT = ("detect", "run an exported detector on images, videos, cameras and streams")
 CONFIGS = ("configs", "list the config files that aqdet ships")

@@ -121,8 +121,8 @@ class KeyComparison:
 
     def way_out(self) -> str:
         """Says what the problems come from and which key it is about; ``""`` where that is not known."""
-        if any(re.match(r"layer1\.0\.(conv1|bn1)\.", key) for key in self._stored):
-            return "a torchvision ResNet goes through tools/convert_torchvision.py first"
+        if any(re.match(r"(layer1\.0\.(conv1|bn1)|trunk_output\.block1)\.", key) for key in self._stored):
+            return "a torchvision ResNet or RegNetX goes through tools/convert_torchvision.py first"
         if self._stored_quantizers and not self._quantizer_keys:
             return "the file is of a quantized detector, and MODEL.QUANT.ENABLED is False"
         causes = [*self._depth(), *self._norms(), *self._pyramid(), *self._head()]

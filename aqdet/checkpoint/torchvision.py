@@ -1,4 +1,4 @@
-"""Torchvision ResNet weights under Detectron2's names."""
+"""Torchvision ResNet and RegNetX weights under Detectron2's ResNet's names."""
 
 from __future__ import annotations
 
@@ -47,4 +47,38 @@ def convert_torchvision_resnet(state_dict: Mapping[str, Tensor]) -> tuple[dict[s
             renamed[f"{SCOPE}{prefix}.{name}"] = value
     if unknown:
         raise ValueError(f"{len(unknown)} keys belong to no torchvision ResNet: {', '.join(unknown[:8])}")
+    return renamed, left_out
+
+
+def convert_torchvision_regnet(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Renames the keys of a torchvision RegNetX to those of a detector's ``backbone.bottom_up``.
+
+    Args:
+        state_dict: of ``torchvision.models.regnet_x_*``.
+
+    Returns:
+        The renamed weights, and the keys left out (the classifier's).
+
+    Raises:
+        ValueError: in one line, listing the keys that belong to no RegNetX, such as those of a RegNetY.
+    """
+    layers = {"proj": "shortcut", "f.a": "conv1", "f.b": "conv2", "f.c": "conv3"}
+    renamed, left_out, unknown = {}, [], []
+    for key, value in state_dict.items():
+        if key.startswith("fc."):
+            left_out.append(key)
+            continue
+        stem = re.fullmatch(r"stem\.([01])\.(\w+)", key)
+        block = re.fullmatch(r"trunk_output\.block([1-4])\.block\1-(\d+)\.(proj|f\.[abc])\.([01])\.(\w+)", key)
+        if stem:
+            layer, (part, name) = "stem.conv1", stem.groups()
+        elif block:
+            stage, index, module, part, name = block.groups()
+            layer = f"res{int(stage) + 1}.{index}.{layers[module]}"
+        if not (stem or block) or name not in (_NORMS if part == "1" else {"weight"}):
+            unknown.append(key)
+            continue
+        renamed[f"{SCOPE}{layer}.{'norm.' * (part == '1')}{name}"] = value
+    if unknown:
+        raise ValueError(f"{len(unknown)} keys belong to no torchvision RegNetX: {', '.join(unknown[:8])}")
     return renamed, left_out
