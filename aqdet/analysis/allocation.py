@@ -1,4 +1,4 @@
-"""The bits of each part of a detector for the least measured cost within a budget."""
+"""Choice of the bits of each part of a detector, with the least measured cost within a budget."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .sensitivity import Sensitivity
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What an allocation may take; one of these is given.
+    """The limit of an allocation; one of the attributes is given.
 
     Attributes:
-        bits: average bits by bit operations, the root of bit operations per multiply-accumulate.
-        weight_bytes: bytes of the weights that take part, packed.
-        bit_ops: multiply-accumulates x weight bits x input bits for one image, of the layers that take part.
-        cost: sum of the measured costs; the bit operations are then as few as possible.
+        bits: The average bits, which are the root of bit operations per multiply-accumulate.
+        weight_bytes: The bytes of the packed weights of the layers that take part.
+        bit_ops: Multiply-accumulates x weight bits x input bits for one image, over the layers that take part.
+        cost: The sum of the measured costs; bit operations are then as few as possible.
     """
 
     bits: float | None = None
@@ -33,7 +33,7 @@ class Budget:
 
 
 def monotone_costs(costs: Mapping[int, float]) -> dict[int, float]:
-    """Returns costs that are not negative and do not rise with the bits; a measure that says otherwise is noise."""
+    """Returns costs that are not negative and do not rise with the bits; other measurements are noise."""
     result: dict[int, float] = {}
     largest = 0.0
     for bits in sorted(costs, reverse=True):
@@ -45,19 +45,19 @@ def monotone_costs(costs: Mapping[int, float]) -> dict[int, float]:
 def allocate(sensitivity: Sensitivity, budget: Budget) -> dict[str, int]:
     """Chooses the bits of each group, of weights and inputs alike.
 
-    The costs of groups are taken to add up. The choice is an integer program, solved by SciPy (HiGHS).
+    It assumes that the costs of groups add up. SciPy (HiGHS) solves the choice as an integer program.
 
     Args:
-        sensitivity: measured costs.
-        budget: what the choice may take.
+        sensitivity: The measured costs.
+        budget: The limit.
 
     Returns:
         Name of each group -> bits.
 
     Raises:
-        ValueError: in one line, if even the fewest bits are above the budget, or the most bits cost more than it.
+        ValueError: In one line, if the fewest bits exceed the budget, or the most bits cost more than it.
     """
-    # Late, since it is slow to import.
+    # Imported late, since it is slow.
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     choices = [
@@ -82,7 +82,7 @@ def allocate(sensitivity: Sensitivity, budget: Budget) -> dict[str, int]:
     least = sum(taken[one_each[i] > 0].min() for i in range(len(sensitivity.layers)))
     if least > limit:
         raise ValueError(f"the budget is {limit:.6g} {what}, and the least that there is takes {least:.6g}")
-    # To one size, which the solver's tolerances are for.
+    # Scaled to the size that the solver's tolerances are made for.
     scale = max(abs(objective).max(), 1e-30)
     found = milp(
         objective / scale,

@@ -29,7 +29,7 @@ class Alignment:
         own: Cosines of q and f, both of the detector's own losses.
         all: Cosines of q and f, both of all losses.
         all_to_own: Cosines of q of all losses and f of the detector's own. They tell whether the added loss helps the
-            detector's purpose, for which f of all losses would be a reference that has moved along.
+            detector itself; f of all losses would contain the added loss, too.
         beside_to_own: Cosines of q of the added losses alone and f of the detector's own; nan where no added loss
             reaches the layer.
     """
@@ -48,11 +48,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def gradient_alignment(model: nn.Module, batches: Iterable[Any], prefix: str = "backbone.") -> list[Alignment]:
-    """Compares the gradients that the quantized trunk gets with those that it would get without quantizers.
+    """Compares the gradients of the quantized trunk with its gradients when the quantizers are off.
 
     Latent weights, batch and random numbers are the same in both. The model is in training mode, where batch norms
-    use the statistics of the batch: those of the activations that each of the two really has. Their running
-    statistics are of the quantized model, and would normalize the other wrongly. A copy of the model does the work.
+    use the batch's statistics of their own activations. The running statistics are those of the quantized model, and
+    would not fit the other. All this happens on a copy of the model.
 
     Args:
         model: A calibrated detector whose training forward gives losses with one of the prefixes :data:`BESIDE`.

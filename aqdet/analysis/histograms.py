@@ -16,11 +16,11 @@ from ..quantization.functional import SCALE_EPS, broadcast_scale
 from ..quantization.methods.lsqodd import prepared
 
 NUM_BINS = 96
-# Of the quantization range, shown on either side of it.
+# Share of the quantization range that is shown on each side of it.
 _MARGIN = 0.25
-# In steps: nearer to the range than this, a value is on its end and the quotient only rounded.
+# Distance from the range, in steps, below which a value lies on its end and the quotient is only rounded.
 _TOLERANCE = 1e-4
-# Attribute of a quantizer in its layer -> which argument of the layer's forward it reads.
+# Attribute of a quantizer in its layer -> index of the argument of the layer's forward that it reads.
 _ARGUMENT = {"input_quantizer": 0, "quantizer": 0, "x_quantizer": 0, "y_quantizer": 1}
 
 
@@ -65,7 +65,7 @@ class _Counter:
         self._below = self._above = 0
 
     def add(self, x: Tensor) -> None:
-        """Counts the values of ``x``, of any shape; channels of weights are axis 0.
+        """Counts the values of ``x``, which has any shape; channels of weights are axis 0.
 
         Raises:
             ValueError: If a value is not finite, with the quantizer's name.
@@ -81,7 +81,7 @@ class _Counter:
             low, high = float(grid.quant_min), float(grid.quant_max)
             self._below += int((x < low - _TOLERANCE).sum())
             self._above += int((x > high + _TOLERANCE).sum())
-            # As functional.quantize does, from the quotient at hand.
+            # As functional.quantize does, from the quotient that is already there.
             codes = (x.clamp(low, high).round_() - low).long().flatten()
             codes = torch.bincount(codes, minlength=grid.quant_max - grid.quant_min + 1).cpu()
             self._codes = codes if self._codes is None else self._codes + codes
@@ -102,7 +102,7 @@ class _Counter:
         if self._quantizer.spec.per_channel:
             unit = broadcast_scale(quantized.abs().flatten(1).amax(dim=1).clamp(min=SCALE_EPS), x)
             x, quantized = x / unit, quantized / unit
-        # Equal but for rounding, relative to the largest, is one level.
+        # Values that differ by rounding, relative to the largest, are one level.
         levels = quantized.double().cpu().numpy()
         largest = float(np.abs(levels).max()) or 1.0
         return x, np.unique(np.round(levels / largest, 5)) * largest
@@ -123,7 +123,7 @@ class _Counter:
         elif len(levels) <= 2**spec.num_bits:
             used = len(levels)
         else:
-            levels = np.empty(0)  # They differ from channel to channel.
+            levels = np.empty(0)  # The levels differ from channel to channel.
         edges = np.linspace(*self._range, NUM_BINS + 1)
         unit = "steps" if grid is not None else "values"
         return SiteHistogram(self._name, spec, unit, edges, self._counts.numpy(), levels, used, below, above)
@@ -148,10 +148,10 @@ def weight_histograms(model: nn.Module) -> dict[str, SiteHistogram]:
 def activation_histograms(model: nn.Module, run: Callable[[], object]) -> dict[str, SiteHistogram]:
     """Makes a histogram for each calibrated activation quantizer that ``run`` reaches, by the quantizer's name.
 
-    An unsigned quantizer of a sum takes over its ReLU, so the values that it reads may be negative.
+    An unsigned quantizer of a sum also does the sum's ReLU, so that the values that it reads may be negative.
 
     Args:
-        model: The model, in evaluation mode if the detector that ships is of interest.
+        model: The model, in evaluation mode to see the detector that ships.
         run: A function that forwards some batches through the model.
     """
     owners = {quantizer: name for name, quantizer in quantizers(model) if quantizer.is_active}

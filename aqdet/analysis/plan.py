@@ -27,15 +27,15 @@ class PlanRow:
     """One layer, or one tensor that several layers read.
 
     Attributes:
-        name: dotted name.
+        name: The dotted name.
         kind: ``"conv"``, ``"deconv"``, ``"linear"``, ``"sum"`` or ``"stream"``.
         part: ``"float"``, ``"quantized"`` or ``"auxiliary"``, which is the whole scaffold.
-        weight, input: quantizer, bits, signedness and granularity, as text.
-        norm: class of the norm after it, with the number of levels where there are several; or ``"-"``.
-        parameters: number of parameters, the norm's included.
-        weight_bits: size of the layer's weights, bias, norm and scales when packed, in bits.
-        macs: multiply-accumulates for one image, over all its calls.
-        bit_ops: ``macs`` times the bits of the weight times those of the input.
+        weight, input: Quantizer, bits, signedness and granularity, as text.
+        norm: The class of the norm after it, with the number of levels if there are several; or ``"-"``.
+        parameters: The number of parameters, with the norm's.
+        weight_bits: The size of the layer's packed weights, bias, norm and scales in bits.
+        macs: Multiply-accumulates for one image, over all calls of the layer.
+        bit_ops: ``macs`` times the bits of the weight times the bits of the input.
     """
 
     name: str
@@ -67,7 +67,7 @@ def _norm_name(module: nn.Module | None) -> str:
 
 
 def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Returns the norms that stand behind a convolution in a ``Sequential`` rather than inside it."""
+    """Returns the norms that follow a convolution in a ``Sequential`` and are not inside it."""
     norms: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -80,7 +80,7 @@ def _following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Returns the layers with a weight by name; refuses one of a class that the plan does not know."""
+    """Returns the layers with a weight by name; raises an error for a class that the plan does not know."""
     layers = dict(weighted_layers(model))
     for name, layer in layers.items():
         if quantized_form(layer) is None:
@@ -92,7 +92,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 def _counting(model: nn.Module, macs: dict[str, int], times: int = 1) -> Iterator[None]:
     def count(name: str) -> Any:
         def hook(layer: Layer, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            # A transposed convolution multiplies every input, the others add up to every output.
+            # A transposed convolution multiplies at every input, the other layers at every output.
             values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
             macs[name] = macs.get(name, 0) + times * values[0].numel() * layer.weight[0].numel()
 
@@ -114,8 +114,8 @@ def make_plan(model: Any, size: tuple[int, int]) -> list[PlanRow]:
     :meth:`~aqdet.modeling.meta_arch.rcnn.QuantGeneralizedRCNN.layer_calls` says.
 
     Args:
-        model: calibrated or not; its state is not changed, but it is left in evaluation mode.
-        size: height and width of the image in pixels, multiples of the backbone's ``size_divisibility``.
+        model: The model, calibrated or not. Its state is not changed, but it is left in evaluation mode.
+        size: Height and width of the image in pixels, multiples of the backbone's ``size_divisibility``.
     """
     macs: dict[str, int] = {}
     active = [m for m in model.modules() if isinstance(m, Quantizer)]
@@ -199,7 +199,7 @@ def _shared_row(name: str, kind: str, text: str, module: nn.Module) -> PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class PlanTotal:
-    """Sums over rows: see :class:`PlanRow`; ``weight_bytes`` is ``weight_bits / 8``."""
+    """Sums over rows, see :class:`PlanRow`; ``weight_bytes`` is ``weight_bits / 8``."""
 
     layers: int
     parameters: int

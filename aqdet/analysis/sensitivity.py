@@ -28,15 +28,15 @@ _BLOCK = re.compile(r"(?:^|\.)(stem|res\d\.\d+|fpn_[a-z]+\d|head\.[a-z_]+(?:\.\d
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What was measured of a detector.
+    """The measured costs of few bits in a detector.
 
     Attributes:
-        baseline: loss, or AP, in full precision.
-        layers: name of each group -> names of its layers.
-        macs: name of each layer -> multiply-accumulates for one image.
-        weights: name of each layer -> number of weights.
-        costs: name of each group -> bits -> by how much quantizing that group alone, weights and inputs, raises the
-            loss, or lowers the AP.
+        baseline: The loss, or AP, in full precision.
+        layers: Name of each group -> names of its layers.
+        macs: Name of each layer -> multiply-accumulates for one image.
+        weights: Name of each layer -> number of weights.
+        costs: Name of each group -> bits -> increase of the loss, or decrease of the AP, when the weights and inputs of
+            that group alone are quantized.
     """
 
     baseline: float
@@ -50,8 +50,8 @@ def group_of(name: str, by: str) -> str:
     """Returns the group of a layer: itself, its residual block, or its part of the detector.
 
     Args:
-        name: dotted name of the layer.
-        by: one of :data:`GROUPS`.
+        name: The dotted name of the layer.
+        by: One of :data:`GROUPS`.
     """
     pattern = {"block": _BLOCK, "part": _PART}.get(by)
     match = pattern.search(name) if pattern else None
@@ -59,19 +59,19 @@ def group_of(name: str, by: str) -> str:
 
 
 class PartlyQuantized:
-    """A full-precision detector of which chosen layers can be quantized to chosen bits, without training.
+    """A full-precision detector whose layers can be quantized one by one to chosen bits, without training.
 
-    Only layers of the bits that ``MODEL.QUANT`` gives most of them take part: the stem, the prediction layers and the
-    tensors that several layers read stay in full precision.
+    Only layers with the bits that ``MODEL.QUANT`` gives to most layers take part: the stem, the prediction layers and
+    the tensors that several layers read stay in full precision.
 
     Args:
-        cfg: config of the quantized detector; it is not changed.
-        weights: checkpoint of the detector in full precision.
-        batches: training batches, for the ranges and the loss.
-        bits: bit widths to choose from.
+        cfg: The config of the quantized detector; it is not changed.
+        weights: The checkpoint of the full-precision detector.
+        batches: Training batches for the ranges and the loss.
+        bits: The bit widths to choose from.
 
     Raises:
-        ValueError: in one line, if the checkpoint does not fit or is of quantized training.
+        ValueError: In one line, if the checkpoint does not fit or comes from a quantized training.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PartlyQuantized:
             model.train()
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
-                    module.eval()  # statistics of a batch would hide a part of the error
+                    module.eval()  # a batch's own statistics would hide a part of the error
             calibrate(model, functools.partial(self._losses, model), method=own.MODEL.QUANT.CALIBRATION.METHOD)
             set_quantization(model, False)
             self._models[width] = model
@@ -103,13 +103,13 @@ class PartlyQuantized:
 
     @property
     def models(self) -> Mapping[int, nn.Module]:
-        """Bits -> the detector, all of whose quantizers are switched off."""
+        """Bits -> the detector with all its quantizers switched off."""
         return self._models
 
     @torch.no_grad()
     def _losses(self, model: nn.Module) -> float:
         """Returns the mean of the summed losses over the batches; the model stays as it was."""
-        before = vars(model).pop("loss_normalizer", None)  # a running mean, which each forward moves
+        before = vars(model).pop("loss_normalizer", None)  # a running mean that each forward pass moves
         with EventStorage(0):
             losses = [float(sum(model(batch).values())) for batch in self._batches]
         vars(model).pop("loss_normalizer", None)
@@ -121,9 +121,9 @@ class PartlyQuantized:
         """Measures the detector with some layers quantized and all else in full precision.
 
         Args:
-            layers: names of the layers.
-            bits: of their weights and inputs; one of those given to the constructor.
-            metric: takes the model; by default the mean loss over the batches.
+            layers: The names of the layers.
+            bits: The bits of their weights and inputs, one of the constructor's.
+            metric: A function of the model; by default the mean loss over the batches.
         """
         model = self._models[bits]
         chosen: list[Any] = [model.get_submodule(name) for name in layers]
@@ -150,14 +150,15 @@ def measure_sensitivity(
     """Quantizes one group of layers after another, at each bit width.
 
     Args:
-        detector: what is measured.
-        by: one of :data:`GROUPS`.
-        size: height and width of the image for which MACs are counted.
-        metric: larger is better, such as AP; by default the loss over the detector's batches, where smaller is better.
-        progress: wraps the list of measurements, ``(group, bits)``.
+        detector: The detector.
+        by: One of :data:`GROUPS`.
+        size: Height and width in pixels of the image for which MACs are counted.
+        metric: A function of the model that is larger for a better one, such as AP; by default the loss over the
+            detector's batches is used, which is smaller for a better one.
+        progress: A function that wraps the list of measurements, ``(group, bits)``.
 
     Raises:
-        ValueError: for an unknown ``by``; lists the valid ones.
+        ValueError: If ``by`` is unknown, with the valid names.
     """
     if by not in GROUPS:
         raise ValueError(f"layers are grouped by one of {', '.join(GROUPS)}, got {by!r}")

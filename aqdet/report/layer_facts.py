@@ -1,4 +1,4 @@
-"""The layers of a run's detector: its plan, and histograms of what its quantizers read."""
+"""The layers of a run's detector: its plan, and histograms of the values that its quantizers read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LayerFacts:
         rows: The detector's plan for an image of ``size`` (height, width), without the auxiliary path.
         size: Height and width in pixels.
         weights, activations: Histograms by the name of the quantizer.
-        num_images: The number of test images that the activations are of.
+        num_images: The number of test images that gave the activations.
     """
 
     rows: list[PlanRow] = dataclasses.field(default_factory=list)
@@ -48,7 +48,7 @@ class LayerFacts:
 
 
 def collect_layer_facts(run: Run, num_images: int) -> LayerFacts:
-    """Builds a run's detector from its checkpoint and looks at its layers; what cannot be had is noted.
+    """Builds a run's detector from its checkpoint and looks at its layers; the run notes what is not available.
 
     Args:
         run: The run, whose test sets are registered.
@@ -84,7 +84,7 @@ def plan_size(cfg: CfgNode) -> tuple[int, int]:
 
 
 def _load(run: Run, cfg: CfgNode) -> nn.Module | None:
-    """Loads the detector of a run; None, with a note, if there is no checkpoint that serves."""
+    """Loads the detector of a run; returns None, with a note, if there is no usable checkpoint."""
     weights = run.weights()
     if weights is None:
         run.note("no histograms: there is no checkpoint in the folder")

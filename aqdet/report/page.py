@@ -1,4 +1,4 @@
-"""The HTML page about a run, or comparing several: one file that needs nothing else."""
+"""The HTML page about one run, or comparing several runs: one file that needs no other."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def make_report(runs: Sequence[Run], *, min_score: float = 0.5, num_pictures: in
     """Makes the page.
 
     Args:
-        runs: The runs, see :func:`aqdet.report.load_runs`; the first is what the others are compared with. Their
-            configs name devices that exist.
+        runs: The runs, see :func:`aqdet.report.load_runs`; the others are compared with the first one. Their configs
+            name devices that exist.
         min_score: The lowest score of the detections that pictures show and that images are ranked by.
         num_pictures: How many of the worst and of the best images are shown.
         num_images: How many test images the activations are observed on.
@@ -51,7 +51,7 @@ def make_report(runs: Sequence[Run], *, min_score: float = 0.5, num_pictures: in
         title=f"aqdet report: {title}",
         style=Markup(environment.get_template("style.css").render()),
         made=time.strftime("%Y-%m-%d %H:%M"),
-        header=header(runs),  # the last, when everything that is missing has been noted
+        header=header(runs),  # last, when all notes have been taken
         sections=[_section(name, view) for name, view in views if view is not None],
     )
 
@@ -62,7 +62,7 @@ def _section(title: str, view: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> Environment:
-    """Returns the environment of the page's templates; all text is escaped but for what is marked as HTML."""
+    """Returns the environment of the page's templates; all text is escaped unless it is marked as HTML."""
     return Environment(
         loader=PackageLoader("aqdet.report"),
         autoescape=True,

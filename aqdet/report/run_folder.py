@@ -33,10 +33,10 @@ class Run:
 
     Attributes:
         path: The folder.
-        name: The name that tells the run apart from those it is compared with.
-        cfg: The run's config, None where there is none to be read.
-        test_cfg: The config of the evaluation that the results in the folder are of.
-        evaluation: The facts that were noted with these results: ``weights`` or ``iterations``, and ``date``.
+        name: The name that tells the run apart from the others.
+        cfg: The run's config; None if there is none that can be read.
+        test_cfg: The config of the evaluation whose results are in the folder.
+        evaluation: The facts recorded with these results: ``weights`` or ``iterations``, and ``date``.
         commands: The command lines that wrote into the folder, oldest first.
         history: The records of ``metrics.json`` by iteration, without those that a restart made obsolete.
         notes: The things that are missing or odd, a sentence each.
@@ -52,7 +52,7 @@ class Run:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Logs something that is missing and keeps it for the page."""
+        """Logs a note, such as on a missing file, and keeps it for the page."""
         logger.warning("%s: %s", self.name, text)
         self.notes.append(text)
 
@@ -88,13 +88,13 @@ def load_runs(paths: Sequence[str], *, config_file: str = "", overrides: Sequenc
     """Reads the small files of output folders.
 
     Args:
-        paths: the folders.
-        config_file: read for every run in place of the ``config.yaml`` in its folder.
-        overrides: ``KEY VALUE ...``, applied to every config, e.g. where the data has moved.
+        paths: The folders.
+        config_file: A config that is read for every run in place of its folder's ``config.yaml``.
+        overrides: ``KEY VALUE ...`` for every config, for example if the data has moved.
 
     Raises:
-        ValueError: in one line, for a path that is no output folder or comes twice, or a config that is not valid.
-        FileNotFoundError: if ``config_file`` does not exist.
+        ValueError: In one line, if a path is no output folder or is given twice, or a config is not valid.
+        FileNotFoundError: If ``config_file`` does not exist.
     """
     folders = [Path(path) for path in paths]
     for folder in folders:
@@ -107,7 +107,7 @@ def load_runs(paths: Sequence[str], *, config_file: str = "", overrides: Sequenc
         noted = folder / "inference" / "config.yaml"
         path = config_file or folder / "config.yaml"
         if not os.path.isfile(path) and not config_file:
-            path = noted  # of an evaluation, where nothing was trained
+            path = noted  # config of an evaluation, if nothing was trained
         if os.path.isfile(path) or config_file:
             run.cfg = run.test_cfg = load_config(path, overrides)
         else:
@@ -150,9 +150,9 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def read_commands(folder: Path) -> list[str]:
-    """Returns the command lines from logs, each once, oldest first, evaluations last; else that in ``done.json``.
+    """Returns the command lines from logs, each once, oldest first, evaluations last; else the one in ``done.json``.
 
-    A command that was refused before it trained or evaluated anything is left out: logs of before have it, too.
+    A command that was refused before it trained or evaluated anything is left out; older logs have such commands, too.
     """
     commands = []
     for log in (folder / "log.txt", folder / "inference" / "log.txt"):
@@ -172,7 +172,7 @@ def read_commands(folder: Path) -> list[str]:
 
 
 def _command(namespace: str) -> str:
-    """Returns the command line behind a printed ``argparse.Namespace``; the text itself where it is something else."""
+    """Returns the command line behind a printed ``argparse.Namespace``, or the text itself if it is none."""
     try:
         call = ast.parse(namespace, mode="eval").body
         arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def _command(namespace: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Quotes a word for a shell, legibly: lists of strings, which have single quotes in them, in double ones."""
+    """Quotes a word for a shell; lists of strings, which contain single quotes, get double quotes to be legible."""
     if "'" in word and not set(word) & set('"$`\\!'):
         return f'"{word}"'
     return shlex.quote(word)
@@ -219,7 +219,7 @@ def _read_history(run: Run) -> None:
 
 
 def series(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """Returns iterations and values of one key of the history, where it has a number."""
+    """Returns the iterations at which a key of the history has a number, and these values."""
     points = [(r["iteration"], r[key]) for r in run.history if isinstance(r.get(key), int | float)]
     return [float(x) for x, _ in points], [float(y) for _, y in points]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ..analysis.histograms import SiteHistogram
 
 COLOURS = ("#1f5fa8", "#c4511c", "#2a8a57", "#7b4aa0", "#8a6d1d", "#5a6470")
-_MAX_LINES = 32  # Levels drawn one by one; a wider range is drawn as its two ends.
+_MAX_LINES = 32  # Largest number of levels that are drawn one by one; of more levels, the two ends are drawn.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs an exported detector with NumPy, ONNX Runtime and Pillow alone; OpenCV is needed for videos only.
 
-``Detector(folder)(image)`` for programs, ``python -m aqdet.runtime`` for the command line. Nothing here
-imports torch or Detectron2; what is computed equals what Detectron2 computes around the network.
+Programs call ``Detector(folder)(image)``; the command line is ``python -m aqdet.runtime``. Nothing here imports torch
+or Detectron2; preprocessing and decoding equal Detectron2's.
 """
 
 import importlib
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Description", "Detections", "Detector", "read_description", "write_description"]
 
-# Read by ONNX Runtime when it is imported. Otherwise it sends usage data, on Linux too since version 1.32, and
-# writes files below the home directory. Whoever wants that sets it to 0.
+# ONNX Runtime reads this variable when it is imported. Without it, it sends usage data, on Linux since version 1.32,
+# and writes files below the home directory. The value 0 allows that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# Where each public name is defined. Imported when it is first asked for: reading images needs no ONNX Runtime.
+# The module that defines each public name, imported on first use: reading images needs no ONNX Runtime.
 _HOMES = {
     "Description": "folder",
     "Detections": "decode",

@@ -1,8 +1,8 @@
 """Runs an exported detector on images, folders of images, videos, cameras and network streams.
 
-Draws what it finds (--output, --show), and writes it as COCO results (--json) and as a table (--csv). A camera is
-given by its number, a stream by its URL (rtsp://..., http://...); Ctrl-C ends it. The exit status is 1 if something
-could not be read, or a self-test failed, and 2 if the request cannot be met.
+It draws the detections (--output, --show), and writes them as COCO results (--json) and as a table (--csv). A camera
+is given by its number, a stream by its URL (rtsp://..., http://...); Ctrl-C ends it. The exit status is 1 if an input
+could not be read or a self-test failed, and 2 if the request cannot be met.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_THRESHOLD = 0.5
 
 
 class DrawnDetector:
-    """An exported detector as the media loop takes it."""
+    """An exported detector with the interface of the media loop."""
 
     def __init__(self, detector: Detector) -> None:
         self._detector = detector
@@ -85,7 +85,7 @@ def make_parser(prog: str = "python -m aqdet.runtime") -> argparse.ArgumentParse
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m aqdet.runtime") -> None:
-    """Runs the command line; the process ends with the status that the module's text states unless all is well."""
+    """Runs the command line; ends the process with the status that the module's text states if something is wrong."""
     parser = make_parser(prog)
     args = parser.parse_args(arguments)
     if not args.self_test:
@@ -150,7 +150,7 @@ def _load(args: argparse.Namespace) -> Detector:
     from .detector import Detector
     from .folder import read_description
 
-    # Lower than the export's where that is asked for; what is higher is filtered later, and its highest score known.
+    # Only a threshold below the export's is given: a higher one is applied later, so that the highest score is known.
     lowest = None
     if args.threshold is not None and args.threshold < read_description(args.folder).score_threshold:
         lowest = args.threshold

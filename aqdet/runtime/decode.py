@@ -1,6 +1,6 @@
-"""From the network's outputs to detections, as Detectron2's RetinaNet and FCOS do at inference.
+"""Decoding of the network's outputs to detections, as Detectron2's RetinaNet and FCOS do at inference.
 
-Shapes: A anchors a location, K classes, a level of ``h x w`` locations, R detections. Boxes are
+Shapes: A anchors at a location, K classes, a level of ``h x w`` locations, R detections. Boxes are
 ``(x1, y1, x2, y2)`` in pixels, float32.
 """
 
@@ -17,7 +17,7 @@ from .folder import FCOS, Description, Level
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """The objects found in one image, the surest first.
+    """The objects found in one image, by descending score.
 
     Attributes:
         boxes: ``(R, 4)`` float32, in pixels of the original image.
@@ -33,7 +33,7 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: np.ndarray) -> Detections:
-        """Returns the detections at indices, or where a mask holds."""
+        """Returns the detections at indices, or those that a mask selects."""
         return self.select(index)
 
     def select(self, index: np.ndarray) -> Detections:
@@ -49,15 +49,15 @@ def decode(
 ) -> Detections:
     """Decodes the outputs of one image.
 
-    Deviation from Detectron2: non-maximum suppression is exactly class by class. torchvision shifts the
-    classes apart instead where there are few boxes, which rounds coordinates.
+    It deviates from Detectron2 in that non-maximum suppression is exactly class by class. For few boxes, torchvision
+    shifts the classes apart instead, which rounds coordinates.
 
     Args:
-        outputs: of each level, float32: logits ``(A * K, h, w)``, deltas ``(A * 4, h, w)`` and, of an FCOS that has
-            one, centerness ``(1, h, w)``.
+        outputs: The float32 outputs of each level: logits ``(A * K, h, w)``, deltas ``(A * 4, h, w)`` and, for an FCOS
+            with centerness, ``(1, h, w)``.
         size: ``(height, width)`` of the resized image, without padding.
         original_size: ``(height, width)`` that boxes are scaled and clipped to.
-        description: of the detector.
+        description: The description of the detector.
     """
     found = [
         _decode_level(of_level, level, description) for of_level, level in zip(outputs, description.levels, strict=True)
@@ -76,15 +76,15 @@ def decode(
 def _decode_level(
     outputs: Sequence[np.ndarray], level: Level, description: Description
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes, scores and classes of a level's best candidates above the score threshold.
+    """Returns boxes, scores and classes of a level's best candidates above the score threshold.
 
-    A score is the sigmoid of a logit; with centerness the root of the product of both sigmoids (2006.09214, eq. 4).
+    A score is the sigmoid of a logit; with centerness, it is the root of both sigmoids' product (2006.09214, eq. 4).
     """
     logits, deltas, *centerness = outputs
     num_classes, num_anchors = len(description.classes), len(level.anchors)
     _, height, width = logits.shape
     threshold = description.score_threshold
-    # The sigmoid is taken only of what may pass: that of millions of logits would cost more than the rest.
+    # The sigmoid of millions of logits would cost more than the rest: it is computed only for those that may pass.
     lowest = threshold * abs(threshold) if centerness else threshold
     logit = math.log(lowest / (1 - lowest)) - 1e-3 if 0 < lowest < 1 else math.copysign(math.inf, lowest - 1)
     index = np.flatnonzero(logits > logit)
@@ -95,7 +95,7 @@ def _decode_level(
     index, scores = index[above], scores[above]
     channel, y, x = np.unravel_index(index, logits.shape)
     anchor, cls = np.divmod(channel, num_classes)
-    # Among equal scores the order of Detectron2's flattened predictions: location, anchor, class.
+    # Equal scores keep the order of Detectron2's flattened predictions: location, anchor, class.
     order = np.lexsort((((y * width + x) * num_anchors + anchor) * num_classes + cls, -scores))
     order = order[: description.topk_candidates]
     scores, anchor, cls, y, x = scores[order], anchor[order], cls[order], y[order], x[order]
@@ -112,15 +112,15 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
-    """The exponential of float32 values, rounded once from float64.
+    """Returns the exponential of float32 values, rounded once from float64.
 
-    NumPy's own in float32 differs in the last bit between processors, and so would scores and boxes.
+    NumPy's exponential of float32 differs in the last bit between processors, and so would scores and boxes.
     """
     return np.exp(x.astype(np.float64)).astype(np.float32)
 
 
 def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Boxes ``(R, 4)`` of anchors at locations."""
+    """Returns the boxes ``(R, 4)`` of anchors at locations."""
     half = np.array(level.anchors) / 2
     cell = np.concatenate([-half, half], axis=1).astype(np.float32)
     shift = (np.stack([x, y, x, y], axis=1) * level.stride + offset * level.stride).astype(np.float32)
@@ -128,7 +128,7 @@ def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: 
 
 
 def _apply_deltas(deltas: np.ndarray, anchors: np.ndarray, description: Description) -> np.ndarray:
-    """Boxes ``(R, 4)`` of deltas ``(R, 4)`` on anchors, as Detectron2's ``Box2BoxTransform``."""
+    """Returns the boxes ``(R, 4)`` of deltas ``(R, 4)`` on anchors, as Detectron2's ``Box2BoxTransform`` does."""
     size = anchors[:, 2:] - anchors[:, :2]
     centre = anchors[:, :2] + np.float32(0.5) * size
     deltas = deltas / np.array(description.box_weights, np.float32)
@@ -138,7 +138,7 @@ def _apply_deltas(deltas: np.ndarray, anchors: np.ndarray, description: Descript
 
 
 def _apply_distances(distances: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """Boxes ``(R, 4)`` of distances left, up, right and down, in anchors' sizes; ``Box2BoxTransformLinear``."""
+    """Returns the boxes ``(R, 4)`` of distances to four sides in anchor sizes (``Box2BoxTransformLinear``)."""
     distances = np.maximum(distances, 0) * (anchors[:, 2:3] - anchors[:, :1])
     centre = np.float32(0.5) * (anchors[:, :2] + anchors[:, 2:])
     return np.concatenate([centre - distances[:, :2], centre + distances[:, 2:]], axis=1)
@@ -147,7 +147,7 @@ def _apply_distances(distances: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 def suppress(candidates: Detections, threshold: float, limit: int) -> np.ndarray:
     """Returns the indices of at most ``limit`` boxes after class-wise non-maximum suppression, the best scores first.
 
-    A box goes if its intersection over union with a better one of its class is greater than ``threshold``.
+    A box is suppressed if its intersection over union with a better one of its class is greater than ``threshold``.
     """
     order = np.argsort(-candidates.scores, kind="stable")
     boxes, classes = candidates.boxes[order], candidates.classes[order]
@@ -158,7 +158,7 @@ def suppress(candidates: Detections, threshold: float, limit: int) -> np.ndarray
         corner = np.maximum(boxes[:, :2], boxes[0, :2])
         sides = np.maximum(np.minimum(boxes[:, 2:], boxes[0, 2:]) - corner, 0)
         shared = sides[:, 0] * sides[:, 1]
-        with np.errstate(invalid="ignore"):  # 0 / 0 of empty boxes is no overlap
+        with np.errstate(invalid="ignore"):  # 0 / 0 for empty boxes means no overlap
             overlap = shared / (areas + areas[0] - shared)
         left = (classes != classes[0]) | ~(overlap > np.float64(threshold))
         left[0] = False

@@ -24,19 +24,19 @@ class Detector:
     """An exported detector, which is called with an image and returns boxes.
 
     Args:
-        folder: written by ``tools/export_model.py``. Of the files that ``detector.json`` names, those that are there
-            are checked first; only ``model.onnx`` has to be.
-        threads: that the network runs on; None leaves the number to ONNX Runtime.
-        provider: of ONNX Runtime.
-        score_threshold: Detections with a lower score are left out; None for the folder's own, as with what follows.
+        folder: The folder that ``tools/export_model.py`` has written. The files that ``detector.json`` names are
+            checked first; all but ``model.onnx`` may be missing.
+        threads: The number of threads of the network; None leaves it to ONNX Runtime.
+        provider: The name of ONNX Runtime's execution provider.
+        score_threshold: The lowest score of a detection. None, here and below, takes the folder's own value.
         nms_threshold: Intersection over union with a better box of its class above which a box is left out.
-        max_detections: Largest number of detections of an image.
-        size: Length in pixels that the shorter edge of an image is resized to, the limit of the longer edge in
-            proportion; or a pair of both. 0 leaves images as they are.
+        max_detections: The largest number of detections of an image.
+        size: Length in pixels that the shorter edge of an image is resized to, with the limit of the longer edge in
+            proportion, or a pair of both. 0 leaves images as they are.
 
     Raises:
-        FileNotFoundError: if the folder or a file that it needs is missing.
-        ValueError: in one line, if it is damaged or mixed from two exports, does not fit this version, or
+        FileNotFoundError: If the folder or a file that it needs is missing.
+        ValueError: In one line, if the folder is damaged or mixed from two exports or does not fit this version, or if
             an argument is not valid.
     """
 
@@ -88,7 +88,7 @@ class Detector:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; ``Detections.classes`` are indices into them."""
+        """The names of the classes; ``Detections.classes`` are indices into them."""
         return self.description.classes
 
     def __call__(self, image: Image) -> Detections:
@@ -99,8 +99,8 @@ class Detector:
         """Detects objects in several images, which run as one batch, padded to the largest.
 
         Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if a file cannot be read, or an array is not an image.
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file cannot be read, or an array is not an image.
         """
         if not images:
             return []
@@ -116,11 +116,11 @@ class Detector:
         """Runs the network alone.
 
         Args:
-            batch: ``(N, 3, H, W)`` uint8, channels in the order of ``description.channels``.
+            batch: ``(N, 3, H, W)`` uint8, with channels in the order of ``description.channels``.
 
         Returns:
-            For each level, float32: logits ``(N, A * K, h, w)``, deltas ``(N, A * 4, h, w)`` and, where there is
-            one, centerness ``(N, 1, h, w)``.
+            The float32 outputs of each level: logits ``(N, A * K, h, w)``, deltas ``(N, A * 4, h, w)`` and, if there
+            is one, centerness ``(N, 1, h, w)``.
         """
         levels = [level.outputs for level in self.description.levels]
         names = [name for level in levels for name in level]
@@ -131,11 +131,11 @@ class Detector:
         """Returns tensors inside the network, to compare machines; the graph is loaded again for them.
 
         Args:
-            names: of tensors of ``model.onnx``.
-            batch: as for :meth:`run`.
+            names: Names of tensors of ``model.onnx``.
+            batch: The input, as for :meth:`run`.
 
         Raises:
-            ValueError: if the graph has no such tensor.
+            ValueError: If the graph has no such tensor.
         """
         session = self._load(_with_outputs(self._path.read_bytes(), names))
         return list(session.run(list(names), {session.get_inputs()[0].name: batch}))
@@ -174,14 +174,14 @@ def _override(
 def _with_outputs(model: bytes, names: Sequence[str]) -> bytes:
     """Returns a serialized graph with tensors added to its outputs.
 
-    Serialized messages that follow each other are merged, by the rules of Protocol Buffers: what is appended here is
-    a ``ModelProto`` of which nothing is set but ``graph.output[].name``.
+    Protocol Buffers merges serialized messages that follow each other: the appended ``ModelProto`` sets
+    ``graph.output[].name`` and nothing else.
     """
     return model + _field(7, b"".join(_field(12, _field(1, name.encode())) for name in names))
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A field of a Protocol Buffers message that holds bytes: its tag, the length as a varint, and the content."""
+    """Returns a field of bytes of a Protocol Buffers message: its tag, the length as a varint, and the content."""
     length, size = bytearray(), len(content)
     while size > 0x7F:
         length.append(size & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Draws detections into an image."""
+"""Drawing of detections into an image."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .decode import Detections
 
-# Neighbours in this sequence of hues are far apart, however many classes there are.
+# Neighbours in this sequence of hues are far apart, for any number of classes.
 _GOLDEN_RATIO = 0.618034
 
 
 def draw(image: np.ndarray, detections: Detections, classes: Sequence[str]) -> np.ndarray:
-    """Returns a copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and its score; the surest on top."""
+    """Returns a copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and score; the best ones on top."""
     canvas = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
     pen = ImageDraw.Draw(canvas)
     unit = max(min(image.shape[:2]) / 500, 0.6)
     font = ImageFont.load_default(15 * unit)
     for index in reversed(range(len(detections))):
         name, score = classes[detections.classes[index]], detections.scores[index]
-        # Pillow refuses corners in the wrong order, and a box may be as thin as a rounding.
+        # Pillow refuses corners in the wrong order, which rounding can cause in a thin box.
         x1, y1, x2, y2 = (round(float(edge)) for edge in detections.boxes[index])
         colour = _colour(int(detections.classes[index]))
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=max(round(2 * unit), 1))

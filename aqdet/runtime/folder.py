@@ -1,4 +1,4 @@
-"""The exported folder: its description, ``detector.json``, and the checks that its files belong together."""
+"""The exported folder: its description, ``detector.json``, and checks that its files belong together."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Level:
     """One level of the pyramid.
 
     Attributes:
-        logits, deltas: names of the graph's outputs, ``(N, A * K, h, w)`` and ``(N, A * 4, h, w)``.
-        centerness: of FCOS, ``(N, 1, h, w)``; "" for RetinaNet, and for an FCOS whose scores are the classes' alone.
-        stride: pixels of the network's input from one location to the next.
-        anchors: ``(width, height)`` of the A anchors at a location, in the order of the channels. FCOS has a point
-            there, and a square as large as the stride to measure from it.
+        logits, deltas: Names of the graph's outputs, ``(N, A * K, h, w)`` and ``(N, A * 4, h, w)``.
+        centerness: Name of FCOS's output ``(N, 1, h, w)``; "" for RetinaNet, and for an FCOS without centerness.
+        stride: Pixels of the network's input from one location to the next.
+        anchors: ``(width, height)`` of the A anchors at a location, in the order of the channels. FCOS has one point
+            there, described by a square as large as the stride, which is the unit of distances.
     """
 
     logits: str
@@ -42,7 +42,7 @@ class Level:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the level's outputs, in the order in which decoding takes them."""
+        """The names of the level's outputs, in the order of decoding."""
         return (self.logits, self.deltas, *[self.centerness] * bool(self.centerness))
 
 
@@ -51,19 +51,21 @@ class Description:
     """The checked content of ``detector.json``.
 
     Attributes:
-        architecture: of :data:`ARCHITECTURES`; they differ in how predictions are decoded.
-        classes: names of the K classes.
-        category_ids: their ids in the dataset they come from, where known.
-        channels: ``"BGR"`` or ``"RGB"``, the order the network reads.
-        min_size, max_size: of the resized image's edges in pixels; ``min_size`` 0 leaves the image as it is.
-        size_divisibility: height and width of the batch are multiples of it.
-        pad_value: of each channel, in the order of ``channels``.
-        levels: see :class:`Level`.
-        anchor_offset: of the first anchor's centre, in strides.
-        box_weights, scale_clamp: of Detectron2's ``Box2BoxTransform``; ones and infinity for FCOS, which has none.
-        score_threshold, topk_candidates, nms_threshold, max_detections: as Detectron2's dense detectors have them.
-        layers: a row for each layer, for reports.
-        source: what the folder was exported from.
+        architecture: One of :data:`ARCHITECTURES`, which decode predictions in different ways.
+        classes: The names of the K classes.
+        category_ids: The classes' ids in their dataset, if they are known.
+        channels: ``"BGR"`` or ``"RGB"``, the order of the network's input.
+        min_size, max_size: Lengths of the resized image's shorter and longest longer edge in pixels; ``min_size`` 0
+            leaves the image as it is.
+        size_divisibility: Height and width of the batch are multiples of it.
+        pad_value: The padding of each channel, in the order of ``channels``.
+        levels: The pyramid levels, see :class:`Level`.
+        anchor_offset: Position of the first anchor's centre, in strides.
+        box_weights, scale_clamp: Parameters of Detectron2's ``Box2BoxTransform``; ones and infinity for FCOS, which has
+            none.
+        score_threshold, topk_candidates, nms_threshold, max_detections: Settings of Detectron2's dense detectors.
+        layers: A row for each layer, for reports.
+        source: The checkpoint and config that the folder was exported from.
     """
 
     architecture: str
@@ -94,9 +96,9 @@ def write_description(
     """Writes ``detector.json`` with the checksums of itself and of the files beside it, as the export's last step.
 
     Args:
-        folder: where ``files`` are.
-        content: the description without the keys of ``SEAL``.
-        files: names of the files whose checksums are written, ``model.onnx`` among them.
+        folder: The folder that holds ``files``.
+        content: The description without the keys of ``SEAL``.
+        files: Names of the files whose checksums are written; ``model.onnx`` is one of them.
     """
     folder = Path(folder)
     sealed = {
@@ -110,12 +112,12 @@ def write_description(
 
 
 def read_description(folder: str | os.PathLike[str]) -> Description:
-    """Reads ``detector.json`` and checks that every file that is there is the one it was written with.
+    """Reads ``detector.json`` and checks that the files in the folder are those that it was written with.
 
     Raises:
-        FileNotFoundError: if the folder, its description or ``model.onnx`` does not exist.
-        ValueError: in one line, if a file was changed or comes from another export, or the description is of
-            another format or version, or lacks something.
+        FileNotFoundError: If the folder, its description or ``model.onnx`` does not exist.
+        ValueError: In one line, if a file was changed or comes from another export, or if the description has another
+            format or version, or lacks a value.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION
@@ -143,7 +145,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
     for name, (digest, size) in files.items():
         file = folder / name
         if not file.exists() and name != MODEL:
-            continue  # which nothing here executes
+            continue  # the runtime does not execute such a file
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: copy the whole folder, or export the model again")
         if file.stat().st_size != size or sha256(file) != digest:
@@ -155,7 +157,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
 
 
 def _parse(content: dict[str, Any]) -> Description:
-    """Returns the description's values; whatever is missing or of a wrong kind raises."""
+    """Returns the description's values; raises an error if one is missing or of a wrong kind."""
     architecture = content["architecture"]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
@@ -214,12 +216,12 @@ def _parse(content: dict[str, Any]) -> Description:
 
 
 def _anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """``(width, height)`` of a location's anchors: area ``size ** 2``, ``height / width`` the ratio."""
+    """Returns ``(width, height)`` of a location's anchors, with area ``size ** 2`` and ``height / width`` the ratio."""
     widths = [math.sqrt(size**2.0 / ratio) for size in sizes for ratio in ratios]
     return tuple((w, ratio * w) for w, ratio in zip(widths, list(ratios) * len(sizes), strict=True))
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a description without its key ``sha256``, whatever its white space and order of keys."""
+    """Returns the SHA-256 of a description without its key ``sha256``; white space and order of keys do not matter."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

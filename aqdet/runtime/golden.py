@@ -1,9 +1,9 @@
-"""Golden vectors of an exported detector: what it computed where it was exported, to be compared on another machine.
+"""Golden vectors of an exported detector: values computed at the export, to be compared on another machine.
 
 ``golden.npz`` in the folder holds, for one small image:
 
-- ``image``: ``(H, W, 3)`` uint8 in BGR order, as a program gives it to a detector that leaves its size as it is.
-- ``input``: ``(1, 3, h, w)`` uint8, the network's input made of it.
+- ``image``: ``(H, W, 3)`` uint8 in BGR order, the input of a detector that does not resize it.
+- ``input``: ``(1, 3, h, w)`` uint8, the network's input that is made from it.
 - ``codes/NAME``: integer values of the tensor NAME inside the network, for a few layers.
 - ``outputs/NAME``: float32 values of each output of the network.
 - ``boxes``, ``scores``, ``classes``: the detections, see :class:`~aqdet.runtime.Detections`.
@@ -27,7 +27,7 @@ from .preprocess import make_batch
 GOLDEN = "golden.npz"
 _CODES, _OUTPUTS = "codes/", "outputs/"
 # Detections are decoded with NumPy's exponential of float64. It may differ in the last bit between machines, which
-# moves the float32 value that it is rounded to in one of many millions.
+# changes the float32 value that it is rounded to in one of many millions of cases.
 _SCORE_TOLERANCE = 1e-5
 _BOX_TOLERANCE = 1e-2
 
@@ -37,9 +37,9 @@ class Check:
     """One comparison of a self-test.
 
     Attributes:
-        what: what was compared.
-        passed: whether it is as it was where the detector was exported.
-        text: the finding in words.
+        what: The name of the compared values.
+        passed: Whether they are as they were at the export.
+        text: The finding in words.
     """
 
     what: str
@@ -48,13 +48,13 @@ class Check:
 
 
 def write_golden(folder: str | os.PathLike[str], image: np.ndarray, layers: Sequence[str] = ()) -> None:
-    """Runs an exported detector on an image and writes what it computes to ``golden.npz`` in its folder.
+    """Runs an exported detector on an image and writes the computed values to ``golden.npz`` in its folder.
 
     Args:
-        folder: a finished export. Seal it again with :func:`~aqdet.runtime.write_description` to have the new file
-            among those whose checksums are compared.
-        image: ``(H, W, 3)`` uint8 in BGR order; a small one, since the file holds all outputs.
-        layers: names of tensors of ``model.onnx`` whose codes are written too.
+        folder: A finished export. Call :func:`~aqdet.runtime.write_description` afterwards to record the checksum of
+            the new file.
+        image: ``(H, W, 3)`` uint8 in BGR order; it should be small, since the file holds all outputs.
+        layers: Names of tensors of ``model.onnx`` whose codes are written, too.
     """
     detector = Detector(folder, size=0)
     batch, _ = make_batch([image], detector.description)
@@ -70,17 +70,17 @@ def write_golden(folder: str | os.PathLike[str], image: np.ndarray, layers: Sequ
 def self_test(
     folder: str | os.PathLike[str], *, threads: int | None = None, provider: str = "CPUExecutionProvider"
 ) -> list[Check]:
-    """Compares what an exported detector computes on this machine with its golden vectors.
+    """Compares the values that an exported detector computes on this machine with its golden vectors.
 
-    Integer codes and the network's outputs have to be equal to the bit; of the detections, number, classes and order
-    have to be equal, scores and boxes up to what float32 rounding moves.
+    Integer codes and the network's outputs have to be equal to the bit. Number, classes and order of the detections
+    have to be equal, and their scores and boxes up to the rounding of float32.
 
     Args:
-        folder: exported detector.
-        threads, provider: see :class:`~aqdet.runtime.Detector`.
+        folder: The exported detector.
+        threads, provider: See :class:`~aqdet.runtime.Detector`.
 
     Raises:
-        FileNotFoundError, ValueError: in one line, if the folder has no golden vectors, they cannot be read, or the
+        FileNotFoundError, ValueError: In one line, if the folder has no golden vectors, they cannot be read, or the
             detector cannot be loaded.
     """
     path = Path(folder) / GOLDEN

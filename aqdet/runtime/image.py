@@ -1,4 +1,4 @@
-"""Image files as Detectron2 reads them, with Pillow and NumPy alone."""
+"""Reader of image files, equal to Detectron2's, with Pillow and NumPy alone."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def read_image(path: str | os.PathLike[str], channels: str = "BGR") -> np.ndarra
     """Reads an image file, turned as its EXIF orientation says.
 
     Args:
-        path: the file.
+        path: The file.
         channels: ``"BGR"`` or ``"RGB"``, the order in the result.
 
     Returns:
-        An ``(H, W, 3)`` uint8 array. Grey is repeated, a palette is looked up, transparency is dropped, and of 16 bits
-        a channel the upper 8 are kept.
+        An ``(H, W, 3)`` uint8 array. Grey is repeated, a palette is looked up, transparency is dropped, and the upper 8
+        of 16 bits a channel are kept.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: in one line, if it is not an image that can be read whole.
+        FileNotFoundError: If the file does not exist.
+        ValueError: In one line, if it is not an image, or cannot be read completely.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,10 +60,10 @@ def decode_image(file: str | os.PathLike[str] | BinaryIO, channels: str = "BGR")
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Returns the image, turned as its EXIF orientation says; as it is where the EXIF data cannot be read."""
+    """Returns the image, turned as its EXIF orientation says, or as it is if the EXIF data cannot be read."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # Detectron2 then takes the image as it is, too
+    except Exception:  # Detectron2 takes such an image as it is, too
         orientation = None
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)

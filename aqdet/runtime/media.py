@@ -20,7 +20,7 @@ from ..utils.files import replacing
 from .image import read_image
 from .sources import Source
 
-DEFAULT_RATE = 25.0  # Frames a second of a video that does not say.
+DEFAULT_RATE = 25.0  # Frames a second of a video that does not state them.
 WINDOW = "aqdet"
 _ESCAPE = 27
 _SECONDS_BETWEEN_LINES = 30.0
@@ -30,8 +30,8 @@ Draw = Callable[[np.ndarray, Any], np.ndarray]
 class Model(Protocol):
     """The interface of a detector that the loop runs.
 
-    What it finds in an image has a length, ``scores``, and can be indexed by a mask: :class:`~aqdet.runtime.Detections`
-    or Detectron2's ``Instances``.
+    Its detections have a length and ``scores``, and can be indexed by a mask, as :class:`~aqdet.runtime.Detections`
+    and Detectron2's ``Instances``.
     """
 
     def detect(self, images: Sequence[np.ndarray]) -> Sequence[Any]:
@@ -39,12 +39,12 @@ class Model(Protocol):
         ...
 
     def drawer(self, is_video: bool) -> Draw:
-        """Returns a function of an image and what was found in it that returns the drawn image."""
+        """Returns a function that draws detections: of an image and its detections, it returns the drawn image."""
         ...
 
 
 class Records(Protocol):
-    """The interface of records of detections, in a file for example."""
+    """The interface of records of detections, for example in a file."""
 
     def add(self, source: Source, frame: int | None, image: np.ndarray, found: Any) -> None:
         """Adds the detections of an image, or of one frame of a video, counted from 0."""
@@ -56,12 +56,12 @@ class Summary:
     """The counts of a run.
 
     Attributes:
-        images, videos, frames: numbers of what could be read; streams count as videos.
-        detections: number of detections from the threshold on.
-        highest: highest score of all, above the threshold or below.
-        unreadable: a line for each source that could not be read.
-        notes: other lines for the user.
-        stopped: whether the user ended it, by Escape or by Ctrl-C in a live stream.
+        images, videos, frames: Numbers of images, videos and frames that were read; streams count as videos.
+        detections: The number of detections with a score of at least the threshold.
+        highest: The highest score of all detections, whether above the threshold or below.
+        unreadable: A line for each source that could not be read.
+        notes: Other lines for the user.
+        stopped: Whether the user ended the run, by Escape or by Ctrl-C in a live stream.
     """
 
     images: int = 0
@@ -75,14 +75,14 @@ class Summary:
 
 
 class MediaLoop:
-    """Runs a detector over sources; what cannot be read is noted and the rest goes on.
+    """Runs a detector over sources; it notes a source that cannot be read, and goes on with the others.
 
     Args:
-        model: the detector.
-        threshold: score from which a detection is drawn and counted.
-        show: whether to show each picture in a window; Escape stops.
-        records: keep every detection, those below the threshold too.
-        batch: number of images, or frames of a video, that are given to the detector at once.
+        model: The detector.
+        threshold: The lowest score of a detection that is drawn and counted.
+        show: Whether to show each picture in a window; Escape stops.
+        records: They receive every detection, also those below the threshold.
+        batch: The number of images, or frames of a video, that the detector gets at once.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class MediaLoop:
         """Processes all sources, with progress on standard error.
 
         Args:
-            sources: what to read.
-            outputs: where to write the drawn picture of each; None to write none.
+            sources: The sources to read.
+            outputs: The file for the drawn picture of each source; None to write none.
 
         Raises:
-            OSError: if a picture cannot be written.
-            ValueError: if OpenCV is needed and not installed.
+            OSError: If a picture cannot be written.
+            ValueError: If OpenCV is needed and not installed.
         """
         if outputs is not None:
             for path in outputs:
@@ -120,7 +120,7 @@ class MediaLoop:
         total = None if None in frames else sum(count or 0 for count in frames)
         targets: list[Path | None] = [None] * len(sources) if outputs is None else list(outputs)
         pairs = list(zip(sources, targets, frames, strict=True))
-        # On a terminal a bar, elsewhere a line now and then.
+        # A terminal shows a bar; other outputs get a line now and then.
         seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
         with tqdm(total=total, unit="image", file=sys.stderr, mininterval=seconds) as self._bar:
             for is_image, group in itertools.groupby(pairs, key=lambda pair: pair[0].kind == "image"):
@@ -175,7 +175,7 @@ class MediaLoop:
                             continue
                         if target is not None:
                             writer = writer or stack.enter_context(_writing(target, rate, drawn.shape))
-                            for _ in range(index - last):  # a live stream's frames keep their time
+                            for _ in range(index - last):  # frames of a live stream are shown when they come
                                 writer.write(drawn)
                         last = index
                         if not self._go_on(drawn, wait=1):
@@ -204,7 +204,7 @@ class MediaLoop:
     def _use(
         self, source: Source, frame: int | None, image: np.ndarray, found: Any, draw: Draw | None
     ) -> np.ndarray | None:
-        """Counts and keeps what was found; the drawn image if one is wanted."""
+        """Counts and records detections, and returns the drawn image if one is wanted."""
         summary = self._summary
         summary.highest = max([summary.highest, *(float(score) for score in found.scores)])
         for records in self._records:
@@ -215,7 +215,7 @@ class MediaLoop:
         return draw(image, kept) if draw is not None else None
 
     def _go_on(self, drawn: np.ndarray, wait: int) -> bool:
-        """Shows a picture, if that is asked for, for ``wait`` ms or until a key; False if Escape was pressed."""
+        """Shows a picture, if asked for, for ``wait`` ms or until a key; returns False if Escape was pressed."""
         if self._show:
             cv2 = import_opencv()
             cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
@@ -228,7 +228,7 @@ def import_opencv() -> Any:
     """Imports OpenCV, which only videos, streams and windows need.
 
     Raises:
-        ValueError: in one line, if it is not installed.
+        ValueError: In one line, if it is not installed.
     """
     try:
         import cv2
@@ -243,7 +243,7 @@ def has_display() -> bool:
 
 
 def _count_frames(source: Source) -> int | None:
-    """Frames that a video's header states, 1 for an image, None where nobody knows."""
+    """Returns the number of frames that a video's header states, 1 for an image, None if it is not known."""
     if source.kind == "image":
         return 1
     if source.kind == "stream":
@@ -260,7 +260,7 @@ Frames = Iterator[tuple[int, np.ndarray]]
 
 @contextlib.contextmanager
 def _all_frames(capture: Any) -> Iterator[Frames]:
-    """The frames of a video with their numbers."""
+    """Yields the frames of a video with their numbers."""
 
     def read() -> Frames:
         for index in itertools.count():
@@ -277,9 +277,9 @@ def _all_frames(capture: Any) -> Iterator[Frames]:
 
 @contextlib.contextmanager
 def _live_frames(capture: Any) -> Iterator[Frames]:
-    """The newest frames of a live stream with their numbers.
+    """Yields the newest frames of a live stream with their numbers.
 
-    A thread reads all of them, so that what a slow detector sees is the present and not what waited in a queue.
+    A thread reads all frames, so that a slow detector gets the newest one, and not one that has waited in a queue.
     """
     changed = threading.Condition()
     newest: tuple[int, np.ndarray] | None = None
@@ -303,7 +303,7 @@ def _live_frames(capture: Any) -> Iterator[Frames]:
         while True:
             with changed:
                 while newest is None and not ended:
-                    changed.wait(0.1)  # a wait without a limit would not let Ctrl-C through everywhere
+                    changed.wait(0.1)  # on some systems Ctrl-C does not end a wait without a limit
                 frame, newest = newest, None
             if frame is None:
                 return
@@ -325,7 +325,7 @@ def _chunks(frames: Frames, size: int) -> Iterator[list[tuple[int, np.ndarray]]]
 
 @contextlib.contextmanager
 def _writing(target: Path, rate: float, shape: tuple[int, ...]) -> Iterator[Any]:
-    """An MP4 of frames of ``shape`` at ``rate`` a second: in place when it is complete, else gone."""
+    """Writes an MP4 of frames of ``shape`` at ``rate`` a second; after an error, nothing is left of it."""
     cv2 = import_opencv()
     with replacing(target, keep_ending=True) as aside:
         writer = cv2.VideoWriter(str(aside), cv2.VideoWriter.fourcc(*"mp4v"), rate, (shape[1], shape[0]))

@@ -1,4 +1,4 @@
-"""From pixels to the network's input, pixel for pixel as Detectron2 does at test time."""
+"""The network's input from pixels, equal to Detectron2's at test time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .folder import Description
 def output_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """Returns the ``(height, width)`` after Detectron2's ``ResizeShortestEdge``, with its order of roundings.
 
-    The shorter edge becomes ``min_size``, or less where the longer one would pass ``max_size``. A ``min_size``
+    The shorter edge becomes ``min_size``, or less if the longer one would exceed ``max_size``. A ``min_size``
     of 0 leaves the size as it is.
     """
     if min_size == 0:
@@ -31,7 +31,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Args:
         image: ``(H, W, 3)`` uint8.
-        height, width: of the result, at least 1.
+        height, width: Size of the result in pixels, at least 1.
 
     Returns:
         An ``(height, width, 3)`` uint8 array.
@@ -46,14 +46,14 @@ def make_batch(images: Sequence[np.ndarray], description: Description) -> tuple[
     """Resizes images, orders their channels, and pads them at the right and the bottom to one size.
 
     Args:
-        images: each ``(H, W, 3)`` uint8, BGR.
-        description: of the detector.
+        images: Images ``(H, W, 3)`` uint8, BGR.
+        description: The description of the detector.
 
     Returns:
-        the batch, ``(N, 3, H, W)`` uint8, and each image's ``(height, width)`` in it.
+        The batch, ``(N, 3, H, W)`` uint8, and each image's ``(height, width)`` in it.
 
     Raises:
-        ValueError: if an array is not such an image.
+        ValueError: If an array is not such an image.
     """
     resized = []
     for image in images:

@@ -23,14 +23,14 @@ COLUMNS = ("filename", "frame", "width", "height", "class", "xmin", "ymin", "xma
 class CocoResults:
     """Writes detections as COCO results: a list of ``{image_id, category_id, bbox, score}``.
 
-    A category is the id that the detector's folder has for the class, or the class's index where it has none.
+    A category is the id that the detector's folder has for the class, or the class's index if it has none.
 
     Args:
-        file: open to be written; :func:`coco_results` opens and completes it.
-        description: of the detector.
-        threshold: score from which a detection is written.
-        image_ids: name of an image -> its id. Any other image has the number that its name without ending is, as
-            COCO's images have, or else its name; frames of videos have ``name#frame``.
+        file: The open file; :func:`coco_results` opens and completes it.
+        description: The description of the detector.
+        threshold: The lowest score of a detection that is written.
+        image_ids: Name of an image -> its id. The id of any other image is its name without ending if that is a number,
+            as for COCO's images, or else its name. Frames of videos have ``name#frame``.
     """
 
     def __init__(self, file: IO[str], description: Description, threshold: float, image_ids: Mapping[str, Any]) -> None:
@@ -73,9 +73,9 @@ class CsvRows:
     """Writes a row for each detection: :data:`COLUMNS`, boxes in pixels; ``frame`` is empty for an image.
 
     Args:
-        file: open to be written.
-        description: of the detector.
-        threshold: score from which a detection has a row.
+        file: The open file.
+        description: The description of the detector.
+        threshold: The lowest score of a detection that has a row.
     """
 
     def __init__(self, file: IO[str], description: Description, threshold: float) -> None:
@@ -97,7 +97,7 @@ class CsvRows:
 def coco_results(
     path: str, description: Description, threshold: float, image_ids: Mapping[str, Any]
 ) -> Iterator[CocoResults]:
-    """Opens :class:`CocoResults`; the file is in place when the block ends without an error."""
+    """Opens :class:`CocoResults`; the file appears when the block ends without an error."""
     with open_replacing(path) as file:
         results = CocoResults(file, description, threshold, image_ids)
         yield results
@@ -106,7 +106,7 @@ def coco_results(
 
 @contextlib.contextmanager
 def csv_rows(path: str, description: Description, threshold: float) -> Iterator[CsvRows]:
-    """Opens :class:`CsvRows`; the file is in place when the block ends without an error."""
+    """Opens :class:`CsvRows`; the file appears when the block ends without an error."""
     with open_replacing(path) as file:
         yield CsvRows(file, description, threshold)
 
@@ -117,10 +117,10 @@ def read_image_ids(path: str, sources: Sequence[Source]) -> dict[str, Any]:
     An image is found by the end of its path: the longest ``file_name`` that the path ends with.
 
     Returns:
-        name of a source -> id.
+        Name of a source -> id.
 
     Raises:
-        ValueError: in one line, if the file cannot be read, or does not name an image.
+        ValueError: In one line, if the file cannot be read, or does not name an image.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:

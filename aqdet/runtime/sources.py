@@ -1,4 +1,4 @@
-"""Where pictures come from and go to: images, folders of them, videos, cameras and network streams."""
+"""The sources and the targets of pictures: images, folders of them, videos, cameras and network streams."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Source:
 
     Attributes:
         name: Path of a file, URL of a stream, or number of a camera, as it was given.
-        kind: A video ends and each of its frames counts; a live stream goes on until it is stopped, and frames that
-            come while the detector is busy are passed over.
-        target: Where its picture goes, relative to the output folder.
+        kind: The kind of source. All frames of a video are read; a live stream goes on until it is stopped, and frames
+            that come while the detector is busy are skipped.
+        target: The path of its picture, relative to the output folder.
     """
 
     name: str
@@ -36,18 +36,20 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list[Source], int]:
-    """Finds what the inputs name: files, folders with what is below them, glob patterns, URLs and cameras, each once.
+    """Returns the sources that inputs name: files, folders with all below them, glob patterns, URLs and cameras.
+
+    Each source is there once.
 
     Args:
-        inputs: A whole number that is no file is a camera.
-        output: Where pictures are written. If it lies in a folder that is read, it is passed over, since it may hold
-            the pictures of an earlier run.
+        inputs: The inputs; a whole number that is no file is a camera.
+        output: The file or folder of the pictures. If it lies in a folder that is read, it is skipped, since it may
+            hold the pictures of an earlier run.
 
     Returns:
         The sources, and the number of files in input folders that are neither images nor videos by their names.
 
     Raises:
-        ValueError: in one line, if an input leads to nothing, or two would be written to one file.
+        ValueError: In one line, if an input leads to nothing, or two would be written to one file.
     """
     found: dict[str, Source] = {}
     others = 0
@@ -83,21 +85,21 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
 
 
 def _stream(text: str) -> Source | None:
-    """A camera or a network stream; None if the text is the name of a file."""
+    """Returns a camera or a network stream; None if the text is the name of a file."""
     if re.fullmatch(r"\d+", text) and not os.path.exists(text):
         return Source(text, "stream", Path(f"camera_{text}{WRITTEN_VIDEO}"))
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         return None
     url = urlsplit(text)
     path = Path(url.path)
-    # A file that is fetched over the network ends, and is not watched live.
+    # A file that is read over the network ends, and is no live stream.
     kind: Literal["video", "stream"] = "video" if path.suffix.lower() in VIDEO_ENDINGS else "stream"
     stem = re.sub(r"[^\w.-]+", "_", f"{url.hostname or ''}_{path.stem}").strip("_")
     return Source(text, kind, Path(f"{stem or 'stream'}{WRITTEN_VIDEO}"))
 
 
 def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]], int]:
-    """Images and videos below a folder with their paths in it, and the number of other files."""
+    """Returns the images and videos below a folder with their paths in it, and the number of other files."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if output is not None and folder.resolve() in Path(output).resolve().parents:
         written = Path(output).resolve()
@@ -114,12 +116,12 @@ def _file(path: Path, target: Path) -> Source:
 
 
 def output_paths(sources: Sequence[Source], output: str) -> list[Path]:
-    """Returns where the picture of each source is written: below a folder, or, for a single source, a file.
+    """Returns the file for the picture of each source, below a folder or, for a single source, as it is given.
 
     A name with an ending is a file unless a folder of that name exists or a slash follows it.
 
     Raises:
-        ValueError: in one line, if the file cannot be written in that format, there are several sources for it, or an
+        ValueError: In one line, if the file cannot be written in that format, there are several sources for it, or an
             input would be replaced.
     """
     target = Path(output)

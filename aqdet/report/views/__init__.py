@@ -1,1 +1,1 @@
-"""The contents of a report's sections, as its templates take them: one subject a file."""
+"""The contents of a report's sections for its templates, one subject in each file."""

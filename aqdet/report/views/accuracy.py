@@ -24,7 +24,7 @@ _METRIC_TEXT = {
     "APl": "APl, area from 96² px",
 }
 _TASK_TEXT = {"segm": "masks", "keypoints": "keypoints"}
-"""Tasks beside boxes: what a metric's name begins with, and what is written."""
+"""Tasks beside boxes: beginning of a metric's name -> text of the task."""
 
 
 def results(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | None:

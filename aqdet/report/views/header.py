@@ -10,8 +10,8 @@ from .table import legend_of
 
 
 def header(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Returns the head of each run; notes that come later are not in it."""
-    # Words that the others' commands have beside the first run's are marked.
+    """Returns the head of each run, with the notes taken so far."""
+    # Words of the other commands that the first run's command does not have are marked.
     known = {word for command in runs[0].commands for word in command.split(" ")}
     return [
         {

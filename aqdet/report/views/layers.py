@@ -1,4 +1,4 @@
-"""Histograms of what the quantizers of each layer read."""
+"""Histograms of the values that the quantizers of each layer read."""
 
 from __future__ import annotations
 

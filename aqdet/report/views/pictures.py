@@ -20,9 +20,9 @@ from ..layer_facts import UNREADABLE
 from ..run_folder import Run
 from .table import LegendEntry
 
-_COLUMNS = {2: "two", 3: "three", 5: "three", 6: "three"}  # For this many pictures of one image; else four.
+_COLUMNS = {2: "two", 3: "three", 5: "three", 6: "three"}  # columns by number of pictures; else four
 PICTURE_SIDE = 640
-"""Pixels of the longer side of a picture, as embedded."""
+"""Length in pixels of the longer side of an embedded picture."""
 OUTCOME_COLOURS = {FOUND: "#1f6feb", FALSE: "#d9480f", MISSED: "#b4007f"}
 _TRUTH_COLOUR = "#1a7f37"
 _OUTCOME_TEXT = {FOUND: "found", FALSE: "false detection", MISSED: "missed object"}
@@ -140,7 +140,7 @@ def outline(segmentation: Any) -> str:
             rle = coco_mask.frPyObjects(rle, *rle["size"])
         mask = np.ascontiguousarray(coco_mask.decode(rle))
         contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        parts = [contour.reshape(-1, 2) + 0.5 for contour in contours]  # Contours go through the pixels' centres.
+        parts = [contour.reshape(-1, 2) + 0.5 for contour in contours]  # Contours go through the centres of pixels.
     else:
         parts = [np.reshape(polygon, (-1, 2)) for polygon in segmentation]
     return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in part) + "Z" for part in parts)
