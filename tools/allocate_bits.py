@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Gives each part of a detector its bits, for the least measured cost within a budget, and writes a config that trains.
 
-Reads sensitivity.json of tools/sensitivity.py. The bits of weights and inputs of a part are the same; the stem, the
-prediction layers and the tensors that several layers read keep those of the config, and are in no budget.
+It reads sensitivity.json of tools/sensitivity.py. Weights and inputs of a part get the same bits. The stem, the
+prediction layers and the tensors that several layers read keep the bits of the config, and are in no budget.
 
     python tools/allocate_bits.py --config-file configs/quickstart/retinanet_r18_lsq_w4a4.yaml \\
         --sensitivity output/sensitivity/sensitivity.json --budget-bits 2.5 --output output/w2.5.yaml
@@ -28,7 +28,7 @@ _SIZES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def size_in_bytes(text: str) -> float:
-    """Reads ``1.5MB`` and the like."""
+    """Returns the bytes of a size such as ``1.5MB``."""
     match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", text)
     if not match or match[2].upper() not in _SIZES or match[1].count(".") > 1 or not float(match[1]) > 0:
         raise argparse.ArgumentTypeError(f"must be a size such as 1.5MB, got {text!r}")
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=file_to_write, required=True, metavar="YAML")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--budget-bits", type=number(2, 8), help="average bits, by bit operations")
-    budget.add_argument("--budget-size", type=size_in_bytes, metavar="1.5MB", help="of the weights, packed")
+    budget.add_argument("--budget-size", type=size_in_bytes, metavar="1.5MB", help="size of the packed weights")
     budget.add_argument("--budget-gbops", type=number(0, 1e9), help="billions of bit operations for one image")
     budget.add_argument("--max-loss", type=number(0, 1e9), help="sum of the measured costs; as few operations as that")
     parser.add_argument(
@@ -51,14 +51,14 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=(640, 640),
         metavar=("H", "W"),
-        help="of the image in the plans that are printed (default: 640 640)",
+        help="image of the plans that are printed, in pixels (default: 640 640)",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()
 
 
 def read_sensitivity(path: str) -> Sensitivity:
-    """Reads what tools/sensitivity.py wrote."""
+    """Reads the results of tools/sensitivity.py."""
     from aqdet.analysis.sensitivity import Sensitivity
 
     try:

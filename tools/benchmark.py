@@ -68,13 +68,13 @@ def parse_args() -> argparse.Namespace:
         help="channels of the pyramid (default: %(default)s)",
     )
     sub.add_argument("--rounds", type=positive, default=7, help="measured steps of each variant (default: %(default)s)")
-    sub.add_argument("--threads", type=positive, help="of PyTorch, which chooses if absent")
+    sub.add_argument("--threads", type=positive, help="threads of PyTorch, which chooses if absent")
     sub.add_argument("--peers", action="store_true", help="compare with the implementations of tools/peers.py too")
     sub.set_defaults(run=run_train)
     sub = commands.add_parser("export", help=run_export.__doc__)
     sub.add_argument("--model", type=existing, required=True, metavar="DIR", help="exported detector")
-    sub.add_argument("--config-file", type=file_to_read, required=True, help="that it was exported with")
-    sub.add_argument("--weights", type=file_to_read, required=True, help="that it was exported from")
+    sub.add_argument("--config-file", type=file_to_read, required=True, help="config that it was exported with")
+    sub.add_argument("--weights", type=file_to_read, required=True, help="checkpoint that it was exported from")
     sub.add_argument("--image", type=file_to_read, help="image to run on, resized to a square; random blocks if absent")
     sub.add_argument(
         "--calibration",
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     )
     sub.add_argument("--dataset", metavar="NAME", default="", help="also evaluate every form on it (AP)")
     sub.add_argument("--size", type=positive, default=320, help="height and width of the image (default: %(default)s)")
-    sub.add_argument("--threads", type=positive, default=os.cpu_count(), help="of the networks (default: %(default)s)")
+    sub.add_argument("--threads", type=positive, default=os.cpu_count(), help="threads (default: %(default)s)")
     sub.add_argument("--rounds", type=positive, default=30, help="measured runs of each network (default: %(default)s)")
     sub.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     sub.set_defaults(run=run_export)
@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=[800, 1344],
         metavar=("HEIGHT", "WIDTH"),
-        help="of the images (default: %(default)s)",
+        help="height and width of the images (default: %(default)s)",
     )
     sub.add_argument("--batch", type=positive, default=2, help="images of one process (default: %(default)s)")
     sub.add_argument(
@@ -111,7 +111,7 @@ def parse_args() -> argparse.Namespace:
         "--kernels",
         default="fused",
         choices=("plain", "lean", "fused"),
-        help="what computes quantization; a GPU has the fused ones (default: %(default)s)",
+        help="kernels of quantization; GPUs use the fused ones (default: %(default)s)",
     )
     sub.set_defaults(run=run_count)
     return parser.parse_args()

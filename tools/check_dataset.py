@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """
-Checks datasets before training: every problem in one report.
+Checks datasets before training, and reports every problem at once.
 
-The datasets are those declared in a config, or given here. What is found, and what is then done about it:
-aqdet/data/check/findings.py. The exit status is 1 if a training would be refused, else 0. With --output the checked
-dataset is written as COCO JSON, whatever its format. Neither PyTorch nor Detectron2 is loaded unless a config is.
+The datasets are declared in a config, or given on the command line. aqdet/data/check/findings.py lists the findings and
+what is done about each. The exit status is 1 if a training would be refused, else 0. With --output the checked
+dataset is written as COCO JSON, whatever its format. PyTorch and Detectron2 are loaded only for a config.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ and each may have a part of its images, chosen by a hash of their names, which s
 
 
 def epilog() -> str:
-    """The examples and the fields of every format, for the help."""
+    """Returns the examples and the fields of every format, for the help."""
     lines = []
     for form in FORMATS.values():
         lines.append(f"  {form.name:<10}{form.layout}")
@@ -78,17 +78,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataset",
         nargs="+",
         metavar="ENTRY",
-        help="of any format: an entry as in DATASETS.DECLARED, or a file or folder, whose format is told by its look",
+        help="dataset of any format: an entry as in DATASETS.DECLARED, or a file or folder, whose format is guessed",
     )
     parser.add_argument(
-        "--image-root", help="of the COCO files; of a YOLO folder if not that of its data.yaml; of files of --dataset"
+        "--image-root", help="folder of the images of COCO files, of --dataset, or of YOLO if it is not data.yaml's"
     )
     parser.add_argument(
         "--split", nargs="+", help="names or shares; by default all of train, val, test that VOC or YOLO has"
     )
-    parser.add_argument("--seed", type=int, help="of shares (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of shares (default: 0)")
     parser.add_argument(
-        "--classes", help="of VOC: names in the order of their ids, with commas; by default all, sorted"
+        "--classes", help="VOC's classes in the order of their ids, with commas; by default all, sorted"
     )
     parser.add_argument("--difficult-as-crowd", action="store_true", help="ignore difficult objects of VOC")
     parser.add_argument("--no-images", action="store_true", help="do not decode images")
@@ -129,7 +129,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool, Any]:
-    """The datasets to check, whether to be strict, and the config if there is one."""
+    """Returns the datasets to check, whether to be strict, and the config if there is one."""
     if args.config_file:
         from aqdet.config import load_config
 
@@ -146,7 +146,7 @@ def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool, Any]:
 
 
 def entries_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Entries as of DATASETS.DECLARED for what is given on the command line."""
+    """Returns entries in the form of DATASETS.DECLARED for the datasets on the command line."""
     if args.dataset:
         return [entry_of(text, index, args.image_root or "") for index, text in enumerate(args.dataset)]
     if args.coco_json:
@@ -173,7 +173,7 @@ def entries_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 def parts(
     entry: Mapping[str, Any], args: argparse.Namespace, name: str, named: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The entry once for each split, which is its name then; once as it is if there are no splits."""
+    """Returns the entry once for each split, which becomes its name, or as it is if there are no splits."""
     splits = [share_of(text) for text in args.split or named]
     found = []
     for split in splits:
@@ -184,7 +184,7 @@ def parts(
 
 
 def share_of(text: str) -> str | float:
-    """A share if it is a number, else the name of a split."""
+    """Returns a share if the text is a number, else the name of a split."""
     try:
         return float(text)
     except ValueError:
@@ -192,7 +192,7 @@ def share_of(text: str) -> str | float:
 
 
 def entry_of(text: str, index: int, images: str) -> dict[str, Any]:
-    """An entry written as in a config, or that of a file or folder; it is called by its place if it has no name."""
+    """Returns an entry that is written as in a config, or the entry of a file or folder; the place is its name."""
     example = next(iter(FORMATS.values())).example
     wanted = f"--dataset must be an entry as {example}, or a file or folder that exists, got {text!r}"
     if not text.lstrip().startswith("{"):
@@ -227,14 +227,14 @@ def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, A
 
 
 def masks_of(cfg: Any) -> bool:
-    """Whether a training with this config reads masks."""
+    """Returns whether a training with this config reads masks."""
     from aqdet.data.outlines import reads_masks
 
     return reads_masks(cfg)
 
 
 def advice_on(reports: Sequence[Report], cfg: Any) -> list[str]:
-    """What a training with this config gets to hear of these datasets as a whole."""
+    """Returns the advice that a training with this config would log on these datasets as a whole."""
     from aqdet.data.check.advice import advise
 
     return advise(cfg, {report.name: report for report in reports})

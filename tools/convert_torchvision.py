@@ -12,8 +12,8 @@ from aqdet.utils.console import run_console
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--depth", type=int, choices=(18, 34, 50), help="of a ResNet")
-    which.add_argument("--regnetx", choices=("400MF", "800MF", "1.6GF", "3.2GF"), help="of a RegNetX")
+    which.add_argument("--depth", type=int, choices=(18, 34, 50), help="depth of a ResNet")
+    which.add_argument("--regnetx", choices=("400MF", "800MF", "1.6GF", "3.2GF"), help="size of a RegNetX")
     parser.add_argument("--input", type=file_to_read, required=True, help="torchvision's .pth file")
     parser.add_argument("--output", type=file_to_write, required=True, help="checkpoint for MODEL.WEIGHTS")
     args = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def expected_shapes(depth: int | None, regnetx: str | None) -> dict[str, tuple[int, ...]]:
-    """The keys of our backbone of that depth or size, and their shapes."""
+    """Returns the keys and shapes of aqdet's backbone of that depth or size."""
     from detectron2.layers import ShapeSpec
 
     from aqdet.checkpoint.torchvision import SCOPE

@@ -10,7 +10,7 @@ from aqdet.utils.console import run_console
 
 
 def crop_objects(split: str, root: Path, size: int, margin: float) -> int:
-    """Writes ``root/split/<class>/<number>.png``, the square around each box and a margin; returns how many."""
+    """Writes ``root/split/<class>/<number>.png``, the square around each box with a margin; returns their number."""
     # Late, so that --help opens at once.
     from detectron2.data import DatasetCatalog
     from PIL import Image

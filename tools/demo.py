@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Runs a detector on images, folders and videos and draws what it finds; flags as Detectron2's demo has them.
+"""Runs a detector on images, folders and videos and draws its detections, with the flags of Detectron2's demo.
 
     python tools/demo.py --config-file X --input IMAGES_OR_FOLDERS --output DIR --opts MODEL.WEIGHTS model_final.pth
 
-The exit status is 1 if some input could not be read; its name is printed, and the others are done all the same.
+The exit status is 1 if an input could not be read; the program prints its name, and goes on with the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> Summary:
-    """Checks everything that can be checked first, then runs."""
+    """Checks the arguments, then runs the detector."""
     # Late, so that --help opens at once.
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes

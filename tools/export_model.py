@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--images", action="append", default=[], metavar="PATH", help="image or folder to measure the agreement on"
     )
-    parser.add_argument("--max-images", type=integer(1), default=2, help="at most so many of them (default: 2)")
+    parser.add_argument("--max-images", type=integer(1), default=2, help="largest number of images (default: 2)")
     parser.add_argument(
         "--dataset",
         metavar="NAME",
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
         help="exit with 3 and write nothing where the exported model's AP is lower by more, in points",
     )
     parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
-    parser.add_argument("--licence", default="", help="of the weights, for the folder's README.md")
+    parser.add_argument("--licence", default="", help="licence of the weights, for the folder's README.md")
     parser.add_argument(
         "--end-to-end",
         action="store_true",

@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=(640, 640),
         metavar=("H", "W"),
-        help="of the image (default: 640 640)",
+        help="image in pixels (default: 640 640)",
     )
     parser.add_argument("--json", type=file_to_write, help="also write the rows and totals to this file")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")

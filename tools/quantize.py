@@ -33,7 +33,7 @@ METHODS = ("mse", "minmax", "percentile", "mean")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="of the detector in full precision")
+    parser.add_argument("--config-file", required=True, help="config of the full-precision detector")
     parser.add_argument("--weights", help="its checkpoint (default: MODEL.WEIGHTS)")
     parser.add_argument(
         "--output", type=folder_to_write, required=True, help="folder to write; an exported detector there is replaced"
@@ -63,8 +63,8 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="calibration method to try; several times for several (default: all)",
     )
-    parser.add_argument("--max-images", type=integer(1), default=64, help="to calibrate on, at most (default: 64)")
-    parser.add_argument("--batch-size", type=integer(1), default=4, help="of the calibration (default: 4)")
+    parser.add_argument("--max-images", type=integer(1), default=64, help="most images to calibrate on (default: 64)")
+    parser.add_argument("--batch-size", type=integer(1), default=4, help="images in a calibration batch (default: 4)")
     parser.add_argument(
         "--max-loss",
         type=number(0.0, 100.0),
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
         help="exit with 3 and write nothing where AP on --dataset is lower by more than so many points",
     )
     parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
-    parser.add_argument("--licence", default="", help="of the weights, for the folder's README.md")
+    parser.add_argument("--licence", default="", help="licence of the weights, for the folder's README.md")
     parser.add_argument(
         "--end-to-end",
         action="store_true",

@@ -19,17 +19,17 @@ from aqdet.utils.console import run_console
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="of a training; the first is the reference"
+        "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="folder of a training; the first is the reference"
     )
     parser.add_argument(
         "--output", type=file_to_write, default="report.html", help="file to write (default: %(default)s)"
     )
     parser.add_argument("--config-file", type=file_to_read, help="read in place of each folder's config.yaml")
     parser.add_argument(
-        "--min-score", type=number(0, 1), default=0.5, help="of detections in pictures (default: %(default)s)"
+        "--min-score", type=number(0, 1), default=0.5, help="lowest score in pictures (default: %(default)s)"
     )
     parser.add_argument(
-        "--pictures", type=integer(0), default=4, help="how many worst and best images (default: %(default)s)"
+        "--pictures", type=integer(0), default=4, help="number of worst and of best images (default: %(default)s)"
     )
     parser.add_argument(
         "--images", type=integer(0), default=4, help="test images to observe activations on (default: %(default)s)"

@@ -29,19 +29,23 @@ if TYPE_CHECKING:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="of a quantized detector; MODEL.WEIGHTS is full precision")
+    parser.add_argument(
+        "--config-file", required=True, help="config of a quantized detector; MODEL.WEIGHTS: full precision"
+    )
     parser.add_argument("--output", type=folder_to_write, required=True, help="folder for sensitivity.json and .png")
     parser.add_argument("--bits", type=integer(2, 8), nargs="+", action=Distinct, default=[2, 3, 4, 8])
     parser.add_argument("--by", choices=("layer", "block", "part"), default="layer", help="(default: %(default)s)")
     parser.add_argument("--metric", choices=("loss", "ap"), default="loss", help="(default: %(default)s)")
-    parser.add_argument("--batches", type=integer(1), default=8, help="of training data (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=integer(1), default=8, help="number of batches of training data (default: %(default)s)"
+    )
     parser.add_argument(
         "--size",
         type=integer(32, multiple_of=32),
         nargs=2,
         default=(640, 640),
         metavar=("H", "W"),
-        help="of the image for which MACs are counted (default: 640 640)",
+        help="image in pixels for which MACs are counted (default: 640 640)",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
     return parser.parse_args()

@@ -71,15 +71,18 @@ def make_parser(prog: str = "python -m aqdet.runtime") -> argparse.ArgumentParse
         help=f"lowest score, default {DEFAULT_THRESHOLD}; for --json that of the export, as evaluation needs it",
     )
     how.add_argument("--nms-threshold", type=number(0, 1), metavar="IOU", help="overlap above which a box is left out")
-    how.add_argument("--max-detections", type=integer(1), metavar="N", help="of an image")
+    how.add_argument("--max-detections", type=integer(1), metavar="N", help="largest number in an image")
     how.add_argument(
-        "--size", type=integer(0), metavar="PIXELS", help="of the shorter edge; 0 leaves images as they are"
+        "--size", type=integer(0), metavar="PIXELS", help="length of the shorter edge; 0 leaves images as they are"
     )
     run = parser.add_argument_group("execution")
     run.add_argument("--batch", type=integer(1), default=1, metavar="N", help="images at once (default: %(default)s)")
-    run.add_argument("--threads", type=integer(1), metavar="N", help="of the network; ONNX Runtime chooses if absent")
+    run.add_argument("--threads", type=integer(1), metavar="N", help="threads of the network (default: ONNX Runtime's)")
     run.add_argument(
-        "--provider", default="CPUExecutionProvider", help="of ONNX Runtime (default: %(default)s)", metavar="NAME"
+        "--provider",
+        default="CPUExecutionProvider",
+        help="ONNX Runtime's execution provider (default: %(default)s)",
+        metavar="NAME",
     )
     return parser
 

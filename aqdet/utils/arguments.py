@@ -117,7 +117,7 @@ class Distinct(argparse.Action):
 
 
 def detectron2_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser with the options of Detectron2's ``default_argument_parser``, which PyTorch is imported for.
+    """Returns a parser with the options of Detectron2's ``default_argument_parser``, without importing PyTorch.
 
     Args:
         description: Text at the head of the help.
@@ -135,17 +135,17 @@ def detectron2_parser(description: str | None = None) -> argparse.ArgumentParser
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the model and its training")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and do not train")
-    parser.add_argument("--num-gpus", type=int, default=1, help="of each machine (default: %(default)s)")
-    parser.add_argument("--num-machines", type=int, default=1, help="in all (default: %(default)s)")
+    parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs of each machine (default: %(default)s)")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines (default: %(default)s)")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
-    # The port is the user's own, but the same in every run: one that is taken tells of processes left behind.
+    # The port depends on the user, and is the same in every run: if it is taken, processes have been left behind.
     user = os.getuid() if sys.platform != "win32" else 1
     parser.add_argument(
         "--dist-url",
         default=f"tcp://127.0.0.1:{2**15 + 2**14 + user % 2**14}",
-        help="where the processes of several GPUs meet (default: %(default)s)",
+        help="address at which the processes of several GPUs meet (default: %(default)s)",
     )
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, default=None, metavar="KEY VALUE", help="keys of the config that take others"
+        "opts", nargs=argparse.REMAINDER, default=None, metavar="KEY VALUE", help="changed values of config keys"
     )
     return parser

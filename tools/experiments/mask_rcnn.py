@@ -64,8 +64,10 @@ def parse_args() -> argparse.Namespace:
         "--rows", nargs="+", choices=names, action=Distinct, help="train these alone, from their starts"
     )
     lengths = (START_ITERATIONS, ITERATIONS)
-    parser.add_argument("--start-iterations", type=integer(2), default=lengths[0], help="of a start (%(default)s)")
-    parser.add_argument("--iterations", type=integer(2), default=lengths[1], help="of a run (%(default)s)")
+    parser.add_argument(
+        "--start-iterations", type=integer(2), default=lengths[0], help="length of a start (%(default)s)"
+    )
+    parser.add_argument("--iterations", type=integer(2), default=lengths[1], help="length of a run (%(default)s)")
     parser.add_argument("--results-only", action="store_true", help="rewrite the table and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="-- KEY VALUE pairs for every run")

@@ -108,9 +108,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="exported detector")
     parser.add_argument("--machine", action="append", choices=MACHINES, help="this one alone; may be given again")
-    parser.add_argument("--image", type=file_to_read, help="what to detect in (default: the image of golden.npz)")
+    parser.add_argument("--image", type=file_to_read, help="image for the detector (default: golden.npz's)")
     cache = Path(os.environ.get("AQDET_CACHE") or "~/.cache/aqdet").expanduser() / "machines"
-    parser.add_argument("--cache", type=Path, default=cache, help="for what is downloaded (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache, help="folder of downloads (default: %(default)s)")
     return parser.parse_args()
 
 
