@@ -35,8 +35,8 @@ def test_the_longest_run_is_started_first(tool, tmp_path):
     assert [job.work for job in runs] == sorted((job.work for job in runs), reverse=True)
 
 
-def test_it_takes_a_share_of_eight_minutes(tool, tmp_path):
-    """Processor time with two jobs side by side, of a processor half as fast as the one the figures are of."""
+def test_it_takes_less_than_eight_minutes_on_two_cores_without_vnni(tool, tmp_path):
+    """The start has both cores; then two runs go side by side, the shorter ones one after the other."""
     jobs = tool.make_jobs(str(tmp_path), short=False)
     aux, plain, full = (jobs[key].work for key in ("lsq_w4a4_aux", "lsq_w4a4", "fp_bn"))
-    assert 2 * (jobs["start"].work + max(aux, plain + full)) < 8 * 60
+    assert jobs["start"].work / 2 + max(aux, plain + full) + tool.PICTURE_SECONDS < 8 * 60 / 1.2
