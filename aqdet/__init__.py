@@ -1,8 +1,9 @@
 """aqdet: object detectors at 4 bits and below, on Detectron2.
 
-Importing the package registers its backbones, meta-architectures and embedded dataset with Detectron2 as soon as
-Detectron2's own are imported, before or after. It imports neither PyTorch nor Detectron2 itself: on a machine that
-only runs exported detectors, ``aqdet.runtime`` needs neither, and asking for anything else says what is missing.
+An import of the package registers its backbones, meta-architectures and embedded dataset with Detectron2 when
+Detectron2 is imported, whether before or after. The package imports neither PyTorch nor Detectron2 itself: a machine
+that only runs exported detectors needs neither for ``aqdet.runtime``, and any other name raises an error that says what
+is missing.
 """
 
 import importlib
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["add_aqdet_config", "data", "load_config", "modeling", "prepare", "prepare_trainer"]
 
-# Where each public name is defined; imported when it is first asked for.
+# The module that defines each public name, imported on first use.
 _HOMES = {
     "add_aqdet_config": "aqdet.config",
     "data": "aqdet.data",
@@ -30,7 +31,7 @@ _HOMES = {
 }
 
 ImportAfter({"detectron2.data": "aqdet.data.embedded.register", "detectron2.modeling": "aqdet.modeling"}).install()
-# These script functions while they are imported, which newer releases of PyTorch deprecate.
+# These modules script functions while they are imported, which newer releases of PyTorch deprecate.
 ImportWithout(
     "`torch.jit.script` is deprecated", ("detectron2.modeling.box_regression", "fvcore.nn.focal_loss")
 ).install()

@@ -85,20 +85,21 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.AUX.TAPS = "backbone"
     # Factor of the auxiliary losses.
     cfg.MODEL.AUX.LOSS_WEIGHT = 1.0
-    # How that factor changes over training: "constant", or (experimental, not measured here) down to 0 at the end by
-    # "linear" or "cosine".
+    # Change of that factor over training: "constant", or (experimental, not measured here) "linear" or "cosine", which
+    # end at 0.
     cfg.MODEL.AUX.SCHEDULE = "constant"
     # Norm of the adaptors and of the auxiliary head ("BN": one BN per level).
     cfg.MODEL.AUX.NORM = "BN"
-    # How the path starts when the weights loaded have a head but no auxiliary path: "head" copies the detector's own
-    # head (pyramid, projections) and aligns the adaptors to pass what the copies were trained on; "random".
+    # Start of the path if the loaded weights have a head but no auxiliary path: "head" copies the detector's own head
+    # (pyramid, projections) and aligns the adaptors, so that they pass the inputs that the copies know; or "random".
     cfg.MODEL.AUX.INIT = "head"
-    # Two-stage detectors: which heads it has, of those that the detector has, on the same sampled anchors and regions.
+    # Whether the path of a two-stage detector has an RPN, and which of the detector's heads; they run on the same
+    # sampled anchors and regions.
     cfg.MODEL.AUX.RPN = True
-    # Of "box", "mask" and "keypoint".
+    # Some of "box", "mask" and "keypoint".
     cfg.MODEL.AUX.ROI_HEADS = ["box", "mask", "keypoint"]
 
-    # --- What the auxiliary path is compared with; training only, each alone or beside it ---
+    # --- Alternatives to the auxiliary path; training only, each alone or beside it ---
     # Deep supervision: a second head on the levels that the head reads, quantized as the head is, without adaptors,
     # from random weights; as a copy it would get the head's own gradients and be no more than a doubled loss.
     cfg.MODEL.EXTRA_LOSS = CfgNode()
@@ -121,7 +122,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNETS.REGNETX = ""
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
     cfg.MODEL.FPN.RELU = False
-    # What P6 is computed from: "res5" or "p5".
+    # Input of P6: "res5" or "p5".
     cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "res5"
 
     # --- FCOS (1904.01355), which Detectron2 has no keys for; the values are its defaults ---
@@ -198,9 +199,9 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.DATASETS.IMAGE_FOLDERS = []
     # Whether the check before training decodes every image, once as long as no file changes.
     cfg.DATASETS.CHECK_IMAGES = True
-    # Refuse what is repaired, dropped or only looks wrong too (the table: aqdet/data/check/findings.py).
+    # Whether records that are repaired, dropped or only look wrong are refused, too (aqdet/data/check/findings.py).
     cfg.DATASETS.STRICT = False
-    # Where the embedded dataset and the checks of declared ones are written; "" for $AQDET_CACHE or ~/.cache/aqdet.
+    # Folder of the embedded dataset and of checks of declared ones; "" for $AQDET_CACHE or ~/.cache/aqdet.
     cfg.DATASETS.CACHE_DIR = ""
 
     # --- Evaluation ---
@@ -215,13 +216,13 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # A pickled file (.pkl) of Detectron2's model zoo is read only if this is True, and then as containers of arrays:
     # anything else in it is refused.
     cfg.CHECKPOINT.ALLOW_PICKLE = False
-    # How many model_<iteration>.pth stay in OUTPUT_DIR, the newest; 0 for all. A resume needs one, and the one before
-    # it if it is damaged.
+    # Number of model_<iteration>.pth that stay in OUTPUT_DIR, the newest ones; 0 for all. A resume needs the last one,
+    # or the one before it if the last one is damaged.
     cfg.CHECKPOINT.KEEP = 3
 
 
 def detector_only(cfg: CfgNode) -> CfgNode:
-    """A copy that can be changed, without what only training has: the auxiliary path and what it is compared with."""
+    """Returns a copy that is not frozen, without the auxiliary path and the other parts of training alone."""
     cfg = cfg.clone()
     cfg.defrost()
     for name in ("AUX", "EXTRA_LOSS", "DISTILL"):
@@ -233,16 +234,16 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Reads a config file with its ``_BASE_`` files, then applies ``KEY VALUE`` overrides.
 
     Args:
-        path: YAML file, or the name of one in Detectron2's model zoo, see
+        path: A YAML file, or the name of one in Detectron2's model zoo, see
             :func:`aqdet.config_files.read_config_file`; ``""`` for the defaults.
-        overrides: flat list ``[KEY, VALUE, ...]``; lists of datasets may be written as in a config file.
+        overrides: A flat list ``[KEY, VALUE, ...]``; lists of datasets may be written as in a config file.
 
     Returns:
         A config that is not frozen.
 
     Raises:
-        FileNotFoundError: if the file or a base of it does not exist.
-        ValueError: in one line, for YAML with object tags other than of arithmetic, other malformed YAML, or an
+        FileNotFoundError: If the file or a base of it does not exist.
+        ValueError: In one line, for YAML with object tags other than for arithmetic, other malformed YAML, or an
             unknown key.
     """
     cfg = get_cfg()
@@ -267,7 +268,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def _with_lists(overrides: Sequence[str]) -> list[Any]:
-    """Overrides whose lists of datasets are read as YAML, where they are no literals of Python's."""
+    """Returns overrides whose lists of datasets were read as YAML, if they are no Python literals."""
     values: list[Any] = list(overrides)
     for index in range(0, len(values) - 1, 2):
         key, value = values[index : index + 2]
@@ -300,7 +301,7 @@ def flatten(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_sections(cfg: CfgNode, content: Mapping[str, Any], prefix: str = "") -> None:
-    """Checks that what is a section of the config is one in a file, which yacs takes for granted."""
+    """Checks that the config's sections are sections in a file, too, which yacs takes for granted."""
     for key, value in content.items():
         section = cfg.get(key)
         if not isinstance(section, CfgNode):
@@ -311,7 +312,7 @@ def _check_sections(cfg: CfgNode, content: Mapping[str, Any], prefix: str = "") 
 
 
 def _check_override(cfg: CfgNode, name: str) -> None:
-    """Checks that the name of a value is not that of a section, nor goes on below a value; yacs finds unknown ones."""
+    """Checks that a name is not a section's, and does not go on below a value; yacs finds unknown names."""
     node: Any = cfg
     parts = name.split(".")
     for index, part in enumerate(parts):
@@ -325,7 +326,7 @@ def _check_override(cfg: CfgNode, name: str) -> None:
 
 
 def _merged(cfg: CfgNode, loaded: CfgNode, path: str) -> CfgNode:
-    """A config with a file's values, of Detectron2's first version of config files too."""
+    """Returns a config with a file's values; the file may have Detectron2's first version of config files."""
     version = loaded.get("VERSION") or guess_version(loaded, path)
     if version == cfg.VERSION:
         cfg.merge_from_other_cfg(loaded)
@@ -338,7 +339,7 @@ def _merged(cfg: CfgNode, loaded: CfgNode, path: str) -> CfgNode:
 
 
 def _explained(cfg: CfgNode, error: Exception) -> str:
-    """What yacs says of a key, and the way out where it does not say it."""
+    """Returns yacs's message on a key, with the way out if yacs does not name it."""
     text = str(error.args[0] if error.args else error)
     key = re.search(r"Non-existent (?:config )?key: ([\w.]+)", text)
     if key is not None:

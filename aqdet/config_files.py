@@ -1,4 +1,4 @@
-"""Config files with their bases: plain YAML, Detectron2's own files and the names of its model zoo included."""
+"""Reader of config files and their bases: plain YAML, Detectron2's own files, and names of its model zoo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REMOTE = ("http://", "https://")
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also computes the arithmetic that Detectron2's own files have."""
+    """PyYAML's safe loader, which also computes the arithmetic in Detectron2's own files."""
 
 
 def _construct_arithmetic(loader: _ConfigLoader, node: yaml.Node) -> Any:
@@ -40,17 +40,17 @@ def read_config_file(path: str) -> dict[str, Any]:
     """Reads a config file and, below it, its ``_BASE_`` files.
 
     Args:
-        path: a file, or the name of one that aqdet ships (with or without ``configs/``) or of one in Detectron2's model
-            zoo (with or without ``detectron2://``). A ``_BASE_`` may
-            be either too; a relative one is looked up beside the file that names it, then in the zoo.
+        path: A file, or the name of one that aqdet ships (with or without ``configs/``) or of one in Detectron2's model
+            zoo (with or without ``detectron2://``). A ``_BASE_`` may be either, too; a relative one is looked up beside
+            the file that names it, then in the zoo.
 
     Returns:
         The merged content, plain values only.
 
     Raises:
-        FileNotFoundError: in one line, if a file does not exist.
-        ValueError: in one line, for a file that is no YAML, has object tags other than of arithmetic, or names itself
-            as a base.
+        FileNotFoundError: In one line, if a file does not exist.
+        ValueError: In one line, if a file is no YAML, has object tags other than for arithmetic, or names itself as a
+            base.
     """
     return _read(find_config_file(path), ())
 
@@ -59,12 +59,12 @@ def find_config_file(name: str, beside: str = "") -> str:
     """Finds a config file by its path, or by its name among those that aqdet ships or in Detectron2's model zoo.
 
     Args:
-        name: the path or name.
-        beside: file that names it, for relative paths; ``""`` for the current folder.
+        name: The path or name.
+        beside: The file that names it, for relative paths; ``""`` for the current folder.
 
     Raises:
-        FileNotFoundError: in one line, if there is none.
-        ValueError: in one line, if it is a folder.
+        FileNotFoundError: In one line, if there is none.
+        ValueError: In one line, if it is a folder.
     """
     source = f" (a {BASE_KEY} of {beside})" if beside else ""
     if name.startswith(_REMOTE):
@@ -95,8 +95,8 @@ def find_config_file(name: str, beside: str = "") -> str:
 
 
 def _zoo() -> dict[str, Path]:
-    """YAML files of Detectron2's model zoo by their names."""
-    from detectron2 import model_zoo  # builds on Detectron2's models: only where a name is looked up
+    """Returns the YAML files of Detectron2's model zoo by their names."""
+    from detectron2 import model_zoo  # imported only to look up a name, since it imports Detectron2's models
 
     folder = Path(model_zoo.__file__).parent / "configs"
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
@@ -142,7 +142,7 @@ def _parse(path: str) -> dict[str, Any]:
 
 
 def _merge(values: dict[str, Any], into: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Puts values over those of a base, key by key."""
+    """Overwrites the values of a base, key by key."""
     for key, value in values.items():
         if isinstance(value, dict) and key in into:
             if not isinstance(into[key], dict):

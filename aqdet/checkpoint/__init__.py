@@ -1,4 +1,4 @@
-"""Checkpoints: loaded without running code, loaded strictly, saved atomically."""
+"""Checkpoints, which are loaded strictly and without running code, and saved atomically."""
 
 from .checkpointer import AqdetCheckpointer, build_checkpointer
 from .detector import check_calibrated, load_detector

@@ -1,4 +1,4 @@
-"""The checkpointer: loads strictly and without running code, saves whole files or none."""
+"""The checkpointer, which loads strictly and without running code, and saves complete files or none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NUMBERED = re.compile(r"model_\d{7}\.pth")
 
 
 def _distinct(lines: list[str]) -> list[str]:
-    """Keeps the first of the lines that differ in no more than the layer, each with the number of the others."""
+    """Returns the lines that differ in more than the layer's name, each with the number of those left out."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(re.sub(r"^\S*\.(?=\w+\.\w+ )", "", line), []).append(line)
@@ -40,20 +40,21 @@ def _distinct(lines: list[str]) -> list[str]:
 class AqdetCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, safe and strict.
 
-    After loading, these may be missing: quantizer keys if the file has none (a float checkpoint), the
-    auxiliary path, the extra head, BN's ``num_batches_tracked``, what ``allow_keys`` matches, and whatever lies
-    outside the scope that the file declares (a converted backbone has ``{"aqdet": {"scope":
-    ["backbone.bottom_up."]}}``). The auxiliary path and the extra head may also be unexpected. Anything else stops
-    with a list. Of a classifier's file a detector takes the backbone with its quantizers.
+    A file may lack these keys of the model: quantizers if it has none (a float checkpoint), the auxiliary path, the
+    extra head, BN's ``num_batches_tracked``, keys that ``allow_keys`` matches, and keys outside the scope that the file
+    declares (a converted backbone has ``{"aqdet": {"scope": ["backbone.bottom_up."]}}``). It may have an auxiliary path
+    and an extra head that the model lacks. Any other difference is an error with a list. A detector takes the backbone
+    with its quantizers from a classifier's file.
 
     Args:
-        allow_keys: regexes, ``CHECKPOINT.ALLOW_KEYS``.
+        allow_keys: Regexes, ``CHECKPOINT.ALLOW_KEYS``.
         aux_init: ``"head"`` starts an auxiliary path that the file lacks from the detector's own head.
-        allow_pickle: reads a model zoo's ``.pkl``, by :func:`load_pickled_arrays`; ``CHECKPOINT.ALLOW_PICKLE``.
-        keep: how many files ``model_<iteration>.pth`` stay in ``save_dir``, ``CHECKPOINT.KEEP``; 0 for all.
+        allow_pickle: Whether to read a model zoo's ``.pkl``, by :func:`load_pickled_arrays`;
+            ``CHECKPOINT.ALLOW_PICKLE``.
+        keep: The number of files ``model_<iteration>.pth`` that stay in ``save_dir``, ``CHECKPOINT.KEEP``; 0 for all.
 
     Raises:
-        ValueError: for a regex or a number that is not valid.
+        ValueError: If a regex or a number is not valid.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._exact = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes ``name.pth`` in ``save_dir``, whole or not at all, and marks it as the last one."""
+        """Writes ``name.pth`` into ``save_dir``, completely or not at all, and marks it as the last checkpoint."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -96,15 +97,15 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 os.remove(os.path.join(self.save_dir, outdated))
 
     def _numbered_before(self, basename: str) -> list[str]:
-        """Checkpoints of earlier iterations, oldest first; of all iterations if ``basename`` has none in its name."""
+        """Returns checkpoints of earlier iterations, oldest first; of all iterations if ``basename`` has no number."""
         numbered = sorted(name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name))
         return [name for name in numbered if name < basename or not _NUMBERED.fullmatch(basename)]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """See Detectron2's; what a resume continues from is :meth:`file_to_resume`.
+        """See Detectron2's method; a resume continues from :meth:`file_to_resume`.
 
         Raises:
-            ValueError: as :meth:`file_to_resume` and :meth:`load`.
+            ValueError: As :meth:`file_to_resume` and :meth:`load` do.
         """
         chosen = self.file_to_resume() if resume else ""
         return self.load(chosen) if chosen else self.load(path, checkpointables=[])
@@ -112,14 +113,14 @@ class AqdetCheckpointer(DetectionCheckpointer):
     def resume(self, path: str) -> None:
         """Loads a checkpoint to go on from, which has to be of the same model.
 
-        What a start allows is not for resuming: here no key may differ, whatever ``allow_keys`` says, because the
-        optimizer's state in the file is of the parameters that the model had.
+        Unlike at a start, no key may differ, whatever ``allow_keys`` says, because the file's optimizer state belongs
+        to the parameters that the model had.
 
         Args:
-            path: as :meth:`file_to_resume` gives it.
+            path: The result of :meth:`file_to_resume`.
 
         Raises:
-            ValueError: as :meth:`load`.
+            ValueError: As :meth:`load` does.
         """
         self._exact = True
         try:
@@ -128,13 +129,13 @@ class AqdetCheckpointer(DetectionCheckpointer):
             self._exact = False
 
     def file_to_resume(self) -> str:
-        """The checkpoint to continue from, "" if there is none; damaged or missing ones are passed over and named.
+        """Returns the checkpoint to continue from, "" if there is none; warns of damaged or missing ones.
 
-        The main process decides for all, which all have to call this: another one may have no file, or that of an
-        earlier run, where ``save_dir`` is on a disk of its node.
+        All processes have to call this, and the main process decides for all: if ``save_dir`` is on a disk of its node,
+        another process may have no file, or one of an earlier run.
 
         Raises:
-            ValueError: in all processes, if there are checkpoints and none is whole, or if the chosen one is not the
+            ValueError: In all processes, if there are checkpoints and all are damaged, or if the chosen one is not the
                 same file in each process.
         """
         found = self.has_checkpoint()
@@ -158,7 +159,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return chosen
 
     def _newest_whole(self) -> str:
-        """Name of the newest file without damage, "" if there is none."""
+        """Returns the name of the newest undamaged file, "" if there is none."""
         last = os.path.basename(self.get_checkpoint_file())
         for name in [last, *reversed(self._numbered_before(last))]:
             path = os.path.join(self.save_dir, name)
@@ -169,13 +170,13 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return ""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Notes which file a resume starts from."""
+        """Records the file that a resume starts from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         with open_replacing(path, durable=True) as file:
             file.write(last_filename_basename)
 
     def forget_last_checkpoint(self) -> None:
-        """Puts aside the note of an earlier run in the same folder, so that no resume mixes the two."""
+        """Renames an earlier run's record in the same folder, so that no resume mixes the two runs."""
         if self.save_to_disk and self.has_checkpoint():
             path = os.path.join(self.save_dir, "last_checkpoint")
             logger.warning(
@@ -187,18 +188,18 @@ class AqdetCheckpointer(DetectionCheckpointer):
             os.replace(path, f"{path}.old")
 
     def save_stripped(self, name: str) -> None:
-        """Writes the detector alone, without auxiliary path and training state, as ``name.pth``."""
+        """Writes the detector, without auxiliary path and training state, as ``name.pth``."""
         if self.save_dir and self.save_to_disk:
             path = os.path.join(self.save_dir, f"{name}.pth")
             save_atomically({"model": strip(self.model.state_dict())}, path)
             logger.info("Saved the stripped detector to %s", path)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See Detectron2's.
+        """See Detectron2's method.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: in one line, if the file cannot be fetched, holds code, is damaged, or does not fit the model.
+            FileNotFoundError: If there is no such file.
+            ValueError: In one line, if the file cannot be fetched, holds code, is damaged, or does not fit the model.
         """
         self._path = path
         if path.endswith(".pkl") and not self._allow_pickle:
@@ -244,9 +245,9 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return _IncompatibleKeys([], [], [])
 
     def _rename(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
-        """Renames the keys of a file to the model's that end in them, and returns the scope of a file of a backbone.
+        """Renames the keys of a file to the model's keys that end in them; returns the scope of a backbone's file.
 
-        By suffix: a copy of trunk stages in the auxiliary path would make a match ambiguous.
+        The path's keys are left out of the match, since its copy of trunk stages would make suffixes ambiguous.
         """
         self._convert_ndarray_to_tensor(checkpoint["model"])
         with without_scaffold(self.model):
@@ -258,7 +259,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return (SCOPE,) if all(key.startswith(SCOPE) for key in renamed if key in ours) else ()
 
     def _keep_backbone(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
-        """Leaves of a classifier's file what a detector has, and returns its scope."""
+        """Removes all but the backbone's keys from a classifier's file, and returns its scope."""
         model = checkpoint["model"]
         checkpoint["model"] = {key: value for key, value in model.items() if key.startswith(SCOPE)}
         count = len(model) - len(checkpoint["model"])
@@ -266,7 +267,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return (SCOPE,)
 
     def _scope(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
-        """Prefixes of the keys that a file is about, if it says so."""
+        """Returns the prefixes of the keys that a file covers, if it declares them."""
         entry = checkpoint.get("aqdet", {})
         scope = entry.get("scope", []) if isinstance(entry, dict) else None
         if not isinstance(scope, list | tuple) or not all(isinstance(prefix, str) for prefix in scope):
@@ -281,7 +282,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
             comparison.add(Difference(OTHER_SHAPE, key, (tuple(theirs), tuple(ours))))
         for key in incompatible.unexpected_keys:
             comparison.add(Difference(UNEXPECTED, key))
-        # A key of another shape is not loaded, and listed as missing too.
+        # A key of another shape is not loaded, and is listed as missing, too.
         reshaped = {key for key, *_ in incompatible.incorrect_shapes}
         for key in incompatible.missing_keys:
             if key not in reshaped:
@@ -330,9 +331,9 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
     """Builds the checkpointer of a config, which saves in ``OUTPUT_DIR``.
 
     Args:
-        cfg: config.
-        model: the model, wrapped for distribution or not.
-        checkpointables: what is saved and resumed beside it.
+        cfg: The config.
+        model: The model; it may be wrapped for distribution.
+        checkpointables: Objects that are saved and resumed with it.
     """
     acknowledge(model, *CHECKPOINTER_KEYS)
     return AqdetCheckpointer(

@@ -1,4 +1,4 @@
-"""The one road from a config and a checkpoint to a detector."""
+"""Loading of a detector from a config and a checkpoint, for all programs."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def load_detector(
     key: str = "MODEL.WEIGHTS",
     whole: bool = False,
 ) -> nn.Module:
-    """Builds the detector of a config, without what only training has, and loads a checkpoint into it.
+    """Builds the detector of a config, without the scaffold of training, and loads a checkpoint into it.
 
     Args:
-        cfg: config; it is not changed.
-        weights: checkpoint, of the detector alone or with an auxiliary path beside it.
-        device: replaces ``MODEL.DEVICE`` if it is not empty.
-        quantized: replaces ``MODEL.QUANT.ENABLED``.
-        key: the config key that the checkpoint came from, for messages.
-        whole: refuses a file that lacks any floating-point key of the detector, such as that of a backbone alone,
+        cfg: The config; it is not changed.
+        weights: The checkpoint of the detector, which may contain an auxiliary path.
+        device: Replaces ``MODEL.DEVICE`` if it is not empty.
+        quantized: Replaces ``MODEL.QUANT.ENABLED`` unless it is None.
+        key: The config key that names the checkpoint, for messages.
+        whole: Whether to refuse a file that lacks any floating-point key of the detector, such as a backbone's,
             whatever ``CHECKPOINT.ALLOW_KEYS`` says.
 
     Returns:
         The detector in evaluation mode, with a range for every quantizer.
 
     Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: in one line, for a config without a detector, or a checkpoint that is not safe, is damaged, does
-            not fit or lacks the ranges of quantizers.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: In one line, if the config has no detector, or the checkpoint is not safe, is damaged, does not fit
+            or lacks the ranges of quantizers.
     """
     cfg = detector_only(cfg)
     cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
@@ -48,7 +48,7 @@ def load_detector(
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     if whole:
         for value in state.values():
-            value.fill_(torch.nan)  # stays where the file has nothing
+            value.fill_(torch.nan)  # these values stay if the file lacks a key
     node = cfg.CHECKPOINT
     allow_keys = () if whole else node.ALLOW_KEYS
     AqdetCheckpointer(model, allow_keys=allow_keys, allow_pickle=node.ALLOW_PICKLE).load(weights)
@@ -63,11 +63,11 @@ def check_calibrated(model: nn.Module, origin: str) -> None:
     """Checks that every quantizer that is switched on has a range.
 
     Args:
-        model: the model.
-        origin: what its weights are from, for the message.
+        model: The model.
+        origin: The origin of its weights, for the message.
 
     Raises:
-        ValueError: in one line, naming one of those without.
+        ValueError: In one line, naming a quantizer without a range.
     """
     pending = [name for name, quantizer in quantizers(model) if quantizer.enabled and not quantizer.is_calibrated]
     if pending:

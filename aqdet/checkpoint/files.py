@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running code, written whole or not at all."""
+"""Checkpoint files, which are read without running code, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from iopath.common.file_io import get_cache_dir
 from ..utils.files import open_replacing
 
 CAFFE2 = "Caffe2"
-"""``__author__`` of a file with Caffe2's names."""
+"""The ``__author__`` in a file with Caffe2's names."""
 _ALLOWED_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
@@ -50,7 +50,7 @@ def load_pickled_arrays(file: IO[bytes]) -> dict[str, Any]:
     """Reads a ``.pkl`` of Detectron2's or Caffe2's model zoo.
 
     Raises:
-        pickle.UnpicklingError: if it is not a dict of containers, numbers, strings and numpy arrays.
+        pickle.UnpicklingError: If it is not a dict of containers, numbers, strings and numpy arrays.
     """
     data = _ArrayUnpickler(file, encoding="latin1").load()
     if not isinstance(data, dict):
@@ -62,8 +62,8 @@ def load_weights_file(path: str) -> dict[str, Any]:
     """Calls ``torch.load`` on a file that may hold tensors and plain containers only.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: in one line, if it holds anything else or is damaged.
+        OSError: If it cannot be read.
+        ValueError: In one line, if it holds anything else or is damaged.
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,15 +84,15 @@ def load_zoo_file(path: str, name: str) -> dict[str, Any]:
     """Reads a pickled checkpoint of a model zoo as Detectron2's checkpointer does, without running code.
 
     Args:
-        path: file ending in ``.pkl``.
-        name: the name that the user knows it by, for messages.
+        path: The file, whose name ends in ``.pkl``.
+        name: The user's name for it, for messages.
 
     Returns:
-        A dict with ``"model"``; with ``"matching_heuristics"`` if its keys are to be matched by their suffixes.
+        A dict with ``"model"``, and with ``"matching_heuristics"`` if its keys are to be matched by their suffixes.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: in one line, if it holds anything but arrays or is damaged.
+        OSError: If the file cannot be read.
+        ValueError: In one line, if it holds anything but arrays or is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -113,15 +113,15 @@ def read_checkpoint(path: str, name: str) -> dict[str, Any]:
     """Reads a checkpoint of either kind: ``.pkl`` of a model zoo, or any other name for a file of ``torch.save``.
 
     Args:
-        path: file on this machine.
-        name: the name that the user knows it by, for messages.
+        path: The file on this machine.
+        name: The user's name for it, for messages.
 
     Returns:
         A dict with ``"model"``, a dict of tensors or arrays by name.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: in one line, if it holds code, is damaged or holds no state dict.
+        OSError: If the file cannot be read.
+        ValueError: In one line, if it holds code, is damaged or holds no state dict.
     """
     data = load_zoo_file(path, name) if path.endswith(".pkl") else load_weights_file(path)
     data = data if "model" in data else {"model": data}
@@ -134,10 +134,10 @@ def read_checkpoint(path: str, name: str) -> dict[str, Any]:
 
 
 def local_path_of(name: str) -> str:
-    """Returns the file behind a URL, Detectron2's ``detectron2://`` and ``catalog://`` included; fetched if need be.
+    """Returns the file behind a URL, also one of ``detectron2://`` and ``catalog://``, and fetches it if necessary.
 
     Raises:
-        ValueError: in one line that names the cache file, if it cannot be fetched.
+        ValueError: In one line that names the cache file, if it cannot be fetched.
     """
     if "://" not in name:
         return name
@@ -151,7 +151,7 @@ def local_path_of(name: str) -> str:
 
 
 def cache_file_of(url: str) -> str:
-    """Returns the file that a URL is cached in, ``""`` for a kind of URL that is not cached under its own name."""
+    """Returns the file that a URL is cached in; ``""`` for a kind of URL that is not cached under its own name."""
     if url.startswith(Detectron2Handler.PREFIX):
         url = Detectron2Handler.S3_DETECTRON2_PREFIX + url.removeprefix(Detectron2Handler.PREFIX)
     if url.startswith("catalog://"):
@@ -170,13 +170,13 @@ def save_atomically(data: Any, path: str) -> None:
     """Calls ``torch.save`` on a file beside the target, flushes it to disk, then renames it.
 
     Raises:
-        OSError: in one line that names the file; if the disk is full, with the room that the file needs.
+        OSError: In one line that names the file and, if the disk is full, the space that it needs.
     """
     with open_replacing(path, "wb", durable=True, needed=_size_of(data)) as file:
         target = _FirstError(file)
         try:
             torch.save(data, cast(IO[bytes], target))
-        except Exception as error:  # PyTorch's writer makes another error of the system's, which would be lost.
+        except Exception as error:  # PyTorch's writer raises another error instead of the system's.
             raise target.error or error from None
 
 
@@ -184,7 +184,7 @@ class _FirstError:
     """A file for ``torch.save`` that keeps the first error of the operating system.
 
     Attributes:
-        error: the error, None as long as there is none.
+        error: The error; None as long as there is none.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -200,11 +200,11 @@ class _FirstError:
             raise
 
     def flush(self) -> None:
-        """Does nothing: the file is flushed when it is whole."""
+        """Does nothing; the file is flushed when it is complete."""
 
 
 def _size_of(data: Any) -> int:
-    """Bytes of all tensors in nested containers."""
+    """Returns the bytes of all tensors in nested containers."""
     if isinstance(data, torch.Tensor):
         return data.numel() * data.element_size()
     if isinstance(data, dict):
@@ -213,7 +213,7 @@ def _size_of(data: Any) -> int:
 
 
 def damage_of(path: str) -> str:
-    """Says what is wrong with a file of :func:`save_atomically`, by its checksums; ``""`` if nothing is."""
+    """Returns a text on the damage of a file of :func:`save_atomically`, by its checksums; ``""`` without damage."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -223,7 +223,7 @@ def damage_of(path: str) -> str:
 
 
 def checksums(path: str) -> list[tuple[str, int]]:
-    """Lists names and checksums of the contents of a file of :func:`save_atomically`; empty if it is no such file."""
+    """Returns names and checksums of the contents of a file of :func:`save_atomically`; none for another file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [(entry.filename, entry.CRC) for entry in archive.infolist()]

@@ -1,4 +1,4 @@
-"""Comparison of a checkpoint's keys with a model's: which may differ, and what the others are a sign of."""
+"""Comparison of a checkpoint's keys with a model's: the allowed differences, and the likely cause of others."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Difference(NamedTuple):
 
     Attributes:
         kind: :data:`MISSING`, :data:`UNEXPECTED` or :data:`OTHER_SHAPE`.
-        key: the key.
-        shapes: the file's shape and the model's, for the last kind.
+        key: The key.
+        shapes: The file's shape and the model's, for the last kind.
     """
 
     kind: str
@@ -44,18 +44,18 @@ class Difference(NamedTuple):
 
 
 class KeyComparison:
-    """Sorts the differences between a file and a model into those that may be and the others.
+    """Sorts the differences between a file and a model into allowed ones and problems.
 
     Args:
-        model: the model.
-        stored: the keys and shapes of the file, under the model's names.
-        allow: regexes of keys that may differ.
-        scope: prefixes of the keys that the file is about; empty for a whole model.
-        exact: whether no key may differ but a counter of batches, as where a training goes on.
+        model: The model.
+        stored: The keys and shapes of the file, under the model's names.
+        allow: Regexes of keys that may differ.
+        scope: Prefixes of the keys that the file covers; empty for a whole model.
+        exact: Whether no key but a counter of batches may differ, as when a training goes on.
 
     Attributes:
-        allowed: number of differences that may be, by a phrase that says which they are.
-        problems: the others.
+        allowed: The number of allowed differences of each kind, by a phrase on the kind.
+        problems: The other differences.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class KeyComparison:
             return "of the auxiliary path" if key.startswith(AUXILIARY_PREFIX) else "of the extra head"
         if kind == MISSING and key in self._quantizer_keys and not self._stored_quantizers:
             return "of quantizers, to be calibrated"
-        # Batches are counted by one of the two alone: a BN where the other has a FrozenBN.
+        # Only one of the two counts batches: it has a BN where the other has a FrozenBN.
         if name == "num_batches_tracked" and (kind == MISSING or f"{module}.running_var" in self._ours):
             return name
         if kind == UNEXPECTED and key in _PREPROCESSING:
@@ -113,14 +113,14 @@ class KeyComparison:
         return ""
 
     def describe(self) -> str:
-        """Returns the first problems, the number of the others, and the way out where one is known, in one line."""
+        """Returns one line with the first problems, the number of the others, and the way out if it is known."""
         listed = "; ".join(map(str, self.problems[:MAX_LISTED]))
         more = f"; and {len(self.problems) - MAX_LISTED} more" * (len(self.problems) > MAX_LISTED)
         way_out = self.way_out()
         return f"{listed}{more}" + f" ({way_out})" * bool(way_out)
 
     def way_out(self) -> str:
-        """Says what the problems come from and which key it is about; ``""`` where that is not known."""
+        """Returns a text on the cause of the problems and the config key to change; ``""`` if it is not known."""
         if any(re.match(r"(layer1\.0\.(conv1|bn1)|trunk_output\.block1)\.", key) for key in self._stored):
             return "a torchvision ResNet or RegNetX goes through tools/convert_torchvision.py first"
         if self._stored_quantizers and not self._quantizer_keys:
@@ -195,7 +195,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def _resnet(keys: Iterable[str]) -> tuple[int, ...]:
-    """Blocks of each stage and, last, convolutions of a block, by the names of keys; empty without a ResNet."""
+    """Returns the number of blocks of each stage and, last, of convolutions of a block; empty without a ResNet."""
     blocks: dict[str, set[str]] = {}
     num_convs = 0
     for key in keys:
@@ -214,12 +214,12 @@ def _resnet_name(resnet: tuple[int, ...]) -> str:
 
 
 def _norm_of(shapes: Mapping[str, Shape], prefix: str) -> str:
-    """Kind of the norms of a part, by its keys; ``""`` if there are none of the part."""
+    """Returns the kind of the norms of a part, by its keys; ``""`` if the part has no keys."""
     part = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
     if not part:
         return ""
     if any(key.endswith(".running_mean") for key in part):
         return "BN"
-    # Weights of convolutions have four dimensions, those of norms one.
+    # Weights of convolutions have four dimensions, weights of norms one.
     is_norm = any(key.endswith(".weight") and len(shape) == 1 for key, shape in part.items())
     return "a norm without running statistics" if is_norm else "no norm"

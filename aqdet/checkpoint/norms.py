@@ -1,4 +1,4 @@
-"""Batch norms whose running statistics a checkpoint has folded into their affine."""
+"""Batch norms whose running statistics a checkpoint has folded into weight and bias."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..modeling.scaffold import SCAFFOLD_PREFIXES
 
 _TOLERANCE = 1e-4
-"""Above the epsilon by which Detectron2's frozen norms differ from 1."""
+"""Tolerance of a variance of 1; it is above the epsilon by which Detectron2's frozen norms differ from 1."""
 
 
 def add_folded_statistics(model: nn.Module, state: MutableMapping[str, Tensor]) -> int:
-    """Gives batch norms of which a file has weight and bias alone running means of 0 and variances of 1.
+    """Adds running means of 0 and variances of 1 for batch norms of which a file has only weight and bias.
 
-    Caffe2's files, such as MSRA's ResNets, are of this kind: ``weight`` and ``bias`` are the whole affine of the
-    norm in evaluation. Detectron2 does the same for its FrozenBN alone.
+    Caffe2's files, such as MSRA's ResNets, are of this kind: ``weight`` and ``bias`` already contain the statistics.
+    Detectron2 does the same, but only for its FrozenBN.
 
     Args:
-        model: the model that is loaded.
-        state: the file's state dict under the model's names; changed in place.
+        model: The model that is loaded.
+        state: The file's state dict under the model's names; it is changed in place.
 
     Returns:
-        The number of norms that were given statistics.
+        The number of norms that got statistics.
     """
     count = 0
     for name, norm in _batch_norms(model):
@@ -42,7 +42,7 @@ def add_folded_statistics(model: nn.Module, state: MutableMapping[str, Tensor]) 
 
 
 def folded_norms(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Lists the batch norms for which a file has statistics of 0 and 1 beside a trained affine."""
+    """Returns the batch norms for which a file has statistics of 0 and 1 beside trained weights and biases."""
     folded = []
     for name, _ in _batch_norms(model):
         keys = [f"{name}.{key}" for key in ("running_mean", "running_var", "weight")]
@@ -55,7 +55,7 @@ def folded_norms(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Batch norms of the detector that move their statistics in training; FrozenBN is none of them."""
+    """Returns the detector's batch norms that change their statistics in training; FrozenBN does not."""
     return [
         (name, module)
         for name, module in model.named_modules()

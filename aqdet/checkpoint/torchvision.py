@@ -15,13 +15,13 @@ def convert_torchvision_resnet(state_dict: Mapping[str, Tensor]) -> tuple[dict[s
     """Renames the keys of a torchvision ResNet to those of a detector's ``backbone.bottom_up``.
 
     Args:
-        state_dict: of ``torchvision.models.resnet18/34/50/101``.
+        state_dict: The state dict of ``torchvision.models.resnet18/34/50/101``.
 
     Returns:
         The renamed weights, and the keys left out (the classifier's).
 
     Raises:
-        ValueError: in one line, listing the keys that belong to no such ResNet.
+        ValueError: In one line, listing the keys that belong to no such ResNet.
     """
     renamed, left_out, unknown = {}, [], []
     for key, value in state_dict.items():
@@ -54,13 +54,13 @@ def convert_torchvision_regnet(state_dict: Mapping[str, Tensor]) -> tuple[dict[s
     """Renames the keys of a torchvision RegNetX to those of a detector's ``backbone.bottom_up``.
 
     Args:
-        state_dict: of ``torchvision.models.regnet_x_*``.
+        state_dict: The state dict of ``torchvision.models.regnet_x_*``.
 
     Returns:
         The renamed weights, and the keys left out (the classifier's).
 
     Raises:
-        ValueError: in one line, listing the keys that belong to no RegNetX, such as those of a RegNetY.
+        ValueError: In one line, listing the keys that belong to no RegNetX, such as those of a RegNetY.
     """
     layers = {"proj": "shortcut", "f.a": "conv1", "f.b": "conv2", "f.c": "conv3"}
     renamed, left_out, unknown = {}, [], []
