@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures quantized detectors beside the float model, in one run, or counts what they would take of a GPU.
+"""Measures quantized detectors beside the float model in one run, or counts a training step's cost on a GPU.
 
     python tools/benchmark.py train [--size 128 256] [--batch 1 4] [--fpn-channels 64 256] [--rounds 7] [--threads 2]
         [--peers]
@@ -7,9 +7,9 @@
     python tools/benchmark.py count --config-file X [--config-file Y] [--size 800 1344] [--batch 2] [--details 12]
         [--kernels fused] [KEY VALUE ...]
 
-Every speed is a ratio against the float detector of the same structure; rounds visit all variants in turn, so that a
-slow moment of the machine hits all of them, and a ratio is taken within its round. Where others share the machine,
-`--threads 1` and, in training, the column of processor time are the ones to read.
+Every speed is a ratio against the float detector of the same structure. Rounds visit all variants in turn, so that a
+slow moment of the machine hits all of them, and a ratio is taken within its round. On a machine that is shared with
+others, use `--threads 1`, and in training read the column of processor time.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from aqdet.utils.console import run_console
 
 
 def run_train(args: argparse.Namespace) -> None:
-    """Time of a training step, and bytes kept for backward and at the peak."""
-    # Read when PyTorch is loaded, whose profiler else prints lines about itself for every measurement.
+    """Measures the time of a training step, and the bytes kept for backward and at the peak."""
+    # PyTorch reads it when it is loaded; its profiler would print lines about itself for every measurement.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from benchmark_train import train
 
@@ -30,14 +30,14 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Latency, memory and size of an exported detector beside its float model."""
+    """Measures latency, memory and size of an exported detector beside its float model."""
     from benchmark_export import export
 
     export(args)
 
 
 def run_count(args: argparse.Namespace) -> None:
-    """Launches, bytes, waits and collectives of a training step on a GPU, counted without one."""
+    """Counts launches, bytes, waits and collectives of a training step on a GPU, without one."""
     from benchmark_count import count
 
     count(args)

@@ -1,4 +1,4 @@
-"""Latency, memory and size of an exported detector beside its float model; run by ``benchmark.py export``."""
+"""Measurement of an exported detector beside its float model, which ``benchmark.py export`` runs."""
 
 import argparse
 import contextlib
@@ -42,14 +42,14 @@ from aqdet.utils.files import is_image
 EAGER, ORT_FLOAT = "PyTorch eager", "ONNX Runtime float32"
 ORT_INT8 = "ONNX Runtime int8, post-training"
 MOST_CALIBRATION = 64
-"""Images that ONNX Runtime's quantization is calibrated on, at most."""
+"""Largest number of images that ONNX Runtime's quantization is calibrated on."""
 
 
 class Dense(nn.Module):
-    """A detector's image normalisation, backbone and head, as an exported graph has them.
+    """The part of a detector that an exported graph has: image normalisation, backbone and head.
 
     Args:
-        model: a Detectron2 dense detector.
+        model: A Detectron2 dense detector.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,14 +57,14 @@ class Dense(nn.Module):
         self.model: Any = model
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """uint8 ``(N, 3, H, W)`` to logits, deltas and, for FCOS, centerness of each level in turn."""
+        """Maps uint8 ``(N, 3, H, W)`` to logits, deltas and, for FCOS, centerness of each level in turn."""
         features = self.model.backbone((image - self.model.pixel_mean) / self.model.pixel_std)
         outputs = self.model.head([features[name] for name in self.model.head_in_features])
         return tuple(output for level in zip(*outputs, strict=True) for output in level)
 
 
 def load_float(config: str, weights: str, opts: list[str]) -> Dense:
-    """The detector of a checkpoint with its quantizers off."""
+    """Returns the detector of a checkpoint with its quantizers off."""
     cfg = load_config(config, opts)
     fit_to_machine(cfg)
     model = load_detector(cfg, weights, device="cpu")
@@ -93,17 +93,17 @@ def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -
 
 
 class _Images:
-    """Calibration images as ONNX Runtime's quantization reads them.
+    """A reader of calibration images for ONNX Runtime's quantization.
 
     Args:
-        batches: uint8 ``(1, 3, H, W)`` each.
+        batches: Images, uint8 ``(1, 3, H, W)``.
     """
 
     def __init__(self, batches: list[np.ndarray]) -> None:
         self._left = iter(batches)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next image, None after the last."""
+        """Returns the next image; None after the last one."""
         batch = next(self._left, None)
         return None if batch is None else {"image": batch}
 
@@ -135,7 +135,7 @@ def write_post_training(float_folder: Path, folder: Path, batches: list[np.ndarr
 
 
 def calibration_batches(args: argparse.Namespace, description: Description, batch: np.ndarray) -> list[np.ndarray]:
-    """Images of ``--calibration`` as the network reads them; the measured one alone where there are none."""
+    """Returns the images of ``--calibration``, resized for the network, or the measured one alone without them."""
     if not args.calibration:
         print("ONNX Runtime int8 is calibrated on the measured image alone: name --calibration images for its AP")
         return [batch]
@@ -149,19 +149,19 @@ def calibration_batches(args: argparse.Namespace, description: Description, batc
 
 
 def average_precision(cfg: CfgNode, model: nn.Module) -> float | None:
-    """AP of a detector on the only dataset of ``DATASETS.TEST``; None where it gives none."""
+    """Returns the AP of a detector on the only dataset of ``DATASETS.TEST``; None if there is no AP."""
     (dataset,) = cfg.DATASETS.TEST
     with tempfile.TemporaryDirectory() as scratch:
         evaluator = build_evaluator(cfg, dataset, scratch)
         loader = build_detection_test_loader(cfg, dataset)
-        with contextlib.redirect_stdout(io.StringIO()):  # of pycocotools
+        with contextlib.redirect_stdout(io.StringIO()):  # output of pycocotools
             results = inference_on_dataset(model, loader, evaluator)
     metrics: dict[str, Any] = next(iter(results.values()), {})
     return metrics.get("AP")
 
 
 def float_bytes(model: nn.Module) -> int:
-    """Bytes of the float32 detector's state dict as a file."""
+    """Returns the bytes of the float32 detector's state dict as a file."""
     prefixes = tuple(f"{name}." for name, _ in quantizers(model))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
     file = io.BytesIO()
@@ -170,7 +170,7 @@ def float_bytes(model: nn.Module) -> int:
 
 
 def make_image(path: str | None, size: int) -> np.ndarray:
-    """A BGR image ``(size, size, 3)``: of a file, or of random blocks."""
+    """Returns a BGR image ``(size, size, 3)`` from a file, or of random blocks."""
     if path:
         return cv2.resize(read_image(path), (size, size), interpolation=cv2.INTER_AREA)
     blocks = np.random.default_rng(0).integers(0, 256, (size // 16 + 1, size // 16 + 1, 3), dtype=np.uint8)
@@ -195,7 +195,7 @@ class OpenVinoDetector(Detector):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A detector in the runtime, the folder it comes from, and the code that measures its memory."""
+    """A detector in the runtime, its folder, and the code that measures its memory."""
 
     name: str
     folder: Path
@@ -203,7 +203,7 @@ class Form:
     memory_code: str
 
 
-# Each runs the network of a folder (1) on a batch (2) in some threads (3), without torch.
+# These programs run the network of a folder (1) on a batch (2) in some threads (3), without torch.
 ONNX_RUNTIME_MEMORY = """
 import sys
 sys.modules["detectron2"] = None
@@ -236,7 +236,7 @@ with torch.inference_mode():
 
 
 def check_export(args: argparse.Namespace, description: Description) -> None:
-    """Refuses arguments that do not belong together."""
+    """Raises an error for arguments that do not fit together."""
     if args.size < 1 or args.size % description.size_divisibility:
         raise ValueError(f"--size must be a multiple of {description.size_divisibility}, got {args.size}")
     with open(args.weights, "rb") as file:
@@ -245,7 +245,7 @@ def check_export(args: argparse.Namespace, description: Description) -> None:
 
 
 def make_forms(args: argparse.Namespace, float_folder: Path, int8_folder: Path, exported: Detector) -> list[Form]:
-    """The forms that run in the runtime."""
+    """Returns the forms that run in the runtime."""
     folder = Path(args.model)
     forms = [
         Form(ORT_FLOAT, float_folder, Detector(float_folder, threads=args.threads), ONNX_RUNTIME_MEMORY),
@@ -260,7 +260,7 @@ def make_forms(args: argparse.Namespace, float_folder: Path, int8_folder: Path, 
 
 
 def export(args: argparse.Namespace) -> None:
-    """Latency, memory and size of an exported detector beside its float model."""
+    """Measures latency, memory and size of an exported detector beside its float model."""
     exported = Detector(args.model, threads=args.threads)
     description = exported.description
     check_export(args, description)
@@ -270,7 +270,7 @@ def export(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     dense = load_float(args.config_file, args.weights, args.opts)
     image = make_image(args.image, args.size)
-    # The image has its size already: its channels are ordered, but it is not resized.
+    # The image has the network's size: its channels are ordered, but it is not resized.
     as_it_is = dataclasses.replace(description, min_size=0)
     batch, _ = make_runtime_batch([image], as_it_is)
     inputs = [{"image": torch.from_numpy(batch[0]), "height": args.size, "width": args.size}]
@@ -327,7 +327,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def print_saturation(machine: Machine, layers: list[str]) -> None:
-    """Whether 8-bit sums are exact on this machine, and would be on one without VNNI."""
+    """Prints whether 8-bit sums are exact on this machine, and would be on one without VNNI."""
     if not layers:
         print("8-bit sums cannot saturate, with or without VNNI")
     elif machine.vnni:
@@ -342,6 +342,6 @@ def print_saturation(machine: Machine, layers: list[str]) -> None:
 
 
 def ratio(own: Times, other: Times) -> str:
-    """How many times as fast, with the range."""
+    """Returns a text on how many times as fast a form is, with the range."""
     middle, low, high = own.speed_up(other)
     return f"{middle:.2f}x ({low:.2f} to {high:.2f})"

@@ -1,4 +1,4 @@
-"""Time and memory of quantized training steps beside the float detector's; run by ``benchmark.py train``."""
+"""Measurement of quantized training steps beside the float detector's, which ``benchmark.py train`` runs."""
 
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ PEERS_FROM, PEERS_LIKE = "fp_bn", "lsq_w4a4"
 
 
 def make_batch(num_images: int, size: int) -> list[dict[str, Any]]:
-    """Random images with eight boxes each."""
+    """Returns random images with eight boxes each."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(num_images):
@@ -56,7 +56,7 @@ def make_batch(num_images: int, size: int) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass
 class Variant:
-    """A detector, and what its steps took."""
+    """A detector, and the measurements of its steps."""
 
     model: nn.Module
     batch: list[dict[str, Any]]
@@ -64,12 +64,12 @@ class Variant:
     processor: list[float] = dataclasses.field(default_factory=list)
 
     def loss(self) -> torch.Tensor:
-        """Forward alone."""
+        """Runs the forward pass alone."""
         with EventStorage(0):
             return sum(self.model(self.batch).values())
 
     def step(self) -> None:
-        """Forward and backward, from gradients that are not there, as in training."""
+        """Runs forward and backward passes without earlier gradients, as in training."""
         self.model.zero_grad(set_to_none=True)
         start = time.perf_counter(), time.process_time()
         self.loss().backward()
@@ -78,13 +78,13 @@ class Variant:
 
 
 def load(config: str, fpn_channels: int, *overrides: str) -> CfgNode:
-    """The config of a variant."""
+    """Returns the config of a variant."""
     overrides = (*overrides, "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(fpn_channels))
     return load_config(CONFIGS / f"retinanet_r18_{config}.yaml", overrides)
 
 
 def build(name: str, fpn_channels: int, batch: list[dict[str, Any]], make_conv: MakeConv | None = None) -> Variant:
-    """A calibrated detector and its batch; that of a peer if there is a ``make_conv``."""
+    """Returns a calibrated detector and its batch; with ``make_conv``, a peer's detector."""
     torch.manual_seed(0)
     method = DOREFA if name.startswith("DoReFa") else ()
     model = build_model(load(PEERS_FROM if make_conv else VARIANTS[name], fpn_channels, *method))
@@ -110,7 +110,7 @@ def build(name: str, fpn_channels: int, batch: list[dict[str, Any]], make_conv: 
 
 
 def saved_bytes(variant: Variant) -> int:
-    """Bytes that are alive after a forward and were not before: what backward needs, and the loss."""
+    """Returns the bytes that a forward pass leaves alive: the tensors that backward needs, and the loss."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         loss = variant.loss()
     net = sum(event.self_cpu_memory_usage for event in record.key_averages())
@@ -119,7 +119,7 @@ def saved_bytes(variant: Variant) -> int:
 
 
 def peak_bytes(variant: Variant) -> int:
-    """Most bytes of tensors that are alive at a moment of a step, beside those that were before it."""
+    """Returns the most bytes of tensors alive at a moment of a step, without those alive before it."""
     variant.model.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         variant.loss().backward()
@@ -132,19 +132,19 @@ def peak_bytes(variant: Variant) -> int:
 
 
 def spread(values: list[float]) -> str:
-    """Median and range of ratios."""
+    """Returns median and range of ratios."""
     return f"{statistics.median(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
 
 
 def auxiliary_share(variant: Variant, size: int) -> float:
-    """Multiply-accumulates of the auxiliary path over those of the rest."""
+    """Returns the multiply-accumulates of the auxiliary path, divided by those of the detector."""
     rows = make_plan(variant.model, (size, size))
     own = sum(row.macs for row in rows if row.name.startswith("auxiliary."))
     return own / (sum(row.macs for row in rows) - own)
 
 
 def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others: dict[str, MakeConv]) -> None:
-    """Prints the table of one input size, batch and width, with peers where there are any."""
+    """Prints the table of one input size, batch and width, with peers if there are any."""
     batch = make_batch(num_images, size)
     variants = {name: build(name, fpn_channels, batch) for name in VARIANTS}
     variants |= {name: build(name, fpn_channels, batch, make_conv) for name, make_conv in others.items()}
@@ -152,7 +152,7 @@ def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others
         print(f"round {number + 1} of {rounds}", end="\r", file=sys.stderr)
         for variant in variants.values():
             variant.step()
-            if number < 0:  # the first steps are not like the others
+            if number < 0:  # the first steps are slower than the others
                 variant.seconds.clear()
                 variant.processor.clear()
     kept = {name: saved_bytes(variant) for name, variant in variants.items()}
@@ -184,7 +184,7 @@ def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others
 
 
 def train(args: argparse.Namespace) -> None:
-    """Time of a training step, and bytes kept for backward and at the peak."""
+    """Measures the time of a training step, and the bytes kept for backward and at the peak."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     largest = largest_integer_weight(255)

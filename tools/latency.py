@@ -25,22 +25,22 @@ for line in open("/proc/self/status"):
 
 
 def saturating(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Paths of the convs whose sums can saturate on x86 without VNNI.
+    """Returns the names of the convs whose sums can saturate on x86 without VNNI.
 
-    There two products of a uint8 input and an int8 weight are added in int16 before they reach int32.
+    Such a processor adds two products of a uint8 input and an int8 weight in int16 before they become int32.
 
     Args:
-        layers: rows of ``detector.json``; convs have ``weight_type``, ``max_input_code``, the largest value of the
+        layers: Rows of ``detector.json``; convs have ``weight_type``, ``max_input_code``, the largest value of the
             uint8 input, and ``max_weight_code``, the largest absolute weight.
     """
     convs = [row for row in layers if row["kind"] == "conv" and row["weight_type"] == "int8"]
     wide = [row["path"] for row in convs if 2 * row["max_input_code"] * row["max_weight_code"] > INT16_MAX]
-    return list(dict.fromkeys(wide))  # a head's conv has a row for each level
+    return list(dict.fromkeys(wide))  # once, since a head's conv has a row for each level
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds that something took in each round."""
+    """The seconds of each round."""
 
     seconds: tuple[float, ...]
 
@@ -49,7 +49,7 @@ class Times:
         return statistics.median(self.seconds)
 
     def speed_up(self, other: Times) -> tuple[float, float, float]:
-        """How many times as fast as ``other``, taken within each round: median, lowest, highest."""
+        """Returns how many times as fast as ``other`` it is, within each round: median, lowest, highest."""
         ratios = [theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)]
         return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -57,8 +57,8 @@ class Times:
 def interleave(functions: Mapping[_Key, Callable[[], object]], rounds: int) -> dict[_Key, Times]:
     """Times functions in turn, so that a slow moment of the machine hits all of them.
 
-    A pause before each lets the threads of the one before it go to sleep: those of ONNX Runtime spin for some 50 ms,
-    on a core that the next one is to use. An untimed call follows it, as in use one image follows another.
+    A pause before each function lets the threads of the one before it go to sleep: ONNX Runtime's threads spin for some
+    50 ms on a core that the next function needs. An untimed call follows, since images follow each other in use, too.
     """
     for function in functions.values():
         for _ in range(_WARM_UP):
@@ -82,10 +82,10 @@ def _shown(rounds: int) -> Iterator[int]:
 
 
 def peak_memory(code: str, *arguments: str) -> int | None:
-    """Largest resident memory in bytes of a new interpreter that runs ``code``; None where Linux is missing.
+    """Returns the largest resident memory in bytes of a new interpreter that runs ``code``; None without Linux.
 
     Raises:
-        RuntimeError: if the code fails, with the last line it printed.
+        RuntimeError: If the code fails, with the last line that it printed.
     """
     if not os.path.exists("/proc/self/status"):
         return None

@@ -1,4 +1,4 @@
-"""The machine that something was measured on."""
+"""The machine of a measurement."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _VNNI_FLAGS = ("avx512_vnni", "avx_vnni")
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where something was measured.
+    """The machine of a measurement.
 
     Attributes:
-        processor: The name of its model.
-        cores: The number of cores that the machine has.
-        vnni: Its instructions that add products of 8-bit integers in int32; empty if it has none.
+        processor: The name of the processor's model.
+        cores: The number of cores.
+        vnni: The instructions that add products of 8-bit integers in int32; empty if there are none.
     """
 
     processor: str

@@ -1,8 +1,8 @@
-"""Other implementations of 4-bit training, for ``benchmark.py train --peers`` to compare with aqdet's.
+"""Other implementations of 4-bit training, which ``benchmark.py train --peers`` compares with aqdet's.
 
-A peer is the float detector with every convolution that aqdet quantizes replaced: weight, with a scale for each output
-channel, and input are quantized to the same bit widths. What aqdet does besides is left out, which makes a peer's step
-shorter: its sums and pyramid levels stay in float. All scales are learned, but for those of torch's fused kernels.
+A peer is the float detector with every convolution that aqdet quantizes replaced. The weight, with a scale for each
+output channel, and the input are quantized to the same bit widths. Sums and pyramid levels stay in float, which makes a
+peer's step shorter than aqdet's. All scales are learned, but for those of torch's fused kernels.
 """
 
 import functools
@@ -32,8 +32,8 @@ class NaiveLSQ(nn.Module):
     """LSQ (1902.08153) as a chain of tensor operations, which autograd differentiates one by one.
 
     Args:
-        spec: what to build.
-        num_channels: number of output channels, for the scales of a weight.
+        spec: The quantizer's spec.
+        num_channels: The number of output channels, for the scales of a weight.
     """
 
     def __init__(self, spec: QuantSpec, num_channels: int) -> None:
@@ -43,7 +43,7 @@ class NaiveLSQ(nn.Module):
         self.started = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, ``(O, ...)`` for a weight, to the same; the first sets the scale."""
+        """Maps any shape, ``(O, ...)`` for a weight, to the same; the first call sets the scale."""
         if not self.started:
             magnitude = x.detach().abs()
             mean = magnitude.mean(dim=(1, 2, 3), keepdim=True) if self.scale.dim() else magnitude.mean()
@@ -56,7 +56,7 @@ class NaiveLSQ(nn.Module):
 
 
 def make_torch_quantizer(module: type, spec: QuantSpec, **options: object) -> nn.Module:
-    """One of torch's fake-quantize modules, with an observer for its range; zero is the smallest unsigned code."""
+    """Returns one of torch's fake-quantize modules with an observer; zero is the smallest unsigned code."""
     quant_min, quant_max = integer_range(spec.num_bits, spec.signed)
     kind = "per_channel" if spec.per_channel else "per_tensor"
     return module(
@@ -70,35 +70,35 @@ def make_torch_quantizer(module: type, spec: QuantSpec, **options: object) -> nn
 
 
 def make_learnable(spec: QuantSpec, num_channels: int) -> nn.Module:
-    """torch's kernels with LSQ's gradients."""
+    """Returns a quantizer of torch's kernels with LSQ's gradients."""
     channels = {"channel_len": num_channels} if spec.per_channel else {}
     return make_torch_quantizer(LearnableFakeQuantize, spec, use_grad_scaling=True, **channels)
 
 
 def make_fused(spec: QuantSpec, num_channels: int) -> nn.Module:
-    """What torch's own quantization-aware training takes: the range is observed at each step, in the same kernel."""
+    """Returns the quantizer of torch's own quantization-aware training, whose kernel also observes the range."""
     return make_torch_quantizer(FusedMovingAvgObsFakeQuantize, spec)
 
 
 class FakeQuantConv2d(nn.Conv2d):
-    """Convolution of what two modules make of its input and its weight."""
+    """A convolution whose input and weight pass a module each."""
 
     quantize_input: nn.Module
     quantize_weight: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, O, H', W')``."""
+        """Maps ``(N, C, H, W)`` to ``(N, O, H', W')``."""
         return self._conv_forward(self.quantize_input(x), self.quantize_weight(self.weight), self.bias)
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    """Arguments of a convolution like ``conv``."""
+    """Returns the arguments of a convolution like ``conv``."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
 
 
 def make_fake_quant_conv(make: MakeQuantizer, conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | None) -> nn.Conv2d:
-    """A convolution with quantizers; an input that is exact has none."""
+    """Returns a convolution with quantizers; an exact input gets none."""
     layer = FakeQuantConv2d(**geometry(conv))
     layer.quantize_weight = make(weight, conv.out_channels)
     layer.quantize_input = nn.Identity() if input is None else make(input, 1)
@@ -106,7 +106,7 @@ def make_fake_quant_conv(make: MakeQuantizer, conv: nn.Conv2d, weight: QuantSpec
 
 
 def make_brevitas_conv(conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | None) -> nn.Conv2d:
-    """Brevitas's convolution with learned scales, that of the input from the statistics of its first call."""
+    """Returns Brevitas's convolution with learned scales; the input's starts from statistics of the first call."""
     from brevitas.nn import QuantConv2d
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
 
@@ -127,7 +127,7 @@ def make_brevitas_conv(conv: nn.Conv2d, weight: QuantSpec, input: QuantSpec | No
 
 
 def peers() -> dict[str, MakeConv]:
-    """The peers that are installed."""
+    """Returns the peers that are installed."""
     makers: dict[str, MakeConv] = {
         "LSQ as tensor operations": functools.partial(make_fake_quant_conv, NaiveLSQ),
         "torch, learnable fake-quantize": functools.partial(make_fake_quant_conv, make_learnable),
@@ -156,7 +156,7 @@ def convert(model: nn.Module, cfg: CfgNode, make: MakeConv) -> None:
 
 
 def start_learning(model: nn.Module) -> None:
-    """Ends what the observers of torch's learnable modules do, after the first batch."""
+    """Stops the observers of torch's learnable modules, after the first batch."""
     for module in model.modules():
         if isinstance(module, LearnableFakeQuantize):
             module.enable_param_learning()

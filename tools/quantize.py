@@ -4,9 +4,9 @@
     python tools/quantize.py --config-file X --weights W --images photos --bits 8 --output detector
     python tools/quantize.py --config-file X --weights W --dataset NAME --bits 4 --output detector
 
-The config and the checkpoint may be aqdet's or Detectron2's, as they are, of its model zoo too. Methods of calibration
-and corrections are compared by the error that they leave in the outputs. It ends with the detector in full precision
-beside the exported one, and whether training at these bits is worth it. Exit status 3: --max-loss is exceeded.
+The config and the checkpoint may be aqdet's, Detectron2's or its model zoo's, as they are. The program compares methods
+of calibration and corrections by the error of the outputs. At the end it compares the full-precision detector with the
+exported one, and says whether training at these bits is worth it. The exit status is 3 if --max-loss is exceeded.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def calibration_images(cfg: CfgNode, args: argparse.Namespace, say: Any) -> list[np.ndarray]:
-    """Images as the network reads them, (3, H, W): given ones, else the training set's, else the dataset's."""
+    """Returns images resized for the network, (3, H, W): given ones, else the training set's, else the dataset's."""
     from aqdet.export.gate import dataset_records
     from aqdet.export.images import images_of, network_image, training_images
 
@@ -111,7 +111,7 @@ def calibration_images(cfg: CfgNode, args: argparse.Namespace, say: Any) -> list
 
 
 def make_batches(images: list[np.ndarray], size: int) -> list[list[dict[str, Any]]]:
-    """Images as Detectron2's detectors take them."""
+    """Returns batches of images in the form of Detectron2's detectors."""
     import torch
 
     entries = [{"image": torch.tensor(i), "height": i.shape[1], "width": i.shape[2]} for i in images]
@@ -119,7 +119,7 @@ def make_batches(images: list[np.ndarray], size: int) -> list[list[dict[str, Any
 
 
 def save(cfg: CfgNode, checkpoint: Path, file: Path) -> None:
-    """Copies the checkpoint to where it was asked for, and writes its config beside it."""
+    """Copies the checkpoint to the given file, and writes its config beside it."""
     from aqdet.utils.files import open_replacing, write_text
 
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Trains Mask R-CNNs to see what 4 and 2 bits cost and what the path wins back, and writes the table into RESULTS.md.
 
-For each seed one full-precision start with the path on the embedded dataset, and from it runs of equal length: full
-precision, and 4 and 2 bits each with and without the path. Boxes and masks are evaluated, of the detector alone. Stop
-it at any time and run it again: it goes on where it stopped. What finished runs gave is kept where ablation.py keeps
-it, so that the table can be made in another checkout. KEY VALUE pairs after -- are for every run, as for train_net.py.
+Each seed has one full-precision start with the path on the embedded dataset, and runs of equal length from it: full
+precision, and 4 and 2 bits each with and without the path. Boxes and masks of the detector alone are evaluated. A grid
+that was stopped goes on where it stopped when it is started again. Results are kept where ablation.py keeps them, so
+that the table can be made in another checkout. KEY VALUE pairs after -- go to every run, as for train_net.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE = "model_final.pth"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is trained, apart from the seed."""
+    """A training apart from its seed."""
 
     name: str
     config: str
@@ -39,7 +39,7 @@ class Row:
     path: bool = False
 
     def overrides(self) -> list[str]:
-        """``KEY VALUE ...`` that the shipped config does not have."""
+        """Returns the ``KEY VALUE ...`` that the shipped config does not have."""
         return ["MODEL.QUANT.ENABLED", str(self.quantized), "MODEL.AUX.ENABLED", str(self.path)]
 
 
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_jobs(args: argparse.Namespace) -> dict[tuple[int, Row], Job]:
-    """The runs in their order: seed by seed, the start before what starts from it."""
+    """Returns the runs in their order: seed by seed, each start before the runs from it."""
     from jobs import Job
 
     jobs: dict[tuple[int, Row], Job] = {}
@@ -102,7 +102,7 @@ def make_jobs(args: argparse.Namespace) -> dict[tuple[int, Row], Job]:
 
 
 def make_table(seeds: list[int], done: dict[tuple[int, Row], dict[str, Any]]) -> str:
-    """The table, with differences paired by seed; "-" where a run is missing."""
+    """Returns the table, with differences paired by seed and "-" for missing runs."""
     from results_file import markdown_table, mean_and_spread
 
     def values(row: Row, task: str, key: str = "AP") -> dict[int, float]:
@@ -130,7 +130,7 @@ def make_table(seeds: list[int], done: dict[tuple[int, Row], dict[str, Any]]) ->
 
 
 def write_results(args: argparse.Namespace, jobs: dict[tuple[int, Row], Job]) -> None:
-    """The section of RESULTS.md, from what has finished, here or before."""
+    """Writes the section of RESULTS.md from the runs that have finished, here or in another checkout."""
     import torch
     from kept_runs import keep_runs
     from results_file import kept_remark, mean_and_spread, write_section
