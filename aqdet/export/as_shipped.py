@@ -33,7 +33,7 @@ class ProgramNetwork(nn.Module):
     24 bits, and else in float64.
 
     Args:
-        program: what to execute.
+        program: The program.
     """
 
     def __init__(self, program: Program) -> None:

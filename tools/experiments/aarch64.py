@@ -9,7 +9,7 @@ from pathlib import Path
 
 from debian import fetch, unpack
 
-REQUIREMENTS = ("numpy", "onnxruntime", "Pillow", "tqdm")  # of aqdet.runtime
+REQUIREMENTS = ("numpy", "onnxruntime", "Pillow", "tqdm")  # packages of aqdet.runtime
 # Newest first; pip takes none of them for granted that is not named.
 WHEELS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 # ONNX Runtime reads these on aarch64, where this machine's own would not do.
@@ -17,7 +17,7 @@ CPUINFO = "processor\t: 0\nFeatures\t: {features}\nCPU implementer\t: 0x41\nCPU 
 
 
 def debian_system(cache: Path) -> Path:
-    """Folder with Debian's Python for aarch64 and its libraries; unpacked there if it is not yet."""
+    """Returns the folder with Debian's Python for aarch64 and its libraries, and unpacks them if necessary."""
     system = cache / "aarch64"
     if not system.is_dir():
         unpack(["python3-minimal", "libpython3-stdlib", "libstdc++6"], system, "arm64")
@@ -29,7 +29,7 @@ def debian_system(cache: Path) -> Path:
 
 
 def runtime_packages(cache: Path, python: str) -> Path:
-    """Folder with the packages that the runtime needs, for aarch64, in the versions that are installed here."""
+    """Returns the folder with the runtime's packages for aarch64, in the versions that are installed here."""
     wanted = [f"{name}=={version(name)}" for name in REQUIREMENTS]
     packages = cache / "-".join(["aarch64", python, *(text.replace("==", "") for text in wanted)])
     if packages.is_dir():

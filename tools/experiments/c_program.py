@@ -1,4 +1,4 @@
-"""The C program of an exported folder: compiled for a processor, and its predictions for an image."""
+"""Compilation of an exported folder's C program for a processor, and its predictions for an image."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def build(source: Path, work: Path, *compiler: str) -> Path:
     """Compiles ``detector.c`` of a folder with a program around it.
 
     Args:
-        source: folder with ``detector.c`` and ``detector.h``.
-        work: folder for the program, ``detector``.
-        compiler: its name and flags, beside :data:`FLAGS`.
+        source: The folder with ``detector.c`` and ``detector.h``.
+        work: The folder for the program, ``detector``.
+        compiler: The compiler's name and flags, in addition to :data:`FLAGS`.
 
     Raises:
-        RuntimeError: if it does not compile without warnings, with what the compiler said first.
+        RuntimeError: If it does not compile without warnings, with the compiler's first line.
     """
     (work / "main.c").write_text(MAIN)
     command: Command = [
@@ -63,18 +63,18 @@ def build(source: Path, work: Path, *compiler: str) -> Path:
 
 
 def image_size(header: str) -> tuple[int, int]:
-    """Height and width of the image, of ``detector.h``."""
+    """Returns height and width of the image, from ``detector.h``."""
     height, width = re.search(r"DETECTOR_HEIGHT = (\d+), DETECTOR_WIDTH = (\d+)", header).groups()  # type: ignore[union-attr]
     return int(height), int(width)
 
 
 def predictions(command: Command, header: str, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Runs the program on images ``(N, 3, H, W)``; predictions ``(N, C, h, w)`` by name.
+    """Runs the program on images ``(N, 3, H, W)``; returns predictions ``(N, C, h, w)`` by name.
 
     Args:
-        command: that runs it.
-        header: text of ``detector.h``.
-        images: uint8.
+        command: The command that runs it.
+        header: The text of ``detector.h``.
+        images: The images, uint8.
     """
     import numpy as np
 

@@ -15,11 +15,11 @@ ARCHIVE = "http://deb.debian.org/debian"
 
 
 class NotHere(Exception):
-    """What a machine needs is missing; the message says what, and how to get it."""
+    """Raised if a program or package of a machine is missing; the message names it, and how to get it."""
 
 
 def program(*names: str, package: str) -> str:
-    """Path of the first of these programs that is installed."""
+    """Returns the path of the first of these programs that is installed; ``package`` has it."""
     for name in names:
         path = shutil.which(name)
         if path is not None:
@@ -30,14 +30,14 @@ def program(*names: str, package: str) -> str:
 def run_program(
     command: Command, cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, whatever its status is."""
+    """Runs a command to its end, and accepts any status."""
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=SECONDS_LIMIT, check=False
     )
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """How a command that failed ended."""
+    """Returns the exit status of a failed command, and the last line that it printed."""
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     return f"exit status {done.returncode}: {lines[-1] if lines else 'no message'}"
 
@@ -46,7 +46,7 @@ def fetch(command: Command, purpose: str, cwd: Path | None = None) -> None:
     """Runs a command that fetches or unpacks something.
 
     Raises:
-        NotHere: if it fails.
+        NotHere: If it fails.
     """
     done = run_program(command, cwd)
     if done.returncode:
@@ -57,14 +57,14 @@ def unpack(packages: Sequence[str], system: Path, architecture: str, *, suite: s
     """Unpacks Debian packages into a folder, which is written whole or not at all; nothing is installed.
 
     Args:
-        packages: their names.
-        system: folder to make, as the root of a file system.
-        architecture: Debian's name of the processor, as ``arm64``.
-        suite: release of Debian; "" for the one that this machine has its packages from.
-        alone: without what they need.
+        packages: The names of the packages.
+        system: The folder to make, which becomes the root of a file system.
+        architecture: Debian's name of the processor, such as ``arm64``.
+        suite: The release of Debian; "" for the one of this machine's packages.
+        alone: Whether to leave out the packages that they depend on.
 
     Raises:
-        NotHere: if apt or dpkg is missing or fails, or there is no network.
+        NotHere: If apt or dpkg is missing or fails, or there is no network.
     """
     apt, dpkg = program("apt-get", package="apt"), program("dpkg", package="dpkg")
     system.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def unpack(packages: Sequence[str], system: Path, architecture: str, *, suite: s
         work = Path(temporary)
         for folder in ("lists/partial", "archives/partial", "system"):
             (work / folder).mkdir(parents=True)
-        (work / "status").touch()  # as if nothing was installed: the packages of this machine are not asked for
+        (work / "status").touch()  # an empty status: packages of this machine do not count as installed
         options = [f"Dir::State::lists={work}/lists", f"Dir::State::status={work}/status", f"Dir::Cache={work}"]
         options += [f"APT::Architecture={architecture}", f"APT::Architectures={architecture}"]
         options += ["APT::Sandbox::User=", "Debug::NoLocking=1"]

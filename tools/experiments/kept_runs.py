@@ -1,4 +1,4 @@
-"""What finished runs gave, in a file of the repository, so that a grid of trainings can go on in another checkout."""
+"""The results of finished runs, in a file of the repository, so that a grid can go on in another checkout."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Does an exported detector compute the same on other machines, to the bit?
+"""Checks that an exported detector computes the same on other machines, to the bit.
 
     python tools/experiments/other_machines.py DIR [DIR ...]
 
-Writes golden vectors with the codes of all layers of each folder on this machine, and runs the runtime's self-test on
-them on processors that QEMU emulates; runs the same with ONNX Runtime in JavaScript:
+The program writes golden vectors with the codes of all layers of each folder on this machine, and runs the runtime's
+self-test on them on processors that QEMU emulates. It runs the same with ONNX Runtime in JavaScript:
 
     here         this machine, against the golden vectors in the folder, and with those of all layers
     x86-avx2     x86-64 with AVX2, without AVX-512 and VNNI (Haswell)
@@ -83,14 +83,14 @@ main([sys.argv[1], "--self-test", "--threads", "1"])
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a machine found.
+    """The result of a machine.
 
     Attributes:
-        machine: its name.
-        about: the processor and versions, as far as the machine told.
-        checks: comparisons; empty if it did not run.
-        seconds: that it took.
-        skipped: why it did not run; "" if it did.
+        machine: The machine's name.
+        about: The processor and versions, as far as they are known.
+        checks: The comparisons; empty if it did not run.
+        seconds: The duration of the run.
+        skipped: The reason why it did not run; "" if it did.
     """
 
     machine: str
@@ -118,7 +118,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def inner_codes(model: str | os.PathLike[str]) -> list[str]:
-    """Names of all tensors of ``model.onnx`` that are integer codes between the image and the predictions."""
+    """Returns the names of the tensors of ``model.onnx`` that are integer codes."""
     import onnx
 
     nodes = onnx.load(model).graph.node
@@ -130,9 +130,9 @@ def write_all_layers(folder: Path, target: Path, image: np.ndarray | None) -> No
     """Copies what is executed of an exported folder, with golden vectors of all layers as this machine has them.
 
     Args:
-        folder: exported detector.
-        target: folder to write.
-        image: ``(H, W, 3)`` uint8 in BGR order; None for the one of the folder's own golden vectors.
+        folder: The exported detector.
+        target: The folder to write.
+        image: ``(H, W, 3)`` uint8 in BGR order; None for the image of the folder's own golden vectors.
     """
     import numpy as np
 
@@ -158,9 +158,9 @@ def self_test(command: Command, folder: Path, packages: Sequence[Path] = ()) -> 
     """Runs the runtime's self-test with an interpreter.
 
     Args:
-        command: that runs the interpreter.
-        folder: exported detector with golden vectors.
-        packages: folders to import from, beside this checkout.
+        command: The command that runs the interpreter.
+        folder: The exported detector with golden vectors.
+        packages: Folders to import from, in addition to this checkout.
     """
     # Variables of OpenBLAS choose kernels for this processor, which others cannot execute.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
@@ -171,7 +171,7 @@ def self_test(command: Command, folder: Path, packages: Sequence[Path] = ()) -> 
 
 
 def read_self_test(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """What a self-test printed."""
+    """Returns the checks that a self-test has printed."""
     from aqdet.runtime.golden import Check
 
     stdout = done.stdout
@@ -302,7 +302,7 @@ def write_with_outputs(model: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def counted(checks: Sequence[Check], prefix: str) -> str:
-    """How many values are equal, of how many that were compared, among the checks whose name starts so."""
+    """Returns the numbers of equal and of compared values in the checks whose name starts with a prefix."""
     equal = total = 0
     for check in checks:
         numbers = [int(text.replace(",", "")) for text in re.findall(r"\d[\d,]*", check.text)]
@@ -314,7 +314,7 @@ def counted(checks: Sequence[Check], prefix: str) -> str:
 
 
 def print_outcomes(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Prints a table, and below it what differs and what was left out."""
+    """Prints a table, and below it the differences and the machines that were left out."""
     print(f"\n{folder}\n\n| machine | equal codes | equal outputs | detections | seconds |\n|---|---|---|---|---|")
     for outcome in outcomes:
         if not outcome.skipped:

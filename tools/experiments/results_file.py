@@ -11,7 +11,7 @@ from pathlib import Path
 from aqdet.utils.files import write_text
 
 LEFT_OUT = "Left out"
-"""Begins the last paragraph of a section, where a grid has not all run."""
+"""The beginning of the last paragraph of a section, if some runs of a grid are missing."""
 
 
 def mean_and_spread(values: Sequence[float | None]) -> str:
