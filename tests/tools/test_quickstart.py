@@ -1,8 +1,13 @@
+import json
+import sys
+
+import jobs
 import pytest
 from helpers import load_tool
 
 from aqdet.config import load_config
 from aqdet.engine import check_config
+from aqdet.evaluation.coco import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +45,19 @@ def test_it_takes_less_than_eight_minutes_on_two_cores_without_vnni(tool, tmp_pa
     jobs = tool.make_jobs(str(tmp_path), short=False)
     aux, plain, full = (jobs[key].work for key in ("lsq_w4a4_aux", "lsq_w4a4", "fp_bn"))
     assert jobs["start"].work / 2 + max(aux, plain + full) + tool.PICTURE_SECONDS < 8 * 60 / 1.2
+
+
+def test_it_says_what_the_table_shows(tool, tmp_path, monkeypatch, capsys):
+    def describe(key, job):
+        size = 6000 if key == "fp_bn" else 1500
+        return {"detector": key, **dict.fromkeys(METRICS, 20.0), "parameters": 1000, "weight bytes": size}
+
+    monkeypatch.setattr(jobs, "run_jobs", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tool, "describe", describe)
+    monkeypatch.setattr(tool, "make_picture", lambda jobs, path: None)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--short", "--output", str(tmp_path)])
+    tool.main()
+    shown = capsys.readouterr().out
+    assert "| lsq_w4a4_aux" in shown and "take 1/4.0 of the bytes" in shown
+    assert "One seed, 4 + 4 iterations and 200 images cannot tell" in shown
+    assert [row["detector"] for row in json.loads((tmp_path / "results.json").read_text())] == list(tool.VARIANTS)
