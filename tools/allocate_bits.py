@@ -17,7 +17,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from aqdet.utils.arguments import file_to_read, file_to_write, integer, number
+from aqdet.utils.arguments import add_overrides, add_plan_size, file_to_read, file_to_write, number
 from aqdet.utils.console import run_console
 from aqdet.utils.files import write_text
 
@@ -45,15 +45,8 @@ def parse_args() -> argparse.Namespace:
     budget.add_argument("--budget-size", type=size_in_bytes, metavar="1.5MB", help="size of the packed weights")
     budget.add_argument("--budget-gbops", type=number(0, 1e9), help="billions of bit operations for one image")
     budget.add_argument("--max-loss", type=number(0, 1e9), help="sum of the measured costs; as few operations as that")
-    parser.add_argument(
-        "--size",
-        type=integer(32, multiple_of=32),
-        nargs=2,
-        default=(640, 640),
-        metavar=("H", "W"),
-        help="image of the plans that are printed, in pixels (default: 640 640)",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_plan_size(parser, "image of the plans that are printed, in pixels")
+    add_overrides(parser)
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 
-from aqdet.utils.arguments import Distinct, existing, file_to_read, integer
+from aqdet.utils.arguments import Distinct, add_overrides, existing, file_to_read, integer
 from aqdet.utils.console import run_console
 
 
@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--size", type=positive, default=320, help="height and width of the image (default: %(default)s)")
     sub.add_argument("--threads", type=positive, default=os.cpu_count(), help="threads (default: %(default)s)")
     sub.add_argument("--rounds", type=positive, default=30, help="measured runs of each network (default: %(default)s)")
-    sub.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_overrides(sub)
     sub.set_defaults(run=run_export)
     sub = commands.add_parser("count", help=run_count.__doc__)
     sub.add_argument("--config-file", type=file_to_read, action="append", required=True, help="may be repeated")
@@ -106,7 +106,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="also print the N operations that move most, and every wait (default: %(default)s)",
     )
-    sub.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_overrides(sub)
     sub.add_argument(
         "--kernels",
         default="fused",

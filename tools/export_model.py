@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from aqdet.utils.arguments import folder_to_write, integer, number, regex
+from aqdet.utils.arguments import add_export_options, add_overrides, integer, regex
 from aqdet.utils.console import run_console
 
 USER_ERROR = 2
@@ -18,9 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", help="checkpoint of quantized training (default: MODEL.WEIGHTS)")
-    parser.add_argument(
-        "--output", type=folder_to_write, required=True, help="folder to write; an exported detector there is replaced"
-    )
+    add_export_options(parser)
     # Each may be given several times: what follows the last option is KEY VALUE pairs.
     parser.add_argument(
         "--images", action="append", default=[], metavar="PATH", help="image or folder to measure the agreement on"
@@ -31,19 +29,6 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME",
         default="",
         help="evaluate the trained and the exported model on it (with --max-loss: the run's DATASETS.TEST by default)",
-    )
-    parser.add_argument(
-        "--max-loss",
-        type=number(0.0, 100.0),
-        metavar="AP",
-        help="exit with 3 and write nothing where the exported model's AP is lower by more, in points",
-    )
-    parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
-    parser.add_argument("--licence", default="", help="licence of the weights, for the folder's README.md")
-    parser.add_argument(
-        "--end-to-end",
-        action="store_true",
-        help="also write model.end_to_end.onnx: uint8 images in, boxes, scores and classes out",
     )
     parser.add_argument(
         "--qonnx",
@@ -73,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         metavar="REGEX",
         help="operations that may compute in float, by name",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_overrides(parser)
     return parser.parse_args()
 
 

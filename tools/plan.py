@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 import sys
 
-from aqdet.utils.arguments import file_to_write, integer
+from aqdet.utils.arguments import add_overrides, add_plan_size, file_to_write
 from aqdet.utils.console import run_console
 from aqdet.utils.files import write_json
 
@@ -13,16 +13,9 @@ from aqdet.utils.files import write_json
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
-    parser.add_argument(
-        "--size",
-        type=integer(32, multiple_of=32),
-        nargs=2,
-        default=(640, 640),
-        metavar=("H", "W"),
-        help="image in pixels (default: 640 640)",
-    )
+    add_plan_size(parser, "image in pixels")
     parser.add_argument("--json", type=file_to_write, help="also write the rows and totals to this file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_overrides(parser)
     return parser.parse_args()
 
 

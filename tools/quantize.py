@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqdet.utils.arguments import existing, file_to_write, folder_to_write, integer, number
+from aqdet.utils.arguments import add_export_options, add_overrides, existing, file_to_write, integer
 from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="config of the full-precision detector")
     parser.add_argument("--weights", help="its checkpoint (default: MODEL.WEIGHTS)")
-    parser.add_argument(
-        "--output", type=folder_to_write, required=True, help="folder to write; an exported detector there is replaced"
-    )
+    add_export_options(parser)
     parser.add_argument(
         "--bits",
         type=integer(2, 8),
@@ -66,25 +64,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-images", type=integer(1), default=64, help="most images to calibrate on (default: 64)")
     parser.add_argument("--batch-size", type=integer(1), default=4, help="images in a calibration batch (default: 4)")
     parser.add_argument(
-        "--max-loss",
-        type=number(0.0, 100.0),
-        metavar="AP",
-        help="exit with 3 and write nothing where AP on --dataset is lower by more than so many points",
-    )
-    parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
-    parser.add_argument("--licence", default="", help="licence of the weights, for the folder's README.md")
-    parser.add_argument(
-        "--end-to-end",
-        action="store_true",
-        help="also write model.end_to_end.onnx: uint8 images in, boxes, scores and classes out",
-    )
-    parser.add_argument(
         "--save-checkpoint",
         type=file_to_write,
         metavar="FILE",
         help="also write the quantized checkpoint, from which export_model.py goes on, and its config (.yaml)",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_overrides(parser)
     args = parser.parse_args()
     if args.max_loss is not None and not args.dataset:
         parser.error("argument --max-loss: name the --dataset that it is measured on")

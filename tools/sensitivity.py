@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqdet.utils.arguments import Distinct, folder_to_write, integer
+from aqdet.utils.arguments import Distinct, add_overrides, add_plan_size, folder_to_write, integer
 from aqdet.utils.console import run_console
 from aqdet.utils.files import replacing, write_json
 
@@ -39,15 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=integer(1), default=8, help="number of batches of training data (default: %(default)s)"
     )
-    parser.add_argument(
-        "--size",
-        type=integer(32, multiple_of=32),
-        nargs=2,
-        default=(640, 640),
-        metavar=("H", "W"),
-        help="image in pixels for which MACs are counted (default: 640 640)",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_plan_size(parser, "image in pixels for which MACs are counted")
+    add_overrides(parser)
     return parser.parse_args()
 
 

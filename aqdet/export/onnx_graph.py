@@ -19,19 +19,18 @@ The graph is written for ONNX Runtime on x86, which runs it on integers alone:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from .. import __version__
 from .containers import int8_parts
 from .packed_weights import packed_bits, write_weight
-from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
+from .program import IMAGE, Add, Conv, Grid, PadImage, Program, Requantize
+from .program_writer import ProgramWriter, geometry
 
 CHANNELS_TOGETHER = 4
 """ONNX Runtime's fastest integer convolution reads so many at once, or a multiple: 8 take less time than 6."""
@@ -60,8 +59,8 @@ def build_onnx(
     return GraphBuilder(program).build(extra_outputs, metadata)
 
 
-class GraphBuilder:
-    """Writes a program node by node.
+class GraphBuilder(ProgramWriter):
+    """Writes a program node by node, in pairs of QuantizeLinear and DequantizeLinear.
 
     Args:
         program: The program.
@@ -71,55 +70,16 @@ class GraphBuilder:
     """ONNX's type of the integer values."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self.grids = program.grids()
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, TensorProto] = {}
+        super().__init__(program)
         self.written_weights: dict[tuple[str, bytes, bytes], str] = {}
-        self._by_content: dict[bytes, str] = {}
         self._places: dict[tuple[Any, ...], str] = {}
 
     def build(self, extra_outputs: bool, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
         """Builds the model; see :func:`build_onnx`."""
-        for operation in self.program.operations:
-            if isinstance(operation, PadImage):
-                self.pad_image(operation)
-            elif isinstance(operation, Conv):
-                if operation.grid is None:
-                    self.predict(operation)
-                else:
-                    self.conv(operation)
-            elif isinstance(operation, Requantize):
-                self.requantize(operation)
-            elif isinstance(operation, Add):
-                self.add(operation)
-            elif isinstance(operation, MaxPool):
-                self.max_pool(operation)
-            else:
-                self.upsample(operation.input, operation.output)
+        self.write_operations()
         return self.model(extra_outputs, metadata or {})
 
     # --- parts ---
-
-    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Adds a node that is named after its one output, and returns that name."""
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def constant(self, name: str, value: Any, dtype: Any) -> str:
-        """Adds an initializer, shared with any other of the same content, and returns its name."""
-        return self.initializer(numpy_helper.from_array(np.array(value, dtype, order="C"), name))
-
-    def initializer(self, tensor: TensorProto) -> str:
-        """Adds a tensor as :meth:`constant` does an array."""
-        content = f"{tensor.data_type} {list(tensor.dims)} ".encode() + tensor.raw_data
-        digest = hashlib.sha256(content).digest()
-        if digest not in self._by_content:
-            while tensor.name in self.initializers:  # of other content, for example a level's own weights
-                tensor.name += "_"
-            self._by_content[digest] = tensor.name
-            self.initializers[tensor.name] = tensor
-        return self._by_content[digest]
 
     def zero_point(self, grid: Grid) -> str:
         """Returns the name of the initializer with a grid's zero point."""
@@ -172,17 +132,6 @@ class GraphBuilder:
         inputs = [integers, self.constant(f"{name}_scale", scale, np.float32), zeros]
         return self.node("DequantizeLinear", inputs, name, axis=0)
 
-    @staticmethod
-    def geometry(operation: Conv) -> dict[str, Any]:
-        """Returns the attributes of a convolution's node: kernel, stride, padding, dilation and groups."""
-        return {
-            "kernel_shape": list(operation.weight.shape[2:]),
-            "strides": list(operation.stride),
-            "pads": [*operation.padding, *operation.padding],
-            "dilations": list(operation.dilation),
-            "group": operation.groups,
-        }
-
     # --- operations ---
 
     def pad_image(self, operation: PadImage) -> None:
@@ -221,7 +170,7 @@ class GraphBuilder:
             self.real_constant(f"{name}.weight", weight, operation.scale, np.int8),
             self.real_constant(f"{name}.real_bias", bias, unit, np.int32),
         ]
-        self.node("Conv", inputs, f"{name}.real", **self.geometry(operation))
+        self.node("Conv", inputs, f"{name}.real", **geometry(operation))
         self.quantized(f"{name}.real", name)
 
     def predict(self, operation: Conv) -> None:
@@ -316,25 +265,6 @@ class GraphBuilder:
         self.node("Add", inputs, f"{operation.output}.real")
         self.quantized(f"{operation.output}.real", operation.output, 1.0)
 
-    def max_pool(self, operation: MaxPool) -> None:
-        """Adds a maximum over windows, which stays on its input's grid."""
-        self.pool_node(operation, operation.input, operation.output)
-
-    def pool_node(self, operation: MaxPool, source: str, output: str) -> str:
-        """Adds the MaxPool node of :meth:`max_pool` between two names."""
-        window: dict[str, Any] = {"kernel_shape": [operation.kernel] * 2, "strides": [operation.stride] * 2}
-        return self.node("MaxPool", [source], output, pads=[operation.padding] * 4, **window)
-
-    def upsample(self, source: str, output: str) -> None:
-        """Adds the repetition of every value twice in height and width."""
-        self.resize_node(source, output)
-
-    def resize_node(self, source: str, output: str) -> str:
-        """Adds the Resize node of :meth:`upsample` between two names."""
-        scales = self.constant("upsample_scales", [1, 1, 2, 2], np.float32)
-        rule = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return self.node("Resize", [source, "", scales], output, **rule)
-
     # --- model ---
 
     def model(self, extra_outputs: bool, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -357,18 +287,7 @@ class GraphBuilder:
                 for operation in self.program.operations
                 if operation.output in written - known
             ]
-        graph = helper.make_graph(
-            self.nodes, "aqdet", [image], outputs, list(self.initializers.values()), doc_string=DESCRIPTION
-        )
-        opsets = [helper.make_opsetid("", OPSET)]
-        model = helper.make_model(
-            graph,
-            opset_imports=opsets,
-            ir_version=_IR_VERSION,
-            producer_name="aqdet",
-            producer_version=__version__,
-            doc_string=DESCRIPTION,
-        )
+        model = self.make_model([image], outputs, {"": OPSET}, _IR_VERSION, DESCRIPTION)
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         return model

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from .. import __version__
-from .program import IMAGE, Add, Conv, Grid, MaxPool, PadImage, Program, Requantize
+from .program import IMAGE, Add, Conv, Grid, PadImage, Program, Requantize
+from .program_writer import ProgramWriter, geometry
 from .reference import conv_multiplier
 
 DOMAIN = "qonnx.custom_op.general"
@@ -46,30 +46,13 @@ def build_qonnx(program: Program, height: int, width: int) -> onnx.ModelProto:
     return _Builder(program).build(height, width)
 
 
-class _Builder:
+class _Builder(ProgramWriter):
     def __init__(self, program: Program) -> None:
-        self.program, self.grids = program, program.grids()
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[tuple[bytes, str, tuple[int, ...]], TensorProto] = {}
+        super().__init__(program)
         self._weights: dict[tuple[bytes, int], str] = {}
 
     def build(self, height: int, width: int) -> onnx.ModelProto:
-        for operation in self.program.operations:
-            if isinstance(operation, PadImage):
-                self.pad_image(operation)
-            elif isinstance(operation, Conv):
-                self.conv(operation)
-            elif isinstance(operation, Requantize):
-                self.requantize(operation)
-            elif isinstance(operation, Add):
-                self.add(operation)
-            elif isinstance(operation, MaxPool):
-                window = {"kernel_shape": [operation.kernel] * 2, "strides": [operation.stride] * 2}
-                self.op("MaxPool", [operation.input], operation.output, pads=[operation.padding] * 4, **window)
-            else:
-                scales = self.constant(f"{operation.output}.scales", [1, 1, 2, 2])
-                rule = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
-                self.op("Resize", [operation.input, "", scales], operation.output, **rule)
+        self.write_operations()
         channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
         outputs = [
             helper.make_tensor_value_info(
@@ -79,25 +62,7 @@ class _Builder:
             for name in level.names
         ]
         image = helper.make_tensor_value_info(IMAGE, TensorProto.FLOAT, [1, 3, height, width])
-        graph = helper.make_graph(self.nodes, "aqdet", [image], outputs, list(self.constants.values()))
-        return helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-            ir_version=_IR_VERSION,
-            producer_name="aqdet",
-            producer_version=__version__,
-        )
-
-    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        array = np.array(value, dtype, order="C")
-        key = (array.tobytes(), str(array.dtype), array.shape)
-        if key not in self.constants:
-            self.constants[key] = numpy_helper.from_array(array, name)
-        return self.constants[key].name
+        return self.make_model([image], outputs, {"": OPSET, DOMAIN: 1}, _IR_VERSION)
 
     def per_channel(self, name: str, values: NDArray[Any]) -> str:
         return self.constant(name, values.reshape(1, -1, 1, 1))
@@ -116,7 +81,7 @@ class _Builder:
             self.constant(f"bits_{bits}", float(bits)),
         ]
         rule = {"signed": int(signed), "narrow": narrow, "rounding_mode": "ROUND"}
-        return self.op("Quant", [x, *parameters], output, domain=DOMAIN, **rule)
+        return self.node("Quant", [x, *parameters], output, domain=DOMAIN, **rule)
 
     def onto(self, real: str, output: str) -> None:
         grid = self.grids[output]
@@ -130,13 +95,13 @@ class _Builder:
         pads = self.constant("image_pads", [0, 0, vertical, horizontal] * 2, np.int64)
         if len(set(operation.values)) == 1:
             code = self.constant("pad_code", float(operation.values[0]))
-            self.op("Pad", [pixels, pads, code], operation.output, mode="constant")
+            self.node("Pad", [pixels, pads, code], operation.output, mode="constant")
             return
         # Pad has one value for all channels: it pads by zero, between a subtraction and an addition of whole numbers.
         codes = self.per_channel("pad_codes", np.array(operation.values))
-        centred = self.op("Sub", [pixels, codes], f"{operation.output}.centred")
-        padded = self.op("Pad", [centred, pads], f"{operation.output}.around_zero", mode="constant")
-        self.op("Add", [padded, codes], operation.output)
+        centred = self.node("Sub", [pixels, codes], f"{operation.output}.centred")
+        padded = self.node("Pad", [centred, pads], f"{operation.output}.around_zero", mode="constant")
+        self.node("Add", [padded, codes], operation.output)
 
     def weight(self, conv: Conv) -> str:
         """Returns a weight behind its Quant, shared by the levels of the pyramid."""
@@ -151,25 +116,24 @@ class _Builder:
 
     def conv(self, operation: Conv) -> None:
         name = operation.output
-        sums = self.op(
+        sums = self.node(
             "Conv",
             [operation.input, self.weight(operation)],
             f"{name}.products",
-            kernel_shape=list(operation.weight.shape[2:]),
-            strides=list(operation.stride),
-            pads=[*operation.padding, *operation.padding],
-            dilations=list(operation.dilation),
-            group=operation.groups,
+            **geometry(operation),
         )
         factor = operation.sign.astype(np.float32) * operation.multiple
         if (factor != 1).any():
-            sums = self.op("Mul", [sums, self.per_channel(f"{name}.factor", factor)], f"{name}.scaled")
-        sums = self.op("Add", [sums, self.per_channel(f"{name}.bias", operation.bias)], f"{name}.sums")
+            sums = self.node("Mul", [sums, self.per_channel(f"{name}.factor", factor)], f"{name}.scaled")
+        sums = self.node("Add", [sums, self.per_channel(f"{name}.bias", operation.bias)], f"{name}.sums")
         multiplier = self.per_channel(f"{name}.multiplier", conv_multiplier(operation, self._scale(operation.input)))
         if operation.grid is None:
-            self.op("Mul", [sums, multiplier], name)
+            self.node("Mul", [sums, multiplier], name)
         else:
-            self.onto(self.op("Mul", [sums, multiplier], f"{name}.real"), name)
+            self.onto(self.node("Mul", [sums, multiplier], f"{name}.real"), name)
+
+    def predict(self, operation: Conv) -> None:
+        self.conv(operation)
 
     def requantize(self, operation: Requantize) -> None:
         source, name = self.grids[operation.input], operation.output
@@ -177,19 +141,19 @@ class _Builder:
         codes = np.arange(source.quant_min, source.quant_max + 1).astype(np.float32)
         ratio = ours / theirs
         if np.array_equal(np.rint(codes * ratio), np.rint(codes * ours / theirs)):
-            real = self.op("Mul", [operation.input, self.constant(f"{name}.ratio", ratio)], f"{name}.real")
+            real = self.node("Mul", [operation.input, self.constant(f"{name}.ratio", ratio)], f"{name}.real")
         else:
-            real = self.op("Mul", [operation.input, self.constant(f"{name}.source", ours)], f"{name}.value")
-            real = self.op("Div", [real, self.constant(f"{name}.step", theirs)], f"{name}.real")
+            real = self.node("Mul", [operation.input, self.constant(f"{name}.source", ours)], f"{name}.value")
+            real = self.node("Div", [real, self.constant(f"{name}.step", theirs)], f"{name}.real")
         self.onto(real, name)
 
     def add(self, operation: Add) -> None:
         name = operation.output
         terms = [
-            self.op("Mul", [x, self.constant(f"{name}.ratio_{i}", m / 2**operation.shift)], f"{name}.term_{i}")
+            self.node("Mul", [x, self.constant(f"{name}.ratio_{i}", m / 2**operation.shift)], f"{name}.term_{i}")
             for i, (x, m) in enumerate(zip(operation.inputs, operation.multipliers, strict=True))
         ]
-        self.onto(self.op("Add", terms, f"{name}.real"), name)
+        self.onto(self.node("Add", terms, f"{name}.real"), name)
 
     def _scale(self, name: str) -> float:
         grid: Grid = self.grids[name]

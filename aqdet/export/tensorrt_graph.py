@@ -22,6 +22,7 @@ from onnx import TensorProto
 from .containers import INT8_LIMIT
 from .onnx_graph import GraphBuilder
 from .program import Conv, Grid, MaxPool, PadImage, Program, Requantize
+from .program_writer import geometry
 
 INT8_MIN, INT8_MAX = -128, 127
 _IMAGE_SHIFT = 128
@@ -117,7 +118,7 @@ class _TensorRTBuilder(GraphBuilder):
         unit: NDArray[Any] = operation.scale.astype(np.float64) * self.grids[source].scale
         bias = self.constant(f"{operation.output}.bias", sums * unit, np.float32)
         inputs = [self.dequantized(source, operation.output), real_weight, bias]
-        return self.node("Conv", inputs, output, **self.geometry(operation))
+        return self.node("Conv", inputs, output, **geometry(operation))
 
     def conv(self, operation: Conv) -> None:
         self.quantized(self.convolved(operation, f"{operation.output}.real"), operation.output)

@@ -43,7 +43,17 @@ def _head_norm(norm: Any) -> Any:
     return _group_norm if norm == "GN" else norm
 
 
-class QuantRetinaNetHead(RetinaNetHead):
+class ReadsPyramid:
+    """A head of Detectron2's that reads pyramid levels, or regions pooled from them, which may be negative or not."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
+        """Builds Detectron2's arguments and ``signed_input``; levels are unsigned where the FPN ends in ReLU."""
+        arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]
+        return {**arguments, "signed_input": not cfg.MODEL.FPN.RELU}
+
+
+class QuantRetinaNetHead(ReadsPyramid, RetinaNetHead):
     """Detectron2's RetinaNet head with a declared site at every convolution.
 
     Norm ``"BN"`` or ``"SyncBN"`` is one batch norm per pyramid level (AQD, 2007.06919), as in Detectron2.
@@ -66,12 +76,6 @@ class QuantRetinaNetHead(RetinaNetHead):
                 logits.append(run_tower([*self.cls_subnet, self.cls_score], feature))
                 deltas.append(run_tower([*self.bbox_subnet, self.bbox_pred], feature))
         return logits, deltas
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Builds Detectron2's arguments; the levels are unsigned where the FPN ends in ReLU."""
-        arguments = super().from_config(cfg, input_shape)
-        return {**arguments, "signed_input": not cfg.MODEL.FPN.RELU}
 
 
 class QuantFCOSHead(FCOSHead):

@@ -34,6 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import LAYER_KINDS, declare_site
 from ..quantization import quantizers
+from .heads import ReadsPyramid
 
 ROI_PARTS = ("box", "mask", "keypoint")
 """Values of ``MODEL.AUX.ROI_HEADS``."""
@@ -73,7 +74,7 @@ def _norms_at_rest(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
-class QuantFastRCNNConvFCHead(FastRCNNConvFCHead):
+class QuantFastRCNNConvFCHead(ReadsPyramid, FastRCNNConvFCHead):
     """Detectron2's box head, of convolutions with norm and fully connected layers, with a declared site at each.
 
     Args:
@@ -93,14 +94,9 @@ class QuantFastRCNNConvFCHead(FastRCNNConvFCHead):
         with _norms_at_rest(self, x):
             return super().forward(x)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Detectron2's arguments; regions are unsigned where the FPN ends in ReLU."""
-        return {**super().from_config(cfg, input_shape), "signed_input": not cfg.MODEL.FPN.RELU}
-
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class QuantMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
+class QuantMaskRCNNConvUpsampleHead(ReadsPyramid, MaskRCNNConvUpsampleHead):
     """Detectron2's mask head with a declared site at every convolution and at the deconvolution.
 
     Args:
@@ -120,14 +116,9 @@ class QuantMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         with _norms_at_rest(self, x):
             return super().layers(x)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Detectron2's arguments; regions are unsigned where the FPN ends in ReLU."""
-        return {**super().from_config(cfg, input_shape), "signed_input": not cfg.MODEL.FPN.RELU}
-
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
-class QuantKRCNNConvDeconvUpsampleHead(KRCNNConvDeconvUpsampleHead):
+class QuantKRCNNConvDeconvUpsampleHead(ReadsPyramid, KRCNNConvDeconvUpsampleHead):
     """Detectron2's keypoint head with a declared site at every convolution and at the deconvolution.
 
     Args:
@@ -144,11 +135,6 @@ class QuantKRCNNConvDeconvUpsampleHead(KRCNNConvDeconvUpsampleHead):
     def layers(self, x: Tensor) -> Tensor:
         """Maps ``(R, C, S, S)`` to logits ``(R, K, 4 S, 4 S)``, of which Detectron2's loss takes views."""
         return super().layers(x).contiguous()  # quantized convolutions may have channels last
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Detectron2's arguments; regions are unsigned where the FPN ends in ReLU."""
-        return {**super().from_config(cfg, input_shape), "signed_input": not cfg.MODEL.FPN.RELU}
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -9,14 +9,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, StandardRPNHead
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..layers import declare_site, shared_weights
+from .heads import ReadsPyramid
 
 
 class SampledAnchors(NamedTuple):
@@ -34,7 +34,7 @@ class SampledAnchors(NamedTuple):
 
 
 @RPN_HEAD_REGISTRY.register()
-class QuantRPNHead(StandardRPNHead):
+class QuantRPNHead(ReadsPyramid, StandardRPNHead):
     """Detectron2's RPN head with a declared site at every convolution.
 
     Args:
@@ -57,11 +57,6 @@ class QuantRPNHead(StandardRPNHead):
         """See Detectron2's; the weights, shared over the levels, are quantized once."""
         with shared_weights(self):
             return super().forward(features)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Detectron2's arguments; the levels are unsigned where the FPN ends in ReLU."""
-        return {**super().from_config(cfg, input_shape), "signed_input": not cfg.MODEL.FPN.RELU}
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

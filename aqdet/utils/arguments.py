@@ -1,6 +1,6 @@
-"""Types of command line arguments, shared by the programs of tools/.
+"""Types of command line arguments, and arguments that several programs of tools/ have.
 
-Each refuses a value when it is parsed, with argparse's one line that names the option, the value and what is valid.
+Each type refuses a value when it is parsed, with argparse's one line: the option, the value and what is valid.
 No slow library is imported here, so that ``--help`` opens at once.
 """
 
@@ -114,6 +114,47 @@ class Distinct(argparse.Action):
         if repeated:
             raise argparse.ArgumentError(self, f"{repeated[0]} is given twice")
         setattr(namespace, self.dest, values)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds ``opts``, the ``KEY VALUE`` pairs that end a command line: the last argument to add."""
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+
+
+def add_plan_size(parser: argparse.ArgumentParser, image: str) -> None:
+    """Adds ``--size H W``, of the image for which a plan counts operations.
+
+    Args:
+        image: Words for the help that say which image it is.
+    """
+    parser.add_argument(
+        "--size",
+        type=integer(32, multiple_of=32),
+        nargs=2,
+        default=(640, 640),
+        metavar=("H", "W"),
+        help=f"{image} (default: 640 640)",
+    )
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what the programs that write an exported detector have in common."""
+    parser.add_argument(
+        "--output", type=folder_to_write, required=True, help="folder to write; an exported detector there is replaced"
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=number(0.0, 100.0),
+        metavar="AP",
+        help="exit with 3 and write nothing where AP on --dataset is lower by more than so many points",
+    )
+    parser.add_argument("--force", action="store_true", help="export in spite of ranges or a loss that stop it")
+    parser.add_argument("--licence", default="", help="licence of the weights, for the folder's README.md")
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="also write model.end_to_end.onnx: uint8 images in, boxes, scores and classes out",
+    )
 
 
 def detectron2_parser(description: str | None = None) -> argparse.ArgumentParser:

@@ -12,7 +12,8 @@ def test_mixed_precision_that_skips_every_step_is_not_silent():
     parameter = torch.nn.Parameter(torch.ones(1))
     for scale in (2.0**-16, 2.0**-17):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        trainer = CheckedAMPTrainer(torch.nn.Linear(1, 1), [], torch.optim.SGD([parameter], 0.1), scaler)
+        optimizer = torch.optim.SGD([parameter], 0.1)
+        trainer = CheckedAMPTrainer(torch.nn.Linear(1, 1), [], optimizer, grad_scaler=scaler)
         with EventStorage(0):
             if scale == 2.0**-16:
                 trainer._write_metrics({"loss": torch.ones(())}, 0.0)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aqdet.utils.arguments import file_to_read, folder_to_write, integer
+from aqdet.utils.arguments import add_overrides, file_to_read, folder_to_write, integer
 from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         "--output", type=folder_to_write, default="output/gradients", help="folder of the table and the plot"
     )
     parser.add_argument("--section", help="also write the summary into RESULTS.md, under this name")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as for train_net.py")
+    add_overrides(parser)
     return parser.parse_args()
 
 

@@ -27,6 +27,9 @@ from .yolo import read_yolo
 __all__ = ["FORMATS", "Format", "Source"]
 
 
+_Reader = Callable[[Declaration, Report], Source]
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """
@@ -48,7 +51,7 @@ class Format:
     name: str
     layout: str
     example: str
-    read: Callable[[Declaration, Report], Source]
+    read: _Reader
     needed: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...]
     paths: Mapping[str, str]
@@ -70,6 +73,39 @@ def _locate_exported(paths: Mapping[str, str], split: str) -> tuple[str, str]:
     """Locates annotations and images of a labelling tool; one field is enough where both are in one folder."""
     file = paths.get("annotations") or paths["images"]
     return file, paths.get("images") or os.path.dirname(file) or "."
+
+
+def _yolo_like(name: str, read: _Reader, field: str, *, layout: str, example: str) -> Format:
+    """A format whose ``field`` is a file that names the splits, with a label file for each image."""
+    return Format(
+        name=name,
+        layout=layout,
+        example=example,
+        read=read,
+        needed=(("name", "format", field),),
+        optional=("image_root",),
+        paths={field: "file", "image_root": "folder"},
+        locate=_beside(field),
+        has_named_splits=True,
+    )
+
+
+def _labelling_tool(
+    name: str, read: _Reader, *, layout: str, example: str, file_an_image: bool = False, options: tuple[str, ...] = ()
+) -> Format:
+    """A labelling tool's format: one file of annotations, or, if ``file_an_image``, one beside each image."""
+    needed, other = ("images", "annotations") if file_an_image else ("annotations", "images")
+    kinds = {"images": "folder", "annotations": "folder" if file_an_image else "file"}
+    return Format(
+        name=name,
+        layout=layout,
+        example=example,
+        read=read,
+        needed=(("name", "format", needed),),
+        optional=(other, "classes", *options, "difficult_as_crowd"),
+        paths={needed: kinds[needed], other: kinds[other]},
+        locate=_locate_exported,
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -99,70 +135,48 @@ FORMATS: dict[str, Format] = {
             locate=locate_voc,
             has_named_splits=True,
         ),
-        Format(
-            name="yolo",
+        _yolo_like(
+            "yolo",
+            read_yolo,
+            "yaml",
             layout="a data.yaml, and for each image of images/ a text file in labels/",
             example="{name: mine, format: yolo, yaml: data.yaml, split: train}",
-            read=read_yolo,
-            needed=(("name", "format", "yaml"),),
-            optional=("image_root",),
-            paths={"yaml": "file", "image_root": "folder"},
-            locate=_beside("yaml"),
-            has_named_splits=True,
         ),
-        Format(
-            name="darknet",
+        _yolo_like(
+            "darknet",
+            read_darknet,
+            "data",
             layout="an obj.data with names = obj.names and train = train.txt, a list of images; labels as YOLO's",
             example="{name: mine, format: darknet, data: obj.data, split: train}",
-            read=read_darknet,
-            needed=(("name", "format", "data"),),
-            optional=("image_root",),
-            paths={"data": "file", "image_root": "folder"},
-            locate=_beside("data"),
-            has_named_splits=True,
         ),
-        Format(
-            name="labelme",
+        _labelling_tool(
+            "labelme",
+            read_labelme,
             layout="a folder of images with a JSON file (shapes, imagePath) for each, or the JSON files in another one",
             example="{name: mine, format: labelme, images: DIR}",
-            read=read_labelme,
-            needed=(("name", "format", "images"),),
-            optional=("annotations", "classes", "difficult_as_crowd"),
-            paths={"images": "folder", "annotations": "folder"},
-            locate=_locate_exported,
+            file_an_image=True,
         ),
-        Format(
-            name="via",
+        _labelling_tool(
+            "via",
+            read_via,
             layout="a project of VGG Image Annotator 2, or its annotations exported as JSON or CSV",
             example="{name: mine, format: via, annotations: via_project.json, images: DIR}",
-            read=read_via,
-            needed=(("name", "format", "annotations"),),
-            optional=("images", "classes", "class_key", "difficult_as_crowd"),
-            paths={"annotations": "file", "images": "folder"},
-            locate=_locate_exported,
+            options=("class_key",),
         ),
-        Format(
-            name="cvat",
+        _labelling_tool(
+            "cvat",
+            read_cvat,
             layout="annotations.xml of CVAT for images 1.1 (<annotations> with an <image> each)",
             example="{name: mine, format: cvat, annotations: annotations.xml, images: DIR}",
-            read=read_cvat,
-            needed=(("name", "format", "annotations"),),
-            optional=("images", "classes", "difficult_as_crowd"),
-            paths={"annotations": "file", "images": "folder"},
-            locate=_locate_exported,
         ),
-        Format(
-            name="csv",
+        _labelling_tool(
+            "csv",
+            read_csv,
             layout=(
                 "a table, a row a box: filename,width,height,class,xmin,ymin,xmax,ymax in columns that a header names, "
                 "or path,x1,y1,x2,y2,class without one"
             ),
             example="{name: mine, format: csv, annotations: boxes.csv, images: DIR}",
-            read=read_csv,
-            needed=(("name", "format", "annotations"),),
-            optional=("images", "classes", "difficult_as_crowd"),
-            paths={"annotations": "file", "images": "folder"},
-            locate=_locate_exported,
         ),
     )
 }
