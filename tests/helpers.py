@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 
 import aqdet  # noqa: F401  (registers)
 from aqdet.config import load_config
+from aqdet.quantization import set_quantization
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANT = ("MODEL.QUANT.ENABLED", "True")
@@ -69,6 +70,12 @@ def make_model(*overrides, theirs=False, seed=0):
     return build_model(make_cfg(*overrides, theirs=theirs))
 
 
+def write_weights(path, *overrides):
+    """A checkpoint of a new full-precision detector whose FPN ends in ReLU, with these overrides; its path as text."""
+    torch.save({"model": make_model("MODEL.FPN.RELU", "True", *overrides).state_dict()}, path)
+    return str(path)
+
+
 def make_batch(num_images=2, size=64, empty=()):
     generator = torch.Generator().manual_seed(0)
     batch = []
@@ -95,6 +102,34 @@ def gradients(model, batch, keys=None, iteration=0):
     losses = losses_of(model, batch, iteration)
     sum(v for k, v in losses.items() if keys is None or k in keys).backward()
     return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def outputs_of(model, batch):
+    """Losses, gradients by name and detections, with the same normalizer and the same anchors and regions sampled."""
+    model.train()
+    model.loss_normalizer = 100.0
+    torch.manual_seed(7)
+    losses = losses_of(model, batch)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    total = sum(value for key, value in losses.items() if key.startswith("loss_"))
+    grads = dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
+    model.eval()
+    with torch.no_grad():
+        found = [output["instances"] for output in model(batch)]
+    return losses, grads, found
+
+
+def assert_off_is_off(theirs, model, batch):
+    """With quantization off, losses and gradients of a model with a scaffold are those of one without, to the bit."""
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    set_quantization(model, False)
+    for _ in range(3):
+        gradients(theirs, batch)
+    expected, expected_gradients = gradients(theirs, batch)
+    losses, grads = gradients(model, batch, keys=set(expected))
+    assert all(torch.equal(losses[key], value) for key, value in expected.items())
+    assert set(grads) == set(expected_gradients)
+    assert all(torch.equal(grads[key], value) for key, value in expected_gradients.items())
 
 
 def calibrated(model, batch):

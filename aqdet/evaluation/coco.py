@@ -193,7 +193,17 @@ class COCOEvaluator(evaluation.COCOEvaluator):
                 self._results[task].update(self._class_values(evaluated, task))
 
     def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None, task: str) -> Any:
-        """COCO's evaluation, summarized."""
+        """The evaluation of :meth:`_evaluation`, of the images that are asked for, summarized."""
+        evaluated = self._evaluation(found, task)
+        if img_ids is not None:
+            evaluated.params.imgIds = list(img_ids)
+        evaluated.evaluate()
+        evaluated.accumulate()
+        evaluated.summarize()
+        return evaluated
+
+    def _evaluation(self, found: list[dict[str, Any]], task: str) -> Any:
+        """COCO's evaluation of these detections, to be run."""
         if self._coco_eval == "faster-coco-eval":
             import faster_coco_eval
 
@@ -206,11 +216,6 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             implementation = COCOeval if self.limit == COCO_LIMIT else COCOevalMaxDets
             evaluated = implementation(self._coco_api, self._coco_api.loadRes(found), task)
         evaluated.params.maxDets = list(self._max_dets_per_image)
-        if img_ids is not None:
-            evaluated.params.imgIds = list(img_ids)
-        evaluated.evaluate()
-        evaluated.accumulate()
-        evaluated.summarize()
         return evaluated
 
     def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:

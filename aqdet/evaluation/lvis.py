@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Collection
 from typing import Any
 
 from .coco import METRICS, COCOEvaluator
@@ -60,8 +59,8 @@ class LVISEvaluator(COCOEvaluator):
                         f"{self._metadata.json_file}: {missing[0]!r} is missing from {part}, as LVIS has it"
                     )
 
-    def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None, task: str) -> Any:
-        """LVIS's evaluation, summarized."""
+    def _evaluation(self, found: list[dict[str, Any]], task: str) -> Any:
+        """LVIS's evaluation of these detections, to be run."""
         import faster_coco_eval
 
         truth = faster_coco_eval.COCO(self._coco_api.dataset)
@@ -69,11 +68,6 @@ class LVISEvaluator(COCOEvaluator):
             truth, truth.loadRes(found), task, print_function=print, lvis_style=True
         )
         evaluated.params.maxDets = [self.limit]
-        if img_ids is not None:
-            evaluated.params.imgIds = list(img_ids)
-        evaluated.evaluate()
-        evaluated.accumulate()
-        evaluated.summarize()
         return evaluated
 
     def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from ..quantization import Quantizer, QuantSpec, build_quantizer
+from ..quantization import Quantizer, QuantSpec
 from ..quantization.kernels import replaceable
+from .from_float import take_over
 
 
 class QuantConv2d(Conv2d):
@@ -56,11 +57,7 @@ class QuantConv2d(Conv2d):
             activation=getattr(conv, "activation", None),
             device="meta",
         )
-        layer.weight = conv.weight
-        layer.bias = conv.bias
-        layer.weight_quantizer = build_quantizer(weight, num_channels=conv.out_channels)
-        layer.input_quantizer = None if input is None else build_quantizer(input)
-        return layer.train(conv.training)
+        return take_over(layer, conv, weight, input, conv.out_channels)
 
     def quantized_weight(self) -> Tensor:
         """Returns the fake-quantized weight, ``(O, C / groups, kH, kW)``."""

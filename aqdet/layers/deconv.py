@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantization import Quantizer, QuantSpec, build_quantizer
+from ..quantization import Quantizer, QuantSpec
+from .from_float import take_over
 
 
 class QuantConvTranspose2d(nn.ConvTranspose2d):
@@ -42,11 +43,7 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
             bias=deconv.bias is not None,
             device="meta",
         )
-        layer.weight = deconv.weight
-        layer.bias = deconv.bias
-        layer.weight_quantizer = build_quantizer(weight, num_channels=deconv.out_channels)
-        layer.input_quantizer = None if input is None else build_quantizer(input)
-        return layer.train(deconv.training)
+        return take_over(layer, deconv, weight, input, deconv.out_channels)
 
     def quantized_weight(self) -> Tensor:
         """Returns the fake-quantized weight, ``(C, O, kH, kW)``; quantizers take output channels for the first axis."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantization import Quantizer, QuantSpec, build_quantizer
+from ..quantization import Quantizer, QuantSpec
+from .from_float import take_over
 
 
 class QuantLinear(nn.Linear):
@@ -27,11 +28,7 @@ class QuantLinear(nn.Linear):
             input: spec of the input quantizer; None where the input is exact.
         """
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        layer.weight = linear.weight
-        layer.bias = linear.bias
-        layer.weight_quantizer = build_quantizer(weight, num_channels=linear.out_features)
-        layer.input_quantizer = None if input is None else build_quantizer(input)
-        return layer.train(linear.training)
+        return take_over(layer, linear, weight, input, linear.out_features)
 
     def quantized_weight(self) -> Tensor:
         """Returns the fake-quantized weight, ``(out_features, in_features)``."""

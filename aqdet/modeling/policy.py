@@ -232,3 +232,15 @@ def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in weighted_layers(model):
         if hasattr(layer, "quant_site"):
             yield name, layer
+
+
+def quantize_head(cfg: CfgNode, head: nn.Module, backbone: nn.Module) -> None:
+    """Quantizes the one head of a model if ``MODEL.QUANT`` is enabled; its backbone is quantized already.
+
+    Raises:
+        ValueError: in one line, for a rule that matches no layer of either, or a config value that is not valid.
+    """
+    if cfg.MODEL.QUANT.ENABLED:
+        policy = QuantPolicy.from_config(cfg)
+        policy.apply(head, "head.")
+        policy.check_rules(nn.ModuleDict({"backbone": backbone, "head": head}))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import QUANT, load_tool, losses_of, make_batch, make_cfg, make_model
+from helpers import QUANT, load_tool, losses_of, make_batch, make_cfg, make_model, write_weights
 from tiny_data import train_overrides, write_dataset
 
 from aqdet.analysis.sensitivity import PartlyQuantized, group_of, measure_sensitivity
@@ -18,9 +18,7 @@ RELU = ("MODEL.FPN.RELU", "True")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("float") / "model_final.pth"
-    torch.save({"model": make_model(*RELU).state_dict()}, path)
-    return str(path)
+    return write_weights(tmp_path_factory.mktemp("float") / "model_final.pth")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import AUX, CLASSIFIER, QUANT, make_cfg, make_model
+from helpers import AUX, CLASSIFIER, QUANT, make_cfg, make_model, write_weights
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer, check_config
@@ -16,9 +16,7 @@ EXTRA = ("MODEL.EXTRA_LOSS.ENABLED", "True")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("float") / "float.pth"
-    torch.save({"model": make_model(*RELU).state_dict()}, path)
-    return str(path)
+    return write_weights(tmp_path_factory.mktemp("float") / "float.pth")
 
 
 def test_a_run_keeps_the_teacher_out_of_every_file_and_resumes(tmp_path, weights):

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
-from helpers import AUX, QUANT, make_batch, make_model
+from helpers import AUX, QUANT, make_batch, make_model, write_weights
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
@@ -35,9 +35,7 @@ def entry(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def float_weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("float") / "model_final.pth"
-    torch.save({"model": make_model("MODEL.FPN.RELU", "True").state_dict()}, path)
-    return str(path)
+    return write_weights(tmp_path_factory.mktemp("float") / "model_final.pth")
 
 
 class Watched(Trainer):

@@ -8,7 +8,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PreciseBN
 from detectron2.utils.events import EventStorage
-from helpers import AUX, QUANT, make_model
+from helpers import AUX, QUANT, write_weights
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.engine import Trainer
@@ -32,9 +32,7 @@ def entry(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def float_weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("float") / "model_final.pth"
-    torch.save({"model": make_model("MODEL.FPN.RELU", "True").state_dict()}, path)
-    return str(path)
+    return write_weights(tmp_path_factory.mktemp("float") / "model_final.pth")
 
 
 class Watched(Trainer):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import AUX, QUANT, calibrated, gradients, make_batch, make_cfg, make_model
+from helpers import AUX, QUANT, assert_off_is_off, calibrated, gradients, make_batch, make_cfg, make_model
 
 from aqdet.layers import QuantConv2d, StreamQuantizer
 from aqdet.modeling import quantizable_layers, strip, without_scaffold
@@ -55,15 +55,7 @@ def test_off_is_off_bit_for_bit(extra, how):
 def test_off_is_off_beside_an_auxiliary_path(taps):
     theirs = make_model(theirs=True)
     model = make_model(*QUANT, *AUX, "MODEL.AUX.TAPS", taps)
-    model.load_state_dict(theirs.state_dict(), strict=False)
-    set_quantization(model, False)
-    for _ in range(3):
-        gradients(theirs, BATCH)
-    expected, expected_gradients = gradients(theirs, BATCH)
-    losses, grads = gradients(model, BATCH, keys=set(expected))
-    assert all(torch.equal(losses[key], value) for key, value in expected.items())
-    assert set(grads) == set(expected_gradients)
-    assert all(torch.equal(grads[key], value) for key, value in expected_gradients.items())
+    assert_off_is_off(theirs, model, BATCH)
 
 
 @pytest.mark.parametrize("taps", TAPS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, build_model
-from helpers import QUANT, calibrated, losses_of
+from helpers import QUANT, calibrated, losses_of, outputs_of
 from torch import nn
 from two_stage import KEYPOINTS, MASK, OURS, rcnn, rcnn_cfg, shaped_batch
 
@@ -24,22 +24,8 @@ FROZEN = (
 )
 
 
-def outputs_of(model, batch=BATCH):
-    """Losses, gradients and detections, with the same anchors and regions sampled each time."""
-    model.train()
-    torch.manual_seed(7)
-    losses = losses_of(model, batch)
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    total = sum(value for key, value in losses.items() if key.startswith("loss_"))
-    grads = dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
-    model.eval()
-    with torch.no_grad():
-        found = [output["instances"] for output in model(batch)]
-    return losses, grads, found
-
-
 def assert_equal(theirs, ours):
-    (losses, grads, found), (our_losses, our_grads, our_found) = outputs_of(theirs), outputs_of(ours)
+    (losses, grads, found), (our_losses, our_grads, our_found) = outputs_of(theirs, BATCH), outputs_of(ours, BATCH)
     assert losses and all(torch.equal(our_losses[key], value) for key, value in losses.items())
     assert all(grad is not None for grad in grads.values()) and len(grads) > 30
     assert all(torch.equal(our_grads[name], grad) for name, grad in grads.items())

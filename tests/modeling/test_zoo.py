@@ -7,7 +7,7 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.fcos import FCOS as FCOSModel
 from detectron2.modeling.meta_arch.fcos import FCOSHead
-from helpers import AUX, QUANT, calibrated, losses_of, make_batch
+from helpers import AUX, QUANT, calibrated, make_batch, outputs_of
 
 from aqdet.config import load_config
 from aqdet.quantization import set_quantization
@@ -41,20 +41,6 @@ def their_fcos():
     return FCOSModel(head=FCOSHead(**arguments, norm=group_norm), **parts)
 
 
-def outputs_of(model):
-    """Losses, gradients and detections, from the same loss normalizer."""
-    model.train()
-    model.loss_normalizer = 100.0
-    losses = losses_of(model, BATCH)
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    total = sum(value for key, value in losses.items() if key.startswith("loss_"))
-    grads = dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
-    model.eval()
-    with torch.no_grad():
-        found = [output["instances"] for output in model(BATCH)]
-    return losses, grads, found
-
-
 @pytest.mark.parametrize("extra", [(), (*QUANT, *AUX)])
 @pytest.mark.parametrize("arch", ["RetinaNet", "FCOS"])
 def test_off_is_detectron2s(arch, extra):
@@ -67,8 +53,8 @@ def test_off_is_detectron2s(arch, extra):
         calibrated(ours, BATCH)
         set_quantization(ours, False)
     for _ in range(2):  # the focal loss is a script whose arithmetic settles after some runs
-        outputs_of(theirs)
-    (losses, grads, found), (our_losses, our_grads, our_found) = outputs_of(theirs), outputs_of(ours)
+        outputs_of(theirs, BATCH)
+    (losses, grads, found), (our_losses, our_grads, our_found) = outputs_of(theirs, BATCH), outputs_of(ours, BATCH)
     assert all(torch.equal(our_losses[key], value) for key, value in losses.items())
     assert set(our_losses) == set(losses) if not extra else set(our_losses) > set(losses)
     assert sum(grad is not None for grad in grads.values()) == len(grads) > 50

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...layers import declare_site
 from ...quantization import name_quantizers
-from ..policy import QuantPolicy
+from ..policy import quantize_head
 from ..requests import Requests
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary
 
@@ -98,10 +98,7 @@ class QuantClassifier(Scaffolded, nn.Module):
         shape = backbone.output_shape()[FEATURE]
         num_classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
         head = ClassifierHead(shape.channels, num_classes)
-        if cfg.MODEL.QUANT.ENABLED:
-            policy = QuantPolicy.from_config(cfg)
-            policy.apply(head, "head.")
-            policy.check_rules(nn.ModuleDict({"backbone": backbone, "head": head}))
+        quantize_head(cfg, head, backbone)
         auxiliary = None
         if cfg.MODEL.AUX.ENABLED:
             auxiliary_head = ClassifierHead(shape.channels, num_classes)

@@ -17,7 +17,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...quantization import name_quantizers
-from ..policy import QuantPolicy
+from ..policy import quantize_head
 from ..requests import Requests
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary, build_extra_head
 
@@ -70,10 +70,7 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         shapes = {name: backbone.output_shape()[name] for name in cfg.MODEL[cls.node].IN_FEATURES}
         levels = list(shapes.values())
         head = cls.head_class(cfg, levels)
-        if cfg.MODEL.QUANT.ENABLED:
-            policy = QuantPolicy.from_config(cfg)
-            policy.apply(head, "head.")
-            policy.check_rules(nn.ModuleDict({"backbone": backbone, "head": head}))
+        quantize_head(cfg, head, backbone)
         auxiliary = None
         if cfg.MODEL.AUX.ENABLED:
             head_cfg = cfg.clone()

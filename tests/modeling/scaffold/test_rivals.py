@@ -5,14 +5,25 @@ import math
 import pytest
 import torch
 from detectron2.modeling import build_model
-from helpers import AUX, FCOS, QUANT, calibrated, gradients, losses_of, make_batch, make_cfg, make_model
+from helpers import (
+    AUX,
+    FCOS,
+    QUANT,
+    assert_off_is_off,
+    calibrated,
+    gradients,
+    losses_of,
+    make_batch,
+    make_cfg,
+    make_model,
+)
 
 from aqdet.analysis.plan import make_plan, total
 from aqdet.config import detector_only
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import quantizable_layers, strip, without_scaffold
 from aqdet.modeling.scaffold.distillation import Distillation, feature_loss, logit_loss
-from aqdet.quantization import quantizers, set_quantization
+from aqdet.quantization import quantizers
 
 BATCH = make_batch()
 EXTRA = ("MODEL.EXTRA_LOSS.ENABLED", "True")
@@ -226,14 +237,7 @@ def test_dropped_is_dropped(arch, beside, monkeypatch):
 def test_off_is_off_beside_them():
     theirs = make_model(*RELU)
     model = distilled(*EXTRA)
-    model.load_state_dict(theirs.state_dict(), strict=False)
-    set_quantization(model, False)
-    for _ in range(3):
-        gradients(theirs, BATCH)
-    expected, expected_gradients = gradients(theirs, BATCH)
-    losses, grads = gradients(model, BATCH, keys=set(expected))
-    assert all(torch.equal(losses[key], value) for key, value in expected.items())
-    assert all(torch.equal(grads[key], value) for key, value in expected_gradients.items())
+    assert_off_is_off(theirs, model, BATCH)
 
 
 def test_the_plan_counts_the_extra_head_as_training_only():
