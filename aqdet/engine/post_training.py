@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = {"RetinaNet": "QuantRetinaNet"}
 """Detectron2's meta-architectures that can be quantized under another name."""
 MOST_WEIGHT_BITS = 7
-"""Bits of weights beside 8-bit inputs; 8-bit weights would ship as two int8 convolutions (``export/containers.py``)."""
+"""Bits of weights beside 8-bit inputs; 8-bit weights would ship as two int8 convolutions (``int8_weights.py``)."""
 HELD_OUT = 4
 """One batch of so many is held out of calibration, and judges what was tried."""
 _SECONDS_BETWEEN_LINES = 5.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import QuantConv2d
-from .containers import INT8_LIMIT, PAIR_LIMIT
+from .int8_weights import INT8_LIMIT, PAIR_LIMIT
 from .program import Grid, largest_code
 
 INT32_LIMIT = 2**31 - 1

@@ -27,7 +27,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from .containers import int8_parts
+from .int8_weights import int8_parts
 from .packed_weights import packed_bits, write_weight
 from .program import IMAGE, Add, Conv, Grid, PadImage, Program, Requantize
 from .program_writer import ProgramWriter, geometry

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .containers import INT8_LIMIT, int8_parts
+from .int8_weights import INT8_LIMIT, int8_parts
 from .fold import INT32_LIMIT
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
 from .sums import largest_move
@@ -26,7 +26,7 @@ class Accumulator:
         by_codes: The bound from the weights' own codes: the largest sum of a channel's magnitudes, plus its bias.
         max_input_code: The largest stored code of the input.
         max_weight_code: The largest magnitude of a stored integer weight, see
-            :func:`~aqdet.export.containers.int8_parts`.
+            :func:`~aqdet.export.int8_weights.int8_parts`.
     """
 
     by_bits: int

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from .containers import INT8_LIMIT
+from .int8_weights import INT8_LIMIT
 from .onnx_graph import GraphBuilder
 from .program import Conv, Grid, MaxPool, PadImage, Program, Requantize
 from .program_writer import geometry

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..check.findings import Report
 from ..declaration import Declaration
-from .collect import CLASS_NAMES, Collector, says_yes
+from .collector import CLASS_NAMES, Collector, says_yes
 from .outlines import Outline, number
 from .source import Source
 from .text import read_text

@@ -15,7 +15,7 @@ import numpy as np
 from ..check.findings import Report
 from ..check.values import whole_number
 from ..declaration import Declaration
-from .collect import Collector, says_yes
+from .collector import Collector, says_yes
 from .outlines import MAX_PIXELS, Outline, number, of_ellipse, of_mask, of_polygon, of_rotated_box
 from .source import Source
 from .text import parse_xml

@@ -22,7 +22,7 @@ from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
 from ..check.images import ImageFolder
 from ..declaration import Declaration
-from .collect import Collector, says_yes
+from .collector import Collector, says_yes
 from .outlines import Outline, of_corners, of_ellipse, of_mask, of_polygon, points_of
 from .source import Source
 from .text import read_json

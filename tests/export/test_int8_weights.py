@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from programs import make_conv, shared
 
-from aqdet.export.containers import PAIR_LIMIT, int8_parts
+from aqdet.export.int8_weights import PAIR_LIMIT, int8_parts
 from aqdet.export.program import Grid, largest_code
 
 OUT = Grid(1.0, 0, 255)
