@@ -9,11 +9,11 @@ Start it where the trainings were started if their data was given by relative pa
 
 import argparse
 import logging
-import os
 import sys
 
 from aqdet.utils.arguments import file_to_read, file_to_write, integer, number
 from aqdet.utils.console import run_console
+from aqdet.utils.files import write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,10 +52,7 @@ def main() -> None:
             if run.cfg is not None:
                 fit_to_machine(run.cfg)
         text = make_report(runs, min_score=args.min_score, num_pictures=args.pictures, num_images=args.images)
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-        with open(args.output + ".part", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(args.output + ".part", args.output)
+        write_text(args.output, text)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(f"{args.output}: {len(text) / 1e6:.1f} MB, {len(runs)} runs")

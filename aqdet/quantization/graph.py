@@ -1,4 +1,4 @@
-"""What autograd is doing."""
+"""Questions about what autograd is doing."""
 
 from __future__ import annotations
 

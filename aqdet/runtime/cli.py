@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .decode import Detections
     from .detector import Detector
     from .media import Draw, Records, Summary
-    from .sources import Source
+    from .sources import PictureSource
 
 UNREADABLE = 1
 USER_ERROR = 2
@@ -171,7 +171,7 @@ def _load(args: argparse.Namespace) -> Detector:
 def _open_records(
     args: argparse.Namespace,
     detector: Detector,
-    sources: Sequence[Source],
+    sources: Sequence[PictureSource],
     threshold: float,
     stack: contextlib.ExitStack,
 ) -> list[Records]:

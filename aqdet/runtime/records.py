@@ -15,7 +15,7 @@ import numpy as np
 from ..utils.files import open_replacing
 from .decode import Detections
 from .folder import Description
-from .sources import Source
+from .sources import PictureSource
 
 COLUMNS = ("filename", "frame", "width", "height", "class", "xmin", "ymin", "xmax", "ymax", "score")
 
@@ -41,7 +41,7 @@ class CocoResults:
         self._categories = [index if category is None else category for index, category in pairs]
         self._separator = "["
 
-    def add(self, source: Source, frame: int | None, image: np.ndarray, found: Detections) -> None:
+    def add(self, source: PictureSource, frame: int | None, image: np.ndarray, found: Detections) -> None:
         """Writes the detections of an image."""
         image_id = self._image_id(source, frame)
         found = found[found.scores >= self._threshold]
@@ -60,7 +60,7 @@ class CocoResults:
         """Ends the list."""
         self._file.write("[]\n" if self._separator == "[" else "\n]\n")
 
-    def _image_id(self, source: Source, frame: int | None) -> Any:
+    def _image_id(self, source: PictureSource, frame: int | None) -> Any:
         if frame is not None:
             return f"{source.name}#{frame}"
         if source.name in self._image_ids:
@@ -84,7 +84,7 @@ class CsvRows:
         self._writer = csv.writer(file, lineterminator="\n")
         self._writer.writerow(COLUMNS)
 
-    def add(self, source: Source, frame: int | None, image: np.ndarray, found: Detections) -> None:
+    def add(self, source: PictureSource, frame: int | None, image: np.ndarray, found: Detections) -> None:
         """Writes the rows of an image."""
         height, width = image.shape[:2]
         kept = found[found.scores >= self._threshold]
@@ -111,7 +111,7 @@ def csv_rows(path: str, description: Description, threshold: float) -> Iterator[
         yield CsvRows(file, description, threshold)
 
 
-def read_image_ids(path: str, sources: Sequence[Source]) -> dict[str, Any]:
+def read_image_ids(path: str, sources: Sequence[PictureSource]) -> dict[str, Any]:
     """Reads ids of images from an annotation file in COCO's format.
 
     An image is found by the end of its path: the longest ``file_name`` that the path ends with.

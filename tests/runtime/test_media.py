@@ -11,7 +11,7 @@ from tiny_export import make_photo
 
 from aqdet.runtime import Detections
 from aqdet.runtime.media import MediaLoop
-from aqdet.runtime.sources import Source, find_sources, output_paths
+from aqdet.runtime.sources import PictureSource, find_sources, output_paths
 
 NUM_FRAMES = 7
 
@@ -197,4 +197,4 @@ def test_without_opencv_images_work_and_videos_say_what_is_missing(folder, tmp_p
     sources, _ = find_sources([str(folder / "*.png")])
     assert MediaLoop(Known(), threshold=0.5).run(sources, output_paths(sources, str(tmp_path / "o"))).images == 3
     with pytest.raises(ValueError, match="need OpenCV: pip install"):
-        MediaLoop(Known(), threshold=0.5).run([Source(str(folder / "film.avi"), "video", tmp_path)])
+        MediaLoop(Known(), threshold=0.5).run([PictureSource(str(folder / "film.avi"), "video", tmp_path)])
