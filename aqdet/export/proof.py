@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .int8_weights import INT8_LIMIT, int8_parts
 from .fold import INT32_LIMIT
+from .int8_weights import INT8_LIMIT, int8_parts
 from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
 from .sums import largest_move
 

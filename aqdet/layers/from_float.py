@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
-from torch import nn
+from typing import Any
 
 from ..quantization import QuantSpec, build_quantizer
 
-Quantized = TypeVar("Quantized", bound=nn.Module)
 
-
-def take_over(layer: Quantized, source: Any, weight: QuantSpec, input: QuantSpec | None, channels: int) -> Quantized:
+def take_over(layer: Any, source: Any, weight: QuantSpec, input: QuantSpec | None, channels: int) -> Any:
     """Gives a new layer the parameters of a float one (shared, not copied), its mode, and quantizers.
 
     Args:

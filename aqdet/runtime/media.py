@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..utils.files import replacing
 from .image import read_image
-from .sources import Source
+from .sources import PictureSource
 
 DEFAULT_RATE = 25.0  # Frames a second of a video that does not state them.
 WINDOW = "aqdet"
@@ -46,7 +46,7 @@ class Model(Protocol):
 class Records(Protocol):
     """The interface of records of detections, for example in a file."""
 
-    def add(self, source: Source, frame: int | None, image: np.ndarray, found: Any) -> None:
+    def add(self, source: PictureSource, frame: int | None, image: np.ndarray, found: Any) -> None:
         """Adds the detections of an image, or of one frame of a video, counted from 0."""
         ...
 
@@ -102,7 +102,7 @@ class MediaLoop:
         self._summary = Summary()
         self._bar: Any = None
 
-    def run(self, sources: Sequence[Source], outputs: Sequence[Path] | None = None) -> Summary:
+    def run(self, sources: Sequence[PictureSource], outputs: Sequence[Path] | None = None) -> Summary:
         """Processes all sources, with progress on standard error.
 
         Args:
@@ -134,7 +134,7 @@ class MediaLoop:
                     break
         return self._summary
 
-    def _do_images(self, pairs: Sequence[tuple[Source, Path | None]]) -> None:
+    def _do_images(self, pairs: Sequence[tuple[PictureSource, Path | None]]) -> None:
         draw = self._model.drawer(is_video=False)
         for start in range(0, len(pairs), self._batch):
             images = []
@@ -154,7 +154,7 @@ class MediaLoop:
                 if drawn is not None and not self._go_on(drawn, wait=0):
                     return
 
-    def _do_video(self, source: Source, target: Path | None, expected: int | None) -> None:
+    def _do_video(self, source: PictureSource, target: Path | None, expected: int | None) -> None:
         cv2 = import_opencv()
         draw = self._model.drawer(is_video=True) if target is not None or self._show else None
         capture = cv2.VideoCapture(int(source.name) if source.name.isdecimal() else source.name)
@@ -202,7 +202,7 @@ class MediaLoop:
         return self._model.detect(images) if images else []
 
     def _use(
-        self, source: Source, frame: int | None, image: np.ndarray, found: Any, draw: Draw | None
+        self, source: PictureSource, frame: int | None, image: np.ndarray, found: Any, draw: Draw | None
     ) -> np.ndarray | None:
         """Counts and records detections, and returns the drawn image if one is wanted."""
         summary = self._summary
@@ -242,7 +242,7 @@ def has_display() -> bool:
     return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _count_frames(source: Source) -> int | None:
+def _count_frames(source: PictureSource) -> int | None:
     """Returns the number of frames that a video's header states, 1 for an image, None if it is not known."""
     if source.kind == "image":
         return 1

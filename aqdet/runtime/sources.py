@@ -20,7 +20,7 @@ WRITTEN_VIDEO = ".mp4"
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class PictureSource:
     """Something to read pictures from.
 
     Attributes:
@@ -35,7 +35,7 @@ class Source:
     target: Path
 
 
-def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list[Source], int]:
+def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list[PictureSource], int]:
     """Returns the sources that inputs name: files, folders with all below them, glob patterns, URLs and cameras.
 
     Each source is there once.
@@ -51,7 +51,7 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
     Raises:
         ValueError: In one line, if an input leads to nothing, or two would be written to one file.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, PictureSource] = {}
     others = 0
     for text in inputs:
         live = _stream(text)
@@ -73,7 +73,7 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
         endings = " ".join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
         raise ValueError(f"no image or video in {', '.join(inputs)} (endings: {endings})")
     sources = list(found.values())
-    taken: dict[Path, Source] = {}
+    taken: dict[Path, PictureSource] = {}
     for source in sources:
         other = taken.setdefault(source.target, source)
         if other is not source:
@@ -84,10 +84,10 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
     return sources, others
 
 
-def _stream(text: str) -> Source | None:
+def _stream(text: str) -> PictureSource | None:
     """Returns a camera or a network stream; None if the text is the name of a file."""
     if re.fullmatch(r"\d+", text) and not os.path.exists(text):
-        return Source(text, "stream", Path(f"camera_{text}{WRITTEN_VIDEO}"))
+        return PictureSource(text, "stream", Path(f"camera_{text}{WRITTEN_VIDEO}"))
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         return None
     url = urlsplit(text)
@@ -95,7 +95,7 @@ def _stream(text: str) -> Source | None:
     # A file that is read over the network ends, and is no live stream.
     kind: Literal["video", "stream"] = "video" if path.suffix.lower() in VIDEO_ENDINGS else "stream"
     stem = re.sub(r"[^\w.-]+", "_", f"{url.hostname or ''}_{path.stem}").strip("_")
-    return Source(text, kind, Path(f"{stem or 'stream'}{WRITTEN_VIDEO}"))
+    return PictureSource(text, kind, Path(f"{stem or 'stream'}{WRITTEN_VIDEO}"))
 
 
 def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]], int]:
@@ -108,14 +108,14 @@ def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]
     return [(path, path.relative_to(folder)) for path in media], len(files) - len(media)
 
 
-def _file(path: Path, target: Path) -> Source:
+def _file(path: Path, target: Path) -> PictureSource:
     if path.suffix.lower() in VIDEO_ENDINGS:
-        return Source(str(path), "video", target.with_suffix(WRITTEN_VIDEO))
+        return PictureSource(str(path), "video", target.with_suffix(WRITTEN_VIDEO))
     keeps = target.suffix.lower() in WRITTEN_IMAGES
-    return Source(str(path), "image", target if keeps else target.with_suffix(".png"))
+    return PictureSource(str(path), "image", target if keeps else target.with_suffix(".png"))
 
 
-def output_paths(sources: Sequence[Source], output: str) -> list[Path]:
+def output_paths(sources: Sequence[PictureSource], output: str) -> list[Path]:
     """Returns the file for the picture of each source, below a folder or, for a single source, as it is given.
 
     A name with an ending is a file unless a folder of that name exists or a slash follows it.
