@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from ..layers import Site
+from ..quantization.spec import MAX_BITS
+from .backbone import BLOCKS_PER_STAGE, STAGES
 from .meta_arch.classifier import QuantClassifier
 from .meta_arch.dense import LowPrecisionDense
 from .meta_arch.rcnn import QuantGeneralizedRCNN
 from .policy import QuantPolicy
+from .regnet import SIZES
 
 NOT_UNIFORM = ("lqnet", "n2uq")
 """Methods whose codes are no multiples of one step: they train and evaluate, and have no integer form."""
@@ -44,7 +48,7 @@ def export_obstacles(cfg: CfgNode) -> list[str]:
         return []
     found = [*_input(cfg), *_norms(cfg, architecture.node)]
     if quantized:
-        found += [*_methods(cfg), *_anchors(cfg, architecture.node)]
+        found += [*_methods(cfg), *_groups(cfg), *_anchors(cfg, architecture.node)]
     return found
 
 
@@ -81,6 +85,28 @@ def _methods(cfg: CfgNode) -> Iterator[str]:
     for key, method in methods.items():
         if method in NOT_UNIFORM:
             yield f"MODEL.QUANT.{key} {method} has no integer form: it trains and evaluates; use lsq, pact or dorefa"
+
+
+def _groups(cfg: CfgNode) -> Iterator[str]:
+    """x86 without VNNI adds two products in 16 bits; other weights than a grouped convolution's are split for it."""
+    resnets = cfg.MODEL.RESNETS
+    blocks: Sequence[int] = ()
+    if resnets.REGNETX in SIZES:
+        blocks = SIZES[resnets.REGNETX].depths
+    elif resnets.DEPTH >= 50 and resnets.NUM_GROUPS > 1:
+        blocks = BLOCKS_PER_STAGE.get(resnets.DEPTH, ())
+    policy, names = QuantPolicy.from_config(cfg), []
+    for stage, number in zip(STAGES, blocks, strict=False):
+        for name in (f"backbone.bottom_up.{stage}.{index}.conv2" for index in range(number)):
+            specs = policy.specs(name, Site(signed=False))
+            if specs is not None and all(spec is not None and spec.num_bits == MAX_BITS for spec in specs):
+                names.append(name)
+    if names:
+        yield (
+            f"layer {names[0]} and {len(names) - 1} more have groups, and weights and inputs of {MAX_BITS} bits, which "
+            "are not exact on every x86: use 7 bits there, as MODEL.QUANT.RULES [['bottom_up.res.*conv2', "
+            "{'WEIGHT.NUM_BITS': 7}]]"
+        )
 
 
 def _anchors(cfg: CfgNode, node: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from two_stage import rcnn, rcnn_cfg
 from aqdet.data import register_declared
 from aqdet.engine import Trainer
 from aqdet.export.extract import extract
+from aqdet.export.onnx_graph import build_onnx
 from aqdet.modeling.exportable import export_obstacles
 
 GRAY = ("MODEL.PIXEL_STD", "[57.0, 57.0, 57.0]")
@@ -46,6 +47,35 @@ def test_what_the_config_says_the_export_refuses(overrides, words):
     model = calibrated(make_model(*overrides), make_batch()).eval()
     with pytest.raises(ValueError):
         extract(model)
+
+
+EIGHT = ("MODEL.QUANT.WEIGHT.NUM_BITS", "8", "MODEL.QUANT.INPUT.NUM_BITS", "8")
+SEVEN = ("MODEL.QUANT.RULES", "[['bottom_up.res.*conv2', {'WEIGHT.NUM_BITS': 7}]]")
+
+
+@pytest.mark.parametrize(
+    "trunk, more",
+    [
+        (("MODEL.RESNETS.REGNETX", "200MF"), 12),
+        (("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.NUM_GROUPS", "4", "MODEL.RESNETS.WIDTH_PER_GROUP", "16"), 15),
+    ],
+)
+def test_grouped_convolutions_of_eight_bits_are_said_to_be_refused(trunk, more):
+    overrides = (*QUANT, *RELU, *GRAY, *EIGHT, *trunk)
+    (obstacle,) = export_obstacles(make_cfg(*overrides))
+    assert obstacle.startswith(f"layer backbone.bottom_up.res2.0.conv2 and {more} more have groups, and weights and")
+    assert "\n" not in obstacle and SEVEN[1] in obstacle
+    for fewer in (SEVEN, EIGHT[:2], EIGHT[2:]):
+        kept = make_cfg(*QUANT, *GRAY, *trunk, *(EIGHT if fewer is SEVEN else ()), *fewer)
+        assert export_obstacles(kept) == []
+
+
+def test_grouped_convolutions_of_eight_bits_are_refused_and_seven_are_not():
+    overrides = (*QUANT, *RELU, *GRAY, *EIGHT, "MODEL.RESNETS.REGNETX", "200MF")
+    program = extract(calibrated(make_model(*overrides), make_batch()).eval())
+    with pytest.raises(ValueError, match=r"layer backbone.bottom_up.res\d.\d.conv2: .* in a grouped convolution"):
+        build_onnx(program)
+    build_onnx(extract(calibrated(make_model(*overrides, *SEVEN), make_batch()).eval()))
 
 
 def test_a_two_stage_detector_is_said_to_have_no_export_and_has_none():
