@@ -79,6 +79,8 @@ setup(
         # QONNX's executor and transformations, for development; the export writes QONNX files without them.
         "qonnx": ["qonnx>=1.0"],
         "openvino": ["openvino>=2024.0"],
+        # Post-training quantization by others, for benchmark.py export.
+        "nncf": ["nncf>=2.13", "openvino>=2024.0"],
         "dev": [
             "faster-coco-eval>=1.6",
             "mypy>=1.10",

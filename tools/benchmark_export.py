@@ -22,6 +22,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
 from latency import Times, interleave, peak_memory, saturating
 from machine import Machine
+from post_training_peers import INSTALL_NNCF, write_nncf, write_post_training
 from tabulate import tabulate
 from torch import nn
 
@@ -40,9 +41,9 @@ from aqdet.runtime.preprocess import make_batch as make_runtime_batch
 from aqdet.utils.files import is_image
 
 EAGER, ORT_FLOAT = "PyTorch eager", "ONNX Runtime float32"
-ORT_INT8 = "ONNX Runtime int8, post-training"
+ORT_INT8, NNCF_INT8 = "ONNX Runtime int8, post-training", "OpenVINO int8, NNCF post-training"
 MOST_CALIBRATION = 64
-"""Largest number of images that ONNX Runtime's quantization is calibrated on."""
+"""Largest number of images that post-training quantization is calibrated on."""
 
 
 class Dense(nn.Module):
@@ -92,52 +93,10 @@ def write_float(dense: Dense, exported: Path, folder: Path, batch: np.ndarray) -
     write_description(folder, content, files=(MODEL,))
 
 
-class _Images:
-    """A reader of calibration images for ONNX Runtime's quantization.
-
-    Args:
-        batches: Images, uint8 ``(1, 3, H, W)``.
-    """
-
-    def __init__(self, batches: list[np.ndarray]) -> None:
-        self._left = iter(batches)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """Returns the next image; None after the last one."""
-        batch = next(self._left, None)
-        return None if batch is None else {"image": batch}
-
-
-def write_post_training(float_folder: Path, folder: Path, batches: list[np.ndarray]) -> None:
-    """Quantizes a folder's float network by ONNX Runtime's post-training quantization to 8 bits, into another folder.
-
-    Weights are per channel, activations uint8, as its documentation advises for convolutions; the first operations
-    (image to float) and the decoding stay as they are.
-    """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    folder.mkdir(parents=True, exist_ok=True)
-    prepared = folder / "prepared.onnx"
-    quant_pre_process(str(float_folder / MODEL), str(prepared), skip_symbolic_shape=True)
-    quantize_static(
-        str(prepared),
-        str(folder / MODEL),
-        _Images(batches),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
-    )
-    prepared.unlink()
-    write_description(folder, json.loads((float_folder / DESCRIPTION).read_text()), files=(MODEL,))
-
-
 def calibration_batches(args: argparse.Namespace, description: Description, batch: np.ndarray) -> list[np.ndarray]:
     """Returns the images of ``--calibration``, resized for the network, or the measured one alone without them."""
     if not args.calibration:
-        print("ONNX Runtime int8 is calibrated on the measured image alone: name --calibration images for its AP")
+        print("int8 is calibrated on the measured image alone: name --calibration images for its AP")
         return [batch]
     folder = Path(args.calibration)
     files = sorted(file for file in folder.iterdir() if is_image(file)) if folder.is_dir() else [folder]
@@ -178,14 +137,20 @@ def make_image(path: str | None, size: int) -> np.ndarray:
 
 
 class OpenVinoDetector(Detector):
-    """An exported detector whose network runs in OpenVINO."""
+    """A detector of a folder whose network runs in OpenVINO.
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    Args:
+        folder: Exported detector, for all but the network.
+        threads: Number of threads of OpenVINO.
+        network: File of the network; None for that of the folder.
+    """
+
+    def __init__(self, folder: Path, threads: int, network: Path | None = None) -> None:
         import openvino
 
         super().__init__(folder, threads=threads)
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        self._compiled = openvino.Core().compile_model(str(folder / MODEL), "CPU", settings)
+        self._compiled = openvino.Core().compile_model(str(network or folder / MODEL), "CPU", settings)
 
     def run(self, batch: np.ndarray) -> LevelOutputs:
         """See :meth:`aqdet.runtime.Detector.run`."""
@@ -195,15 +160,21 @@ class OpenVinoDetector(Detector):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A detector in the runtime, its folder, and the code that measures its memory."""
+    """A detector in the runtime, its folder or network, and the code that measures its memory."""
 
     name: str
-    folder: Path
+    source: Path
     detector: Detector
     memory_code: str
 
+    @property
+    def bytes(self) -> int:
+        """Size of the network's file, or files where OpenVINO keeps weights in another one."""
+        network = self.source / MODEL if self.source.is_dir() else self.source
+        return sum(path.stat().st_size for path in {network, network.with_suffix(".bin")} if path.is_file())
 
-# These programs run the network of a folder (1) on a batch (2) in some threads (3), without torch.
+
+# These programs run the network of a folder or file (1) on a batch (2) in some threads (3), without torch.
 ONNX_RUNTIME_MEMORY = """
 import sys
 sys.modules["detectron2"] = None
@@ -217,7 +188,7 @@ OPENVINO_MEMORY = """
 import sys
 import numpy, openvino
 settings = {"INFERENCE_NUM_THREADS": int(sys.argv[3]), "PERFORMANCE_HINT": "LATENCY"}
-compiled = openvino.Core().compile_model(sys.argv[1] + "/model.onnx", "CPU", settings)
+compiled = openvino.Core().compile_model(sys.argv[1], "CPU", settings)
 for _ in range(5):
     compiled(numpy.load(sys.argv[2]))
 """
@@ -244,19 +215,37 @@ def check_export(args: argparse.Namespace, description: Description) -> None:
             raise ValueError(f"{args.model} was exported from other weights than {args.weights}: name those")
 
 
-def make_forms(args: argparse.Namespace, float_folder: Path, int8_folder: Path, exported: Detector) -> list[Form]:
-    """Returns the forms that run in the runtime."""
-    folder = Path(args.model)
+def make_forms(
+    args: argparse.Namespace, float_folder: Path, exported: Detector, batches: list[np.ndarray], scratch: Path
+) -> list[Form]:
+    """Returns the forms that run in the runtime, those that are quantized after training made here.
+
+    Args:
+        args: Of the program.
+        float_folder: Folder with the float network.
+        exported: The detector that is measured.
+        batches: Images that post-training quantization is calibrated on.
+        scratch: Folder to write into.
+    """
+    folder, threads = Path(args.model), args.threads
+    write_post_training(float_folder, scratch / "int8", batches)
     forms = [
-        Form(ORT_FLOAT, float_folder, Detector(float_folder, threads=args.threads), ONNX_RUNTIME_MEMORY),
-        Form(ORT_INT8, int8_folder, Detector(int8_folder, threads=args.threads), ONNX_RUNTIME_MEMORY),
+        Form(ORT_FLOAT, float_folder, Detector(float_folder, threads=threads), ONNX_RUNTIME_MEMORY),
+        Form(ORT_INT8, scratch / "int8", Detector(scratch / "int8", threads=threads), ONNX_RUNTIME_MEMORY),
         Form("exported, ONNX Runtime", folder, exported, ONNX_RUNTIME_MEMORY),
     ]
-    if importlib.util.find_spec("openvino"):
-        forms.append(Form("exported, OpenVINO", folder, OpenVinoDetector(folder, args.threads), OPENVINO_MEMORY))
-    else:
+    if not importlib.util.find_spec("openvino"):
         print("OpenVINO is not installed: left out")
-    return forms
+        return forms
+    if importlib.util.find_spec("nncf"):
+        network = scratch / "nncf" / "model.xml"
+        write_nncf(float_folder, network, batches)
+        detector = OpenVinoDetector(float_folder, threads, network)
+        forms.append(Form(NNCF_INT8, network, detector, OPENVINO_MEMORY))
+    else:
+        print(INSTALL_NNCF)
+    detector = OpenVinoDetector(folder, threads)
+    return [*forms, Form("exported, OpenVINO", folder / MODEL, detector, OPENVINO_MEMORY)]
 
 
 def export(args: argparse.Namespace) -> None:
@@ -279,11 +268,11 @@ def export(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         batch_file = str(Path(scratch) / "batch.npy")
         np.save(batch_file, batch)
-        float_folder, int8_folder = Path(scratch) / "float", Path(scratch) / "int8"
+        float_folder = Path(scratch) / "float"
         float_folder.mkdir()
         write_float(dense, Path(args.model), float_folder, batch)
-        write_post_training(float_folder, int8_folder, calibration_batches(args, description, batch))
-        forms = make_forms(args, float_folder, int8_folder, exported)
+        batches = calibration_batches(args, description, batch)
+        forms = make_forms(args, float_folder, exported, batches, Path(scratch))
         found = {EAGER: len(dense.model(inputs)[0]["instances"])}
         quality: dict[str, float | None] = {}
         if args.dataset:
@@ -301,9 +290,9 @@ def export(args: argparse.Namespace) -> None:
         rest = [batch_file, str(args.threads)]
         checkpoint = [args.config_file, args.weights, *args.opts]
         memory = {EAGER: peak_memory(EAGER_MEMORY, str(Path(__file__).parent), *rest, *checkpoint)}
-        memory |= {form.name: peak_memory(form.memory_code, str(form.folder), *rest) for form in forms}
+        memory |= {form.name: peak_memory(form.memory_code, str(form.source), *rest) for form in forms}
         disk = {EAGER: float_bytes(dense.model)}
-        disk |= {form.name: (form.folder / MODEL).stat().st_size for form in forms}
+        disk |= {form.name: form.bytes for form in forms}
     rows = []
     for name in networks:
         row: list[Any] = [name]

@@ -8,6 +8,7 @@ from pathlib import Path
 import benchmark
 import benchmark_export
 import numpy as np
+import post_training_peers
 import pytest
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -159,23 +160,47 @@ def test_benchmark_with_calibration_images_and_a_dataset(exported, monkeypatch, 
         assert 0 <= float(row.split()[-1]) <= 100
 
 
-def test_post_training_int8_is_near_the_float_network(exported, tmp_path):
-    """All convolutions are on 8 bits, and what is predicted stays near; the file is a quarter."""
+@pytest.fixture
+def float_network(exported, tmp_path):
+    """``(folder, batch)``: the float network as a folder for the runtime."""
     dense = benchmark_export.load_float(str(exported / "config.yaml"), str(exported / "weights.pth"), [])
     description = Detector(exported / "exported", threads=1).description
     batch, _ = make_runtime_batch([make_photo()], description)
     (tmp_path / "float").mkdir()
     benchmark_export.write_float(dense, exported / "exported", tmp_path / "float", batch)
-    benchmark_export.write_post_training(tmp_path / "float", tmp_path / "int8", [batch])
-    found = [Detector(tmp_path / name, threads=1).run(batch) for name in ("float", "int8")]
+    return tmp_path / "float", batch
+
+
+def check_near(folder, detector, batch):
+    """What is predicted stays near the float network, and is not the same."""
+    found = [each.run(batch) for each in (Detector(folder, threads=1), detector)]
     for level, other in zip(*found, strict=True):
         assert all(one.shape == two.shape for one, two in zip(level, other, strict=True))
     full, int8 = (np.concatenate([level[0].ravel() for level in levels]) for levels in found)
     # Untrained, so that the logits lie close together, in a few steps of 8 bits.
     step = (max(full.max(), 0.0) - min(full.min(), 0.0)) / 255
     assert np.abs(full - int8).max() < 4 * step and not np.array_equal(full, int8)
+
+
+def test_post_training_int8_is_near_the_float_network(float_network, tmp_path):
+    """All convolutions are on 8 bits; the file is a quarter."""
+    folder, batch = float_network
+    post_training_peers.write_post_training(folder, tmp_path / "int8", [batch])
+    check_near(folder, Detector(tmp_path / "int8", threads=1), batch)
     sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("float", "int8")]
     assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_nncf_is_near_the_float_network(float_network, tmp_path):
+    pytest.importorskip("nncf", reason=post_training_peers.INSTALL_NNCF)
+    folder, batch = float_network
+    network = tmp_path / "nncf" / "model.xml"
+    post_training_peers.write_nncf(folder, network, [batch])
+    detector = benchmark_export.OpenVinoDetector(folder, 1, network)
+    check_near(folder, detector, batch)
+    form = benchmark_export.Form("nncf", network, detector, "")
+    assert form.bytes == network.stat().st_size + (tmp_path / "nncf" / "model.bin").stat().st_size
+    assert form.bytes < 0.3 * (folder / "model.onnx").stat().st_size
 
 
 @pytest.mark.parametrize(
