@@ -75,12 +75,20 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--model", type=existing, required=True, metavar="DIR", help="exported detector")
     sub.add_argument("--config-file", type=file_to_read, required=True, help="config that it was exported with")
     sub.add_argument("--weights", type=file_to_read, required=True, help="checkpoint that it was exported from")
+    sub.add_argument(
+        "--float-weights",
+        type=file_to_read,
+        default="",
+        metavar="FILE",
+        help="checkpoint in full precision for the rows of float and of post-training int8, as the one that --weights "
+        "was trained from (default: --weights with its quantizers off)",
+    )
     sub.add_argument("--image", type=file_to_read, help="image to run on, resized to a square; random blocks if absent")
     sub.add_argument(
         "--calibration",
         type=existing,
         metavar="PATH",
-        help="image or folder that ONNX Runtime's post-training int8 is calibrated on (default: the measured image)",
+        help="image or folder that post-training int8 is calibrated on (default: the measured image)",
     )
     sub.add_argument("--dataset", metavar="NAME", default="", help="also evaluate every form on it (AP)")
     sub.add_argument("--size", type=positive, default=320, help="height and width of the image (default: %(default)s)")

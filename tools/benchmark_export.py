@@ -64,12 +64,15 @@ class Dense(nn.Module):
         return tuple(output for level in zip(*outputs, strict=True) for output in level)
 
 
-def load_float(config: str, weights: str, opts: list[str]) -> Dense:
-    """Returns the detector of a checkpoint with its quantizers off."""
+def load_float(config: str, weights: str, opts: list[str], float_weights: str = "") -> Dense:
+    """Returns the detector of a checkpoint with its quantizers off, or that of ``float_weights`` without any."""
     cfg = load_config(config, opts)
     fit_to_machine(cfg)
-    model = load_detector(cfg, weights, device="cpu")
-    set_quantization(model, False)
+    if float_weights:
+        model = load_detector(cfg, float_weights, device="cpu", quantized=False, key="--float-weights")
+    else:
+        model = load_detector(cfg, weights, device="cpu")
+        set_quantization(model, False)
     return Dense(model).eval()
 
 
@@ -257,7 +260,7 @@ def export(args: argparse.Namespace) -> None:
     if args.dataset:
         cfg, _ = dataset_records(cfg, args.dataset)
     torch.set_num_threads(args.threads)
-    dense = load_float(args.config_file, args.weights, args.opts)
+    dense = load_float(args.config_file, args.weights, args.opts, args.float_weights)
     image = make_image(args.image, args.size)
     # The image has the network's size: its channels are ordered, but it is not resized.
     as_it_is = dataclasses.replace(description, min_size=0)

@@ -149,6 +149,9 @@ def test_benchmark_with_calibration_images_and_a_dataset(exported, monkeypatch, 
     command = ["benchmark.py", "export", "--model", exported / "exported", "--config-file", exported / "config.yaml"]
     command += ["--weights", exported / "weights.pth", "--size", "32", "--threads", "1", "--rounds", "1"]
     command += ["--calibration", tmp_path / "data", "--dataset", "tiny_benchmark"]
+    full = torch.load(exported / "weights.pth", weights_only=True)["model"]
+    torch.save({"model": {k: v for k, v in full.items() if "quantizer" not in k}}, tmp_path / "full.pth")
+    command += ["--float-weights", tmp_path / "full.pth"]
     command += ["DATASETS.DECLARED", [entry], "DATALOADER.NUM_WORKERS", "0"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     benchmark.main()
