@@ -2,7 +2,10 @@
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
-from helpers import make_model
+from helpers import QUANT, make_model
+
+from aqdet.engine.post_training import predict
+from aqdet.quantization.calibration import observe, set_ranges
 
 STD = ("MODEL.PIXEL_STD", "[57.0, 57.0, 57.0]")
 
@@ -32,3 +35,14 @@ def lively(*overrides, theirs=False):
             if "cls_score" in name or "bbox_pred" in name:
                 parameter.normal_(0, 0.1, generator=generator)
     return model.eval()
+
+
+def pair(*overrides, bits="3"):
+    """The detector in full precision, and a calibrated one of its weights."""
+    quantized = (*QUANT, "MODEL.QUANT.WEIGHT.NUM_BITS", bits, "MODEL.QUANT.INPUT.NUM_BITS", bits)
+    full, model = lively(*overrides), make_model(*STD, *quantized, *overrides).eval()
+    model.load_state_dict(full.state_dict(), strict=False)
+    with torch.no_grad():
+        observed = observe(model, lambda: predict(model, images(2)))
+    set_ranges(model, observed, "minmax")
+    return full, model

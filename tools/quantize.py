@@ -61,6 +61,11 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="calibration method to try; several times for several (default: all)",
     )
+    parser.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="also try weights rounded by the layers' outputs, which takes half a minute and more",
+    )
     parser.add_argument("--max-images", type=integer(1), default=64, help="most images to calibrate on (default: 64)")
     parser.add_argument("--batch-size", type=integer(1), default=4, help="images in a calibration batch (default: 4)")
     parser.add_argument(
@@ -140,7 +145,7 @@ def quantize(args: argparse.Namespace, say: Any) -> None:
     say(f"loading {weights}")
     methods = list(dict.fromkeys(args.method)) or METHODS
     batches = make_batches(images, args.batch_size)
-    made = quantize_detector(cfg, weights, batches, methods=methods, progress=say)
+    made = quantize_detector(cfg, weights, batches, methods=methods, reconstruct=args.reconstruct, progress=say)
     say(f"chosen: {made.chosen}")
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / f"{Path(weights).stem}_{args.bits}bit.pth"

@@ -26,6 +26,7 @@ from ..modeling.meta_arch.dense import LowPrecisionDense
 from ..quantization import CALIBRATION_METHODS, quantizers
 from ..quantization.calibration import observe, set_ranges
 from .hooks.precise_bn import estimate_bn
+from .reconstruction import reconstruct_weights
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +109,14 @@ def quantize_detector(
     batches: Sequence[Batch],
     *,
     methods: Sequence[str] = CALIBRATION_METHODS,
+    reconstruct: bool = False,
     progress: Callable[[str], object] = logger.info,
 ) -> PostTraining:
     """Quantizes a full-precision detector from some images alone.
 
     Every calibration method is tried, and then corrections of the shifts that quantization causes: biases correct the
-    outputs' means (1906.04721), and BN statistics are estimated again. The attempt is chosen whose outputs on held-out
-    images are nearest to the full-precision detector's.
+    outputs' means (1906.04721), BN statistics are estimated again, and weights are rounded by the layers' outputs. The
+    attempt is chosen whose outputs on held-out images are nearest to the full-precision detector's.
 
     Args:
         cfg: The config of the quantized detector, see :func:`quantized_overrides`; it is not changed.
@@ -122,6 +124,7 @@ def quantize_detector(
         batches: Images in the form of Detectron2's detectors, without ground truth. Every fourth batch is held out; a
             single batch serves for both purposes.
         methods: Names from :data:`aqdet.quantization.CALIBRATION_METHODS`.
+        reconstruct: Whether to try :mod:`~aqdet.engine.reconstruction` too.
         progress: A function that is called with lines of text.
 
     Raises:
@@ -133,7 +136,7 @@ def quantize_detector(
     num_classes: Any = float_model.num_classes
     held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[-1:])
     calibration = [batch for index, batch in enumerate(batches) if index % HELD_OUT != HELD_OUT - 1]
-    corrections = _corrections(float_model, model)
+    corrections = _corrections(float_model, model, reconstruct)
     rounds = len(calibration) * (1 + sum(len(name.split(", ")) for name in corrections))
     counter = _Counter(rounds + len(held) * (1 + len(methods) + len(corrections)), progress)
 
@@ -230,7 +233,9 @@ def _scores(predictions: list[list[Tensor]]) -> list[Tensor]:
 Loader = Callable[[], Iterator[Batch]]
 
 
-def _corrections(float_model: nn.Module, model: nn.Module) -> dict[str, Callable[[nn.Module, Loader], None]]:
+def _corrections(
+    float_model: nn.Module, model: nn.Module, reconstruct: bool
+) -> dict[str, Callable[[nn.Module, Loader], None]]:
     """Returns the corrections of shifts that quantization causes, by name."""
 
     def biases(trial: nn.Module, batches: Loader) -> None:
@@ -240,9 +245,16 @@ def _corrections(float_model: nn.Module, model: nn.Module) -> dict[str, Callable
         reestimate_bn(trial, batches)
         correct_biases(trial, float_model, batches())
 
+    def reconstructed(after: Callable[[nn.Module, Loader], None], trial: nn.Module, batches: Loader) -> None:
+        reconstruct_weights(trial, lambda: [predict(trial, batch) for batch in batches()])
+        after(trial, batches)
+
     found: dict[str, Callable[[nn.Module, Loader], None]] = {"biases corrected": biases}
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         found |= {"BN estimated again": reestimate_bn, "BN estimated again, biases corrected": both}
+    if reconstruct:
+        last = list(found)[-1]
+        found[f"weights rounded by outputs, {last}"] = functools.partial(reconstructed, found[last])
     return found
 
 

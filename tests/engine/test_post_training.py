@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import FCOS, QUANT, make_cfg, make_model
-from lively import STD, images, lively
+from helpers import FCOS, QUANT, make_cfg
+from lively import STD, images, lively, pair
 
+from aqdet.engine import post_training
 from aqdet.engine.post_training import (
     check_quantizable,
     correct_biases,
@@ -17,18 +18,6 @@ from aqdet.engine.post_training import (
     reestimate_bn,
 )
 from aqdet.quantization import quantizers
-from aqdet.quantization.calibration import observe, set_ranges
-
-
-def pair(*overrides, bits="3"):
-    """The detector in full precision, and a calibrated one of its weights."""
-    quantized = (*QUANT, "MODEL.QUANT.WEIGHT.NUM_BITS", bits, "MODEL.QUANT.INPUT.NUM_BITS", bits)
-    full, model = lively(*overrides), make_model(*STD, *quantized, *overrides).eval()
-    model.load_state_dict(full.state_dict(), strict=False)
-    with torch.no_grad():
-        observed = observe(model, lambda: predict(model, images(2)))
-    set_ranges(model, observed, "minmax")
-    return full, model
 
 
 def test_keys_that_quantize_a_config():
@@ -169,6 +158,19 @@ def test_the_best_of_what_was_tried_is_taken(tmp_path, overrides):
         wanted, found = predict(made.float_model, batches[3]), predict(made.model, batches[3])
         assert torch.equal(wanted[0][0], predict(full, batches[3])[0][0])
     assert output_error(wanted, found, 3) == pytest.approx(best.error, rel=1e-4)
+
+
+def test_weights_are_reconstructed_first_if_that_is_asked_for(tmp_path, monkeypatch):
+    torch.save({"model": lively().state_dict()}, tmp_path / "full.pth")
+    rounded = []
+    monkeypatch.setattr(post_training, "reconstruct_weights", lambda model, run: rounded.append(len(run())))
+    batches = [images(2, seed=seed) for seed in range(4)]
+    cfg = make_cfg(*STD, *quantized_overrides(make_cfg(), 4))
+    options = {"methods": ("minmax",), "reconstruct": True}
+    made = quantize_detector(cfg, str(tmp_path / "full.pth"), batches, **options)
+    last, former = made.attempts[-1], made.attempts[-2]
+    assert last.name == "minmax, weights rounded by outputs, BN estimated again, biases corrected"
+    assert rounded == [3] and last.error == pytest.approx(former.error)  # nothing was rounded here
 
 
 def test_a_batch_too_small_for_bn_leaves_that_correction_out(tmp_path):
