@@ -9,7 +9,7 @@ from types import ModuleType
 
 from .utils.console import run_console
 
-# Subcommand -> program of tools/, its function, and what it does.
+# Subcommand -> program of tools/, its function, and a text for the help.
 PROGRAMS = {
     "check": ("check_dataset", "main", "check datasets before training"),
     "plan": ("plan", "main", "print bits, parameters and operations of each layer of a config"),
@@ -50,7 +50,7 @@ def _run_subcommand() -> None:
         program, function, _ = PROGRAMS[name]
         try:
             module = _load(program)
-            # The file, since programs print the command that continues them.
+            # The first word is the file, since programs print the command that continues them.
             sys.argv = [str(module.__file__), *rest]
             getattr(module, function)()
         except ModuleNotFoundError as error:
@@ -78,7 +78,7 @@ def _usage() -> str:
 
 
 def _load(program: str) -> ModuleType:
-    """A program of tools/, which is ``aqdet.programs`` where aqdet is installed, and beside it in a checkout."""
+    """Imports a program of tools/, which is in ``aqdet.programs`` if aqdet is installed, else beside it."""
     tools = Path(__file__).resolve().parent.parent / "tools"
     if (tools / f"{program}.py").is_file():
         sys.path.insert(0, str(tools))

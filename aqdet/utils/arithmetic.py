@@ -1,4 +1,4 @@
-"""Arithmetic written as Python, computed from its syntax tree: nothing is executed."""
+"""Evaluation of arithmetic in Python's syntax by its syntax tree; no code is executed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 MAX_CHARACTERS = 4096
 MAX_STEPS = 10_000
-"""Nodes of the syntax tree that are computed, once for each repetition, and elements of repeated lists."""
+"""Limit of the computed nodes of the syntax tree, counted at each repetition, and of elements of repeated lists."""
 MAX_INTEGER = 10**300
-"""Largest integer in magnitude, about where floats end."""
+"""Largest magnitude of an integer, about that of the largest float."""
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -24,15 +24,15 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg,
 
 
 def evaluate(text: str) -> Any:
-    """Computes an arithmetic expression, to the value that ``eval`` gives.
+    """Returns the value of an arithmetic expression, equal to that of ``eval``.
 
-    It may have numbers, lists and tuples of them, ``+ - * / **``, and comprehensions of one ``for`` over a list, as
-    ``[[x, x * 2**(1.0/3)] for x in [32, 64]]`` of Detectron2's ``Base-RetinaNet.yaml``. The length
-    of the text, the size of integers and the work are bounded.
+    It may have numbers, lists and tuples of them, ``+ - * / **``, and comprehensions of one ``for`` over a list, such
+    as ``[[x, x * 2**(1.0/3)] for x in [32, 64]]`` in Detectron2's ``Base-RetinaNet.yaml``. The length of the text, the
+    size of integers and the work are bounded.
 
     Raises:
-        ValueError: in one line, for anything else, for a value beyond the bounds, or for one that does not exist,
-            as that of a division by zero.
+        ValueError: In one line, for anything else, for a value beyond the bounds, or for one that does not exist, such
+            as a division by zero.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the expression has {len(text)} characters, more than {MAX_CHARACTERS}")
@@ -94,7 +94,7 @@ class _Evaluator:
         return _bounded(result)
 
     def _of_lists(self, node: ast.BinOp, left: Any, right: Any) -> Any:
-        """The sum of two lists, or the product of a list and an integer."""
+        """Returns the sum of two lists, or the product of a list and an integer."""
         sizes = [len(value) if isinstance(value, list | tuple) else value for value in (left, right)]
         if isinstance(node.op, ast.Add) and type(left) is type(right):
             self._take(sum(sizes))

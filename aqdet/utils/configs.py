@@ -1,4 +1,4 @@
-"""The config files that aqdet ships, by their names."""
+"""The names and paths of the config files that aqdet ships."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Returns the config files that aqdet ships: name, as ``quickstart/retinanet_r18_lsq_w4a4.yaml`` -> path.
+    """Returns the config files that aqdet ships: name, such as ``quickstart/retinanet_r18_lsq_w4a4.yaml`` -> path.
 
-    They are part of an installed package, and lie beside it in a checkout.
+    They are in an installed package, and beside it in a checkout.
     """
     package = Path(__file__).resolve().parent.parent
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)

@@ -10,25 +10,25 @@ from typing import TextIO
 
 STANDARD_ERROR = 2
 OUTPUT_CLOSED = 141
-"""Exit status, the one that a shell shows for a program that SIGPIPE (13) has ended: 128 + 13."""
+"""Exit status of a program that the signal SIGPIPE (13) would have ended: 128 + 13."""
 
 
 def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
     """Runs a program; it ends without a traceback when nobody reads its output any more.
 
-    Programs catch ``OSError`` around their work and would report a closed pipe as an error of a file, therefore the
+    Programs catch ``OSError`` around their work and would report a closed pipe as an error of a file. Therefore the
     streams themselves end the process, with status 141.
 
     Args:
         main: The program.
-        goes_on: Whether it goes on without its output, as a training does, whose log is in a file, too.
+        goes_on: Whether it goes on without its output, as a training does, since its log is in a file, too.
     """
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_ending_with_its_reader(stream, goes_on) for stream in streams)
     try:
         main()
     finally:
-        # What is still buffered; at the interpreter's own end it would be too late to choose the exit status.
+        # Buffered output is written here: at the interpreter's own end it would be too late to choose the exit status.
         try:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -37,7 +37,7 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
 
 
 class _Output(io.FileIO):
-    """A stream's file descriptor; when its reader has gone, further output is dropped."""
+    """The file descriptor of a stream, which drops further output when its reader is gone."""
 
     def __init__(self, descriptor: int, goes_on: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)

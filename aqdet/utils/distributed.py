@@ -1,4 +1,4 @@
-"""Training in several processes."""
+"""Helpers for training in several processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, strict JSON, checksums, endings of images.
+"""Files that are written completely or not at all, strict JSON, checksums, and endings of images.
 
-Only the standard library is imported, so that what runs without torch can use it too.
+Only the standard library is imported, so that programs without torch can use it, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings, in lower case, of the names of files that OpenCV or Pillow reads as images."""
+"""Endings, in lower case, of the names of image files that OpenCV or Pillow reads."""
 
 StrPath = str | os.PathLike[str]
 
@@ -25,7 +25,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_image(path: StrPath) -> bool:
-    """Whether the name of a file ends as an image's does, in upper or lower case."""
+    """Returns whether the name of a file has the ending of an image, in upper or lower case."""
     return Path(path).suffix.lower() in IMAGE_ENDINGS
 
 
@@ -47,14 +47,14 @@ def replacing(
 
     Args:
         path: The target. Its folder is made if it does not exist.
-        keep_ending: Writers of images and films choose their format by the ending: the file beside the target is
-            then named ``curve.part.png`` instead of ``curve.png.part``.
-        shared: Several processes may write the same target: each gets a file of its own.
-        durable: The content is on the disk before the target is replaced, so that a power cut loses nothing either.
+        keep_ending: Whether the file beside the target is named ``curve.part.png`` instead of ``curve.png.part``, for
+            writers that choose their format by the ending.
+        shared: Whether several processes may write the same target; each then gets a file of its own.
+        durable: Whether the content is flushed to disk before the target is replaced, so that it survives a power cut.
         needed: Size of the content in bytes, if known, for the message that a disk is full.
 
     Raises:
-        OSError: naming the target; of a full disk also the free space.
+        OSError: Naming the target and, if the disk is full, the free space.
     """
     target = Path(path)
     part = f"{os.getpid()}.part" if shared else "part"
@@ -68,7 +68,7 @@ def replacing(
             _flush_to_disk(aside)
         os.replace(aside, target)
         if durable:
-            _flush_to_disk(target.parent)  # the renaming itself
+            _flush_to_disk(target.parent)  # makes the renaming durable
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def open_replacing(
     needed: int | None = None,
     errors: str | None = None,
 ) -> Iterator[IO[Any]]:
-    """Opens a file to be written that replaces ``path`` when the block ends without an error; see :func:`replacing`.
+    """Opens a file that replaces ``path`` when the block ends without an error; see :func:`replacing`.
 
     Args:
         path: The target.
@@ -104,18 +104,18 @@ def open_replacing(
 
 
 def write_text(path: StrPath, text: str, *, shared: bool = False, errors: str | None = None) -> None:
-    """Writes a text in UTF-8, whole or not at all; see :func:`replacing`."""
+    """Writes a text in UTF-8, completely or not at all; see :func:`replacing`."""
     with open_replacing(path, shared=shared, errors=errors) as file:
         file.write(text)
 
 
 def write_json(path: StrPath, value: Any, *, indent: int | None = 1, shared: bool = False) -> None:
-    """Writes a value as :func:`to_json` gives it, whole or not at all; see :func:`replacing`."""
+    """Writes the result of :func:`to_json`, completely or not at all; see :func:`replacing`."""
     write_text(path, to_json(value, indent=indent) + "\n", shared=shared)
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """A value as JSON by its standard, which has neither NaN nor infinity: they become ``null``.
+    """Returns a value as standard JSON, which has neither NaN nor infinity: they become ``null``.
 
     Args:
         value: Mappings, lists, tuples, strings, numbers, booleans and None.
@@ -123,12 +123,12 @@ def to_json(value: Any, **options: Any) -> str:
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
-    except (TypeError, ValueError):  # a number that JSON does not have, or a mapping that is no dict
+    except (TypeError, ValueError):  # the value has a number that JSON does not have, or a mapping that is no dict
         return json.dumps(_without_non_finite(value), allow_nan=False, **options)
 
 
 def from_json(text: str) -> Any:
-    """Reads JSON. NaN and infinities, which JSON's standard does not have, become None: files of before hold them.
+    """Reads JSON; NaN and infinities, which standard JSON does not have but older files hold, become None.
 
     Raises:
         ValueError: If the text is no JSON.
@@ -147,16 +147,16 @@ def _without_non_finite(value: Any) -> Any:
 
 
 def sha256(path: StrPath) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+    """Returns the SHA-256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def named(error: OSError, path: StrPath, needed: int | None = None) -> OSError:
-    """The same error with a message in one line that names a file; of a full disk, also the room that is needed.
+    """Returns the error with a message in one line that names a file and, if the disk is full, the space needed.
 
     Args:
-        error: As the operating system gave it.
+        error: The operating system's error.
         path: The file that was to be written.
         needed: Its size in bytes, if known.
     """
@@ -170,7 +170,7 @@ def named(error: OSError, path: StrPath, needed: int | None = None) -> OSError:
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes in MB, to one decimal below 10 MB."""
+    """Returns a number of bytes as text in MB, with one decimal below 10 MB."""
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
