@@ -63,6 +63,8 @@ class InterruptHook(HookBase):
         """Installs the handlers; from now on signals wait for the end of an iteration."""
         if threading.current_thread() is not threading.main_thread():
             return  # Only the main thread may set handlers.
+        if self.trainer.start_iter >= self.trainer.max_iter:
+            return  # The evaluation that follows, as in post-training quantization, has no iteration to wait for.
         spawned = multiprocessing.parent_process() is not None
         for signum in (signal.SIGINT,) if spawned else (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._receive)

@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from helpers import process_environment
+
+from aqdet.engine.hooks.interrupt import InterruptHook
 
 # By hand, for more: AQDET_TEST_KILLS=100 AQDET_TEST_KILL_SEED=7 pytest tests/engine/test_resume.py
 KILLS = int(os.environ.get("AQDET_TEST_KILLS", "10"))
@@ -49,3 +53,16 @@ def test_signals_to_the_whole_process_group_save_and_stop(report):
     for run in report["interrupted"]:
         assert run["last"] == "model_0000001.pth"
         assert run["weights"] and run["metrics"], run
+
+
+@pytest.mark.parametrize(("max_iter", "takes"), [(0, False), (1, True)])
+def test_without_an_iteration_to_wait_for_signals_act_at_once(max_iter, takes):
+    """Post-training quantization evaluates without one, for as long as an evaluation takes."""
+    hook = InterruptHook(None)
+    hook.trainer = types.SimpleNamespace(start_iter=0, max_iter=max_iter)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    hook.before_train()
+    during = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    hook.after_train()
+    assert (during != before) == takes
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
