@@ -117,8 +117,9 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILL.LOGIT_WEIGHT = 1.0
 
     # --- Structure ---
-    # A RegNetX (2003.13678) in place of the ResNet: "200MF", "400MF", "600MF", "800MF", "1.6GF" or "3.2GF", its
-    # multiply-adds at 224x224. Its stages are res2 to res5 too. Of MODEL.RESNETS only NORM and OUT_FEATURES count then.
+    # A RegNetX (2003.13678; not measured here) in place of the ResNet: "200MF", "400MF", "600MF", "800MF", "1.6GF" or
+    # "3.2GF", its multiply-adds at 224x224. Its stages are res2 to res5 too. Of MODEL.RESNETS only NORM and
+    # OUT_FEATURES count then.
     cfg.MODEL.RESNETS.REGNETX = ""
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
     cfg.MODEL.FPN.RELU = False
@@ -134,21 +135,24 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.NORM = "GN"
     # Foreground probability that the class logits start with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # Which points learn an object. "fcos": those near its centre, on a level chosen by its size. "atss" (1912.02424):
-    # of the points nearest to its centre on every level, those whose square overlaps it more than most do.
+    # Which points learn an object. "fcos": those near its centre, on a level chosen by its size. "atss" (1912.02424;
+    # not measured here): of the points nearest to its centre on every level, those whose square overlaps it more than
+    # most do.
     cfg.MODEL.FCOS.ASSIGNMENT = "fcos"
     # "fcos": points are positive within this distance of a box's centre, in strides.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
     # "atss": points of each level that are considered, and the side of the square at a point, in strides.
     cfg.MODEL.FCOS.ATSS_CANDIDATES = 9
     cfg.MODEL.FCOS.ATSS_SIDE = 8.0
-    # What the class scores learn. "focal": 1 at positive points. "quality" (2006.04388): the overlap of the predicted
-    # box; there is no centerness then, FOCAL_LOSS_GAMMA is the exponent and FOCAL_LOSS_ALPHA has no part in it.
+    # What the class scores learn. "focal": 1 at positive points. "quality" (2006.04388; not measured here): the overlap
+    # of the predicted box; there is no centerness then, FOCAL_LOSS_GAMMA is the exponent and FOCAL_LOSS_ALPHA has no
+    # part in it.
     cfg.MODEL.FCOS.CLASS_LOSS = "focal"
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
-    # Experimental: factors of the two losses that HQOD (2408.02561) adds at positive points, 1 there, 0 for none: one
-    # that pulls boxes most that are nearly right, and one that pulls score and overlap up together.
+    # Experimental, not measured here: factors of the two losses that HQOD (2408.02561) adds at positive points, 1
+    # there, 0 for none: one that pulls boxes most that are nearly right, and one that pulls score and overlap up
+    # together.
     cfg.MODEL.FCOS.HARMONIOUS_IOU_WEIGHT = 0.0
     cfg.MODEL.FCOS.TASK_CORRELATION_WEIGHT = 0.0
     # Thresholds in evaluation; scores are sqrt(class probability x centerness), or without a centerness the class's.
