@@ -5,8 +5,7 @@ activations, not those of a byte. A multiplication before it puts a sum onto its
 multiplications into thresholds, as FINN does, has integers alone.
 
 All tensors are float32 for QONNX's own executor, which gives the reference's codes while a sum stays below 2**24.
-Shapes are static, as its tools require. These tools are known to refuse some of it: not every version of FINN and
-hls4ml has a Resize with factor 2, and hls4ml refuses padding by a value other than zero, such as the mean pixel.
+Shapes are static, as its tools require. The file's description, :data:`DESCRIPTION`, says what they read and refuse.
 """
 
 from __future__ import annotations
@@ -24,6 +23,14 @@ from .reference import conv_multiplier
 
 DOMAIN = "qonnx.custom_op.general"
 OPSET, _IR_VERSION = 17, 8
+DESCRIPTION = (
+    "The network of an object detector on integers, as QONNX: Quant nodes of scale 1 have the bits of the training. "
+    "What reads it, tried on a stem, a residual block and an upsampled sum: qonnx 1.0 cleans it up and executes it; "
+    "FINN's ConvertQONNXtoFINN (finn-plus 1.6.1) makes thresholds of every activation; hls4ml 1.3 parses it after "
+    "qonnx's conversion to channels last and another cleanup. What is refused: hls4ml 1.3 then stops at the product of "
+    "a convolution's output and a constant for each channel (axis remapping), and with NumPy 2.2 or newer at a "
+    "Resize's empty region of interest."
+)
 
 
 def build_qonnx(program: Program, height: int, width: int) -> onnx.ModelProto:
@@ -62,7 +69,11 @@ class _Builder(ProgramWriter):
             for name in level.names
         ]
         image = helper.make_tensor_value_info(IMAGE, TensorProto.FLOAT, [1, 3, height, width])
-        return self.make_model([image], outputs, {"": OPSET, DOMAIN: 1}, _IR_VERSION)
+        return self.make_model([image], outputs, {"": OPSET, DOMAIN: 1}, _IR_VERSION, DESCRIPTION)
+
+    def no_region(self) -> str:
+        """Returns the name of an empty region: hls4ml wants each input of a Resize to be there."""
+        return self.constant("no_region", [])
 
     def per_channel(self, name: str, values: NDArray[Any]) -> str:
         return self.constant(name, values.reshape(1, -1, 1, 1))
@@ -93,11 +104,8 @@ class _Builder(ProgramWriter):
         pixels = self.quant(operation.input, f"{operation.input}.pixels", 0, 255)
         vertical, horizontal = operation.amount
         pads = self.constant("image_pads", [0, 0, vertical, horizontal] * 2, np.int64)
-        if len(set(operation.values)) == 1:
-            code = self.constant("pad_code", float(operation.values[0]))
-            self.node("Pad", [pixels, pads, code], operation.output, mode="constant")
-            return
-        # Pad has one value for all channels: it pads by zero, between a subtraction and an addition of whole numbers.
+        # Pad has one value for all channels, and hls4ml knows only zero: it pads by zero, between a subtraction and an
+        # addition of whole numbers.
         codes = self.per_channel("pad_codes", np.array(operation.values))
         centred = self.node("Sub", [pixels, codes], f"{operation.output}.centred")
         padded = self.node("Pad", [centred, pads], f"{operation.output}.around_zero", mode="constant")

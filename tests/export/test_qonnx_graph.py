@@ -8,7 +8,7 @@ from onnx import numpy_helper
 from programs import LSQPLUS, image, shared
 
 from aqdet.export.program import PadImage
-from aqdet.export.qonnx_graph import DOMAIN, build_qonnx
+from aqdet.export.qonnx_graph import DESCRIPTION, DOMAIN, build_qonnx
 from aqdet.export.reference import run
 
 DOREFA = ("MODEL.QUANT.WEIGHT.QUANTIZER", "dorefa", "MODEL.QUANT.INPUT.QUANTIZER", "dorefa")
@@ -55,11 +55,21 @@ def test_every_tensor_has_its_own_bits():
     assert [d.dim_value for d in graph.output[-1].type.tensor_type.shape.dim] == [1, 12, 1, 1]
 
 
-def test_one_pad_where_the_mean_pixel_is_grey():
+def test_the_image_is_padded_by_zero_alone():
+    """With the mean pixel between a subtraction and an addition; hls4ml refuses any other padding."""
     _, program = shared("MODEL.PIXEL_MEAN", "[128.0, 128.0, 128.0]")
     assert isinstance(program.operations[0], PadImage)
     nodes = build_qonnx(program, 32, 32).graph.node
-    assert [node.op_type for node in nodes[:2]] == ["Quant", "Pad"]
+    assert [node.op_type for node in nodes[:4]] == ["Quant", "Sub", "Pad", "Add"] and len(nodes[2].input) == 2
+
+
+def test_the_file_says_what_reads_it_and_a_resize_has_all_inputs():
+    model = build_qonnx(shared()[1], 32, 32)
+    assert model.doc_string == DESCRIPTION and "hls4ml" in DESCRIPTION and "FINN" in DESCRIPTION
+    empty = {tensor.name for tensor in model.graph.initializer if list(tensor.dims) == [0]}
+    resized = [node for node in model.graph.node if node.op_type == "Resize"]
+    assert len(resized) == 2 and all(node.input[1] in empty for node in resized)
+    assert all(all(node.input) for node in model.graph.node)
 
 
 def test_cleanup_passes_and_the_bits_are_inferred():
