@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 USER_ERROR = 2
-FEWER_BITS = 4
+FEWER_BITS = RECONSTRUCTED = 4
 METHODS = ("mse", "minmax", "percentile", "mean")
 
 
@@ -63,8 +63,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--reconstruct",
-        action="store_true",
-        help="also try weights rounded by the layers' outputs, which takes half a minute and more",
+        action=argparse.BooleanOptionalAction,
+        help="also try weights rounded by the layers' outputs, which takes a minute (default: at up to "
+        f"{RECONSTRUCTED} bits, where it gains)",
     )
     parser.add_argument("--max-images", type=integer(1), default=64, help="most images to calibrate on (default: 64)")
     parser.add_argument("--batch-size", type=integer(1), default=4, help="images in a calibration batch (default: 4)")
@@ -145,7 +146,8 @@ def quantize(args: argparse.Namespace, say: Any) -> None:
     say(f"loading {weights}")
     methods = list(dict.fromkeys(args.method)) or METHODS
     batches = make_batches(images, args.batch_size)
-    made = quantize_detector(cfg, weights, batches, methods=methods, reconstruct=args.reconstruct, progress=say)
+    reconstruct = args.bits <= RECONSTRUCTED if args.reconstruct is None else args.reconstruct
+    made = quantize_detector(cfg, weights, batches, methods=methods, reconstruct=reconstruct, progress=say)
     say(f"chosen: {made.chosen}")
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / f"{Path(weights).stem}_{args.bits}bit.pth"

@@ -111,6 +111,27 @@ def found(trained, matched):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--bits", 8), False),
+        (("--bits", 4), True),
+        (("--bits", 4, "--no-reconstruct"), False),
+        (("--bits", 5, "--reconstruct"), True),
+    ],
+)
+def test_weights_are_reconstructed_at_few_bits_unless_asked_otherwise(run, tmp_path, monkeypatch, options, expected):
+    class Asked(Exception):
+        pass
+
+    def quantize_detector(*_, reconstruct, **__):
+        raise Asked(reconstruct)
+
+    monkeypatch.setattr("aqdet.engine.post_training.quantize_detector", quantize_detector)
+    with pytest.raises(Asked, match=str(expected)):
+        command(monkeypatch, *ours(run), "--output", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
     ("given", "matches", "bits", "worth", "words"),
     [
         (report(51.6, 51.5), found(9, 1), 8, False, ("AP falls by 0.1: 8 bits without training are enough", "fewer")),
