@@ -92,8 +92,11 @@ def _may_clip_nothing(model: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def _is_at_floor(quantizer: Quantizer) -> bool:
-    grid = quantizer.grid() if quantizer.is_active else None
-    return grid is not None and bool((grid.scale <= SCALE_EPS).any())
+    if not quantizer.is_active:
+        return False
+    grid = quantizer.grid()
+    scale = getattr(quantizer, "scale", None) if grid is None else grid.scale
+    return scale is not None and bool((scale <= SCALE_EPS).any())
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ import logging
 
 import torch
 from helpers import QUANT, calibrated, make_batch, make_model
+from quantization.specs import ready
 
 from aqdet.engine.hooks.quantizer_watch import QuantizerWatchHook
-from aqdet.quantization import quantizers
+from aqdet.quantization import QuantSpec, name_quantizers, quantizers
 
 
 class StandIn:
@@ -43,6 +44,27 @@ def test_scales_at_their_floor_and_weights_on_one_level_are_warned_about_once(ca
         "1 quantizers have a scale at its floor, below which it cannot shrink: backbone.fpn_output3.input_quantizer",
         "1 layers have all their weights on one level, and so no function: head.cls_subnet.0",
     ]
+
+
+def test_a_scale_at_its_floor_is_seen_where_there_is_no_uniform_grid(caplog):
+    model = torch.nn.ModuleDict(
+        {"a": ready(QuantSpec("lsqodd", 2, "weight")), "b": ready(QuantSpec("lqnet", 2, "input"))}
+    )
+    name_quantizers(model)
+    watch = QuantizerWatchHook(period=100)
+    watch.trainer = StandIn(model)
+    with caplog.at_level(logging.WARNING):
+        watch.before_step()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        watch.after_step()
+        assert "at its floor" not in caplog.text
+        with torch.no_grad():
+            model["a"].scale.fill_(-1.0)
+        watch.trainer.iter = 199
+        watch.after_step()
+    assert "1 quantizers have a scale at its floor, below which it cannot shrink: a" in caplog.text
 
 
 def test_scales_that_explode_or_stand_still_are_warned_about_once(caplog):
