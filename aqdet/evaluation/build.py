@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils import comm
+from pycocotools.cocoeval import Params
 
 from ..data.registry import EVALUATOR_TYPE
 from ..utils.files import write_json
@@ -43,7 +44,8 @@ def check_evaluator(cfg: CfgNode, dataset_name: str) -> None:
 
     Raises:
         ValueError: in one line, naming the dataset and its ``evaluator_type``, if there is no evaluator for it, a
-            package that it needs is not installed, or it is for masks and the detector has none.
+            package that it needs is not installed, it is for masks and the detector has none, or keypoints have no
+            sigmas.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     said = f"DATASETS.TEST {dataset_name!r} has evaluator_type {kind!r}"
@@ -51,6 +53,7 @@ def check_evaluator(cfg: CfgNode, dataset_name: str) -> None:
         raise ValueError(f"{said}, which is for {REFUSED[kind]}: supported are {', '.join(SUPPORTED)}")
     if kind is not None and kind not in SUPPORTED:
         raise ValueError(f"{said}: supported are {', '.join(SUPPORTED)}")
+    keypoint_sigmas(cfg)
     if kind == "lvis":
         try:
             check_lvis_eval()
@@ -92,14 +95,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
         return RecordedEvaluator(CityscapesInstanceEvaluator(dataset_name), output_dir=output_dir)
     if kind in BOXES_ONLY:
         logger.info("Of %s (%s) the boxes are evaluated, as COCO's", dataset_name, kind)
-    if cfg.MODEL.KEYPOINT_ON and is_two_stage(cfg):
-        logger.warning("MODEL.KEYPOINT_ON: keypoints on %s are not evaluated, boxes and masks are", dataset_name)
     return COCOEvaluator(
         dataset_name,
         output_dir=output_dir,
         coco_eval=cfg.TEST.COCO_EVAL,
         max_dets_per_image=limit,
         masks=finds_masks(cfg) and kind not in BOXES_ONLY,
+        keypoint_sigmas=keypoint_sigmas(cfg) if kind not in BOXES_ONLY else (),
     )
 
 
@@ -111,6 +113,25 @@ def is_two_stage(cfg: CfgNode) -> bool:
 def finds_masks(cfg: CfgNode) -> bool:
     """Returns whether the detector of a config finds masks."""
     return is_two_stage(cfg) and cfg.MODEL.MASK_ON
+
+
+def keypoint_sigmas(cfg: CfgNode) -> tuple[float, ...]:
+    """Returns a sigma for each keypoint that the detector of a config finds, COCO's by default; none without keypoints.
+
+    Raises:
+        ValueError: in one line, if ``TEST.KEYPOINT_OKS_SIGMAS`` has not one for each, or is empty and the keypoints are
+            not COCO's 17.
+    """
+    if not (is_two_stage(cfg) and cfg.MODEL.KEYPOINT_ON):
+        return ()
+    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    sigmas = tuple(float(sigma) for sigma in cfg.TEST.KEYPOINT_OKS_SIGMAS or Params("keypoints").kpt_oks_sigmas)
+    if len(sigmas) != number or not all(sigma > 0 for sigma in sigmas):
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS must have a positive value for each of the {number} keypoints of "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, got {list(cfg.TEST.KEYPOINT_OKS_SIGMAS)} (empty is COCO's 17)"
+        )
+    return sigmas
 
 
 class RecordedEvaluator(DatasetEvaluator):

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)
 COCO_EVALS = ("pycocotools", "faster-coco-eval")
 COCO_LIMIT = 100
 """Detections of an image that count, the best first, in COCO's own evaluation."""
-TASKS = {"bbox": "boxes", "segm": "masks"}
+TASKS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 """Kinds of evaluation, and what they are of."""
 LIMIT_KEY = "max_dets_per_image"
 """Name of another limit in ``metrics.json``."""
@@ -71,7 +71,10 @@ def fill_in(truth: COCO, name: str) -> None:
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's COCO evaluation of boxes and masks, by pycocotools or faster-coco-eval.
+    """Detectron2's COCO evaluation of boxes, masks and keypoints, by pycocotools or faster-coco-eval.
+
+    Keypoints are evaluated by pycocotools, whose limit for them is 20 detections of an image and which has no band of
+    small objects for them.
 
     A crowd region is COCO's: it is not to be found, and detections that lie in it are neither right nor wrong.
     A declared dataset's ``ignore`` regions are crowd regions (:mod:`aqdet.data.check.findings`).
@@ -87,6 +90,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         max_dets_per_image: how many detections of an image and class count, the best first. Figures with another
             limit than COCO's 100 are not comparable with published ones.
         masks: whether masks are evaluated too, as task ``"segm"``; not where the dataset has objects without one.
+        keypoint_sigmas: a standard deviation for each keypoint, as a share of an object's size, which a distance from
+            it is measured in (1405.0312's dataset has them for people); keypoints are then evaluated too, as task
+            ``"keypoints"``, but not where the dataset has objects without, or with another number of them.
     """
 
     metrics: tuple[str, ...] = METRICS
@@ -99,23 +105,33 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         coco_eval: str = "pycocotools",
         max_dets_per_image: int = COCO_LIMIT,
         masks: bool = False,
+        keypoint_sigmas: Sequence[float] = (),
     ) -> None:
         check_coco_eval(coco_eval)
-        tasks = ("bbox", "segm") if masks else ("bbox",)
-        super().__init__(dataset_name, tasks, output_dir=output_dir, use_fast_impl=False)
+        tasks = ("bbox", *["segm"] * masks, *["keypoints"] * bool(keypoint_sigmas))
+        super().__init__(
+            dataset_name, tasks, output_dir=output_dir, use_fast_impl=False, kpt_oks_sigmas=list(keypoint_sigmas)
+        )
         self._coco_eval = coco_eval
         self._max_dets_per_image = max_dets_limits(max_dets_per_image)
         self._per_class: dict[str, dict[str, dict[str, float]]] = {}  # by task and class
         fill_in(self._coco_api, self._metadata.name)
         self._warn_of_crowded_images()
-        without = sum(not a.get("segmentation") for a in self._coco_api.dataset.get("annotations", ()))
-        if masks and without:
-            logger.warning(
-                "%d annotations of %s have no segmentation: its boxes alone are evaluated",
-                without,
-                self._metadata.name,
-            )
-            self._tasks = ("bbox",)
+        annotations = self._coco_api.dataset.get("annotations", ())
+        without = {
+            "segm": sum(not a.get("segmentation") for a in annotations),
+            "keypoints": sum(len(a.get("keypoints") or ()) != 3 * len(keypoint_sigmas) for a in annotations),
+        }
+        for task, lack in (("segm", "no segmentation"), ("keypoints", f"not {len(keypoint_sigmas)} keypoints")):
+            if task in tasks and without[task]:
+                logger.warning(
+                    "%d annotations of %s have %s: %s are not evaluated",
+                    without[task],
+                    self._metadata.name,
+                    lack,
+                    TASKS[task],
+                )
+        self._tasks = tuple(task for task in tasks if not without.get(task))
 
     @property
     def limit(self) -> int:
@@ -156,6 +172,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         ]
         counts = collections.Counter(a["category_id"] for a in objects)
         completed = {task: self._complete(results.get(task) or {}, objects) for task in self._tasks}
+        completed.get("keypoints", {}).pop("APs", None)
         for task, values in completed.items():
             logger.info(
                 "AP of %s by class of %s, of the best %d detections of an image:\n%s",
@@ -186,7 +203,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         )
         for task in self._tasks:
             # An evaluation adds fields, and takes a detection's area from its box where it has one.
-            of_task = [{k: v for k, v in r.items() if task == "bbox" or k != "bbox"} for r in found]
+            of_task = [{k: v for k, v in r.items() if task != "segm" or k != "bbox"} for r in found]
             evaluated = self._evaluated(of_task, img_ids, task) if of_task else None
             self._results[task] = self._derive_coco_results(evaluated, task)
             if evaluated is not None:
@@ -204,7 +221,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def _evaluation(self, found: list[dict[str, Any]], task: str) -> Any:
         """COCO's evaluation of these detections, to be run."""
-        if self._coco_eval == "faster-coco-eval":
+        if self._coco_eval == "faster-coco-eval" and task != "keypoints":
             import faster_coco_eval
 
             ground_truth = faster_coco_eval.COCO(self._coco_api.dataset)
@@ -213,9 +230,13 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             )
         else:
             # COCO's own summary is for its own limit.
-            implementation = COCOeval if self.limit == COCO_LIMIT else COCOevalMaxDets
+            is_usual = self.limit == COCO_LIMIT or task == "keypoints"
+            implementation = COCOeval if is_usual else COCOevalMaxDets
             evaluated = implementation(self._coco_api, self._coco_api.loadRes(found), task)
-        evaluated.params.maxDets = list(self._max_dets_per_image)
+        if task == "keypoints":
+            evaluated.params.kpt_oks_sigmas = np.array(self._kpt_oks_sigmas)
+        else:
+            evaluated.params.maxDets = list(self._max_dets_per_image)
         return evaluated
 
     def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:
