@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "experiments")]  # jobs.py, kept_runs.py
 DATASET, SECTION = "shapes", "mask_rcnn shapes"
-START_ITERATIONS, ITERATIONS = 300, 150
+START_ITERATIONS, ITERATIONS = 300, 100
 STATE = "model_final.pth"
 
 
