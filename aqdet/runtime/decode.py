@@ -23,11 +23,13 @@ class Detections:
         boxes: ``(R, 4)`` float32, in pixels of the original image.
         scores: ``(R,)`` float32.
         classes: ``(R,)`` int64, indices of the detector's ``classes``.
+        masks: ``(R, H, W)`` bool, over the original image; None from a detector that finds none.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
+    masks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -38,7 +40,8 @@ class Detections:
 
     def select(self, index: np.ndarray) -> Detections:
         """Returns the detections at indices, or where a mask holds."""
-        return Detections(self.boxes[index], self.scores[index], self.classes[index])
+        masks = None if self.masks is None else self.masks[index]
+        return Detections(self.boxes[index], self.scores[index], self.classes[index], masks)
 
 
 def decode(
@@ -88,9 +91,9 @@ def _decode_level(
     lowest = threshold * abs(threshold) if centerness else threshold
     logit = math.log(lowest / (1 - lowest)) - 1e-3 if 0 < lowest < 1 else math.copysign(math.inf, lowest - 1)
     index = np.flatnonzero(logits > logit)
-    scores = _sigmoid(logits.reshape(-1)[index])
+    scores = sigmoid(logits.reshape(-1)[index])
     if centerness:
-        scores = np.sqrt(scores * _sigmoid(centerness[0].reshape(-1)[index % (height * width)]))
+        scores = np.sqrt(scores * sigmoid(centerness[0].reshape(-1)[index % (height * width)]))
     above = scores > threshold
     index, scores = index[above], scores[above]
     channel, y, x = np.unravel_index(index, logits.shape)
@@ -100,18 +103,19 @@ def _decode_level(
     order = order[: description.topk_candidates]
     scores, anchor, cls, y, x = scores[order], anchor[order], cls[order], y[order], x[order]
     picked = deltas.reshape(num_anchors, 4, height, width)[anchor, :, y, x]
-    anchors = _anchors(level, description.anchor_offset, anchor, y, x)
-    is_distance = description.architecture == FCOS
-    boxes = _apply_distances(picked, anchors) if is_distance else _apply_deltas(picked, anchors, description)
-    return boxes, scores, cls
+    anchors = anchors_at(level, description.anchor_offset, anchor, y, x)
+    if description.architecture == FCOS:
+        return _apply_distances(picked, anchors), scores, cls
+    return apply_deltas(picked, anchors, description.box_weights, description.scale_clamp), scores, cls
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Returns 1 / (1 + exp(-x)), float32."""
     with np.errstate(over="ignore"):  # 1 / (1 + inf) is the limit
-        return 1 / (1 + _exp(-x))
+        return 1 / (1 + exp(-x))
 
 
-def _exp(x: np.ndarray) -> np.ndarray:
+def exp(x: np.ndarray) -> np.ndarray:
     """Returns the exponential of float32 values, rounded once from float64.
 
     NumPy's exponential of float32 differs in the last bit between processors, and so would scores and boxes.
@@ -119,7 +123,7 @@ def _exp(x: np.ndarray) -> np.ndarray:
     return np.exp(x.astype(np.float64)).astype(np.float32)
 
 
-def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+def anchors_at(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Returns the boxes ``(R, 4)`` of anchors at locations."""
     half = np.array(level.anchors) / 2
     cell = np.concatenate([-half, half], axis=1).astype(np.float32)
@@ -127,13 +131,13 @@ def _anchors(level: Level, offset: float, anchor: np.ndarray, y: np.ndarray, x: 
     return shift + cell[anchor]
 
 
-def _apply_deltas(deltas: np.ndarray, anchors: np.ndarray, description: Description) -> np.ndarray:
+def apply_deltas(deltas: np.ndarray, anchors: np.ndarray, weights: Sequence[float], scale_clamp: float) -> np.ndarray:
     """Returns the boxes ``(R, 4)`` of deltas ``(R, 4)`` on anchors, as Detectron2's ``Box2BoxTransform`` does."""
     size = anchors[:, 2:] - anchors[:, :2]
     centre = anchors[:, :2] + np.float32(0.5) * size
-    deltas = deltas / np.array(description.box_weights, np.float32)
+    deltas = deltas / np.array(weights, np.float32)
     centre = deltas[:, :2] * size + centre
-    half = np.float32(0.5) * (_exp(np.minimum(deltas[:, 2:], np.float32(description.scale_clamp))) * size)
+    half = np.float32(0.5) * (exp(np.minimum(deltas[:, 2:], np.float32(scale_clamp))) * size)
     return np.concatenate([centre - half, centre + half], axis=1)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import onnxruntime
 
 from .decode import Detections, decode
-from .folder import DESCRIPTION, MODEL, Description, read_description
+from .folder import BOX_MODEL, DESCRIPTION, MASK_MODEL, MODEL, Description, read_description
 from .image import read_image
 from .preprocess import make_batch
+from .regions import RegionHeads
 
 Image = np.ndarray | str | os.PathLike[str]
 LevelOutputs = list[tuple[np.ndarray, ...]]
@@ -25,7 +26,7 @@ class Detector:
 
     Args:
         folder: The folder that ``tools/export_model.py`` has written. The files that ``detector.json`` names are
-            checked first; all but ``model.onnx`` may be missing.
+            checked first; all but the graphs that are run may be missing.
         threads: The number of threads of the network; None leaves it to ONNX Runtime.
         provider: The name of ONNX Runtime's execution provider.
         score_threshold: The lowest score of a detection. None, here and below, takes the folder's own value.
@@ -65,6 +66,13 @@ class Detector:
         self._options.intra_op_num_threads = threads or 0
         self._session = self._load(str(self._path))
         self._check_graph(self._path)
+        self._heads: RegionHeads | None = None
+        regions = self.description.regions
+        if regions is not None:
+            box, mask = (self._path.with_name(name) for name in (BOX_MODEL, MASK_MODEL))
+            self._heads = RegionHeads(
+                self.description, self._load(str(box)), self._load(str(mask)) if regions.mask_logits else None
+            )
 
     def _load(self, model: str | bytes) -> onnxruntime.InferenceSession:
         try:
@@ -79,7 +87,7 @@ class Detector:
         """Checks that the graph has the outputs of the description."""
         channels = {output.name: output.shape[1] for output in self._session.get_outputs()}
         for level in self.description.levels:
-            for name, per_anchor in zip(level.outputs, (len(self.description.classes), 4, 1), strict=False):
+            for name, per_anchor in zip(level.outputs, (self.description.level_classes, 4, 1), strict=False):
                 if channels.get(name) != len(level.anchors) * per_anchor:
                     raise ValueError(
                         f"{path}: output {name!r} should have {len(level.anchors) * per_anchor} channels by "
@@ -106,14 +114,30 @@ class Detector:
             return []
         pixels = [image if isinstance(image, np.ndarray) else read_image(image) for image in images]
         batch, sizes = make_batch(pixels, self.description)
+        if self._heads is not None:
+            return self._detect_regions(self._heads, batch, sizes, pixels)
         outputs = self.run(batch)
         return [
             decode([[output[i] for output in level] for level in outputs], size, image.shape[:2], self.description)
             for i, (size, image) in enumerate(zip(sizes, pixels, strict=True))
         ]
 
+    def _detect_regions(
+        self, heads: RegionHeads, batch: np.ndarray, sizes: Sequence[tuple[int, int]], pixels: Sequence[np.ndarray]
+    ) -> list[Detections]:
+        assert self.description.regions is not None
+        names = [name for level in self.description.levels for name in level.outputs]
+        pyramid = [level.output for level in self.description.regions.pyramid]
+        values = self._session.run([*names, *pyramid], {self._session.get_inputs()[0].name: batch})
+        found = []
+        for index, (size, image) in enumerate(zip(sizes, pixels, strict=True)):
+            of_image = [value[index] for value in values]
+            predictions = list(zip(of_image[: len(names) : 2], of_image[1 : len(names) : 2], strict=True))
+            found.append(heads.detect(predictions, of_image[len(names) :], size, image.shape[:2]))
+        return found
+
     def run(self, batch: np.ndarray) -> LevelOutputs:
-        """Runs the network alone.
+        """Runs the network alone; of a two-stage detector the first stage's.
 
         Args:
             batch: ``(N, 3, H, W)`` uint8, with channels in the order of ``description.channels``.

@@ -12,11 +12,22 @@ from .decode import Detections
 
 # Neighbours in this sequence of hues are far apart, for any number of classes.
 _GOLDEN_RATIO = 0.618034
+_OPACITY = 0.45
+"""Share of a mask's colour in its pixels."""
 
 
 def draw(image: np.ndarray, detections: Detections, classes: Sequence[str]) -> np.ndarray:
-    """Returns a copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and score; the best ones on top."""
-    canvas = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+    """Returns a copy of a BGR image ``(H, W, 3)`` uint8 with each box, its class and score; the best ones on top.
+
+    Where there are masks, their pixels have a part of the colour of their class.
+    """
+    rgb = np.ascontiguousarray(image[:, :, ::-1])
+    if detections.masks is not None:
+        for index in reversed(range(len(detections))):
+            mask = detections.masks[index]
+            tint = np.array(_colour(int(detections.classes[index])))
+            rgb[mask] = np.round((1 - _OPACITY) * rgb[mask] + _OPACITY * tint).astype(np.uint8)
+    canvas = Image.fromarray(rgb)
     pen = ImageDraw.Draw(canvas)
     unit = max(min(image.shape[:2]) / 500, 0.6)
     font = ImageFont.load_default(15 * unit)

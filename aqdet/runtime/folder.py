@@ -17,7 +17,9 @@ FORMAT = "aqdet-detector"
 VERSION = 1
 DESCRIPTION = "detector.json"
 MODEL = "model.onnx"
-RETINANET, FCOS = ARCHITECTURES = ("RetinaNet", "FCOS")
+BOX_MODEL, MASK_MODEL = "box.onnx", "mask.onnx"
+"""Graphs of the heads for regions, of a two-stage detector."""
+RETINANET, FCOS, RCNN = ARCHITECTURES = ("RetinaNet", "FCOS", "RCNN")
 # Keys that write_description fills in.
 SEAL = ("format", "version", "files", "sha256")
 
@@ -47,6 +49,54 @@ class Level:
 
 
 @dataclasses.dataclass(frozen=True)
+class PyramidLevel:
+    """A level that regions are pooled from.
+
+    Attributes:
+        name: The ending of its inputs' names in the heads' graphs.
+        output: The output of ``model.onnx`` with its codes.
+        stride: Pixels of the network's input from one location to the next.
+    """
+
+    name: str
+    output: str
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """The second stage of a two-stage detector.
+
+    Attributes:
+        pyramid: The levels, from high to low resolution.
+        canonical_size, canonical_level: Side in pixels of a region that is pooled from that level, whose stride is 2
+            to its power; one of twice the side from the next level.
+        max_proposals, proposal_nms_threshold, min_box_size: Limits of the regions that are proposed.
+        box_logits, box_deltas: The outputs of ``box.onnx``.
+        box_weights: The weights of the second stage's ``Box2BoxTransform``.
+        class_agnostic_boxes: Whether all classes share one box.
+        mask_logits: The output of ``mask.onnx``; "" without masks.
+    """
+
+    pyramid: tuple[PyramidLevel, ...]
+    canonical_size: int
+    canonical_level: int
+    max_proposals: int
+    proposal_nms_threshold: float
+    min_box_size: float
+    box_logits: str
+    box_deltas: str
+    box_weights: tuple[float, ...]
+    class_agnostic_boxes: bool
+    mask_logits: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of the heads' graphs."""
+        return (BOX_MODEL, MASK_MODEL) if self.mask_logits else (BOX_MODEL,)
+
+
+@dataclasses.dataclass(frozen=True)
 class Description:
     """The checked content of ``detector.json``.
 
@@ -59,13 +109,15 @@ class Description:
             leaves the image as it is.
         size_divisibility: Height and width of the batch are multiples of it.
         pad_value: The padding of each channel, in the order of ``channels``.
-        levels: The pyramid levels, see :class:`Level`.
+        levels: The pyramid levels, see :class:`Level`; for RCNN those of the proposal network, which has one class.
         anchor_offset: Position of the first anchor's centre, in strides.
         box_weights, scale_clamp: Parameters of Detectron2's ``Box2BoxTransform``; ones and infinity for FCOS, which has
             none.
-        score_threshold, topk_candidates, nms_threshold, max_detections: Settings of Detectron2's dense detectors.
+        score_threshold, topk_candidates, nms_threshold, max_detections: Settings of Detectron2's dense detectors. For
+            RCNN the candidates are those of a level for proposals, and the others are of the second stage.
         layers: A row for each layer, for reports.
         source: The checkpoint and config that the folder was exported from.
+        regions: The second stage of RCNN; None for a dense detector.
     """
 
     architecture: str
@@ -86,6 +138,17 @@ class Description:
     max_detections: int
     layers: tuple[dict[str, Any], ...]
     source: dict[str, Any]
+    regions: Regions | None = None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Files that the detector cannot run without."""
+        return (MODEL, *(self.regions.files if self.regions is not None else ()))
+
+    @property
+    def level_classes(self) -> int:
+        """How many logits an anchor has."""
+        return len(self.classes) if self.regions is None else 1
 
 
 def write_description(
@@ -140,11 +203,13 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
         files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in content["files"].items()}
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: lacks a value or has one that is not valid ({error!r}): export again") from error
-    if MODEL not in files or any(Path(name).name != name for name in files):
-        raise ValueError(f"{path}: 'files' must be names in this folder with {MODEL} among them, got {list(files)}")
+    needed = description.needed
+    if not set(needed) <= set(files) or any(Path(name).name != name for name in files):
+        wanted = " and ".join(needed)
+        raise ValueError(f"{path}: 'files' must be names in this folder with {wanted} among them, got {list(files)}")
     for name, (digest, size) in files.items():
         file = folder / name
-        if not file.exists() and name != MODEL:
+        if not file.exists() and name not in needed:
             continue  # the runtime does not execute such a file
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: copy the whole folder, or export the model again")
@@ -167,7 +232,7 @@ def _parse(content: dict[str, Any]) -> Description:
     channels, pad_value = source["format"], tuple(int(v) for v in source["pad_value"])
     box_weights: tuple[float, ...] = (1.0,) * 4
     scale_clamp = math.inf
-    if architecture == RETINANET:
+    if architecture != FCOS:
         box_weights, scale_clamp = tuple(float(v) for v in decode["box_weights"]), float(decode["scale_clamp"])
     if not classes or len(category_ids) != len(classes):
         raise ValueError(f"{len(classes)} classes, {len(category_ids)} category_ids")
@@ -212,6 +277,27 @@ def _parse(content: dict[str, Any]) -> Description:
         max_detections=int(decode["max_detections"]),
         layers=tuple(content["layers"]),
         source=dict(content["source"]),
+        regions=_regions(content["regions"]) if architecture == RCNN else None,
+    )
+
+
+def _regions(content: dict[str, Any]) -> Regions:
+    pyramid = tuple(PyramidLevel(str(e["name"]), str(e["output"]), int(e["stride"])) for e in content["pyramid"])
+    weights = tuple(float(value) for value in content["box_weights"])
+    if not pyramid or any(level.stride < 1 for level in pyramid) or len(weights) != 4:
+        raise ValueError(f"regions {content!r}")
+    return Regions(
+        pyramid=pyramid,
+        canonical_size=int(content["canonical_size"]),
+        canonical_level=int(content["canonical_level"]),
+        max_proposals=int(content["max_proposals"]),
+        proposal_nms_threshold=float(content["proposal_nms_threshold"]),
+        min_box_size=float(content["min_box_size"]),
+        box_logits=str(content["box_logits"]),
+        box_deltas=str(content["box_deltas"]),
+        box_weights=weights,
+        class_agnostic_boxes=bool(content["class_agnostic_boxes"]),
+        mask_logits=str(content["mask_logits"]),
     )
 
 

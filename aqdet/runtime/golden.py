@@ -6,7 +6,8 @@
 - ``input``: ``(1, 3, h, w)`` uint8, the network's input that is made from it.
 - ``codes/NAME``: integer values of the tensor NAME inside the network, for a few layers.
 - ``outputs/NAME``: float32 values of each output of the network.
-- ``boxes``, ``scores``, ``classes``: the detections, see :class:`~aqdet.runtime.Detections`.
+- ``boxes``, ``scores``, ``classes`` and, where there are masks, ``masks``: the detections, see
+  :class:`~aqdet.runtime.Detections`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _CODES, _OUTPUTS = "codes/", "outputs/"
 # changes the float32 value that it is rounded to in one of many millions of cases.
 _SCORE_TOLERANCE = 1e-5
 _BOX_TOLERANCE = 1e-2
+_MASK_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def write_golden(folder: str | os.PathLike[str], image: np.ndarray, layers: Sequ
     detector = Detector(folder, size=0)
     batch, _ = make_batch([image], detector.description)
     found = detector(image)
-    arrays = {"image": image, "input": batch, **dataclasses.asdict(found)}
+    arrays = {"image": image, "input": batch, **{k: v for k, v in vars(found).items() if v is not None}}
     arrays |= {_OUTPUTS + name: value for name, value in _outputs(detector, batch).items()}
     if layers:
         arrays |= {_CODES + name: value for name, value in zip(layers, detector.tensors(layers, batch), strict=True)}
@@ -97,7 +99,7 @@ def self_test(
         if _OUTPUTS + name not in golden:
             raise ValueError(f"{path}: lacks {_OUTPUTS + name}, of another model: export the model again")
         checks.append(compare_arrays(f"output {name}", value, golden[_OUTPUTS + name]))
-    expected = Detections(golden["boxes"], golden["scores"], golden["classes"])
+    expected = Detections(golden["boxes"], golden["scores"], golden["classes"], golden.get("masks"))
     checks.append(_detections(detector(golden["image"]), expected))
     return checks
 
@@ -144,4 +146,12 @@ def _detections(found: Detections, expected: Detections) -> Check:
     boxes = float(np.abs(found.boxes - expected.boxes).max(initial=0))
     passed = not other and scores <= _SCORE_TOLERANCE and boxes <= _BOX_TOLERANCE
     text = f"{len(found)} found, {other} of another class; scores differ by at most {scores:.1g}, boxes by {boxes:.1g}"
-    return Check(what, passed, f"{text} pixels")
+    text += " pixels"
+    if expected.masks is not None:
+        masks = np.zeros_like(expected.masks) if found.masks is None else found.masks
+        if masks.shape != expected.masks.shape:
+            return Check(what, False, f"masks {masks.shape}, expected {expected.masks.shape}")
+        pixels = int(np.count_nonzero(masks != expected.masks))
+        passed = bool(passed and pixels <= _MASK_TOLERANCE * np.count_nonzero(expected.masks))
+        text += f", masks in {pixels} of {np.count_nonzero(expected.masks)}"
+    return Check(what, passed, text)

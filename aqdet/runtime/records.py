@@ -23,6 +23,8 @@ COLUMNS = ("filename", "frame", "width", "height", "class", "xmin", "ymin", "xma
 class CocoResults:
     """Writes detections as COCO results: a list of ``{image_id, category_id, bbox, score}``.
 
+    With masks there is a ``segmentation`` too, as run lengths.
+
     A category is the id that the detector's folder has for the class, or the class's index if it has none.
 
     Args:
@@ -45,7 +47,8 @@ class CocoResults:
         """Writes the detections of an image."""
         image_id = self._image_id(source, frame)
         found = found[found.scores >= self._threshold]
-        for box, score, cls in zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True):
+        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True)
+        for index, (box, score, cls) in enumerate(rows):
             x1, y1, x2, y2 = box
             entry = {
                 "image_id": image_id,
@@ -53,6 +56,8 @@ class CocoResults:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": score,
             }
+            if found.masks is not None:
+                entry["segmentation"] = run_lengths(found.masks[index])
             self._file.write(f"{self._separator}\n{json.dumps(entry)}")
             self._separator = ","
 
@@ -67,6 +72,13 @@ class CocoResults:
             return self._image_ids[source.name]
         stem = Path(source.name).stem
         return int(stem) if stem.isdecimal() else source.name
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
+    """Returns a mask ``(H, W)`` as COCO's uncompressed RLE: pixels of 0 and of 1 in turn, down the columns."""
+    flat = np.concatenate([[False], mask.T.reshape(-1)])
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]), [mask.size]])
+    return {"size": list(mask.shape), "counts": np.diff(starts).tolist()}
 
 
 class CsvRows:
