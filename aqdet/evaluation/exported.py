@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from ..runtime import Detections, Detector
+from ..runtime import Description, Detections, Detector
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,10 @@ class ExportedDetector(nn.Module):
         self.detector = detector
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """Maps N inputs to N ``{"instances": ...}`` with ``pred_boxes``, ``scores`` and ``pred_classes``."""
+        """Maps N inputs to N ``{"instances": ...}`` with ``pred_boxes``, ``scores`` and ``pred_classes``.
+
+        ``pred_masks`` is there too where the detector finds masks.
+        """
         images = [entry["file_name"] for entry in batched_inputs]
         found = self.detector.detect(images)
         return [
@@ -43,12 +46,15 @@ class ExportedDetector(nn.Module):
 
 def to_instances(detections: Detections, image_size: tuple[int, int]) -> Instances:
     """Converts detections in an image of ``(height, width)`` into Detectron2's ``Instances``."""
-    return Instances(
+    found = Instances(
         image_size,
         pred_boxes=Boxes(torch.from_numpy(detections.boxes)),
         scores=torch.from_numpy(detections.scores),
         pred_classes=torch.from_numpy(detections.classes),
     )
+    if detections.masks is not None:
+        found.pred_masks = torch.from_numpy(detections.masks)
+    return found
 
 
 def load_exported(cfg: CfgNode, folder: str | os.PathLike[str]) -> ExportedDetector:
@@ -72,20 +78,37 @@ def load_exported(cfg: CfgNode, folder: str | os.PathLike[str]) -> ExportedDetec
                 f"{_listed(classes)}: it was exported from another model"
             )
     ships = detector.description
-    section = ships.architecture.upper()
-    node = cfg.MODEL[section]
-    for key, asked, has in (
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, ships.channels),
-        ("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, ships.min_size),
-        ("INPUT.MAX_SIZE_TEST", cfg.INPUT.MAX_SIZE_TEST, ships.max_size),
-        (f"MODEL.{section}.SCORE_THRESH_TEST", node.SCORE_THRESH_TEST, ships.score_threshold),
-        (f"MODEL.{section}.TOPK_CANDIDATES_TEST", node.TOPK_CANDIDATES_TEST, ships.topk_candidates),
-        (f"MODEL.{section}.NMS_THRESH_TEST", node.NMS_THRESH_TEST, ships.nms_threshold),
-        ("TEST.DETECTIONS_PER_IMAGE", cfg.TEST.DETECTIONS_PER_IMAGE, ships.max_detections),
+    for key, has in (
+        ("INPUT.FORMAT", ships.channels),
+        ("INPUT.MIN_SIZE_TEST", ships.min_size),
+        ("INPUT.MAX_SIZE_TEST", ships.max_size),
+        *_thresholds(ships),
+        ("TEST.DETECTIONS_PER_IMAGE", ships.max_detections),
     ):
+        asked = cfg
+        for name in key.split("."):
+            asked = asked[name]
         if asked != has:
             logger.warning("%s is %r, but %s was exported with %r: using that", key, asked, folder, has)
     return ExportedDetector(detector)
+
+
+def _thresholds(ships: Description) -> list[tuple[str, Any]]:
+    """Keys of a config that decoding has values for, and these."""
+    if ships.regions is not None:
+        return [
+            ("MODEL.RPN.PRE_NMS_TOPK_TEST", ships.topk_candidates),
+            ("MODEL.RPN.POST_NMS_TOPK_TEST", ships.regions.max_proposals),
+            ("MODEL.RPN.NMS_THRESH", ships.regions.proposal_nms_threshold),
+            ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", ships.score_threshold),
+            ("MODEL.ROI_HEADS.NMS_THRESH_TEST", ships.nms_threshold),
+        ]
+    node = f"MODEL.{ships.architecture.upper()}"
+    return [
+        (f"{node}.SCORE_THRESH_TEST", ships.score_threshold),
+        (f"{node}.TOPK_CANDIDATES_TEST", ships.topk_candidates),
+        (f"{node}.NMS_THRESH_TEST", ships.nms_threshold),
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

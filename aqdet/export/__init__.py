@@ -4,6 +4,8 @@
 
 - ``model.onnx``: the network on integers (:mod:`~aqdet.export.onnx_graph`), weights packed into their bits
   (:mod:`~aqdet.export.packed_weights`); its ``metadata_props`` hold what ``detector.json`` says.
+- ``box.onnx``, ``mask.onnx``, of a two-stage detector: its heads for regions, behind RoiAlign in float
+  (:mod:`~aqdet.export.region_graph`).
 - ``model.end_to_end.onnx``, if asked for: pixels to detections (:mod:`~aqdet.export.end_to_end`).
 - ``model.qonnx.onnx``, if asked for: QONNX with the true bit widths (:mod:`~aqdet.export.qonnx_graph`).
 - ``detector.c``, ``detector.h``, if asked for: plain C (:mod:`~aqdet.export.c_source`).

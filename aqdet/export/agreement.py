@@ -10,7 +10,7 @@ ONNX Runtime with its optimizations, as it ships, must have the reference's code
 difference is allowed. An execution in float32, such as ONNX Runtime's without optimizations, may differ where the value
 before rounding lies within float32's error of a tie. The trained model may also differ within half a unit of a
 convolution's sum, since it does not round biases to int32, and within the change that the scales of sums got. A copy of
-it with the constants that ship (:func:`~aqdet.export.extract.with_rounded_constants`) shows the differences without
+it with the constants that ship (:func:`~aqdet.export.rounded.with_rounded_constants`) shows the differences without
 these two causes.
 """
 
@@ -27,13 +27,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
+from ..layers import QuantAdd, QuantConv2d, QuantConvTranspose2d, QuantLinear, StreamQuantizer
+from ..modeling import QuantGeneralizedRCNN
 from ..modeling.blocks import QuantStem
 from ..quantization import Quantizer
-from .extract import with_rounded_constants
 from .onnx_graph import build_onnx
-from .program import IMAGE, Add, Conv, Grid, Operation, PadImage, Program, Requantize, inputs_of, largest_code
-from .reference import accumulate, conv_unit, execute, run
+from .program import (
+    IMAGE,
+    Add,
+    Conv,
+    DepthToSpace,
+    Grid,
+    Operation,
+    PadImage,
+    Program,
+    Requantize,
+    inputs_of,
+    largest_code,
+)
+from .reference import accumulate, conv_unit, execute, run, space_to_depth
+from .rounded import with_rounded_constants
 from .sums import largest_move
 from .tensorrt_graph import build_tensorrt
 
@@ -140,6 +153,8 @@ def _differences(program: Program, values: Values, reference: Values, execution:
         inputs = [filled[name].astype(np.int64) for name in inputs_of(operation)]
         expected: NDArray[Any] = execute(operation, inputs, grids)
         own = filled.setdefault(operation.output, expected)
+        if own.shape != expected.shape:  # a fully connected layer's values, as a convolution has them
+            own = filled[operation.output] = own.reshape(expected.shape)
         if operation.output not in values:
             continue
         whole = reference[operation.output]
@@ -225,9 +240,7 @@ def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Va
     model.eval()
     try:
         with torch.no_grad(), _recording(model, recorded):
-            pixels = torch.from_numpy(image).to(model.device).float()
-            features = model.backbone((pixels - model.pixel_mean) / model.pixel_std)
-            predictions = model.head([features[name] for name in model.head_in_features])
+            predictions = _predictions(model, program, torch.from_numpy(image).to(model.device).float())
     finally:
         model.train(training)
     values: Values = {}
@@ -240,7 +253,31 @@ def trained_values(model: Any, program: Program, image: NDArray[np.uint8]) -> Va
     for output, *of_level in zip(program.outputs, *predictions, strict=True):
         for name, prediction in zip(output.names, of_level, strict=True):
             values[name] = prediction.cpu().numpy()
+    for operation in program.operations:
+        if isinstance(operation, DepthToSpace) and operation.output in values:
+            values[operation.input] = space_to_depth(values[operation.output], operation.block)
     return values
+
+
+def _predictions(model: Any, program: Program, x: Tensor) -> Sequence[Sequence[Tensor]]:
+    """Returns the predictions of the modules that a program stands for, by kind and level.
+
+    Args:
+        model: the detector. program: of it, or of one of its heads for regions.
+        x: pixels; of a head for regions, codes as they are stored.
+    """
+    if not isinstance(model, QuantGeneralizedRCNN):
+        features = model.backbone((x - model.pixel_mean) / model.pixel_std)
+        return model.head([features[name] for name in model.head_in_features])
+    if program.pyramid:
+        features = model.backbone((x - model.pixel_mean) / model.pixel_std)
+        rpn = model.proposal_generator
+        return rpn.rpn_head([features[name] for name in rpn.in_features])
+    regions = (x - program.image.zero_point) * program.image.scale
+    heads = model.roi_heads
+    if program.outputs[0].deltas:
+        return [[prediction] for prediction in heads.box_predictor(heads.box_head(regions))]
+    return [[heads.mask_head.layers(regions)]]
 
 
 @contextlib.contextmanager
@@ -257,7 +294,7 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
     for path, module in model.named_modules():
         if path.startswith("auxiliary."):
             continue
-        if isinstance(module, QuantConv2d):
+        if isinstance(module, QuantConv2d | QuantConvTranspose2d | QuantLinear):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda m, inputs, path=path: note(f"{path}.input_quantizer", m.input_quantizer, inputs[0])

@@ -7,7 +7,7 @@ noise. Executed here, on any device that torch has, the detector has the codes a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .extract import extract
-from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
+from .program import IMAGE, Add, Conv, DepthToSpace, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
 from .proof import bound_accumulator
 from .reference import conv_multiplier
 
@@ -48,7 +48,7 @@ class ProgramNetwork(nn.Module):
                 self._constant(f"weight_{index}", operation.integer_weight, dtype)
                 self._constant(f"bias_{index}", operation.bias, dtype)
                 self._constant(f"multiplier_{index}", conv_multiplier(operation, source.scale), torch.float32)
-        self._readers = {name: 0 for name in grids}
+        self._readers = {name: int(name in program.pyramid) for name in grids}
         for operation in program.operations:
             for name in inputs_of(operation):
                 self._readers[name] += 1
@@ -57,10 +57,20 @@ class ProgramNetwork(nn.Module):
         tensor = torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
         self.register_buffer(name, tensor if tensor.dim() > 1 else tensor.view(1, -1, 1, 1), persistent=False)
 
-    @torch.no_grad()
     def forward(self, image: Tensor) -> list[list[Tensor]]:
         """Maps uint8 images ``(N, 3, H, W)`` to the head's predictions: for each kind, float32 a level."""
-        values = {IMAGE: image.to(torch.float32)}
+        values = self.values(image)
+        by_level = [[values[name] for name in output.names] for output in self.program.outputs]
+        return [list(kind) for kind in zip(*by_level, strict=True)]
+
+    @torch.no_grad()
+    def values(self, image: Tensor) -> dict[str, Tensor]:
+        """Returns the predictions, and the codes of the pyramid where these are outputs, by name.
+
+        Args:
+            image: uint8 images ``(N, 3, H, W)`` or, for regions, their codes as they are stored.
+        """
+        values = {IMAGE: image.to(torch.float32) - self.program.image.zero_point}
         grids = self.program.grids()
         left = dict(self._readers)
         for index, operation in enumerate(self.program.operations):
@@ -70,8 +80,7 @@ class ProgramNetwork(nn.Module):
                 left[name] -= 1
                 if not left[name]:
                     del values[name]
-        by_level = [[values[name] for name in output.names] for output in self.program.outputs]
-        return [list(kind) for kind in zip(*by_level, strict=True)]
+        return values
 
     def _execute(self, index: int, operation: Operation, inputs: list[Tensor], grids: Mapping[str, Grid]) -> Tensor:
         """See :func:`aqdet.export.reference.execute`."""
@@ -101,6 +110,8 @@ class ProgramNetwork(nn.Module):
             return rounded.clamp(operation.grid.quant_min, operation.grid.quant_max).to(x.dtype)
         if isinstance(operation, MaxPool):
             return F.max_pool2d(x, operation.kernel, operation.stride, operation.padding)
+        if isinstance(operation, DepthToSpace):
+            return F.pixel_shuffle(x, operation.block)
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
@@ -112,6 +123,22 @@ def pad_channels(x: Tensor, amounts: tuple[int, ...], values: tuple[int, ...]) -
     """Pads ``(N, C, H, W)`` as ``F.pad`` does, each channel with a value of its own."""
     channels = zip(x.split(1, 1), values, strict=True)
     return torch.cat([F.pad(channel, amounts, value=value) for channel, value in channels], 1)
+
+
+def make_batch(
+    batched_inputs: Sequence[Mapping[str, Any]], program: Program, device: torch.device
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Returns images as a program reads them, ``(N, 3, H, W)`` float32, and their sizes without padding."""
+    pad = next(operation for operation in program.operations if isinstance(operation, PadImage))
+    images = [entry["image"].to(device, torch.float32) for entry in batched_inputs]
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    step = program.size_divisibility
+    height, width = (-(-max(edges) // step) * step for edges in zip(*sizes, strict=True))
+    padded = [
+        pad_channels(image[None], (0, width - w, 0, height - h), pad.values)
+        for image, (h, w) in zip(images, sizes, strict=True)
+    ]
+    return torch.cat(padded), sizes
 
 
 class AsShipped(nn.Module):
@@ -131,18 +158,7 @@ class AsShipped(nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See :meth:`aqdet.modeling.meta_arch.dense.LowPrecisionDense.forward`, in evaluation."""
         model: Any = self.__dict__["model"]
-        program = self.network.program
-        pad = next(operation for operation in program.operations if isinstance(operation, PadImage))
-        images = [entry["image"].to(model.device, torch.float32) for entry in batched_inputs]
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        step = program.size_divisibility
-        height, width = (-(-max(edges) // step) * step for edges in zip(*sizes, strict=True))
-        batch = torch.cat(
-            [
-                pad_channels(image[None], (0, width - w, 0, height - h), pad.values)
-                for image, (h, w) in zip(images, sizes, strict=True)
-            ]
-        )
+        batch, sizes = make_batch(batched_inputs, self.network.program, model.device)
         predictions = self.network(batch)
         listed = ImageList(batch, sizes)
         results = model.forward_inference(listed, predictions[0], predictions)

@@ -29,7 +29,7 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
         f"`{source['weights_sha256']}`",
         f"- Exported by aqdet {source['aqdet_version']}, checked in ONNX Runtime {report['onnxruntime']}",
         f"- Input: shorter edge {content['input']['min_size']} pixels, longer at most {content['input']['max_size']}",
-        f"- Size: {size['model.onnx'] / 1e6:.1f} MB, 1/{size['ratio']:.1f} of float32 weights",
+        f"- Size: {size['float32_state_dict'] / size['ratio'] / 1e6:.1f} MB, 1/{size['ratio']:.1f} of float32 weights",
         "",
         "## How good it is",
         "",
@@ -65,6 +65,8 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
     ]
     about = {
         "model.onnx": "the network on integers, weights packed into their bits",
+        "box.onnx": "classes and boxes of regions: RoiAlign in float, the head on integers",
+        "mask.onnx": "masks of regions: RoiAlign in float, the head on integers",
         "model.end_to_end.onnx": "uint8 images in, boxes, scores and classes out",
         "model.qonnx.onnx": "QONNX, for hardware with the bits that were trained; not run by aqdet.runtime",
         "detector.c": "the network in C99 without libraries, for images of one size: gcc -std=c99 -O3",

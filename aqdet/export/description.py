@@ -66,7 +66,7 @@ def describe_detector(
             raise ValueError(
                 f"MODEL.ANCHOR_GENERATOR.NAME must be DefaultAnchorGenerator for export, got {anchors.NAME!r}"
             )
-        sizes, ratios = (_broadcast(values, len(strides)) for values in (anchors.SIZES, anchors.ASPECT_RATIOS))
+        sizes, ratios = (broadcast(values, len(strides)) for values in (anchors.SIZES, anchors.ASPECT_RATIOS))
         offset = anchors.OFFSET
         decode["box_weights"] = [float(weight) for weight in model.box2box_transform.weights]
         decode["scale_clamp"] = float(model.box2box_transform.scale_clamp)
@@ -76,18 +76,12 @@ def describe_detector(
         if output.centerness:
             entry["centerness"] = output.centerness
         outputs.append(entry)
-    classes, ids = _classes(cfg, model.num_classes, progress)
+    classes, ids = classes_of(cfg, model.num_classes, progress)
     return {
         "architecture": FCOS if isinstance(model, QuantFCOS) else RETINANET,
         "classes": classes,
         "category_ids": ids,
-        "input": {
-            "format": cfg.INPUT.FORMAT,
-            "min_size": cfg.INPUT.MIN_SIZE_TEST,
-            "max_size": cfg.INPUT.MAX_SIZE_TEST,
-            "size_divisibility": program.size_divisibility,
-            "pad_value": list(pad_values(program)),
-        },
+        "input": input_of(cfg, program),
         "anchors": {"sizes": sizes, "aspect_ratios": ratios, "strides": strides, "offset": float(offset)},
         "decode": decode,
         "outputs": outputs,
@@ -95,12 +89,24 @@ def describe_detector(
     }
 
 
-def _broadcast(values: Sequence[Sequence[float]], levels: int) -> list[list[float]]:
+def input_of(cfg: CfgNode, program: Program) -> dict[str, Any]:
+    """Returns how images are prepared."""
+    return {
+        "format": cfg.INPUT.FORMAT,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "size_divisibility": program.size_divisibility,
+        "pad_value": list(pad_values(program)),
+    }
+
+
+def broadcast(values: Sequence[Sequence[float]], levels: int) -> list[list[float]]:
+    """Returns a list for each level, of one for all or of as many."""
     lists = [[float(value) for value in row] for row in values]
     return lists * levels if len(lists) == 1 else lists
 
 
-def _classes(cfg: CfgNode, number: int, progress: Callable[[str], object]) -> tuple[list[str], list[int | None]]:
+def classes_of(cfg: CfgNode, number: int, progress: Callable[[str], object]) -> tuple[list[str], list[int | None]]:
     """Returns the classes' names and ids from the training set or, if that is not available, from the test set."""
     reason = "DATASETS.TRAIN and TEST are empty"
     for datasets, train in ((cfg.DATASETS.TRAIN, True), (cfg.DATASETS.TEST, False)):
@@ -131,7 +137,7 @@ def graph_metadata(content: Mapping[str, Any]) -> dict[str, str]:
     return {
         "aqdet_version": content["source"]["aqdet_version"],
         "architecture": content["architecture"],
-        **{key: json.dumps(content[key]) for key in keys},
+        **{key: json.dumps(content[key]) for key in (*keys, "regions") if key in content},
         "strides": json.dumps(content["anchors"]["strides"]),
         "preprocessing": PREPROCESSING.format(**content["input"]),
         "source": json.dumps(content["source"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from ..layers import QuantAdd, QuantConv2d, StreamQuantizer
+from ..layers import QuantAdd, StreamQuantizer
 from ..modeling import QuantFCOS, QuantFPN, QuantRetinaNet
 from ..modeling.backbone import QuantLastLevelP6P7
 from ..modeling.blocks import QuantBasicBlock, QuantBottleneckBlock, QuantSimpleStem, QuantStem
 from ..quantization import Quantizer
+from .as_conv import quantized_conv
 from .fold import as_array, fold, lower_bias, norm_affine
 from .grids import check_multiplier, check_parameters, check_quantizer, check_reach, grid_of
 from .program import (
@@ -34,12 +35,18 @@ from .program import (
     Upsample,
     largest_code,
 )
+from .scaled_add import ScaledAdd
 from .sums import choose_sum_scales
 
 
 @dataclasses.dataclass(frozen=True)
-class _Value:
-    """A value of the program under construction."""
+class Value:
+    """A value of the program under construction.
+
+    Attributes:
+        name: The value's name.
+        grid: The grid of its codes.
+    """
 
     name: str
     grid: Grid
@@ -60,49 +67,22 @@ def extract(model: nn.Module) -> Program:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE must be QuantRetinaNet or QuantFCOS for export, got {type(model).__name__}"
         )
-    return _Extractor().detector(model)
+    return Extractor().detector(model)
 
 
-def with_rounded_constants(model: nn.Module) -> nn.Module:
-    """Returns a copy of a detector with the constants that ship, otherwise the same.
-
-    Each bias is rounded as in int32, by a change of the norm's running mean: it moves by at most half a unit of its
-    convolution's sum. Each sum has the scales of :mod:`~aqdet.export.sums`. This model and the program then differ by
-    float32's own rounding alone, so that they can be compared closely.
-    """
-    model = copy.deepcopy(model)
-    _Extractor(round_constants=True).detector(model)
-    return model
-
-
-class ScaledAdd(QuantAdd):
-    """A quantized sum whose operands are multiplied by constants near 1 after their quantizers.
+class Extractor:
+    """Walks the modules in the order in which they run.
 
     Args:
-        add: The sum, whose quantizers are taken over.
-        gains: The constants of the two operands.
+        round_constants: Whether it gives the modules the constants that ship.
     """
-
-    def __init__(self, add: nn.Module, gains: Sequence[float]) -> None:
-        assert isinstance(add, QuantAdd)
-        super().__init__(signed=add.signed)
-        self.x_quantizer, self.y_quantizer, self.gains = add.x_quantizer, add.y_quantizer, gains
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the sum of two tensors of one shape."""
-        x = x if self.x_quantizer is None else self.x_quantizer(x)
-        y = y if self.y_quantizer is None else self.y_quantizer(y)
-        return x * self.gains[0] + y * self.gains[1]
-
-
-class _Extractor:
-    """Walks the modules in the order in which they run."""
 
     def __init__(self, round_constants: bool = False) -> None:
         self.operations: list[Operation] = []
         self.round_constants = round_constants
 
     def detector(self, model: Any) -> Program:
+        """Returns the program of a dense detector."""
         check_parameters(model)
         image = self._image_grid(model)
         levels = self._fpn(model.backbone, self._stem_input(model, image))
@@ -130,7 +110,7 @@ class _Extractor:
             )
         return Grid(float(np.float32(1 / deviations[0])), 0, 255)
 
-    def _stem_input(self, model: Any, grid: Grid) -> _Value:
+    def _stem_input(self, model: Any, grid: Grid) -> Value:
         stem = model.backbone.bottom_up.stem
         if not isinstance(stem, QuantStem | QuantSimpleStem):
             raise ValueError(f"layer backbone.bottom_up.stem: export knows no {type(stem).__name__}")
@@ -138,9 +118,9 @@ class _Extractor:
         values = tuple(min(max(round(value), 0), 255) for value in mean)
         vertical, horizontal = stem.conv1.padding
         self.operations.append(PadImage("image_padded", IMAGE, (vertical, horizontal), values, mean))
-        return self._stem(stem, "backbone.bottom_up.stem", _Value("image_padded", grid), mean)
+        return self._stem(stem, "backbone.bottom_up.stem", Value("image_padded", grid), mean)
 
-    def _stem(self, stem: Any, path: str, x: _Value, mean: Sequence[float]) -> _Value:
+    def _stem(self, stem: Any, path: str, x: Value, mean: Sequence[float]) -> Value:
         target = self._stream(stem.output_stream, f"{path}.output_stream")
         pooled = isinstance(stem, QuantStem)
         name = f"{path}.conv1.output" if pooled else target.name
@@ -157,7 +137,7 @@ class _Extractor:
             self.operations.append(MaxPool(target.name, y.name, kernel=3, stride=2, padding=1))
         return target
 
-    def _resnet(self, resnet: Any, path: str, x: _Value) -> dict[str, _Value]:
+    def _resnet(self, resnet: Any, path: str, x: Value) -> dict[str, Value]:
         features = {}
         for name in resnet.stage_names:
             for index, block in enumerate(getattr(resnet, name)):
@@ -165,7 +145,7 @@ class _Extractor:
             features[name] = x
         return features
 
-    def _block(self, block: Any, path: str, x: _Value) -> _Value:
+    def _block(self, block: Any, path: str, x: Value) -> Value:
         if not isinstance(block, QuantBasicBlock | QuantBottleneckBlock):
             raise ValueError(f"layer {path}: export knows no {type(block).__name__}")
         names = ["conv1", "conv2"] + ["conv3"] * isinstance(block, QuantBottleneckBlock)
@@ -192,12 +172,12 @@ class _Extractor:
 
     # --- pyramid ---
 
-    def _fpn(self, fpn: Any, x: _Value) -> dict[str, _Value]:
+    def _fpn(self, fpn: Any, x: Value) -> dict[str, Value]:
         if not isinstance(fpn, QuantFPN):
             raise ValueError(f"layer backbone: export knows QuantFPN, not {type(fpn).__name__}")
         bottom_up = self._resnet(fpn.bottom_up, "backbone.bottom_up", x)
-        levels: dict[str, _Value] = {}
-        previous: _Value | None = None
+        levels: dict[str, Value] = {}
+        previous: Value | None = None
         for level, feature in zip(reversed(fpn._levels), reversed(fpn.in_features), strict=True):
             path = f"backbone.fpn_lateral{level}"
             stream = self._stream(getattr(fpn, f"fpn_sum{level}"), f"backbone.fpn_sum{level}")
@@ -210,7 +190,7 @@ class _Extractor:
             if previous is not None:
                 top_down = f"backbone.fpn_top_down{level}"
                 self.operations.append(Upsample(top_down, previous.name))
-                merged = self._add(merged, _Value(top_down, previous.grid), stream, fpn, f"fpn_add{level}")
+                merged = self._add(merged, Value(top_down, previous.grid), stream, fpn, f"fpn_add{level}")
             previous = merged
             path = f"backbone.fpn_output{level}"
             output = self._stream(getattr(fpn, f"p{level}_stream"), f"backbone.p{level}_stream")
@@ -219,7 +199,12 @@ class _Extractor:
             self._top_block(fpn.top_block, {**bottom_up, **levels}, fpn._levels[-1] + 1, levels)
         return levels
 
-    def _top_block(self, block: Any, sources: dict[str, _Value], first: int, levels: dict[str, _Value]) -> None:
+    def _top_block(self, block: Any, sources: dict[str, Value], first: int, levels: dict[str, Value]) -> None:
+        if isinstance(block, LastLevelMaxPool):
+            levels[f"p{first}"] = Value("backbone.top_block", sources[block.in_feature].grid)
+            source = sources[block.in_feature].name
+            self.operations.append(MaxPool("backbone.top_block", source, kernel=1, stride=2, padding=0))
+            return
         if not isinstance(block, QuantLastLevelP6P7):
             raise ValueError(f"layer backbone.top_block: export knows no {type(block).__name__}")
         x = sources[block.in_feature]
@@ -229,18 +214,15 @@ class _Extractor:
             x = self._level(getattr(block, name), path, x, output)
             levels[f"p{number}"] = x
 
-    def _level(self, module: nn.Module, path: str, x: _Value, output: _Value) -> _Value:
+    def _level(self, module: nn.Module, path: str, x: Value, output: Value) -> Value:
         conv = self._quantized(module, path)
         source = self._requantize(x, conv.input_quantizer, path)
         return self._conv(conv, path, source, output.name, output.grid, conv.norm)
 
     # --- head ---
 
-    def _tower(self, head: Any, subnet: str, predictions: dict[str, str], x: _Value, index: int, level: str) -> None:
-        """Adds one subnet and the convolutions that predict from it, name -> output, at one level.
-
-        A convolution runs once for each reader with another grid: the one before FCOS's box and centerness runs twice.
-        """
+    def _tower(self, head: Any, subnet: str, predictions: dict[str, str], x: Value, index: int, level: str) -> None:
+        """Adds one subnet and the convolutions that predict from it, name -> output, at one level."""
         steps: list[tuple[str, nn.Module, nn.Module | None]] = []
         for name, module in getattr(head, subnet).named_children():
             path = f"head.{subnet}.{name}"
@@ -252,8 +234,22 @@ class _Extractor:
                 steps[-1] = (*steps[-1][:2], module)
             else:
                 raise ValueError(f"layer {path}: export knows no {type(module).__name__} there")
-        last = [(f"head.{name}", getattr(head, name)) for name in predictions]
-        readers = [*([(path, module)] for path, module, _ in steps), last]
+        last = [(f"head.{name}", getattr(head, name), output) for name, output in predictions.items()]
+        self._predict(steps, last, x, level, index)
+
+    def _predict(
+        self,
+        steps: Sequence[tuple[str, Any, nn.Module | None]],
+        last: Sequence[tuple[str, Any, str]],
+        x: Value,
+        level: str = "",
+        index: int = 0,
+    ) -> None:
+        """Adds layers with their norms and ReLUs, then those that predict from them; ``last`` has each output's name.
+
+        A layer runs once for each reader with another grid: the one before FCOS's box and centerness runs twice.
+        """
+        readers = [*([(path, module)] for path, module, _ in steps), [(path, module) for path, module, _ in last]]
         values = [
             self._requantize(x, self._quantized(module, path).input_quantizer, path, level)
             for path, module in readers[0]
@@ -265,43 +261,39 @@ class _Extractor:
                 self._conv(conv, path, source, site.name, site.grid, norm, relu=True, level=level, index=index)
                 for site in sites
             ]
-        for (path, module), source, output in zip(last, values, predictions.values(), strict=True):
+        for (path, module, output), source in zip(last, values, strict=True):
             self._conv(self._quantized(module, path), path, source, output, None, None, level=level, index=index)
 
     # --- parts ---
 
-    def _quantized(self, module: nn.Module, path: str) -> QuantConv2d:
-        if not isinstance(module, QuantConv2d):
-            raise ValueError(
-                f"layer {path} is in float ({type(module).__name__}): MODEL.QUANT.ENABLED must be True, and no "
-                "MODEL.QUANT.RULES may leave it out, for a detector that runs on integers"
-            )
-        return module
+    @staticmethod
+    def _quantized(module: Any, path: str) -> Any:
+        return quantized_conv(module, path)
 
-    def _site(self, module: nn.Module, path: str, level: str = "") -> _Value:
+    def _site(self, module: Any, path: str, level: str = "") -> Value:
         """Returns the input of a convolution."""
         quantizer = self._quantized(module, path).input_quantizer
         name = f"{path}.input_quantizer"
-        return _Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
+        return Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
 
-    def _operand(self, add: Any, key: str, path: str) -> _Value:
+    def _operand(self, add: Any, key: str, path: str) -> Value:
         assert isinstance(add, QuantAdd)
-        return _Value(f"{path}.{key}", grid_of(getattr(add, key), f"{path}.{key}"))
+        return Value(f"{path}.{key}", grid_of(getattr(add, key), f"{path}.{key}"))
 
-    def _stream(self, stream: Any, path: str) -> _Value:
+    def _stream(self, stream: Any, path: str) -> Value:
         assert isinstance(stream, StreamQuantizer)
         grid = grid_of(stream.quantizer, f"{path}.quantizer")
         assert not (stream.relu and grid.signed), path
-        return _Value(f"{path}.quantizer", grid)
+        return Value(f"{path}.quantizer", grid)
 
-    def _requantize(self, x: _Value, quantizer: Quantizer | None, path: str, level: str = "") -> _Value:
+    def _requantize(self, x: Value, quantizer: Quantizer | None, path: str, level: str = "") -> Value:
         name = f"{path}.input_quantizer"
-        target = _Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
+        target = Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
         check_reach(_largest(x.grid), target.grid, name)
         self.operations.append(Requantize(target.name, x.name, target.grid))
         return target
 
-    def _add(self, x: _Value, y: _Value, target: _Value, parent: nn.Module, name: str) -> _Value:
+    def _add(self, x: Value, y: Value, target: Value, parent: nn.Module, name: str) -> Value:
         """Returns the sum that the module ``name`` of ``parent`` computes."""
         check_reach(_largest(x.grid) + _largest(y.grid), target.grid, target.name)
         multipliers, shift = choose_sum_scales((x.grid, y.grid), target.grid, target.name)
@@ -314,7 +306,7 @@ class _Extractor:
             )
         return target
 
-    def _weight(self, conv: QuantConv2d, path: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    def _weight(self, conv: Any, path: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """Returns codes ``(O, C / groups, kH, kW)`` and scales ``(O,)`` of a weight."""
         quantizer = conv.weight_quantizer
         check_quantizer(quantizer, f"{path}.weight_quantizer")
@@ -333,9 +325,9 @@ class _Extractor:
 
     def _conv(
         self,
-        conv: QuantConv2d,
+        conv: Any,
         path: str,
-        x: _Value,
+        x: Value,
         output: str,
         grid: Grid | None,
         norm: nn.Module | None,
@@ -345,9 +337,9 @@ class _Extractor:
         index: int = 0,
         input_offset: NDArray[np.float64] | None = None,
         padding: tuple[int, int] | None = None,
-    ) -> _Value:
+    ) -> Value:
         """Folds a convolution and its norm, see :class:`~aqdet.export.program.Conv`."""
-        if conv.activation not in (None, F.relu, F.relu_, torch.relu):
+        if not (conv.activation in (None, F.relu, F.relu_, torch.relu) or isinstance(conv.activation, nn.ReLU)):
             raise ValueError(f"layer {path}: activation {conv.activation!r} has no integer form")
         relu = relu or conv.activation is not None
         if relu and grid is not None and grid.signed:
@@ -383,7 +375,7 @@ class _Extractor:
                 grid=grid,
             )
         )
-        return _Value(output, x.grid if grid is None else grid)
+        return Value(output, x.grid if grid is None else grid)
 
 
 def _largest(grid: Grid) -> float:

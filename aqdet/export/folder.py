@@ -18,29 +18,27 @@ from torch import nn
 
 from .. import __version__
 from ..checkpoint import load_detector
+from ..evaluation.build import is_two_stage
 from ..modeling.scaffold import SCAFFOLD_PREFIXES
 from ..quantization import quantizers
-from ..runtime.folder import DESCRIPTION, read_description, write_description
+from ..runtime.folder import DESCRIPTION, MODEL, read_description, write_description
 from ..runtime.golden import GOLDEN, write_golden
 from ..utils.files import sha256, write_json, write_text
-from .agreement import compare
 from .c_source import CSource, build_c
 from .card import model_card
-from .description import describe_detector, graph_metadata, pad_image
+from .description import graph_metadata
 from .end_to_end import build_end_to_end
-from .extract import extract
 from .gate import NotGoodEnough, as_bgr, check_loss, dataset_records, evaluate_both
 from .images import training_images
-from .integer_graph import check_integer
-from .onnx_graph import build_onnx
+from .parts import DenseParts, parts_of, refuse_forms
 from .program import Add, Program
 from .proof import operation_rows, tightest
 from .qonnx_graph import build_qonnx
 from .report import evaluation_lines, markdown
 from .tensorrt_graph import build_tensorrt
-from .usage import measure_usage, other_domain
+from .usage import other_domain
 
-MODEL, END_TO_END_MODEL = "model.onnx", "model.end_to_end.onnx"
+END_TO_END_MODEL = "model.end_to_end.onnx"
 QONNX_MODEL, TENSORRT_MODEL = "model.qonnx.onnx", "model.tensorrt.onnx"
 C_FILES = ("detector.c", "detector.h")
 TRAINING_IMAGES = 4
@@ -79,7 +77,8 @@ def export_detector(
         output: The folder to write; it is replaced if it is an exported detector.
         images: Images for the comparison, each ``(3, H, W)`` uint8 in ``cfg.INPUT.FORMAT``, resized for the network.
             Without any, images of the training set are used, or random ones if that is not available.
-        end_to_end: Whether to write ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`.
+        end_to_end: Whether to write ``model.end_to_end.onnx``, see :mod:`~aqdet.export.end_to_end`; refused for a
+            two-stage detector, as the three forms that follow are.
         qonnx: Height and width in pixels of the images for which to write ``model.qonnx.onnx``, see
             :mod:`~aqdet.export.qonnx_graph`; 0 for none.
         c: Height and width in pixels of the images for which to write ``detector.c`` and ``detector.h``, see
@@ -109,16 +108,19 @@ def export_detector(
     progress(f"loading {weights}")
     if not cfg.MODEL.QUANT.ENABLED:
         raise ValueError("MODEL.QUANT.ENABLED is False: a float detector has no integers to export")
+    if is_two_stage(cfg):
+        refuse_forms({"end_to_end": end_to_end, "qonnx": qonnx, "c": c, "tensorrt": tensorrt})
     model = load_detector(cfg, weights, device="cpu")
-    program = extract(model)
+    parts = parts_of(model)
+    program = parts.first
     flavours = {}
     if tensorrt:
         flavours[TENSORRT_MODEL] = build_tensorrt(program)
     if qonnx:
         flavours[QONNX_MODEL] = build_qonnx(program, qonnx, qonnx)
     plain: CSource | None = build_c(program, c, c) if c else None
-    rows = operation_rows(program)
-    content = describe_detector(cfg, model, program, rows, progress)
+    rows = [row for part in parts.programs.values() for row in operation_rows(part)]
+    content = parts.describe(cfg, rows, progress)
     content["source"] = {
         "config": config_name,
         "weights": os.path.basename(weights),
@@ -126,17 +128,18 @@ def export_detector(
         "datasets": list(cfg.DATASETS.TRAIN),
         "aqdet_version": __version__,
     }
-    graph = build_onnx(program, metadata=graph_metadata(content))
-    executed = check_integer(graph, allow_float)
-    progress(f"{len(rows)} operations, all on integers up to the predictions")
+    graphs = parts.graphs(graph_metadata(content))
+    executed = parts.executed(graphs, allow_float)
+    progress(
+        f"{len(rows)} operations, all on integers up to the predictions" + ", but for RoiAlign" * (len(graphs) > 1)
+    )
     training = training_images(cfg, TRAINING_IMAGES, progress)
-    ranges, warnings = _check_ranges(program, training, images, force, progress)
+    ranges, warnings = _check_ranges(parts, training, images, force, progress)
     given, images = bool(images), images or training[:2]
     random = not images
     if random:
         images = [np.random.default_rng(0).integers(0, 256, (3, 128, 160), dtype=np.uint8)]
-    padded = [pad_image(program, image) for image in images]
-    agreement = compare(model, program, padded, progress, tensorrt=tensorrt)
+    agreement = parts.agreement(images, progress, tensorrt=tensorrt)
     report = {
         "onnxruntime": onnxruntime.__version__,
         "executed": executed,
@@ -155,19 +158,18 @@ def export_detector(
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
     try:
         progress("writing")
-        (aside / MODEL).write_bytes(graph.SerializeToString())
-        files = [MODEL, *flavours]
-        for name, flavour in flavours.items():
-            (aside / name).write_bytes(flavour.SerializeToString())
+        files = [*graphs, *flavours]
+        for name, written in (*graphs.items(), *flavours.items()):
+            (aside / name).write_bytes(written.SerializeToString())
         if plain is not None:
             for name, text in zip(C_FILES, (plain.source, plain.header), strict=True):
                 write_text(aside / name, text)
             files += C_FILES
             report["c"] = {"size": c, **plain.memory}
-        report["sizes"] = _sizes(model, aside, files)
+        report["sizes"] = _sizes(model, aside, files, list(graphs))
         write_description(aside, content, files)
         if end_to_end:
-            whole = build_end_to_end(graph, read_description(aside))
+            whole = build_end_to_end(graphs[MODEL], read_description(aside))
             (aside / END_TO_END_MODEL).write_bytes(whole.SerializeToString())
             files.append(END_TO_END_MODEL)
         if dataset:
@@ -191,7 +193,7 @@ def export_detector(
 
 
 def _check_ranges(
-    program: Program,
+    parts: DenseParts,
     training: Sequence[NDArray[np.uint8]],
     given: Sequence[NDArray[np.uint8]],
     force: bool,
@@ -205,7 +207,7 @@ def _check_ranges(
     ranges, measured = {}, {}
     for name, images in (("training", training), ("given", given)):
         if images:
-            measured[name] = measure_usage(program, [pad_image(program, image) for image in images], progress)
+            measured[name] = parts.usage(images, progress)
             ranges[name] = [dataclasses.asdict(usage) for usage in measured[name]]
     warnings = []
     usages = measured.get("training") or measured.get("given") or []
@@ -264,8 +266,11 @@ def _publish(aside: Path, output: Path) -> None:
         shutil.rmtree(former)
 
 
-def _sizes(model: nn.Module, folder: Path, files: Sequence[str]) -> dict[str, Any]:
-    """Returns the bytes of the files, and of the float32 state dict of the same detector without quantizers."""
+def _sizes(model: nn.Module, folder: Path, files: Sequence[str], graphs: Sequence[str]) -> dict[str, Any]:
+    """Returns the bytes of the files, and of the float32 state dict of the same detector without quantizers.
+
+    ``ratio`` is the latter over the bytes of the graphs that are run.
+    """
     names = {name for name, _ in quantizers(model)}
     state = {
         key: value
@@ -274,4 +279,4 @@ def _sizes(model: nn.Module, folder: Path, files: Sequence[str]) -> dict[str, An
     }
     float32 = sum(4 * value.numel() for value in state.values())
     sizes = {name: (folder / name).stat().st_size for name in files}
-    return {"float32_state_dict": float32, **sizes, "ratio": float32 / sizes[MODEL]}
+    return {"float32_state_dict": float32, **sizes, "ratio": float32 / sum(sizes[name] for name in graphs)}

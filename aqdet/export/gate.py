@@ -24,7 +24,7 @@ from ..data import register_declared
 from ..evaluation import build_evaluator
 from ..evaluation.exported import ExportedDetector
 from ..runtime import Detector
-from .as_shipped import AsShipped
+from .as_shipped_regions import as_shipped
 
 SHOWN = 0.5
 """Score from which on a detection of the trained model counts as one that a user sees."""
@@ -167,7 +167,7 @@ def evaluate_both(
     cfg, records = dataset_records(cfg, dataset)
     objects = {record["image_id"]: _objects(record) for record in records}
     exported = ExportedDetector(Detector(folder, threads=torch.get_num_threads()))
-    models: dict[str, nn.Module] = {"trained": model, "shipped": AsShipped(model)}
+    models: dict[str, nn.Module] = {"trained": model, "shipped": as_shipped(model)}
     if float_model is not None:
         models["float"] = float_model
     matches = {name: Matches() for name in models}
@@ -193,7 +193,7 @@ def evaluate_both(
                 progress(f"{dataset}: {done} of {len(records)} images, ETA {int(left) // 60}:{int(left) % 60:02d} min")
         with contextlib.redirect_stdout(io.StringIO()):  # output of pycocotools
             results_of = [evaluator.evaluate() or {} for evaluator in evaluators]
-    found: list[dict[str, Any]] = [dict(next(iter(results.values()), {})) for results in results_of]
+    found = [_by_name(results) for results in results_of]
     metrics = {}
     for name, value in found[0].items():
         if isinstance(value, int | float):
@@ -203,6 +203,15 @@ def evaluate_both(
     evaluation: dict[str, Any] = {"dataset": dataset, "images": len(records), "metrics": metrics}
     evaluation["detections"] = summaries.pop("trained")
     return evaluation | {f"{name}_detections": summary for name, summary in summaries.items()}
+
+
+def _by_name(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of the first task by name, and those of each other with the task in front, as ``segm AP``."""
+    found: dict[str, Any] = {}
+    for task, values in results.items():
+        prefix = f"{task} " if found else ""
+        found |= {f"{prefix}{name}": value for name, value in values.items()}
+    return found
 
 
 def _objects(record: dict[str, Any]) -> Instances:

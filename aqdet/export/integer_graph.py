@@ -15,8 +15,8 @@ from .agreement import runtime_session
 
 INTEGER_KINDS = frozenset(
     (
-        "Clip Concat Gather MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Reshape Resize Slice Split "
-        "Transpose"
+        "Clip Concat DepthToSpace Gather MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Reshape "
+        "Resize Slice Split Transpose"
     ).split()
 )
 """Operators of ONNX Runtime that compute on integers in the graphs written here."""

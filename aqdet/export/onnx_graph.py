@@ -267,18 +267,26 @@ class GraphBuilder(ProgramWriter):
 
     # --- model ---
 
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """Returns the inputs: the image or, for regions, their codes."""
+        about = f"pixels of N images as they are, 0 to 255; H and W multiples of {self.program.size_divisibility}"
+        if self.program.channels != 3:
+            about = "codes of N pooled regions"
+        shape: list[str | int] = ["N", self.program.channels, "H", "W"]
+        return [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, shape, about)]
+
     def model(self, extra_outputs: bool, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Makes a model of the nodes and checks it; see :func:`build_onnx`."""
-        step = self.program.size_divisibility
-        about = f"pixels of N images as they are, 0 to 255; H and W multiples of {step}"
-        image = helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", 3, "H", "W"], about)
         channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
         outputs = []
         for output in self.program.outputs:
             for name, about in zip(output.names, ("logits", "box deltas", "centerness logits"), strict=False):
-                about = f"{about} of level {output.level}, a location every {output.stride} pixels"
+                about += f" of level {output.level}, a location every {output.stride} pixels" * (output.stride > 0)
                 shape: list[str | int] = ["N", channels[name], f"h_{output.level}", f"w_{output.level}"]
                 outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape, about))
+        for name in self.program.pyramid:
+            about = f"codes of the pyramid: (code - {self.grids[name].zero_point}) * {self.grids[name].scale!r}"
+            outputs.append(helper.make_tensor_value_info(name, self.value_type, [None] * 4, about))
         if extra_outputs:
             known = {info.name for info in outputs}
             written = {name for node in self.nodes for name in node.output}
@@ -287,7 +295,7 @@ class GraphBuilder(ProgramWriter):
                 for operation in self.program.operations
                 if operation.output in written - known
             ]
-        model = self.make_model([image], outputs, {"": OPSET}, _IR_VERSION, DESCRIPTION)
+        model = self.make_model(self.inputs(), outputs, {"": OPSET}, _IR_VERSION, DESCRIPTION)
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         return model

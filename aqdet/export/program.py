@@ -148,15 +148,30 @@ class Upsample:
     input: str
 
 
-Operation = PadImage | Conv | Requantize | Add | MaxPool | Upsample
+@dataclasses.dataclass(frozen=True)
+class DepthToSpace:
+    """Spreads ``block**2`` channels over squares of that side: ``(N, 4 C, H, W)`` to ``(N, C, 2 H, 2 W)``.
+
+    Channel ``4 c + 2 i + j`` is row ``i`` and column ``j`` of channel ``c``'s square. Behind a 1x1 convolution it is a
+    2x2 deconvolution with stride 2.
+    """
+
+    output: str
+    input: str
+    block: int = 2
+
+
+Operation = PadImage | Conv | Requantize | Add | MaxPool | Upsample | DepthToSpace
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The predictions of a pyramid level: names of values, and the level's stride in pixels.
+    """The predictions of a pyramid level, or for a region: names of values, and the level's stride in pixels.
 
     Attributes:
-        centerness: The name of FCOS's centerness; "" for RetinaNet, and for an FCOS without it.
+        deltas: The name of the box deltas; "" for masks, which have none.
+        stride: The level's stride; 0 for a region.
+        centerness: The name of FCOS's centerness; "" for the others, and for an FCOS without it.
     """
 
     level: str
@@ -168,7 +183,7 @@ class Output:
     @property
     def names(self) -> tuple[str, ...]:
         """The values in the order of the head's outputs."""
-        return (self.logits, self.deltas, *[self.centerness] * bool(self.centerness))
+        return tuple(name for name in (self.logits, self.deltas, self.centerness) if name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,16 +191,21 @@ class Program:
     """A list of operations in an order in which they can run.
 
     Attributes:
-        image: The grid of the uint8 image; the mean pixel is in the first convolution's bias.
+        image: The grid of the input: of the uint8 image, whose mean pixel is in the first convolution's bias, or of the
+            codes of regions.
         operations: The operations, see the classes above.
         outputs: The predictions of each level, from high to low resolution.
         size_divisibility: Height and width of the image must be multiples of it.
+        channels: The number of channels of the input.
+        pyramid: The values that are outputs as codes, which regions are pooled from; none for a dense detector.
     """
 
     image: Grid
     operations: tuple[Operation, ...]
     outputs: tuple[Output, ...]
     size_divisibility: int
+    channels: int = 3
+    pyramid: tuple[str, ...] = ()
 
     def grids(self) -> dict[str, Grid]:
         """The grid of every integer value by name."""

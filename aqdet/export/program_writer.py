@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from .. import __version__
-from .program import Add, Conv, MaxPool, PadImage, Program, Requantize
+from .program import Add, Conv, DepthToSpace, MaxPool, PadImage, Program, Requantize
 
 
 class ProgramWriter(abc.ABC):
@@ -49,6 +49,8 @@ class ProgramWriter(abc.ABC):
                 self.add(operation)
             elif isinstance(operation, MaxPool):
                 self.max_pool(operation)
+            elif isinstance(operation, DepthToSpace):
+                self.depth_to_space(operation)
             else:
                 self.upsample(operation.input, operation.output)
 
@@ -114,6 +116,10 @@ class ProgramWriter(abc.ABC):
     def max_pool(self, operation: MaxPool) -> None:
         """Adds a maximum over windows, which stays on its input's grid."""
         self.pool_node(operation, operation.input, operation.output)
+
+    def depth_to_space(self, operation: DepthToSpace) -> None:
+        """Adds the spreading of channels over squares, which stays on its input's grid."""
+        self.node("DepthToSpace", [operation.input], operation.output, blocksize=operation.block, mode="CRD")
 
     def upsample(self, source: str, output: str) -> None:
         """Adds the repetition of every value twice in height and width."""

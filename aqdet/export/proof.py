@@ -9,7 +9,7 @@ import numpy as np
 
 from .fold import INT32_LIMIT
 from .int8_weights import INT8_LIMIT, int8_parts
-from .program import Add, Conv, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
+from .program import Add, Conv, DepthToSpace, Grid, MaxPool, PadImage, Program, Requantize, inputs_of
 from .sums import largest_move
 
 
@@ -97,7 +97,13 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
                 "flipped_channels": int((operation.sign < 0).sum()),
             }
         else:
-            names = {PadImage: "pad", Requantize: "requantize", Add: "add", MaxPool: "max pool"}
+            names = {
+                PadImage: "pad",
+                Requantize: "requantize",
+                Add: "add",
+                MaxPool: "max pool",
+                DepthToSpace: "depth to space",
+            }
             target = describe(grids[operation.output])
             row |= {"kind": names.get(type(operation), "upsample"), "types": f"{describe(source)} -> {target}"}
             if isinstance(operation, Add):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
+from .program import IMAGE, Add, Conv, DepthToSpace, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
 
 Array = NDArray[np.int64]
 
@@ -99,7 +99,23 @@ def execute(operation: Operation, inputs: list[Array], grids: Mapping[str, Grid]
         return np.clip(rounded, operation.grid.quant_min, operation.grid.quant_max)
     if isinstance(operation, MaxPool):
         return _max_pool(x, operation)
+    if isinstance(operation, DepthToSpace):
+        return depth_to_space(x, operation.block)
     return x.repeat(2, axis=2).repeat(2, axis=3)
+
+
+def depth_to_space(x: Array, block: int) -> Array:
+    """Spreads channels over squares, see :class:`~aqdet.export.program.DepthToSpace`."""
+    number, channels, height, width = x.shape
+    squares = x.reshape(number, channels // block**2, block, block, height, width)
+    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(number, -1, height * block, width * block)
+
+
+def space_to_depth(x: NDArray[np.generic], block: int) -> NDArray[np.generic]:
+    """Gathers squares into channels, the inverse of :func:`depth_to_space`."""
+    number, channels, height, width = x.shape
+    squares = x.reshape(number, channels, height // block, block, width // block, block)
+    return squares.transpose(0, 1, 3, 5, 2, 4).reshape(number, -1, height // block, width // block)
 
 
 def _max_pool(x: Array, pool: MaxPool) -> Array:
@@ -121,14 +137,15 @@ def run(
 
     Args:
         program: The program.
-        image: ``(N, 3, H, W)``, whose height and width are multiples of ``program.size_divisibility``.
+        image: ``(N, 3, H, W)``, whose height and width are multiples of ``program.size_divisibility``; for
+            regions, their codes as they are stored, ``(R, C, S, S)`` uint8.
         progress: A function that is called with each operation before it runs.
 
     Returns:
         Every value by name, codes as int16 and predictions as float32.
     """
     grids = program.grids()
-    values: dict[str, NDArray[np.generic]] = {IMAGE: image}
+    values: dict[str, NDArray[np.generic]] = {IMAGE: image.astype(np.int16) - program.image.zero_point}
     for operation in program.operations:
         progress(operation)
         inputs = [values[name].astype(np.int64) for name in inputs_of(operation)]

@@ -41,14 +41,14 @@ def export_obstacles(cfg: CfgNode) -> list[str]:
     if issubclass(architecture, QuantClassifier):
         return [f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: image classifiers have no export"] * quantized
     if issubclass(architecture, QuantGeneralizedRCNN):
-        return [
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: two-stage detectors have no export"
-        ] * quantized
+        nodes = ["RESNETS", "FPN", "ROI_BOX_HEAD", *["ROI_MASK_HEAD"] * cfg.MODEL.MASK_ON]
+        found = [*_input(cfg), *_norms(cfg, nodes)]
+        return [*found, *_methods(cfg), *_groups(cfg), *_anchors(cfg), *_regions(cfg)] if quantized else found
     if not issubclass(architecture, LowPrecisionDense):
         return []
-    found = [*_input(cfg), *_norms(cfg, architecture.node)]
+    found = [*_input(cfg), *_norms(cfg, ["RESNETS", "FPN", architecture.node])]
     if quantized:
-        found += [*_methods(cfg), *_groups(cfg), *_anchors(cfg, architecture.node)]
+        found += [*_methods(cfg), *_groups(cfg), *(_anchors(cfg) if architecture.node == "RETINANET" else ())]
     return found
 
 
@@ -62,8 +62,8 @@ def _input(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-def _norms(cfg: CfgNode, node: str) -> Iterator[str]:
-    for name in ("RESNETS", "FPN", node):
+def _norms(cfg: CfgNode, nodes: Sequence[str]) -> Iterator[str]:
+    for name in nodes:
         if cfg.MODEL[name].NORM in NOT_FOLDED:
             yield f"MODEL.{name}.NORM {cfg.MODEL[name].NORM} does not fold into integers: use BN, SyncBN or FrozenBN"
 
@@ -109,7 +109,15 @@ def _groups(cfg: CfgNode) -> Iterator[str]:
         )
 
 
-def _anchors(cfg: CfgNode, node: str) -> Iterator[str]:
+def _anchors(cfg: CfgNode) -> Iterator[str]:
     name = cfg.MODEL.ANCHOR_GENERATOR.NAME
-    if node == "RETINANET" and name != "DefaultAnchorGenerator":
+    if name != "DefaultAnchorGenerator":
         yield f"MODEL.ANCHOR_GENERATOR.NAME {name}: the export knows DefaultAnchorGenerator"
+
+
+def _regions(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.KEYPOINT_ON:
+        yield "MODEL.KEYPOINT_ON True: keypoints have no integer form here, boxes and masks have"
+    for node in ["ROI_BOX_HEAD", *["ROI_MASK_HEAD"] * cfg.MODEL.MASK_ON]:
+        if cfg.MODEL[node].POOLER_TYPE != "ROIAlignV2":
+            yield f"MODEL.{node}.POOLER_TYPE {cfg.MODEL[node].POOLER_TYPE}: the export knows ROIAlignV2"

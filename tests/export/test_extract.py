@@ -10,10 +10,11 @@ from programs import LSQPLUS, OVERRIDES, RELU, STD, image, shared, trained_like
 from torch import nn
 
 from aqdet.export.agreement import trained_values
-from aqdet.export.extract import extract, with_rounded_constants
+from aqdet.export.extract import extract
 from aqdet.export.fold import fold as fold_conv
 from aqdet.export.program import Grid, PadImage, Requantize, inputs_of
 from aqdet.export.reference import run
+from aqdet.export.rounded import with_rounded_constants
 from aqdet.quantization import QUANTIZER_REGISTRY, Quantizer, set_quantization
 
 U4, U8 = Grid(0.1, 0, 15), Grid(0.05, 0, 255)

@@ -94,7 +94,7 @@ def test_the_graph_is_the_detectors_and_says_so(exported, checkpoint):
 
 
 def test_others_may_read_it(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
+    monkeypatch.setattr("aqdet.export.parts.compare", lambda *args, **options: [])
     before = os.umask(0o077)
     try:
         export_detector(make_cfg(*OVERRIDES), checkpoint, tmp_path / "detector")
@@ -115,7 +115,7 @@ def test_the_report_names_the_tightest_layer(exported):
 
 
 def test_an_export_is_replaced_and_nothing_else(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
+    monkeypatch.setattr("aqdet.export.parts.compare", lambda *args, **options: [])
     cfg = make_cfg(*OVERRIDES)
     output = tmp_path / "detector"
     export_detector(cfg, checkpoint, output)
@@ -137,7 +137,7 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, step)
         raise OSError("disk full")
 
     monkeypatch.setattr(module, step, fail)
-    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
+    monkeypatch.setattr("aqdet.export.parts.compare", lambda *args, **options: [])
     with pytest.raises(OSError, match="disk full"):
         export_detector(make_cfg(*OVERRIDES), checkpoint, tmp_path / "detector")
     assert list(tmp_path.iterdir()) == []
@@ -169,7 +169,7 @@ def test_classes_are_those_of_the_test_set_where_there_is_no_other(tmp_path):
     gone = {"name": "gone", "json": "gone.json", "image_root": "."}
     cfg = make_cfg("DATASETS.DECLARED", str([gone, entry]), "DATASETS.TRAIN", "('gone',)")
     cfg.DATASETS.TEST = (entry["name"],)
-    names, ids = description._classes(cfg, 3, pytest.fail)
+    names, ids = description.classes_of(cfg, 3, pytest.fail)
     assert names == list(CLASSES) and None not in ids
 
 

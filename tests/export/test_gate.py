@@ -231,7 +231,7 @@ def test_a_loss_stops_with_3_and_leaves_the_former_export(run, tmp_path, monkeyp
     output.mkdir()
     (output / "detector.json").write_text("former")
     monkeypatch.setattr("aqdet.export.folder._check_ranges", lambda *_: ({}, []))
-    monkeypatch.setattr("aqdet.export.folder.compare", lambda *_, **__: [])
+    monkeypatch.setattr("aqdet.export.parts.compare", lambda *_, **__: [])
     monkeypatch.setattr("aqdet.export.folder.evaluate_both", lambda *_: {**evaluation(50.0, 40.0), **REST})
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, root, "--output", output, "--dataset", "tiny_gate", "--max-loss", 0.5)
@@ -253,7 +253,7 @@ REST = {"images": 1, "detections": Matches().summary(), "shipped_detections": Ma
 def test_wrong_arguments(run, tmp_path, monkeypatch, capsys, arguments, words):
     root, _ = run
     monkeypatch.setattr("aqdet.export.folder._check_ranges", lambda *_: ({}, []))
-    monkeypatch.setattr("aqdet.export.folder.compare", lambda *_, **__: [])
+    monkeypatch.setattr("aqdet.export.parts.compare", lambda *_, **__: [])
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, root, "--output", tmp_path / "out", *arguments)
     assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import CLASSIFIER, FCOS, QUANT, ROOT, calibrated, make_batch, make_cfg, make_model
 from tiny_data import train_overrides, write_dataset
-from two_stage import rcnn, rcnn_cfg
+from two_stage import MASK, rcnn_cfg
 
 from aqdet.data import register_declared
 from aqdet.engine import Trainer
@@ -78,12 +78,22 @@ def test_grouped_convolutions_of_eight_bits_are_refused_and_seven_are_not():
     build_onnx(extract(calibrated(make_model(*overrides, *SEVEN), make_batch()).eval()))
 
 
-def test_a_two_stage_detector_is_said_to_have_no_export_and_has_none():
-    (obstacle,) = export_obstacles(rcnn_cfg(*QUANT))
-    assert obstacle == "MODEL.META_ARCHITECTURE QuantGeneralizedRCNN: two-stage detectors have no export"
-    assert export_obstacles(rcnn_cfg()) == []
-    with pytest.raises(ValueError, match="must be QuantRetinaNet or QuantFCOS for export, got QuantGeneralizedRCNN"):
-        extract(rcnn(*QUANT))
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (("MODEL.KEYPOINT_ON", "True"), "MODEL.KEYPOINT_ON True: keypoints have no integer form here"),
+        (("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"), "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIAlign: the export knows"),
+        (("MODEL.ROI_BOX_HEAD.NORM", "GN"), "MODEL.ROI_BOX_HEAD.NORM GN does not fold into integers"),
+        (("MODEL.PIXEL_STD", "[57.0, 58.0, 57.0]"), "MODEL.PIXEL_STD [57.0, 58.0, 57.0] differs by channel"),
+        (("MODEL.QUANT.WEIGHT.QUANTIZER", "lqnet"), "MODEL.QUANT.WEIGHT.QUANTIZER lqnet has no integer form"),
+    ],
+)
+def test_what_keeps_a_two_stage_detector_from_its_export(overrides, words):
+    (obstacle,) = export_obstacles(rcnn_cfg(*QUANT, *MASK, *GRAY, *overrides))
+    assert obstacle.startswith(words) and "\n" not in obstacle
+    assert export_obstacles(rcnn_cfg(*QUANT, *MASK, *GRAY)) == export_obstacles(rcnn_cfg(*MASK, *GRAY)) == []
+    # The mask head counts only where there is one.
+    assert export_obstacles(rcnn_cfg(*QUANT, *GRAY, "MODEL.ROI_MASK_HEAD.NORM", "GN")) == []
 
 
 @pytest.mark.parametrize(
