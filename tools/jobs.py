@@ -27,6 +27,8 @@ from aqdet.utils.files import from_json, write_json
 DONE = "done.json"
 _DECLARATIONS = ("DATASETS.DECLARED", "DATASETS.IMAGE_FOLDERS")
 _PATHS = ("root", "image_root", "json", "yaml")
+_NON_FINITE = 3
+"""Exit status of ``train_net.py`` for a loss that is not finite."""
 _POLL_SECONDS = 2.0
 _LINE_SECONDS = 60.0
 """Time between lines of progress where the output is no terminal."""
@@ -46,6 +48,7 @@ class Job:
         eval_only: Whether the run evaluates ``MODEL.WEIGHTS`` and trains nothing.
         cost: The time that an iteration takes, in any unit that all jobs of a grid share, for the ETA.
         overhead: The time that start, calibration and evaluation take together, in the unit of ``cost``.
+        may_diverge: Whether a loss that is not finite is a result, which leaves a job done without metrics.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Job:
     eval_only: bool = False
     cost: float = 1.0
     overhead: float = 0.0
+    may_diverge: bool = False
 
     @property
     def work(self) -> float:
@@ -160,6 +164,10 @@ class _Running:
         """Returns whether the process has ended."""
         return self._process.poll() is not None
 
+    def has_diverged(self) -> bool:
+        """Returns whether the process has ended because a loss was not finite, and that is a result of the job."""
+        return self.job.may_diverge and self._process.returncode == _NON_FINITE
+
     def finish(self) -> None:
         """Notes that the job is done.
 
@@ -168,7 +176,7 @@ class _Running:
         """
         self._log.close()
         status = self._process.returncode
-        if status:
+        if status and not self.has_diverged():
             tail = (self._folder / "stdout.txt").read_text(errors="replace").splitlines()[-15:]
             raise RuntimeError(
                 f"{self.job.name} failed with status {status}; end of {self._folder / 'stdout.txt'}:\n"
@@ -181,6 +189,8 @@ class _Running:
             "machine": str(Machine.here()),
             "command": " ".join(["python", *self._command[1:]]),
         }
+        if self.has_diverged():
+            noted["diverged"] = True
         write_json(self._folder / DONE, noted, indent=None)
 
     def terminate(self) -> None:
@@ -226,11 +236,17 @@ class _Grid:
     def finish(self, running: _Running) -> None:
         """Takes a job whose process has ended out of the grid."""
         self.running.remove(running)
+        seconds = running.seconds
         running.finish()
         job = running.job
         self._done += job.work - running.first_iteration * job.cost
         metrics = job.metrics()
-        self.say(job, (f"AP {_number(metrics.get('AP'))} in " if metrics else "done in ") + _clock(running.seconds))
+        result = "done"
+        if metrics:
+            result = f"top-1 {_number(metrics['top1'])}" if "top1" in metrics else f"AP {_number(metrics.get('AP'))}"
+        elif running.has_diverged():
+            result = "a loss was not finite: stopped"
+        self.say(job, f"{result} in {_clock(seconds)}")
 
     def eta(self) -> float | None:
         """Returns the seconds until the last job ends, or None before there is a pace to tell it by."""

@@ -80,6 +80,21 @@ def test_a_failure_shows_its_log_and_the_next_run_resumes(make):
     assert runs("x") == "fr" and runs("y") == "f"
 
 
+def test_a_loss_that_is_not_finite_is_a_result_where_it_may_be(make, tmp_path, capsys):
+    job, _, _, _ = make
+    script = tmp_path / "diverges.py"
+    script.write_text("import sys; sys.exit(3)")
+    with pytest.raises(RuntimeError, match="x failed with status 3"):
+        run_jobs([job("x")], str(script))
+    may = dataclasses.replace(job("y"), may_diverge=True)
+    run_jobs([may], str(script))
+    assert may.finished()["diverged"] and may.metrics() == {}
+    assert "y: a loss was not finite: stopped in 0:0" in capsys.readouterr().out
+    script.write_text("import sys; sys.exit(2)")
+    with pytest.raises(RuntimeError, match="z failed with status 2"):
+        run_jobs([dataclasses.replace(job("z"), may_diverge=True)], str(script))
+
+
 def test_metrics_are_read(make):
     job, _, script, _ = make
     run_jobs([job("m")], script)
