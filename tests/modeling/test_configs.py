@@ -99,6 +99,6 @@ def test_the_readme_of_the_configs_has_a_row_for_each_and_no_other():
     for line in (ROOT / "configs" / "README.md").read_text().splitlines():
         if line.startswith("## "):
             section = line.removeprefix("## ").partition(":")[0]
-        elif line.startswith("| ") and not line.startswith("| config"):
+        elif line.startswith("| ") and not line.startswith("| config") and section != "Rehearsals":
             found |= {f"{section}/{name.strip()}" for name in line.split("|")[1].split(",")}
     assert found == {f"{path.parent.name}/{path.stem}" for path in CONFIGS}

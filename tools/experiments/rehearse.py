@@ -188,7 +188,7 @@ def make_jobs(args: argparse.Namespace, chosen: Sequence[tuple[Family, int]]) ->
         form, cfg = form_of(family), load_config(path)
         is_classifier = cfg.MODEL.META_ARCHITECTURE == CLASSIFIER
         overrides = ["SEED", str(args.seed)]
-        sources = ()
+        sources: tuple[Job, ...] = ()
         if run.kind == START:
             overrides += ["SOLVER.CHECKPOINT_PERIOD", "100"]
             form = dataclasses.replace(form, iterations=cfg.SOLVER.MAX_ITER)
