@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import Distinct, folder_to_write, integer
+from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     from jobs import Job
@@ -408,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)
