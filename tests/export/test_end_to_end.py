@@ -98,11 +98,12 @@ def test_fcos_and_the_folder_that_is_written(tmp_path, monkeypatch, loss, thresh
     from programs import OVERRIDES
 
     from aqdet.export import folder as module
+    from aqdet.export import parts
 
     arch = (*FCOS, "MODEL.FCOS.CLASS_LOSS", loss)
     model, _ = shared(*arch)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    monkeypatch.setattr(module, "compare", lambda *args, **options: [])
+    monkeypatch.setattr(parts, "compare", lambda *args, **options: [])
     cfg = make_cfg(*OVERRIDES, *arch, "MODEL.FCOS.SCORE_THRESH_TEST", threshold)
     module.export_detector(cfg, str(tmp_path / "model.pth"), tmp_path / "detector", end_to_end=True)
     file = tmp_path / "detector" / "model.end_to_end.onnx"

@@ -151,7 +151,7 @@ def test_table_by_hand(parse, tmp_path, monkeypatch, capsys):
         "python tools/experiments/rehearse.py --seed 1`. 2026-01-02,\na machine" in text
         and "Left out, runs of a row: " in text
     )
-    assert "fcos_R_18_FPN_1x_lsq_w4a4_aux (2 of 6); fcos_R_18_FPN_1x_fp_bn_aux (2 of 3)." in text
+    assert "fcos_R_18_FPN_1x_lsq_w4a4_aux (3 of 7); fcos_R_18_FPN_1x_fp_bn_aux (2 of 3)." in text
     assert (tmp_path / "tools" / "experiments" / "plots" / "rehearsal.png").stat().st_size > 5000
     assert len(json.loads((tmp_path / "tools" / "experiments" / "rehearsal_runs.json").read_text())) == 5
     assert "41.5" in capsys.readouterr().out
