@@ -21,12 +21,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def loggers():
-    """Starts every test with loggers as at import, whatever programs ran in this process before."""
+    """Starts every test with loggers whose messages it sees, whatever programs ran in this process before."""
     logging.disable(logging.NOTSET)
     for name in ("aqdet", "detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        logger.propagate = True
-        logger.setLevel(logging.NOTSET)
+        logging.getLogger(name).propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

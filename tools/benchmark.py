@@ -78,7 +78,6 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument(
         "--float-weights",
         type=file_to_read,
-        default="",
         metavar="FILE",
         help="checkpoint in full precision for the rows of float and of post-training int8, as the one that --weights "
         "was trained from (default: --weights with its quantizers off)",

@@ -64,7 +64,7 @@ class Dense(nn.Module):
         return tuple(output for level in zip(*outputs, strict=True) for output in level)
 
 
-def load_float(config: str, weights: str, opts: list[str], float_weights: str = "") -> Dense:
+def load_float(config: str, weights: str, opts: list[str], float_weights: str | None = None) -> Dense:
     """Returns the detector of a checkpoint with its quantizers off, or that of ``float_weights`` without any."""
     cfg = load_config(config, opts)
     fit_to_machine(cfg)

@@ -81,6 +81,7 @@ def test_tensorboard_has_a_file_from_the_first_value_on(tmp_path):
 
 def test_the_log_appears_with_its_folder_and_has_what_was_said_before(tmp_path):
     logger = logging.getLogger("aqdet.test")
+    level = logging.getLogger("aqdet").level
     logging.getLogger("aqdet").setLevel(logging.INFO)
     value = ["early"]
     with RunLog() as log:
@@ -89,6 +90,7 @@ def test_the_log_appears_with_its_folder_and_has_what_was_said_before(tmp_path):
         log.write_to(str(tmp_path / "out"))
         logger.warning("late")
     logger.warning("after the run")
+    logging.getLogger("aqdet").setLevel(level)
     lines = (tmp_path / "out" / "log.txt").read_text().splitlines()
     assert [line.partition("] ")[2] for line in lines] == ["aqdet.test INFO: ['early']", "aqdet.test WARNING: late"]
     with RunLog():
