@@ -42,7 +42,7 @@ def finish(job, ap):
 
 def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(parse):
     seen = set()
-    for dataset, count in (("shapes", 33), ("bccd", 16)):
+    for dataset, count in (("shapes", 37), ("bccd", 16)):
         args = parse("--dataset", dataset, "--seeds", "3", "--taps", "fpn")
         cells = planned(dataset, "fpn", ())
         jobs = make_jobs(args, cells)
@@ -70,12 +70,13 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             taps = [part.removeprefix("aux_") for part in parts if part.startswith("aux_")]
             assert [cfg.MODEL.AUX.TAPS] * cfg.MODEL.AUX.ENABLED == taps
             if cfg.MODEL.QUANT.ENABLED:
-                for node in (cfg.MODEL.QUANT.WEIGHT, cfg.MODEL.QUANT.INPUT):
-                    assert (node.QUANTIZER, node.NUM_BITS) == (cell.quantizer, cell.bits)
+                of_inputs = "lsq" if cell.quantizer == "lsqodd" else cell.quantizer
+                for node, name in ((cfg.MODEL.QUANT.WEIGHT, cell.quantizer), (cfg.MODEL.QUANT.INPUT, of_inputs)):
+                    assert (node.QUANTIZER, node.NUM_BITS) == (name, cell.bits)
             seen.add(job.output_dir)
         order = [cell for _, cell in jobs]
         assert all(order.index(Cell(d, START, 32, BASELINE)) == 0 or d == "fcos" for d in detectors)
-    assert len(seen) == 33 + 3 + 16 + 2
+    assert len(seen) == 37 + 3 + 16 + 2
 
 
 def test_options_leave_out_but_never_full_precision(parse):
@@ -89,6 +90,7 @@ def test_options_leave_out_but_never_full_precision(parse):
         "retinanet_dorefa_w2a2_baseline",
         "retinanet_pact_w2a2_baseline",
         "retinanet_lqnet_w2a2_baseline",
+        "retinanet_lsqodd_w2a2_baseline",
     ]
     args = parse("--quantizers", "lsq", "--", "MODEL.DEVICE", "cpu")
     jobs = make_jobs(args, part_of_grid(args, planned("shapes", "both")))
@@ -107,8 +109,8 @@ def test_a_two_stage_run_starts_from_one_with_its_own_auxiliary_path(parse):
         for (seed, cell), job in jobs.items()
         if job.sources and seed == 0
     }
+    # Full precision from the usual start is no row's: neither is trained.
     assert {name: aux.ENABLED and aux.TAPS for name, aux in taps.items()} == {
-        "retinanet_float": False,
         "retinanet_float_two_stage": "backbone",
         "retinanet_lsq_w4a4_two_stage": "backbone",
         "retinanet_lsq_w4a4_aux_fpn+two_stage": "fpn",
@@ -117,7 +119,7 @@ def test_a_two_stage_run_starts_from_one_with_its_own_auxiliary_path(parse):
 
 def test_estimate_by_the_pace_of_finished_runs(parse):
     args = parse("--seeds", "0", "--bits", "2", "--quantizers", "lsq", "--methods", "baseline")
-    cells = [c for c in planned("shapes", "fpn") if chosen(args, c) and str(c).count("retinanet_lsq")]
+    cells = [c for c in planned("shapes", "fpn") if chosen(args, c) and str(c).count("retinanet_lsq_")]
     cells.insert(0, Cell("retinanet", FLOAT, 32, BASELINE))
     jobs = list(make_jobs(args, cells).values())
     assert "3 runs, 0 of them finished: 1400 iterations left, about 0.2 hours at 0.60 s" in estimate(args, jobs)
@@ -158,10 +160,12 @@ def test_table_by_hand_and_plot(parse, tmp_path, monkeypatch, capsys):
     write_results(args, cells, jobs)
     text = (tmp_path / "RESULTS.md").read_text()
     rows = {tuple(line.split(" | ")[1:3]): line for line in text.splitlines() if line.startswith("| retinanet")}
-    assert rows["float", "-"].endswith("| 51.0 ± 1.0 | 102.0 ± 2.0 | - | - | 52.0, 50.0, 51.0 |")
-    assert rows["lsq w2a2", "baseline"].endswith("| 42.0 ± 2.0 | 84.0 ± 4.0 | - | -9.0 ± 3.0 | 40.0, 44.0, 42.0 |")
+    assert rows["float", "-"].endswith("| 51.0 ± 1.0 | 102.0 ± 2.0 | - | - | - | 52.0, 50.0, 51.0 |")
+    ending = "| 42.0 ± 2.0 | 84.0 ± 4.0 | - | -9.0 ± 3.0 | -9.0 ± 3.0 | 40.0, 44.0, 42.0 |"
+    assert rows["lsq w2a2", "baseline"].endswith(ending)
     # From seeds 0 and 1 alone: +3 and +1 over the baseline, -9 and -5 to full precision.
-    assert rows["lsq w2a2", "distill"].endswith("| 44.0 ± 1.4 | 88.0 ± 2.8 | 2.0 ± 1.4 | -7.0 ± 2.8 | 43.0, 45.0 |")
+    ending = "| 44.0 ± 1.4 | 88.0 ± 2.8 | 2.0 ± 1.4 | -7.0 ± 2.8 | -7.0 ± 2.8 | 43.0, 45.0 |"
+    assert rows["lsq w2a2", "distill"].endswith(ending)
     assert len(rows) == 3
     assert "\nLeft out (seeds): retinanet_lsq_w2a2_distill (2); retinanet_dorefa_w2a2_baseline (0, 1, 2); " in text
     assert "aux_fpn" not in text  # not asked for
@@ -216,6 +220,23 @@ def test_runs_are_kept_for_another_checkout(parse, tmp_path, monkeypatch):
         (tmp_path / "output").rename(tmp_path / "gone too")
         recall_runs("shapes", list(jobs.values()))
         assert not jobs[0, baseline].finished() and not jobs[0, start].finished()
+
+
+def test_full_precision_of_the_rows_own_start_has_a_column(parse, tmp_path, monkeypatch):
+    args = parse("--seeds", "0", "--bits", "2", "--quantizers", "lsqodd", "--methods", "two_stage")
+    cells = part_of_grid(args, planned("shapes", "backbone", args.methods))
+    assert [str(c) for c in cells if chosen(args, c)] == ["retinanet_lsqodd_w2a2_two_stage"]
+    cells = planned("shapes", "backbone", args.methods)
+    jobs = make_jobs(args, cells)
+    odd = Cell("retinanet", "lsqodd", 2, "two_stage")
+    for cell, ap in ((Cell("retinanet", FLOAT, 32, BASELINE), 50), (odd.same_start, 53), (odd, 48)):
+        finish(jobs[0, cell], ap)
+    set_root(monkeypatch, tmp_path)
+    (tmp_path / "tools" / "experiments").mkdir(parents=True)
+    write_results(args, cells, jobs)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| lsqodd w2a2 | two_stage | 48.0 | 96.0 | - | -2.0 | -5.0 | 48.0 |" in text
+    assert "| float | two_stage | 53.0 | 106.0 | 3.0 | 3.0 | - | 53.0 |" in text
 
 
 def test_a_part_of_the_grid_has_a_table_of_its_own(parse, tmp_path, monkeypatch):
@@ -300,7 +321,7 @@ def test_detectors_are_evaluated_on_another_split_without_training_again(parse, 
         assert jobs[0, distill].finished() and not jobs[1, distill].finished()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "192x192 (retinanet lsq test)" in text and "on\n2000 images (test)" in text
-    assert "| lsq w2a2 | distill | 30.0 | 60.0 | - | -5.0 | 30.0 |" in text and "--split test`" in text
+    assert "| lsq w2a2 | distill | 30.0 | 60.0 | - | -5.0 | -5.0 | 30.0 |" in text and "--split test`" in text
     assert "Left out (seeds): retinanet_lsq_w2a2_distill (1).\n" in text
     job = evaluations(parse("--dataset", "bccd", "--split", "test"), make_jobs(args, cells))[0, reference]
     assert "bccd_test" in load_config(job.config, job.overrides).DATASETS.TEST

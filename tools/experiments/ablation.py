@@ -17,7 +17,19 @@ import os
 import sys
 from pathlib import Path
 
-from ablation_grid import BASELINE, BITS, LENGTHS, OTHERS, PARTS, TAPS, Cell, chosen, part_of_grid, planned
+from ablation_grid import (
+    BASELINE,
+    BITS,
+    LENGTHS,
+    OTHERS,
+    PARTS,
+    TAPS,
+    WEIGHTS_ALONE,
+    Cell,
+    chosen,
+    part_of_grid,
+    planned,
+)
 
 from aqdet.utils.arguments import Distinct, folder_to_write, integer
 from aqdet.utils.console import run_console
@@ -36,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     part = "train these alone; they get a table of their own"
     listed = "train these alone; others are in the table if they have run before"
     parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=part)
-    parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS), help=part)
+    parser.add_argument("--quantizers", nargs="+", choices=("lsq", *OTHERS, WEIGHTS_ALONE), help=part)
     parser.add_argument("--methods", nargs="+", help=f"{listed}; {BASELINE}, {', '.join(PARTS)}, or some joined by +")
     parser.add_argument(
         "--taps", choices=TAPS, default="backbone", help="taps of the path that is combined with the other methods"

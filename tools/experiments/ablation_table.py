@@ -63,6 +63,7 @@ def make_rows(
                 mean_and_spread(list(values(cell, "AP50").values())),
                 paired(cell, baseline),
                 paired(cell, cell.reference),
+                paired(cell, cell.same_start),
                 ", ".join(f"{ap:.1f}" for ap in found.values()),
             ]
         )
@@ -171,7 +172,17 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     plot = Path("tools", "experiments", PLOTS, f"ablation_{part.replace(' ', '_')}.png")
     (ROOT / plot).parent.mkdir(parents=True, exist_ok=True)
     make_plot(str(ROOT / plot), args.seeds, cells, done)
-    header = ["detector", "quantizer", "method", "AP", "AP50", "− baseline", "− full precision", "AP by seed"]
+    header = [
+        "detector",
+        "quantizer",
+        "method",
+        "AP",
+        "AP50",
+        "− baseline",
+        "− full precision",
+        "− same start",
+        "AP by seed",
+    ]
     seeds = " ".join(map(str, args.seeds))
     title = TITLES[args.dataset] + (f" ({part.partition(' ')[2]})" if " " in part else "")
     text = f"""### What helps: ResNet-18 detectors on {title}
@@ -179,7 +190,8 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
 {args.iterations}, full precision included. COCO AP of the detector alone, in percent, on
 {IMAGES[args.dataset][args.split]} images ({args.split}); mean ± sample standard deviation over the seeds that have
-run (of {seeds}); differences are paired by seed: from the same start, but for two_stage, whose start has the path.
+run (of {seeds}). Differences are paired by seed: with the quantizer alone and full precision from the usual start, and
+with full precision from the row's own start, which for two_stage has the path.
 
 {markdown_table(header, make_rows(args.seeds, cells, done))}
 
