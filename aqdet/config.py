@@ -123,6 +123,10 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNETS.REGNETX = ""
     # ReLU after the norm of every FPN conv, P6 and P7 included, which makes what the head reads unsigned.
     cfg.MODEL.FPN.RELU = False
+    # Whether the batch norms that the head of a RetinaNet or FCOS has for each level have an affine each, as in AQD
+    # (2007.06919), or share one, as in Detectron2. Weights of the second load into the first. The auxiliary path's
+    # head is alike.
+    cfg.MODEL.HEAD_LEVEL_AFFINE = False
     # Input of P6: "res5" or "p5".
     cfg.MODEL.FPN.TOP_BLOCK_IN_FEATURE = "res5"
 

@@ -3,6 +3,7 @@
 from .add import QuantAdd, StreamQuantizer, relu_before
 from .conv import QuantConv2d, shared_weights
 from .deconv import QuantConvTranspose2d
+from .level_norm import LevelNorms
 from .linear import QuantLinear
 from .pool import max_pool2d
 from .site import LAYER_KINDS, Layer, Site, declare_site, forget_sites, quantized_form, weighted_layers
@@ -10,6 +11,7 @@ from .site import LAYER_KINDS, Layer, Site, declare_site, forget_sites, quantize
 __all__ = [
     "LAYER_KINDS",
     "Layer",
+    "LevelNorms",
     "QuantAdd",
     "QuantConv2d",
     "QuantConvTranspose2d",

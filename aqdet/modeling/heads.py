@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..layers import declare_site, shared_weights
+from ..layers import LevelNorms, declare_site, shared_weights
 from ..quantization.kernels import replaceable
 
 
@@ -38,8 +38,11 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(1, 1) if channels == 1 else get_norm("GN", channels)
 
 
-def _head_norm(norm: Any) -> Any:
+def _head_norm(norm: Any, levels: int, level_affine: bool) -> Any:
     """Returns the ``norm`` for Detectron2's heads, which try it with one channel, which 32 groups do not divide."""
+    if level_affine and norm in ("BN", "SyncBN"):
+        bn_class = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm
+        return lambda channels: LevelNorms(levels, bn_class, num_features=channels)
     return _group_norm if norm == "GN" else norm
 
 
@@ -60,13 +63,21 @@ class QuantRetinaNetHead(ReadsPyramid, RetinaNetHead):
 
     Args:
         signed_input: whether the pyramid levels can be negative.
+        level_affine: whether each of those batch norms has an affine of its own, as in AQD, or all share one, as in
+            Detectron2.
         kwargs: see :class:`detectron2.modeling.meta_arch.retinanet.RetinaNetHead`.
     """
 
     @configurable
-    def __init__(self, *, signed_input: bool, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "norm": _head_norm(kwargs.get("norm", ""))})
+    def __init__(self, *, signed_input: bool, level_affine: bool = False, **kwargs: Any) -> None:
+        norm = _head_norm(kwargs.get("norm", ""), len(kwargs["input_shape"]), level_affine)
+        super().__init__(**{**kwargs, "norm": norm})
         _declare_sites(self, signed_input, self.cls_score, self.bbox_pred)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        """Builds Detectron2's arguments, ``signed_input``, and ``level_affine`` from ``MODEL.HEAD_LEVEL_AFFINE``."""
+        return {**super().from_config(cfg, input_shape), "level_affine": cfg.MODEL.HEAD_LEVEL_AFFINE}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See Detectron2's; the weights, shared over the levels, are quantized once."""
@@ -86,12 +97,16 @@ class QuantFCOSHead(FCOSHead):
     Args:
         signed_input: whether the pyramid levels can be negative.
         centerness: whether there is one; without it the scores are the classes' alone.
+        level_affine: see :class:`QuantRetinaNetHead`.
         kwargs: see :class:`detectron2.modeling.meta_arch.fcos.FCOSHead`.
     """
 
     @configurable
-    def __init__(self, *, signed_input: bool, centerness: bool = True, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "norm": _head_norm(kwargs.get("norm", ""))})
+    def __init__(
+        self, *, signed_input: bool, centerness: bool = True, level_affine: bool = False, **kwargs: Any
+    ) -> None:
+        norm = _head_norm(kwargs.get("norm", ""), len(kwargs["input_shape"]), level_affine)
+        super().__init__(**{**kwargs, "norm": norm})
         self.has_centerness = centerness
         predictions = [self.cls_score, self.bbox_pred]
         if centerness:
@@ -120,5 +135,6 @@ class QuantFCOSHead(FCOSHead):
             "prior_prob": fcos.PRIOR_PROB,
             "norm": fcos.NORM,
             "centerness": fcos.CLASS_LOSS == "focal",
+            "level_affine": cfg.MODEL.HEAD_LEVEL_AFFINE,
             "signed_input": not cfg.MODEL.FPN.RELU,
         }

@@ -54,7 +54,8 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     # A list of norms with a position is a CycleBatchNormList; nothing in this package knows Detectron2.
     cycle: Any = norm if isinstance(norm, nn.ModuleList) and hasattr(norm, "_pos") else None
     own: nn.Module = norm if cycle is None else cycle[cycle._pos]
-    weight, bias = (getattr(norm, key, None) for key in ("weight", "bias"))
+    affine = norm if getattr(norm, "weight", None) is not None else own
+    weight, bias = (getattr(affine, key, None) for key in ("weight", "bias"))
     if not (
         type(own) is nn.BatchNorm2d
         and own.training
