@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import SCALE_EPS, apply, broadcast_scale, floor_scale
-from ..observer import Statistics, initial_scale, search_fractions
+from ..observer import Statistics, by_parts, initial_scale, search_fractions
 from ..quantizer import Quantizer
 from ..spec import IntegerTensor, QuantSpec
 
@@ -123,7 +123,8 @@ class LSQOddQuantizer(Quantizer):
             half = 2 ** (self.spec.num_bits - 1)
             scale = initial_scale(statistics, -half, half, method)
         elif method == "mse":
-            scale = _search_scale(statistics, self.spec.num_bits)
+            num_bits = self.spec.num_bits
+            scale = by_parts(lambda v, c: _search_scale(v, c, num_bits), statistics.values, statistics.counts)
         else:
             scale = 2 * initial_scale(statistics, -largest, largest, method)
         is_zero = (statistics.values == 0).all(dim=1)
@@ -147,9 +148,8 @@ class LSQOddQuantizer(Quantizer):
         return IntegerTensor(codes.to(torch.int32), scale / 2, 0)
 
 
-def _search_scale(statistics: Statistics, num_bits: int) -> Tensor:
+def _search_scale(values: Tensor, counts: Tensor, num_bits: int) -> Tensor:
     """Finds the scale of least squared error for each channel; 1 where every value is zero."""
-    values, counts = statistics.values, statistics.counts
     magnitude = values.abs().amax(dim=1)
     outermost = (2**num_bits - 1) / 2
 
@@ -158,8 +158,8 @@ def _search_scale(statistics: Statistics, num_bits: int) -> Tensor:
 
     def errors(fraction: Tensor) -> Tensor:
         scale = scale_of(fraction)[:, None]
-        fake = odd_codes(values / scale, num_bits).mul_(scale / 2)
-        return ((fake - values).square() * counts).sum(dim=1)
+        error = odd_codes(values / scale, num_bits).mul_(scale / 2).sub_(values)
+        return error.square_().mul_(counts).sum(dim=1)
 
     scale = scale_of(search_fractions(errors, magnitude))
     return torch.where(scale > SCALE_EPS, scale, torch.ones_like(scale))
