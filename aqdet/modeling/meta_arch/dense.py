@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         kwargs: arguments of the detector.
 
     Attributes:
-        normalizer_moves: False while the losses of the scaffold are computed, which are divided by the same moving
+        normalizer_moves: False while the losses of a further head are computed, which are divided by the same moving
             average as those of the detector's head.
     """
 
@@ -55,8 +54,8 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.scaffold = Scaffold(auxiliary, extra_head, extra_loss_weight)
         self.normalizer_moves = True
+        self.scaffold = Scaffold(auxiliary, extra_head, extra_loss_weight)
         self.requests = requests
         name_quantizers(self)
 
@@ -116,24 +115,26 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
 
-        def losses_of(outputs: list[list[Tensor]]) -> dict[str, Tensor]:
-            logits, deltas, *rest = self.by_anchor(outputs)
-            return self.losses(anchors, logits, gt_labels, deltas, gt_boxes, *rest)
-
-        losses = losses_of(predictions)
         scaffold = self.scaffold
-        with self._holding_normalizer():
-            if scaffold.auxiliary is not None:
-                weight = scaffold.auxiliary.weight_at(get_event_storage().iter)
-                auxiliary_losses = losses_of(scaffold.auxiliary(features))
-                losses.update({f"aux_{key}": weight * value for key, value in auxiliary_losses.items()})
-            if scaffold.extra_head is not None:
-                extra_losses = losses_of(scaffold.extra_head(features))
-                losses.update({f"extra_{key}": scaffold.extra_loss_weight * v for key, v in extra_losses.items()})
+        heads, factors = {"": predictions}, {"": 1.0}
+        if scaffold.auxiliary is not None:
+            heads["aux_"] = scaffold.auxiliary(features)
+            factors["aux_"] = scaffold.auxiliary.weight_at(get_event_storage().iter)
+        if scaffold.extra_head is not None:
+            heads["extra_"] = scaffold.extra_head(features)
+            factors["extra_"] = scaffold.extra_loss_weight
+        outputs = [self.by_anchor(head) for head in heads.values()]
+        if len(outputs) == 1:
+            logits, deltas, *rest = outputs[0]
+            all_losses = [self.losses(anchors, logits, gt_labels, deltas, gt_boxes, *rest)]
+        else:
+            all_losses = self.losses_of_heads(anchors, gt_labels, gt_boxes, outputs)
+        losses: dict[str, Tensor] = {}
+        for prefix, found in zip(heads, all_losses, strict=True):
+            losses.update({prefix + key: factors[prefix] * value if prefix else value for key, value in found.items()})
         if scaffold.distillation is not None:
             normalizer = self.loss_normalizer / comm.get_world_size()
-            by_anchor = self.by_anchor(predictions)
-            losses.update(scaffold.distillation.losses(images.tensor, features, by_anchor, normalizer))
+            losses.update(scaffold.distillation.losses(images.tensor, features, outputs[0], normalizer))
         return losses
 
     def by_anchor(self, predictions: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -141,14 +142,39 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
         sizes = [self.num_classes, 4, 1][: len(predictions)]
         return self._transpose_dense_predictions(predictions, sizes)
 
-    @contextlib.contextmanager
-    def _holding_normalizer(self) -> Iterator[None]:
-        """Keeps the moving average of the loss normalizer where it is."""
-        self.normalizer_moves = False
-        try:
-            yield
-        finally:
-            self.normalizer_moves = True
+    def losses_of_heads(
+        self, anchors: list[Boxes], gt_labels: list[Tensor], gt_boxes: list[Any], heads: Sequence[list[list[Tensor]]]
+    ) -> list[dict[str, Tensor]]:
+        """Computes Detectron2's ``losses`` for each of several heads, with one normalizer, which moves once.
+
+        Args:
+            anchors: boxes of each level.
+            gt_labels, gt_boxes: what Detectron2's ``label_anchors`` returns, for each image.
+            heads: predictions of each head, see :meth:`by_anchor`.
+        """
+        losses: list[dict[str, Tensor]] = []
+        for logits, deltas, *rest in heads:
+            self.normalizer_moves = not losses
+            try:
+                losses.append(self.losses(anchors, logits, gt_labels, deltas, gt_boxes, *rest))
+            finally:
+                self.normalizer_moves = True
+        return losses
+
+    def has_own(self, losses: Callable[..., Any]) -> bool:
+        """Returns whether ``losses`` is this detector's method of that name, and not one that somebody put over it."""
+        return getattr(self.losses, "__func__", None) is losses
+
+    def normalizer(self, num_positive: int, num_images: int, initial: float) -> float:
+        """Moves the moving average of the loss normalizer by a batch, and returns it.
+
+        Args:
+            num_positive: anchors with an object in this process's images.
+            num_images: this process's images.
+            initial: where Detectron2's detector has its average start.
+        """
+        get_event_storage().put_scalar("num_pos_anchors", num_positive / num_images)
+        return self._ema_update("loss_normalizer", max(num_positive, 1), initial)
 
     def _ema_update(self, name: str, value: float, *args: Any, **kwargs: Any) -> float:
         """Moves the moving average by the whole batch's value; returns each process's share of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from fvcore.nn import giou_loss
+from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor
 
 from ...utils.distributed import average_over_processes
@@ -21,6 +22,7 @@ from ..assignment import atss_overlaps
 from ..heads import QuantFCOSHead
 from ..losses import harmonious_iou_loss, quality_focal_loss, task_correlation_loss
 from .dense import LowPrecisionDense
+from .shared_losses import at, box_losses, by_level, positive_anchors, positive_places
 
 ASSIGNMENTS = ("fcos", "atss")
 CLASS_LOSSES = ("focal", "quality")
@@ -142,6 +144,40 @@ class QuantFCOS(LowPrecisionDense, FCOS):
             candidates=self.atss_candidates,
             side=self.atss_side,
         )
+
+    def losses_of_heads(
+        self, anchors: list[Boxes], gt_labels: list[Tensor], gt_boxes: list[Any], heads: Sequence[list[list[Tensor]]]
+    ) -> list[dict[str, Tensor]]:
+        """See :meth:`LowPrecisionDense.losses_of_heads`; Detectron2's losses have their targets in common."""
+        is_plain = self.class_loss == "focal" and not (self.harmonious_iou_weight or self.task_correlation_weight)
+        if not (is_plain and self.has_own(QuantFCOS.losses)):
+            return super().losses_of_heads(anchors, gt_labels, gt_boxes, heads)
+        labels = torch.stack(gt_labels)
+        positive = positive_places(labels, self.num_classes)
+        normalizer = self.normalizer(len(positive), len(gt_labels), 300)
+        one_hot = F.one_hot(labels, num_classes=self.num_classes + 1)[:, :, :-1]
+        own_anchors = positive_anchors(anchors, positive)
+        tensors = [getattr(boxes, "tensor", boxes) for boxes in gt_boxes]
+        own_boxes = at(positive, torch.stack(tensors))
+        deltas = [by_level(positive, head[1]) for head in heads]
+        boxes = box_losses(own_anchors, own_boxes, deltas, self.box2box_transform, "giou")
+        # Detectron2 0.6 has the boxes as Boxes, its main branch as tensors.
+        matched = own_boxes if tensors[0] is gt_boxes[0] else Boxes(own_boxes)
+        centerness = self.compute_ctrness_targets([Boxes(own_anchors)], [matched])[0]
+        losses = []
+        for (logits, _, centers), box_loss in zip(heads, boxes, strict=True):
+            class_loss = sigmoid_focal_loss_jit(
+                torch.cat(logits, dim=1),
+                one_hot.to(logits[0].dtype),
+                alpha=self.focal_loss_alpha,
+                gamma=self.focal_loss_gamma,
+                reduction="sum",
+            )
+            predicted = by_level(positive, centers).squeeze(1)
+            center_loss = F.binary_cross_entropy_with_logits(predicted, centerness, reduction="sum")
+            found = {"loss_fcos_cls": class_loss, "loss_fcos_loc": box_loss, "loss_fcos_ctr": center_loss}
+            losses.append({name: loss / normalizer for name, loss in found.items()})
+        return losses
 
     @staticmethod
     def _with_a_box(instances: Instances) -> Instances:
