@@ -1,6 +1,7 @@
 """Layers of the low-precision detector."""
 
 from .add import QuantAdd, StreamQuantizer, relu_before
+from .chain import RELU, run_chain
 from .conv import QuantConv2d, shared_weights
 from .deconv import QuantConvTranspose2d
 from .level_norm import LevelNorms
@@ -10,6 +11,7 @@ from .site import LAYER_KINDS, Layer, Site, declare_site, forget_sites, quantize
 
 __all__ = [
     "LAYER_KINDS",
+    "RELU",
     "Layer",
     "LevelNorms",
     "QuantAdd",
@@ -23,6 +25,7 @@ __all__ = [
     "max_pool2d",
     "quantized_form",
     "relu_before",
+    "run_chain",
     "shared_weights",
     "weighted_layers",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
@@ -79,13 +80,25 @@ class QuantConv2d(Conv2d):
 
 @contextlib.contextmanager
 def shared_weights(module: nn.Module) -> Iterator[None]:
-    """Quantizes the weights of the convolutions below ``module`` once for several calls, as over pyramid levels."""
+    """Quantizes the weights of the convolutions below ``module`` once for several calls, as over pyramid levels.
+
+    So are the grids of their inputs computed. Under autocast the weights are those of its precision, as it has them
+    for a layer in float.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, QuantConv2d)]
     try:
+        # Not by setattr, which would register the Parameter that a quantizer returns when it is switched off.
         for layer in layers:
-            # Not by setattr, which would register the Parameter that a quantizer returns when it is switched off.
-            layer.__dict__["shared_weight"] = layer.weight_quantizer(layer.weight)
+            weight = layer.weight_quantizer(layer.weight)
+            device = weight.device.type
+            if layer.weight_quantizer.is_active and torch.is_autocast_enabled(device):
+                weight = weight.to(torch.get_autocast_dtype(device))
+            layer.__dict__["shared_weight"] = weight
+            quantizer = layer.input_quantizer
+            if quantizer is not None and quantizer.is_active and quantizer.gradient is not None:
+                quantizer.__dict__["shared_grid"] = quantizer.grid()
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("shared_weight", None)
+            vars(layer.input_quantizer or layer).pop("shared_grid", None)

@@ -8,6 +8,7 @@ Shape legend: N batch, C channels, H and W height and width at the stride of a l
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
-from ..layers import QuantAdd, StreamQuantizer, declare_site, relu_before
+from ..layers import RELU, QuantAdd, StreamQuantizer, declare_site, run_chain
 from .architecture import check_architecture
 from .blocks import QuantBasicBlock, QuantBottleneckBlock, QuantStem
 from .policy import QuantPolicy
@@ -59,8 +60,8 @@ class QuantLastLevelP6P7(LastLevelP6P7):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps ``(N, C, H, W)`` to P6 and P7 at half and a quarter of its size."""
-        p6 = self.p6_stream(self.p6(x))
-        p7 = self.p7_stream(self.p7(F.relu(p6)))
+        p6 = run_chain([self.p6, self.p6_stream], x)
+        p7 = run_chain([self.p7, self.p7_stream], F.relu(p6))
         return [p6, p7]
 
 
@@ -99,19 +100,16 @@ class QuantFPN(FPN):
         results: dict[str, Tensor] = {}
         previous: Tensor | None = None
         for level, feature in zip(reversed(self._levels), reversed(self.in_features), strict=True):
-            merged = getattr(self, f"fpn_lateral{level}")(bottom_up[feature])
-            stream = getattr(self, f"fpn_sum{level}")
-            if previous is None:
-                if self._relu:
-                    merged = relu_before(stream.quantizer, merged, inplace=True)
-            else:
-                add = getattr(self, f"fpn_add{level}")
-                if self._relu:
-                    merged = relu_before(add.x_quantizer, merged, inplace=True)
-                merged = add(merged, F.interpolate(previous, scale_factor=2.0, mode="nearest"))
-            previous = stream(merged)
-            output = getattr(self, f"fpn_output{level}")(previous)
-            results[f"p{level}"] = getattr(self, f"p{level}_stream")(output)
+            layers = [getattr(self, f"fpn_lateral{level}")]
+            if self._relu:
+                layers.append(RELU)
+            above = None
+            if previous is not None:
+                layers.append(getattr(self, f"fpn_add{level}"))
+                above = functools.partial(F.interpolate, previous, scale_factor=2.0, mode="nearest")
+            previous = run_chain([*layers, getattr(self, f"fpn_sum{level}")], bottom_up[feature], above)
+            output = [getattr(self, part) for part in (f"fpn_output{level}", f"p{level}_stream")]
+            results[f"p{level}"] = run_chain(output, previous)
         if self.top_block is not None:
             source = {**results, **bottom_up}[self.top_block.in_feature]
             for level, output in enumerate(self.top_block(source), self._levels[-1] + 1):

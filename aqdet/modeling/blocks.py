@@ -15,7 +15,7 @@ from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, CNNBlockBase
 from torch import Tensor, nn
 
-from ..layers import QuantAdd, StreamQuantizer, declare_site, max_pool2d, relu_before
+from ..layers import RELU, QuantAdd, StreamQuantizer, declare_site, max_pool2d, run_chain
 from ..quantization import quantizers
 
 
@@ -68,10 +68,6 @@ class QuantSimpleStem(_FreezesQuantizers):
         return self.output_stream(self.conv1(x))
 
 
-def _relu_between(x: Tensor, conv: nn.Module) -> Tensor:
-    return relu_before(getattr(conv, "input_quantizer", None), x, inplace=True)
-
-
 class _ResidualMixin(nn.Module):
     """The end of a residual block: sum, then ReLU and shared stream, whose input is the tap point."""
 
@@ -83,10 +79,12 @@ class _ResidualMixin(nn.Module):
         if self.shortcut is not None:
             declare_site(self.shortcut, signed=False)
 
-    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return self.output_stream(self.residual_add(out, x))
+    def _run(self, convs: list[nn.Conv2d], x: Tensor) -> Tensor:
+        """Applies convolutions with ReLUs between, adds the shortcut, and ends in the stream."""
+        layers = [layer for conv in convs for layer in (conv, RELU)][:-1]
+        shortcut = self.shortcut
+        total = run_chain([*layers, self.residual_add], x, lambda: x if shortcut is None else shortcut(x))
+        return self.output_stream(total)
 
 
 class QuantBasicBlock(_FreezesQuantizers, BasicBlock, _ResidualMixin):
@@ -103,8 +101,7 @@ class QuantBasicBlock(_FreezesQuantizers, BasicBlock, _ResidualMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
-        out = _relu_between(self.conv1(x), self.conv2)
-        return self._finish(self.conv2(out), x)
+        return self._run([self.conv1, self.conv2], x)
 
 
 class QuantBottleneckBlock(_FreezesQuantizers, BottleneckBlock, _ResidualMixin):
@@ -130,6 +127,4 @@ class QuantBottleneckBlock(_FreezesQuantizers, BottleneckBlock, _ResidualMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, C, H, W)``, on the grid of the stream, to ``(N, C', H / stride, W / stride)``."""
-        out = _relu_between(self.conv1(x), self.conv2)
-        out = _relu_between(self.conv2(out), self.conv3)
-        return self._finish(self.conv3(out), x)
+        return self._run([self.conv1, self.conv2, self.conv3], x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -11,16 +10,7 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..layers import LevelNorms, declare_site, shared_weights
-from ..quantization.kernels import replaceable
-
-
-@replaceable("tower")
-def run_tower(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Applies convolutions, norms and ReLUs in sequence."""
-    for layer in layers:
-        x = layer(x)
-    return x
+from ..layers import LevelNorms, declare_site, run_chain, shared_weights
 
 
 def _declare_sites(head: RetinaNetHead, signed_input: bool, *predictions: nn.Conv2d) -> None:
@@ -84,8 +74,8 @@ class QuantRetinaNetHead(ReadsPyramid, RetinaNetHead):
         logits, deltas = [], []
         with shared_weights(self):
             for feature in features:
-                logits.append(run_tower([*self.cls_subnet, self.cls_score], feature))
-                deltas.append(run_tower([*self.bbox_subnet, self.bbox_pred], feature))
+                logits.append(run_chain([*self.cls_subnet, self.cls_score], feature))
+                deltas.append(run_chain([*self.bbox_subnet, self.bbox_pred], feature))
         return logits, deltas
 
 
@@ -117,12 +107,17 @@ class QuantFCOSHead(FCOSHead):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], ...]:
         """Computes class logits, box deltas and, if there is one, centerness, each ``(N, K, H, W)`` for each level."""
+        logits, deltas, centerness = [], [], []
         with shared_weights(self):
-            if self.has_centerness:
-                return super().forward(features)
-            logits = [run_tower([*self.cls_subnet, self.cls_score], feature) for feature in features]
-            deltas = [run_tower([*self.bbox_subnet, self.bbox_pred], feature) for feature in features]
-            return logits, deltas
+            for feature in features:
+                logits.append(run_chain([*self.cls_subnet, self.cls_score], feature))
+                if self.has_centerness:
+                    box_feature = run_chain([*self.bbox_subnet], feature)
+                    deltas.append(self.bbox_pred(box_feature))
+                    centerness.append(self.ctrness(box_feature))
+                else:
+                    deltas.append(run_chain([*self.bbox_subnet, self.bbox_pred], feature))
+        return (logits, deltas, centerness) if self.has_centerness else (logits, deltas)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ may be for some devices, methods or layers alone::
         losses = model(batch)
 
 Operations: ``fake_quantize``, ``dorefa_weight``, ``conv2d`` (quantized convolution with its norm and activation),
-``tower`` (a head's sequence of layers), ``stream`` (ReLU and quantization of a tensor that several layers read),
+``chain`` (a sequence of layers), ``stream`` (ReLU and quantization of a tensor that several layers read),
 ``relu_before`` (ReLU of a tensor that a quantizer reads) and ``max_pool2d``. The element-wise arithmetic of the lean
-kernels is replaceable too: ``fake_quantized``, ``recipe_quantized``, ``scale_gradients`` and ``recipe_gradients``.
+kernels is replaceable too: ``fake_quantized``, ``recipe_quantized``, ``recipe_codes``, ``region_quantized`` and their
+gradients (``scale_gradients``, ``recipe_gradients``, ``region_gradients``), and that of batch norms: ``batch_moments``,
+``normalized``, ``norm_gradients`` and ``quantized_norm_gradients``.
 """
 
 from __future__ import annotations
@@ -90,6 +92,28 @@ def use_kernels(name: str) -> Iterator[None]:
         yield
     finally:
         set_kernels(before)
+
+
+_free_norms = False
+
+
+@contextlib.contextmanager
+def free_norms() -> Iterator[None]:
+    """Lets kernels compute the batch norms of float layers, too, inside the context.
+
+    They are Detectron2's but for rounding, where contracts ask for Detectron2's values to the bit elsewhere.
+    """
+    global _free_norms
+    before, _free_norms = _free_norms, True
+    try:
+        yield
+    finally:
+        _free_norms = before
+
+
+def has_free_norms() -> bool:
+    """Returns whether this runs inside :func:`free_norms`."""
+    return _free_norms
 
 
 fake_quantize = replaceable("fake_quantize")(functional.fake_quantize)

@@ -10,6 +10,10 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
+from ...layers import run_chain
+
+_RELU = nn.ReLU()
+
 
 class Adaptor(nn.Module):
     """Full-precision 1x1 convolution and norm, a sum, then ReLU: ``h = ReLU(carried + A(o))``.
@@ -38,8 +42,9 @@ class Adaptor(nn.Module):
 
     def forward(self, x: Tensor, carried: Tensor | None = None) -> Tensor:
         """Maps ``(N, C, H, W)``, and another to add or None, to the same."""
-        adapted = self.conv(x)
-        return torch.relu(adapted if carried is None else carried + adapted)
+        if carried is None:
+            return run_chain([self.conv, _RELU], x)
+        return torch.relu(carried + run_chain([self.conv], x))
 
     @torch.no_grad()
     def align(self, x: Tensor, carried: Tensor | None = None) -> None:

@@ -16,6 +16,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
+from ...layers import run_chain
 from .adaptor import Adaptor
 
 EARLY_SHARE = 0.5
@@ -75,7 +76,7 @@ class AggregationBlock(nn.Module):
 
     def forward(self, carried: Tensor, x: Tensor) -> Tensor:
         """Maps ``h_{i-1}`` and ``o_i``, ``(N, C, H, W)``, to ``h_i``, of the shape of ``o_i``."""
-        return self.adaptor(x, carried if self.shortcut is None else self.shortcut(carried))
+        return self.adaptor(x, carried if self.shortcut is None else run_chain([self.shortcut], carried))
 
 
 class Aggregation(Backbone):

@@ -23,6 +23,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from ...layers import forget_sites
+from ...quantization.kernels import free_norms
 from ..backbone import BottomUp, QuantFPN, build_fpn
 from .adaptor import Adaptor, waiting_adaptors
 from .aggregation import Aggregation, AggregationBlock, tapped_sums
@@ -100,8 +101,10 @@ class AuxiliaryPath(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Any:
         """Computes the predictions of the head, see :meth:`read`."""
-        return self.head(self.read(features))
+        with free_norms():
+            return self.head(self.read(features))
 
+    @free_norms()
     def read(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Computes the levels that the head reads, in full precision.
 

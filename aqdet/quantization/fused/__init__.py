@@ -1,12 +1,13 @@
 """Kernels for GPUs: those of :mod:`aqdet.quantization.lean`, whose element-wise arithmetic is one pass each way.
 
 A chain of operations reads and writes a tensor of a GPU's memory once for each of them. Here quantization is one kernel
-(:mod:`.programs`), and so are its gradients, which compute the input again from its recipe on the way. The kernels are
+(:mod:`.programs`), and so are its gradients, which compute the input again from its recipe on the way. A batch norm
+with a ReLU and a quantizer behind it is one pass forward, and two backward (:mod:`.norm_programs`). The kernels are
 written in Triton, which comes with PyTorch on Linux. The set is in use by default where there are a CUDA device and
 Triton; tensors of a CPU pass it on to the lean set.
 
-Outputs and gradients equal those of the plain operations exactly, but for the rounding of the sum that is a scale's
-gradient.
+Outputs and gradients equal those of the plain operations exactly, but for the rounding of sums: those that are a
+scale's gradient and those of a batch norm.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,23 @@ from typing import Any
 import torch
 
 from .. import lean
-from .operators import HAS_TRITON, fake_quantized, recipe_gradients, recipe_quantized, scale_gradients
+from . import norm_operators as norm
+from . import operators as quantizer
+from .operators import HAS_TRITON
 
 KERNELS: dict[str, Callable[..., Any]] = {
     **lean.KERNELS,
-    "fake_quantized": fake_quantized,
-    "recipe_gradients": recipe_gradients,
-    "recipe_quantized": recipe_quantized,
-    "scale_gradients": scale_gradients,
+    "batch_moments": norm.batch_moments,
+    "fake_quantized": quantizer.fake_quantized,
+    "norm_gradients": norm.norm_gradients,
+    "normalized": norm.normalized,
+    "quantized_norm_gradients": norm.quantized_norm_gradients,
+    "recipe_codes": quantizer.recipe_codes,
+    "recipe_gradients": quantizer.recipe_gradients,
+    "recipe_quantized": quantizer.recipe_quantized,
+    "region_gradients": quantizer.region_gradients,
+    "region_quantized": quantizer.region_quantized,
+    "scale_gradients": quantizer.scale_gradients,
 }
 
 

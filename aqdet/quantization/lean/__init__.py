@@ -6,7 +6,9 @@
 - What an activation can be computed from again stands in for it: the convolution's output for the batch norm's, a byte
   for a quantized value (:mod:`.recipe`, :mod:`.norm`, :mod:`.pool`).
 - Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
-- A quantizer that clips at zero is the ReLU before it (:mod:`.activation`).
+- A quantizer that clips at zero is the ReLU before it, and in a chain of layers it also computes the norm before it
+  (:mod:`.activation`).
+- A synchronized norm weighs processes by their numbers of images, and no host waits to leave one out (:mod:`.norm`).
 - Element-wise arithmetic runs on parts of a tensor that stay in a CPU's cache (:mod:`.parts`).
 
 Nothing depends on this folder but one line of :mod:`aqdet.quantization`, which registers :data:`KERNELS`. Outputs and
@@ -17,18 +19,18 @@ a scale's gradient, of an integer convolution against a float one, and of a batc
 from collections.abc import Callable
 from typing import Any
 
-from .activation import relu_before, stream, tower
+from .activation import chain, relu_before, stream
 from .conv import conv2d
 from .elementwise import fake_quantize
 from .pool import max_pool2d
 from .weight import dorefa_weight
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "chain": chain,
     "conv2d": conv2d,
     "dorefa_weight": dorefa_weight,
     "fake_quantize": fake_quantize,
     "max_pool2d": max_pool2d,
     "relu_before": relu_before,
     "stream": stream,
-    "tower": tower,
 }

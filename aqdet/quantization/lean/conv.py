@@ -12,7 +12,7 @@ from ..kernels import plain
 from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
-from .norm import normalize
+from .norm import Activation, Deferred, Moments, computed, defer, quantized_norm_gradients
 from .recipe import Recipe, recipe_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
 
@@ -32,10 +32,15 @@ class _Options(NamedTuple):
     geometry: Geometry
     dtype: torch.dtype
     replay_weight: Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]]
+    recipe: Recipe | None
+    deferred: Deferred | None
 
 
 class _QuantizedConv2d(torch.autograd.Function):
-    """Keeps the operands before quantization, and quantizes them again in backward."""
+    """Keeps the operands before quantization, and quantizes them again in backward.
+
+    Its input is ``x``, or that of the norm which ``x`` is the output of, where that is deferred.
+    """
 
     @staticmethod
     def forward(
@@ -43,41 +48,54 @@ class _QuantizedConv2d(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
         packed: IntegerWeight | None,
-        input_recipe: Recipe,
         options: _Options,
         *weight_tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(*input_recipe, scale, *weight_tensors)
-        ctx.options = options
-        ctx.x_dtype = x.dtype
+        recipe, deferred = options.recipe, options.deferred
+        assert recipe is not None  # None is what backward sees
+        moments = (None,) * 5 if deferred is None else deferred.moments
+        # Without what is saved, which options would keep alive.
+        ctx.options = options._replace(recipe=None, deferred=None)
+        ctx.norm = None if deferred is None else (deferred.eps, deferred.group)
+        ctx.dtypes = x.dtype, recipe.dtype
+        ctx.save_for_backward(*recipe[:3], norm_weight, *moments, scale, *weight_tensors)
         ctx.bias_size, ctx.bias_dtype = (None, None) if bias is None else (list(bias.shape), bias.dtype)
         quant_min, quant_max = options.grid.quant_min, options.grid.quant_max
+        is_deferred = deferred is not None
         if packed is not None:
-            codes = quantize_to_bytes(x, scale, quant_min, quant_max)
+            codes = quantize_to_bytes(recipe if is_deferred else Recipe(x), scale, quant_min, quant_max)
             return integer_conv2d(codes, -quant_min, scale, packed, bias, *options.geometry)
-        weight, _ = options.replay_weight(*weight_tensors)
-        x_q = fake_quantized(x, scale, quant_min, quant_max, options.dtype)
+        weight, _ = options.replay_weight(*weight_tensors, dtype=options.dtype)
+        if is_deferred:
+            x_q = recipe_quantized(recipe, scale, quant_min, quant_max, options.dtype)
+        else:
+            x_q = fake_quantized(x, scale, quant_min, quant_max, options.dtype)
         bias = None if bias is None else bias.to(options.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.conv2d(x_q, weight.to(options.dtype), bias, *options.geometry)
+            return torch.conv2d(x_q, weight, bias, *options.geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        base, factor, shift, scale, *weight_tensors = ctx.saved_tensors
-        recipe = Recipe(base, factor, shift)
-        grid, gradient, geometry, dtype, replay_weight = ctx.options
-        weight, weight_gradients = replay_weight(*weight_tensors)
-        x_q = recipe_quantized(recipe, scale, grid.quant_min, grid.quant_max, dtype)
+        base, factor, shift, norm_weight, *rest = ctx.saved_tensors
+        moments, scale, weight_tensors = rest[:5], rest[5], rest[6:]
+        x_dtype, recipe_dtype = ctx.dtypes
+        recipe = Recipe(base, factor, shift, recipe_dtype)
+        grid, gradient, geometry, dtype, replay_weight, _, _ = ctx.options
+        options = scale, grid.quant_min, grid.quant_max
+        weight, weight_gradients = replay_weight(*weight_tensors, dtype=dtype)
+        x_q = recipe_quantized(recipe, *options, dtype)
         if weight.numel() > x_q.numel():
             # Channels last would have the weight and its gradient converted.
             grad, x_q = grad.contiguous(), x_q.contiguous()
         needs_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        needs_weight = any(ctx.needs_input_grad[6:])
+        needs_weight = any(ctx.needs_input_grad[7:])
         grad_x_q, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
             x_q,
-            weight.to(dtype),
+            weight,
             ctx.bias_size,
             list(geometry.stride),
             list(geometry.padding),
@@ -87,19 +105,23 @@ class _QuantizedConv2d(torch.autograd.Function):
             geometry.groups,
             [needs_x, needs_weight, ctx.bias_size is not None],
         )
-        dx = dscale = None
-        if needs_x:
-            dx, dscale = recipe_gradients(grad_x_q, recipe, scale, grid.quant_min, grid.quant_max, gradient)
-            dx = dx.to(ctx.x_dtype)
+        del x_q
+        dx = dscale = dnorm_weight = dnorm_bias = None
+        if needs_x and ctx.norm is None:
+            dx, dscale = recipe_gradients(grad_x_q, recipe, *options, gradient, x_dtype)
+        elif needs_x:
+            dx, dnorm_weight, dnorm_bias, dscale = quantized_norm_gradients(
+                grad_x_q, base, norm_weight, Moments(*moments), *(*ctx.norm, *options, gradient)
+            )
         grads: Sequence[Tensor | None] = [None] * len(weight_tensors)
         if needs_weight:  # its gradient may come along with the bias's
-            grads = weight_gradients(grad_weight.to(weight.dtype).contiguous())
+            grads = weight_gradients(grad_weight.contiguous())
         grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
-        return dx, dscale, grad_bias, None, None, None, *grads
+        return dx, dscale, grad_bias, dnorm_weight, dnorm_bias, None, None, *grads
 
 
 def quantized_conv2d(
-    x: Tensor,
+    x: Activation,
     grid: AffineGrid,
     weight: WeightRecipe,
     bias: Tensor | None,
@@ -116,7 +138,7 @@ def quantized_conv2d(
     passes and gives the same values to the bit.
 
     Args:
-        x: ``(N, C, H, W)``.
+        x: ``(N, C, H, W)``; where it is deferred it is computed while it is quantized.
         grid: of ``x``, with one scale.
         weight: what the quantized weight, ``(O, C / groups, kH, kW)``, is computed from.
         bias: ``(O,)`` or None.
@@ -130,38 +152,54 @@ def quantized_conv2d(
         ``(N, O, H', W')``.
     """
     dtype = dtype or weight.tensors[0].dtype
-    options = _Options(grid._replace(scale=grid.scale.detach()), gradient, geometry, dtype, weight.replay)
-    return _QuantizedConv2d.apply(x, grid.scale.reshape(()), bias, packed, recipe_of(x), options, *weight.tensors)
+    inputs: tuple[Tensor, Tensor | None, Tensor | None]
+    if isinstance(x, Deferred):
+        recipe, deferred = x.recipe, x
+        inputs = (x.x, x.weight, x.bias)
+    else:
+        recipe, deferred = recipe_of(x), None
+        inputs = (x, None, None)
+    grid_alone = grid._replace(scale=grid.scale.detach())
+    options = _Options(grid_alone, gradient, geometry, dtype, weight.replay, recipe, deferred)
+    scale = grid.scale.reshape(())
+    return _QuantizedConv2d.apply(inputs[0], scale, bias, *inputs[1:], packed, options, *weight.tensors)
 
 
 def conv2d(layer: Any, x: Tensor) -> Tensor:
     """Computes the forward of a :class:`aqdet.layers.QuantConv2d`: ``(N, C, H, W)`` to ``(N, O, H', W')``."""
+    return computed(deferred_conv2d(layer, x))
+
+
+def deferred_conv2d(layer: Any, x: Activation) -> Activation:
+    """Computes :func:`conv2d` but for the last step where the layer ends in a batch norm."""
     if not layer.weight_quantizer.is_active:
-        return plain("conv2d")(layer, x)
+        return plain("conv2d")(layer, computed(x))
     x = _convolve(layer, x)
     if layer.norm is not None:
-        x = normalize(layer.norm, x)
-    return x if layer.activation is None else layer.activation(x)
+        x = defer(layer.norm, x)
+    return x if layer.activation is None else layer.activation(computed(x))
 
 
-def _convolve(layer: Any, x: Tensor) -> Tensor:
+def _convolve(layer: Any, x: Activation) -> Tensor:
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
     grid = usable_grid(layer.input_quantizer)
     if grid is None:
+        value = computed(x)
         if layer.input_quantizer is not None:
-            x = layer.input_quantizer(x)
-        if x.is_cpu:
+            value = layer.input_quantizer(value)
+        if value.is_cpu:
             # The layout of the integer convolutions that follow, in which norms and pooling are faster too.
-            x = x.contiguous(memory_format=torch.channels_last)
-        return torch.conv2d(x, layer.quantized_weight(), layer.bias, *geometry)
+            value = value.contiguous(memory_format=torch.channels_last)
+        return torch.conv2d(value, layer.quantized_weight(), layer.bias, *geometry)
     # A shared weight is alive until the backward of the last call in any case.
     shared = layer.shared_weight
     weight = recipe_of_weight(layer.weight_quantizer, layer.weight) if shared is None else kept_weight(shared)
     dtype = packed = None
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif layer.training and x.is_cpu and layer.weight.dtype == torch.float32:
-        packed = _packed_weight(layer, x, grid, geometry)
+    source = x.x if isinstance(x, Deferred) else x
+    if torch.is_autocast_enabled(source.device.type):
+        dtype = torch.get_autocast_dtype(source.device.type)
+    elif layer.training and source.is_cpu and layer.weight.dtype == torch.float32:
+        packed = _packed_weight(layer, source, grid, geometry)
     return quantized_conv2d(
         x,
         grid,

@@ -24,11 +24,30 @@ def fake_quantized(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, dty
 
 @replaceable("recipe_quantized")
 def recipe_quantized(recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
-    """Computes :func:`fake_quantized` of an activation that is computed again, with a 0-dim scale."""
+    """Computes :func:`fake_quantized` of an activation that is computed from its recipe, with a 0-dim scale."""
     out = torch.empty_like(recipe.base, dtype=dtype)
     for part, (out_part,) in recipe.parts(out):
         torch.mul(quantize(part.compute(), scale, quant_min, quant_max), scale, out=out_part)
     return out
+
+
+@replaceable("recipe_codes")
+def recipe_codes(
+    recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Computes :func:`recipe_quantized` and the codes, int8 or uint8."""
+    out = torch.empty_like(recipe.base, dtype=dtype)
+    codes = torch.empty_like(out, dtype=code_type(quant_min))
+    for part, (out_part, codes_part) in recipe.parts(out, codes):
+        values = quantize(part.compute(), scale, quant_min, quant_max)
+        torch.mul(values, scale, out=out_part)
+        to_bytes(values, codes_part, quant_max)
+    return out, codes
+
+
+def code_type(quant_min: int) -> torch.dtype:
+    """Returns the type of codes of a byte."""
+    return torch.int8 if quant_min < 0 else torch.uint8
 
 
 def to_bytes(codes: Tensor, out: Tensor, quant_max: int) -> None:
@@ -43,32 +62,32 @@ def to_bytes(codes: Tensor, out: Tensor, quant_max: int) -> None:
         out.view(torch.int8).copy_(codes)
 
 
-def quantize_to_bytes(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def quantize_to_bytes(recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Computes ``quantize(...) - quant_min`` as uint8, for a range of at most 256 codes and a 0-dim scale."""
-    out = torch.empty_like(x, dtype=torch.uint8)
-    for s, x_part, out_part in split_parts(scale, x, out):
-        codes = quantize(x_part, s, quant_min, quant_max)
+    out = torch.empty_like(recipe.base, dtype=torch.uint8)
+    for part, (out_part,) in recipe.parts(out):
+        codes = quantize(part.compute(), scale, quant_min, quant_max)
         to_bytes(codes.sub_(quant_min) if quant_min else codes, out_part, quant_max - quant_min)
     return out
 
 
 @replaceable("scale_gradients")
 def scale_gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str
+    grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Computes :func:`aqdet.quantization.functional.scale_gradients` in parts."""
+    """Computes :func:`aqdet.quantization.functional.scale_gradients` in parts, that of ``x`` in ``dtype``."""
     grad = grad.float()
     dx = torch.empty_like(grad)
     sums = [
         _part_gradients(grad_part, x_part.float(), s, quant_min, quant_max, gradient, dx_part)
         for s, grad_part, x_part, dx_part in split_parts(scale, grad, x, dx)
     ]
-    return dx, join_sums(sums, scale)
+    return dx.to(dtype), join_sums(sums, scale)
 
 
 @replaceable("recipe_gradients")
 def recipe_gradients(
-    grad: Tensor, recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int, gradient: str
+    grad: Tensor, recipe: Recipe, scale: Tensor, quant_min: int, quant_max: int, gradient: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Computes :func:`scale_gradients` for an activation that is computed again, with a 0-dim scale."""
     grad = grad.float()
@@ -77,7 +96,7 @@ def recipe_gradients(
         _part_gradients(grad_part, part.compute(), scale, quant_min, quant_max, gradient, dx_part)
         for part, (grad_part, dx_part) in recipe.parts(grad, dx)
     ]
-    return dx, join_sums(sums, scale)
+    return dx.to(dtype), join_sums(sums, scale)
 
 
 def _part_gradients(
@@ -104,21 +123,65 @@ class _KeepInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str, *recipe: Tensor | None
+        ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str, recipe: Recipe
     ) -> Tensor:
-        ctx.save_for_backward(scale, *(recipe or (x, None, None)))
-        ctx.options = quant_min, quant_max, gradient
-        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(scale, *recipe[:3])
+        ctx.options = quant_min, quant_max, gradient, x.dtype
+        ctx.recipe_dtype = recipe.dtype
         return fake_quantized(x, scale, quant_min, quant_max, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, *recipe = ctx.saved_tensors
+        scale, base, factor, shift = ctx.saved_tensors
         if scale.dim() == 0:
-            dx, dscale = recipe_gradients(grad, Recipe(*recipe), scale, *ctx.options)
+            dx, dscale = recipe_gradients(grad, Recipe(base, factor, shift, ctx.recipe_dtype), scale, *ctx.options)
         else:
-            dx, dscale = scale_gradients(grad, recipe[0], scale, *ctx.options)
-        return dx.to(ctx.x_dtype), dscale, *[None] * (len(ctx.needs_input_grad) - 2)
+            dx, dscale = scale_gradients(grad, base, scale, *ctx.options)
+        return dx, dscale, None, None, None, None
+
+
+@replaceable("region_quantized")
+def region_quantized(
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, with_codes: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantizes and dequantizes in parts, without gradients; also returns where each value lies, and its code.
+
+    Returns:
+        The quantized ``x``; uint8 0 at or below ``quant_min``, 1 inside, 2 at or above ``quant_max``; int8 or uint8
+        codes, or None.
+    """
+    region = torch.empty_like(x, dtype=torch.uint8)
+    out = torch.empty_like(x)
+    codes = torch.empty_like(x, dtype=code_type(quant_min)) if with_codes else None
+    for s, x_part, region_part, out_part, *codes_part in split_parts(
+        scale, x, region, out, *(() if codes is None else (codes,))
+    ):
+        ratio = x_part.float() / s
+        inside_or_above = (ratio > quant_min).view(torch.uint8)
+        torch.add(inside_or_above, (ratio >= quant_max).view(torch.uint8), out=region_part)
+        ratio.clamp_(quant_min, quant_max).round_()
+        torch.mul(ratio, s, out=out_part)
+        if codes_part:
+            to_bytes(ratio, codes_part[0], quant_max)
+    return out, region, codes
+
+
+@replaceable("region_gradients")
+def region_gradients(
+    grad: Tensor, region: Tensor, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Computes PACT's gradients from where the values lay, see :func:`region_quantized`; that of them in ``dtype``."""
+    grad = grad.float()
+    dx = torch.empty_like(grad)
+    sums = []
+    for s, grad_part, region_part, dx_part in split_parts(scale, grad, region, dx):
+        where = region_part.float()
+        torch.ops.aten.hardtanh_backward.grad_input(grad_part, where, 0, 2, grad_input=dx_part)
+        clipped = grad_part - dx_part
+        above = torch.ops.aten.threshold_backward(clipped, where, 1)
+        above_sum, clipped_sum = sum_to(above, s), sum_to(clipped, s)
+        sums.append(above_sum * quant_max + (clipped_sum - above_sum) * quant_min)
+    return dx.to(dtype), join_sums(sums, scale)
 
 
 class _KeepRegion(torch.autograd.Function):
@@ -131,23 +194,9 @@ class _KeepRegion(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, with_codes: bool
     ) -> tuple[Tensor, Tensor | None]:
-        region = torch.empty_like(x, dtype=torch.uint8)
-        out = torch.empty_like(x)
-        codes = torch.empty_like(x, dtype=torch.int8 if quant_min < 0 else torch.uint8) if with_codes else None
-        for s, x_part, region_part, out_part, *codes_part in split_parts(
-            scale, x, region, out, *(() if codes is None else (codes,))
-        ):
-            ratio = x_part.float() / s
-            # 0: at or below quant_min, 1: inside, 2: at or above quant_max.
-            inside_or_above = (ratio > quant_min).view(torch.uint8)
-            torch.add(inside_or_above, (ratio >= quant_max).view(torch.uint8), out=region_part)
-            ratio.clamp_(quant_min, quant_max).round_()
-            torch.mul(ratio, s, out=out_part)
-            if codes_part:
-                to_bytes(ratio, codes_part[0], quant_max)
+        out, region, codes = region_quantized(x, scale, quant_min, quant_max, with_codes)
         ctx.save_for_backward(region, scale)
-        ctx.range = (quant_min, quant_max)
-        ctx.x_dtype = x.dtype
+        ctx.options = quant_min, quant_max, x.dtype
         if codes is not None:
             ctx.mark_non_differentiable(codes)
         return out, codes
@@ -155,18 +204,8 @@ class _KeepRegion(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         region, scale = ctx.saved_tensors
-        quant_min, quant_max = ctx.range
-        grad = grad.float()
-        dx = torch.empty_like(grad)
-        sums = []
-        for s, grad_part, region_part, dx_part in split_parts(scale, grad, region, dx):
-            where = region_part.float()
-            torch.ops.aten.hardtanh_backward.grad_input(grad_part, where, 0, 2, grad_input=dx_part)
-            clipped = grad_part - dx_part
-            above = torch.ops.aten.threshold_backward(clipped, where, 1)
-            above_sum, clipped_sum = sum_to(above, s), sum_to(clipped, s)
-            sums.append(above_sum * quant_max + (clipped_sum - above_sum) * quant_min)
-        return dx.to(ctx.x_dtype), join_sums(sums, scale), None, None, None
+        dx, dscale = region_gradients(grad, region, scale, *ctx.options)
+        return dx, dscale, None, None, None
 
 
 def fake_quantize(
@@ -183,17 +222,16 @@ def fake_quantize(
     Args:
         x, scale, quant_min, quant_max, gradient: see there.
         note_codes: whether to note the codes as the recipe of the result, for layers that read it. A 0-dim
-            scale and ``gradient="pact"`` only; not noted for a half precision ``x``, where the result is rounded.
+            scale and ``gradient="pact"`` only.
 
     Returns:
         A tensor like ``x``. For backward the recipe of ``x`` is kept if that was noted; otherwise LSQ keeps
         ``x`` itself (which the layer before keeps anyway), PACT one byte an element unless ``x`` is a parameter.
     """
     check_gradient(gradient)
-    recipe = recipe_of(x) if scale.dim() == 0 else Recipe(x)
+    recipe = recipe_of(x) if scale.dim() == 0 else Recipe(x, dtype=x.dtype)
     if gradient == "pact" and (note_codes or (recipe.base is x and not isinstance(x, torch.nn.Parameter))):
-        note_codes &= torch.is_grad_enabled() and x.requires_grad and x.dtype == torch.float32
+        note_codes &= torch.is_grad_enabled() and x.requires_grad
         y, codes = _KeepRegion.apply(x, scale, quant_min, quant_max, note_codes)
-        return y if codes is None else note_recipe(y, Recipe(codes, scale.detach()))
-    kept = () if recipe.base is x else recipe
-    return _KeepInput.apply(x, scale, quant_min, quant_max, gradient, *kept)
+        return y if codes is None else note_recipe(y, Recipe(codes, scale.detach(), None, x.dtype))
+    return _KeepInput.apply(x, scale, quant_min, quant_max, gradient, recipe)

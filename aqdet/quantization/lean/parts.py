@@ -60,3 +60,9 @@ def join_sums(sums: list[Tensor], scale: Tensor) -> Tensor:
     if len(sums) == 1:
         return sums[0]
     return torch.stack(sums).sum() if scale.dim() == 0 else torch.cat(sums)
+
+
+def laid_out_as(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns a gradient that lies in memory as ``x``, so that its sums do not depend on where it comes from."""
+    like = torch.empty_like(x, dtype=grad.dtype)
+    return grad if grad.stride() == like.stride() else like.copy_(grad)

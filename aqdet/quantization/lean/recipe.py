@@ -17,41 +17,51 @@ from .parts import PART_SIZE, can_split, split_parts
 
 
 class Recipe(NamedTuple):
-    """Recipe of an activation: ``x = base * scale + shift``, computed in float32 and in this order.
+    """Recipe of an activation: ``x = base * scale + shift``, computed in float32 and in this order, then rounded.
 
     Attributes:
         base: tensor of the shape of ``x`` and any dtype.
         scale: None for 1, 0-dim, or broadcastable against ``base``; ``(C,)`` if there is a shift.
         shift: None for 0, or ``(C,)``, one for each channel of ``base (N, C, H, W)``.
+        dtype: that of ``x``, to which it is rounded where it is computed.
     """
 
     base: Tensor
     scale: Tensor | None = None
     shift: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
     def compute(self, out: Tensor | None = None) -> Tensor:
-        """Computes ``x`` of a part from :meth:`parts`: ``base`` itself if it is that, else a new tensor or ``out``."""
+        """Computes ``x`` of a part from :meth:`parts` as float32, in a new tensor or ``out``, of any dtype.
+
+        It is ``base`` itself where that is ``x`` in float32.
+        """
         if self.scale is None:
             return self.base.float() if out is None else out.copy_(self.base)
-        x = torch.mul(self.base, self.scale, out=out)
-        return x if self.shift is None else x.add_(self.shift)
+        if self.dtype == torch.float32:
+            x = torch.mul(self.base, self.scale, out=out)
+            return x if self.shift is None else x.add_(self.shift)
+        x = self.base.float() * self.scale
+        x = (x if self.shift is None else x.add_(self.shift)).to(self.dtype)
+        return x.float() if out is None else out.copy_(x)
 
     def parts(self, *tensors: Tensor) -> list[tuple[Recipe, tuple[Tensor, ...]]]:
         """Splits the recipe and tensors like ``x`` into parts, see :func:`~.parts.split_parts`."""
-        base, scale, shift = self
+        base, scale, shift, dtype = self
         if scale is None or shift is None:
             nothing = torch.zeros(()) if scale is None else scale
-            return [(Recipe(b, scale), rest) for _, b, *rest in split_parts(nothing, base, *tensors)]  # type: ignore[misc]
+            parts = split_parts(nothing, base, *tensors)
+            return [(Recipe(b, scale, None, dtype), rest) for _, b, *rest in parts]  # type: ignore[misc]
         if can_split(base, *tensors):
             if base.is_contiguous(memory_format=torch.channels_last):
                 rows = max(1, PART_SIZE // base.shape[1])
                 split = (t.permute(0, 2, 3, 1).view(-1, base.shape[1]).split(rows) for t in (base, *tensors))
-                return [(Recipe(b, scale, shift), rest) for b, *rest in zip(*split, strict=True)]  # type: ignore[misc]
+                return [(Recipe(b, scale, shift, dtype), rest) for b, *rest in zip(*split, strict=True)]  # type: ignore[misc]
             if base.is_contiguous():
                 split = (t.flatten(2).split(1) for t in (base, *tensors))
                 scale, shift = scale.view(-1, 1), shift.view(-1, 1)
-                return [(Recipe(b, scale, shift), rest) for b, *rest in zip(*split, strict=True)]  # type: ignore[misc]
-        return [(Recipe(base, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)), tensors)]
+                return [(Recipe(b, scale, shift, dtype), rest) for b, *rest in zip(*split, strict=True)]  # type: ignore[misc]
+        return [(Recipe(base, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), dtype), tensors)]
 
 
 def note_recipe(x: Tensor, recipe: Recipe) -> Tensor:
@@ -66,4 +76,4 @@ def recipe_of(x: Tensor) -> Recipe:
         recipe, version = getattr(x, "aqdet_recipe", (None, None))
         if recipe is not None and version == x._version:
             return recipe
-    return Recipe(x)
+    return Recipe(x, dtype=x.dtype)

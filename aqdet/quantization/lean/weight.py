@@ -22,8 +22,8 @@ class WeightRecipe(NamedTuple):
 
     Attributes:
         tensors: differentiable tensors, the weight before quantization first.
-        replay: maps ``tensors`` to the quantized weight and a function that maps the gradient of that to those of
-            ``tensors``; without autograd.
+        replay: maps ``tensors`` and ``dtype=`` to the quantized weight in it and a function that maps the gradient of
+            that to those of ``tensors``; without autograd.
     """
 
     tensors: tuple[Tensor, ...]
@@ -32,9 +32,12 @@ class WeightRecipe(NamedTuple):
 
 def usable_grid(quantizer: Quantizer | None) -> AffineGrid | None:
     """Returns the grid of a quantizer that runs, if fake quantization on it is all that the quantizer does."""
-    if quantizer is None or not quantizer.is_active or quantizer.gradient is None:
-        return None
-    return quantizer.grid()
+    return (quantizer.shared_grid or quantizer.grid()) if quantizer is not None and is_usable(quantizer) else None
+
+
+def is_usable(quantizer: Quantizer | None) -> bool:
+    """Returns whether a quantizer runs and has a grid, which costs nothing to know; see :func:`usable_grid`."""
+    return quantizer is not None and quantizer.is_active and quantizer.gradient is not None
 
 
 def _dorefa_codes(squashed: Tensor, num_bits: int, per_channel: bool, out: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def _write_odd_codes(x: Tensor, scale: Tensor, num_bits: int, out: Tensor) -> No
 def _odd_recipe(quantizer: LSQOddQuantizer, weight: Tensor) -> WeightRecipe:
     spec = quantizer.spec
 
-    def replay(w: Tensor, scale: Tensor) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    def replay(w: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
         x = prepared(w, spec)
 
         def gradients(grad: Tensor) -> Sequence[Tensor]:
@@ -95,14 +98,14 @@ def _odd_recipe(quantizer: LSQOddQuantizer, weight: Tensor) -> WeightRecipe:
 
         values = torch.empty_like(x)
         _write_odd_codes(x, scale, spec.num_bits, values)
-        return values.mul_(scale / 2).to(w.dtype), gradients
+        return values.mul_(scale / 2).to(w.dtype).to(dtype), gradients
 
     return WeightRecipe((weight, quantizer.broadcast_scale(weight)), replay)
 
 
 def kept_weight(weight: Tensor) -> WeightRecipe:
     """Returns the recipe of a quantized weight that is kept itself."""
-    return WeightRecipe((weight,), lambda w: (w, lambda grad: (grad,)))
+    return WeightRecipe((weight,), lambda w, dtype: (w.to(dtype), lambda grad: (grad.to(w.dtype),)))
 
 
 def recipe_of_weight(quantizer: Quantizer, weight: Tensor) -> WeightRecipe:
@@ -110,10 +113,10 @@ def recipe_of_weight(quantizer: Quantizer, weight: Tensor) -> WeightRecipe:
     spec = quantizer.spec
     if isinstance(quantizer, DoReFaWeightQuantizer) and quantizer.is_active:
 
-        def replay_dorefa(w: Tensor) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+        def replay_dorefa(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
             squashed = torch.tanh(w.float())
             values = _dorefa_values(w, squashed, spec.num_bits, spec.per_channel)
-            return values, lambda grad: (_tanh_gradient(grad, squashed, w.dtype),)
+            return values.to(dtype), lambda grad: (_tanh_gradient(grad, squashed, w.dtype),)
 
         return WeightRecipe((weight,), replay_dorefa)
     if isinstance(quantizer, LSQOddQuantizer) and quantizer.is_active:
@@ -123,12 +126,11 @@ def recipe_of_weight(quantizer: Quantizer, weight: Tensor) -> WeightRecipe:
         return kept_weight(quantizer(weight))
     low, high = grid.quant_min, grid.quant_max
 
-    def replay(w: Tensor, scale: Tensor) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    def replay(w: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
         def gradients(grad: Tensor) -> Sequence[Tensor]:
-            dw, dscale = scale_gradients(grad, w, scale, low, high, gradient)
-            return dw.to(w.dtype), dscale
+            return scale_gradients(grad, w, scale, low, high, gradient, w.dtype)
 
-        return fake_quantized(w, scale, low, high, w.dtype), gradients
+        return fake_quantized(w, scale, low, high, dtype), gradients
 
     return WeightRecipe((weight, broadcast_scale(grid.scale, weight)), replay)
 

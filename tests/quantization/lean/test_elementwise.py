@@ -5,6 +5,7 @@ import torch
 
 from aqdet.quantization import fake_quantize, functional
 from aqdet.quantization.lean.elementwise import quantize_to_bytes, scale_gradients
+from aqdet.quantization.lean.recipe import Recipe
 
 
 @pytest.mark.parametrize("gradient", ("lsq", "pact"))
@@ -13,7 +14,7 @@ def test_a_large_tensor_is_worked_in_parts_with_the_same_gradients(gradient, sha
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 600, 600, generator=generator)
     scale = torch.rand(shape, generator=generator) + 0.1
-    dx, dscale = scale_gradients(grad, x, scale, -8, 7, gradient)
+    dx, dscale = scale_gradients(grad, x, scale, -8, 7, gradient, torch.float32)
     other_dx, other_dscale = functional.scale_gradients(grad, x, scale, -8, 7, gradient)
     assert torch.equal(dx, other_dx)
     assert dscale.shape == shape
@@ -48,8 +49,8 @@ def test_codes_as_bytes(low, high, size):
     x, scale = torch.randn(2, size // 2) * 0.4 * high, torch.tensor(0.5)
     x[0, :2] = torch.tensor([-1e9, 1e9])
     expected = (x / scale).round().clamp(low, high) - low
-    assert torch.equal(quantize_to_bytes(x, scale, low, high).float(), expected)
-    assert torch.equal(quantize_to_bytes(x.t(), scale, low, high).float(), expected.t())
+    assert torch.equal(quantize_to_bytes(Recipe(x), scale, low, high).float(), expected)
+    assert torch.equal(quantize_to_bytes(Recipe(x.t()), scale, low, high).float(), expected.t())
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 150, 170), (700, 14, 6, 7)], ids=str)
