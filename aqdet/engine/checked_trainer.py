@@ -24,20 +24,30 @@ class _CheckedLosses:
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         losses = [value.detach().float() for value in loss_dict.values()]
-        # All are copied at once, since each copy waits for the GPU.
-        values = dict(zip(loss_dict, torch.stack(losses).cpu(), strict=True))
-        wrong = ", ".join(f"{name} {value.item()}" for name, value in values.items() if not torch.isfinite(value))
-        wrong = wrong or self._wrong_gradients()
+        numbers = torch.stack([*losses, *self._norms()])
+        hidden = self._hidden_failure()
+        is_wrong = torch.isfinite(numbers).all().logical_not().float() + float(bool(hidden))
         if comm.get_world_size() > 1:
-            is_wrong = torch.tensor(float(bool(wrong)), device=losses[0].device)
             dist.all_reduce(is_wrong, dist.ReduceOp.MAX)
-            if is_wrong.item():
-                wrong = next(text for text in comm.all_gather(wrong) if text)
-        if wrong:
-            raise NonFiniteLoss(wrong)
+        # One copy of all, the processes' flag too: each that is read by itself waits for the GPU.
+        *found, flag = torch.cat([numbers, is_wrong.view(1)]).cpu()
+        values = dict(zip(loss_dict, found, strict=False))
+        if flag.item():
+            wrong = ", ".join(f"{name} {value.item()}" for name, value in values.items() if not torch.isfinite(value))
+            wrong = wrong or hidden or self._wrong_gradients(found[len(values) :])
+            raise NonFiniteLoss(next(text for text in comm.all_gather(wrong) if text))
         super()._write_metrics(values, *args, **kwargs)  # type: ignore[misc]
 
-    def _wrong_gradients(self) -> str:
+    def _norms(self) -> list[Tensor]:
+        """Returns norms of gradients that have to be finite, 0-dim."""
+        return []
+
+    def _wrong_gradients(self, norms: list[Tensor]) -> str:
+        """Describes what is wrong with the gradients, by :meth:`_norms`; "" if they are finite."""
+        return ""
+
+    def _hidden_failure(self) -> str:
+        """Describes what is wrong with the training although the losses may be finite; "" if nothing is."""
         return ""
 
 
@@ -48,10 +58,13 @@ class CheckedTrainer(_CheckedLosses, SimpleTrainer):
     although the loss is finite, through values that the loss masks.
     """
 
-    def _wrong_gradients(self) -> str:
+    def _norms(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
-        norm = nn.utils.get_total_norm(p.grad for group in groups for p in group["params"] if p.grad is not None)
-        if torch.isfinite(norm):
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return [nn.utils.get_total_norm(gradients).float()] if gradients else []
+
+    def _wrong_gradients(self, norms: list[Tensor]) -> str:
+        if all(torch.isfinite(norm) for norm in norms):
             return ""
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         wrong = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
@@ -68,7 +81,7 @@ class CheckedAMPTrainer(_CheckedLosses, AMPTrainer):
     does not train any more, which the losses do not show.
     """
 
-    def _wrong_gradients(self) -> str:
+    def _hidden_failure(self) -> str:
         scale = self.grad_scaler.get_scale()
         if scale >= _MIN_GRAD_SCALE:
             return ""

@@ -27,6 +27,12 @@ def set_loss_normalizers(modules: Iterable[tuple[str, nn.Module]], values: Mappi
             module.loss_normalizer = values[name]  # type: ignore[assignment]
 
 
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors into others of their shape, in few launches of a GPU."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 class ForwardState:
     """The state that a training forward pass changes in a model: statistics in buffers, and loss normalizers."""
 
@@ -37,12 +43,13 @@ class ForwardState:
 
     def get(self) -> tuple[list[Tensor], dict[str, float]]:
         """Returns a copy of the state."""
-        return [buffer.clone() for buffer in self._buffers], loss_normalizers(self._modules)
+        copies = [torch.empty_like(buffer) for buffer in self._buffers]
+        copy_all(copies, self._buffers)
+        return copies, loss_normalizers(self._modules)
 
     def set(self, state: tuple[list[Tensor], dict[str, float]]) -> None:
         """Restores a copy that :meth:`get` returned."""
-        for buffer, value in zip(self._buffers, state[0], strict=True):
-            buffer.copy_(value)
+        copy_all(self._buffers, state[0])
         set_loss_normalizers(self._modules, state[1])
 
 

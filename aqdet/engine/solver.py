@@ -67,11 +67,18 @@ class RelativeStep(torch.optim.Optimizer):
             (group, [p for p in group["params"] if p.grad is not None]) for group in groups if group["relative"]
         ]
         # All units are read before the first step, since a unit may be in another group.
-        units = [[self._units[p].detach().abs().expand_as(p).clone() for p in params] for _, params in relative]
+        units = [
+            [unit.expand_as(p) for unit, p in zip(sizes, params, strict=True)]
+            for sizes, (_, params) in zip(map(self._sizes, relative), relative, strict=True)
+        ]
         for (group, params), units_of_group in zip(relative, units, strict=True):
             if params:
                 self._step_relative(group, params, units_of_group)
         return result
+
+    @torch.no_grad()
+    def _sizes(self, group: tuple[dict[str, Any], list[Tensor]]) -> list[Tensor]:
+        return list(torch._foreach_abs([self._units[p] for p in group[1]])) if group[1] else []
 
     @torch.no_grad()
     def _step_relative(self, group: dict[str, Any], params: list[Tensor], units: list[Tensor]) -> None:

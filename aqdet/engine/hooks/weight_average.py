@@ -63,8 +63,8 @@ class WeightAverageHook(HookBase):
         """Updates the average, which becomes the model's weights after the last step."""
         self._num_steps += 1
         decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
-        for key, value in self._tensors().items():
-            self._other[key].lerp_(value, 1 - decay)
+        tensors = self._tensors()
+        torch._foreach_lerp_([self._other[key] for key in tensors], list(tensors.values()), 1 - decay)
         if self.trainer.iter + 1 >= self.trainer.max_iter:
             logger.info("The model is now the average of its weights over the iterations")
             self._swap()
