@@ -5,7 +5,7 @@
         [--peers]
     python tools/benchmark.py export --model DIR --config-file X --weights W [--size 320] [--threads 2] [--rounds 30]
     python tools/benchmark.py count --config-file X [--config-file Y] [--size 800 1344] [--batch 2] [--details 12]
-        [--kernels fused] [KEY VALUE ...]
+        [--processes 8] [--kernels fused] [KEY VALUE ...]
 
 Every speed is a ratio against the float detector of the same structure. Rounds visit all variants in turn, so that a
 slow moment of the machine hits all of them, and a ratio is taken within its round. On a machine that is shared with
@@ -106,6 +106,12 @@ def parse_args() -> argparse.Namespace:
         help="height and width of the images (default: %(default)s)",
     )
     sub.add_argument("--batch", type=positive, default=2, help="images of one process (default: %(default)s)")
+    sub.add_argument(
+        "--processes",
+        type=positive,
+        default=8,
+        help="that synchronized norms share a batch with (default: %(default)s)",
+    )
     sub.add_argument(
         "--details",
         type=integer(0),

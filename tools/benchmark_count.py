@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections import Counter
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from pretended_gpu import Ledger, PretendedTensor, counting, pretending, storage_of, to_pretended
+from pretended_processes import processes
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from aqdet.config import load_config
@@ -42,6 +42,7 @@ class Count:
         flops: of convolutions and matrix products.
         kept: bytes that backward needs, beside parameters.
         collectives: of synchronized batch norms.
+        waits: for the GPU, of these.
         by_operation: operation to launches and bytes.
     """
 
@@ -51,23 +52,8 @@ class Count:
     flops: int
     kept: int
     collectives: int
+    waits: int
     by_operation: dict[str, tuple[int, int]]
-
-
-class _SyncBatchNorm(nn.BatchNorm2d):
-    """Stands for a synchronized batch norm of several processes and counts its collectives: one each way."""
-
-    collectives: Counter[str] = Counter()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.collectives["all_gather"] += self.training
-        y = super().forward(x)
-        if self.training and y.requires_grad:
-            y.register_hook(self._backward)
-        return y
-
-    def _backward(self, _: Tensor) -> None:
-        self.collectives["all_reduce"] += 1
 
 
 def _build(cfg: CfgNode) -> Any:
@@ -79,11 +65,7 @@ def _build(cfg: CfgNode) -> Any:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}: counts QuantRetinaNet and QuantFCOS"
         )
-    model = build_model(cfg).train()
-    for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = _SyncBatchNorm  # type: ignore[assignment]
-    return model
+    return build_model(cfg).train()
 
 
 def _predict(model: Any, images: Tensor) -> list[Tensor]:
@@ -96,7 +78,9 @@ def _predict(model: Any, images: Tensor) -> list[Tensor]:
         return [t for head in heads for t in tree_leaves(head(features))]
 
 
-def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int, kernels: str = "fused") -> Count:
+def count_network(
+    cfg: CfgNode, size: tuple[int, int], num_images: int, kernels: str = "fused", num_processes: int = 1
+) -> Count:
     """Counts forward and backward of the network of a config, at any size in seconds, without values.
 
     The losses and the optimizer are left out, whose operations depend on the values.
@@ -106,6 +90,7 @@ def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int, kernels:
         size: height and width of the images, multiples of 32.
         num_images: images of one process.
         kernels: set of kernels, see :mod:`aqdet.quantization.kernels`.
+        num_processes: processes that synchronized norms share a batch with; one has norms of its own.
 
     Raises:
         ValueError: if the detector is not a dense one.
@@ -113,7 +98,6 @@ def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int, kernels:
     model = _build(cfg)
     for _, quantizer in quantizers(model):
         quantizer._ready = True  # its range has no value anyway
-    _SyncBatchNorm.collectives.clear()
     parameters: set[Any] = set()
     kept: dict[Any, tuple[Tensor, int]] = {}  # with the tensor, so that no other gets its memory
 
@@ -124,7 +108,7 @@ def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int, kernels:
         return tensor
 
     amp = torch.float16 if cfg.SOLVER.AMP.ENABLED else None
-    with pretending(meta=True) as ledger, use_kernels(kernels):
+    with processes(num_processes), pretending(meta=True) as ledger, use_kernels(kernels):
         to_pretended(model)
         parameters.update(storage_of(p)._cdata for p in model.parameters())
         images = PretendedTensor(torch.empty(num_images, 3, *size, device="meta"))
@@ -141,7 +125,8 @@ def count_network(cfg: CfgNode, size: tuple[int, int], num_images: int, kernels:
         moved_by_products=sum(ledger.bytes[name] for name in PRODUCTS),
         flops=ledger.flops,
         kept=sum(size for _, size in kept.values()),
-        collectives=_SyncBatchNorm.collectives.total(),
+        collectives=ledger.collectives.total(),
+        waits=ledger.waits.total(),
         by_operation=operations,
     )
 
@@ -194,7 +179,7 @@ def count(args: argparse.Namespace) -> None:
     rows = []
     for file in args.config_file:
         cfg = load_config(file, ["MODEL.DEVICE", "cpu", *args.opts])
-        network = count_network(cfg, tuple(args.size), args.batch, args.kernels)
+        network = count_network(cfg, tuple(args.size), args.batch, args.kernels, args.processes)
         step = count_step(cfg, args.kernels)
         rows.append(
             [
@@ -206,6 +191,7 @@ def count(args: argparse.Namespace) -> None:
                 network.flops / 1e12,
                 network.kept / 1e9,
                 network.collectives,
+                network.waits,
                 step.launches.total(),
                 step.waits.total(),
             ]
@@ -218,7 +204,8 @@ def count(args: argparse.Namespace) -> None:
             for (what, place), number in step.waits.most_common():
                 print(f"waits {number} times: {what} at {place}")
     height, width = args.size
-    print(f"\n{args.batch} images of {height}x{width} a process, {' '.join(args.opts) or 'no overrides'}")
+    overrides = " ".join(args.opts) or "no overrides"
+    print(f"\n{args.processes} processes, {args.batch} images of {height}x{width} each, {overrides}")
     header = [
         "config",
         "launches",
@@ -227,7 +214,8 @@ def count(args: argparse.Namespace) -> None:
         "GB by products",
         "TFLOP",
         "GB kept",
-        "SyncBN collectives",
+        "collectives",
+        "their waits",
         "launches of an iteration",
         "waits",
     ]

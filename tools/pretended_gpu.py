@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from aqdet.quantization.fused.operators import LAUNCHES
 
 DEVICE = torch.device("cuda:0")
 _OURS = ("/aqdet/", "/detectron2/", "/fvcore/")
@@ -58,6 +60,7 @@ class Ledger:
         flops: of convolutions and matrix products, two for a multiplication and its addition.
         waits: (operation, place in the source) where the host waits for the GPU.
         copies: (operation, place in the source) of copies from memory that is not pinned.
+        collectives: (operation, place in the source) of what all processes do together.
     """
 
     launches: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -65,6 +68,7 @@ class Ledger:
     flops: int = 0
     waits: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     copies: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
+    collectives: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
 
 
 _ledger = Ledger()
@@ -80,7 +84,7 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _place() -> str:
+def place() -> str:
     """Returns the innermost place in the source of the detector that is running, or how it is known otherwise."""
     for frame in _frames():
         name = frame.f_code.co_filename
@@ -95,9 +99,10 @@ def _place() -> str:
 def _module() -> str:
     """Returns the name of the innermost module that is running, with a word before it; "" if there is none."""
     for frame in _frames():
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and _names.get(module):
-            return f" in {_names[module]}"
+        # A kernel that stands for a module's forward has it as its argument "layer".
+        for module in (frame.f_locals.get(key) for key in ("self", "layer")):
+            if isinstance(module, nn.Module) and _names.get(module):
+                return f" in {_names[module]}"
     return ""
 
 
@@ -127,7 +132,7 @@ def _count(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         moved -= _size(outputs[0])  # the argument ``out`` is written, not read
     elif name == "copy_":
         moved = _size(args[0]) + _size(args[1])
-    _ledger.launches[name] += 1
+    _ledger.launches[name] += LAUNCHES.get(name.removeprefix("aqdet::"), 1)
     _ledger.bytes[name] += moved
     if name == "convolution":
         _ledger.flops += 2 * outputs[0].numel() * args[1][0].numel()
@@ -145,22 +150,41 @@ def _check(name: str, args: Any, kwargs: Any) -> None:
     indexes = name in _INDEXING and isinstance(args[0], PretendedTensor)
     if theirs and not indexes and name not in _MAY_MEET_CPU:
         shapes = ", ".join(str(tuple(t.shape)) for t in theirs)
-        raise DeviceMismatch(f"{name} at {_place()}{_module()}: tensors on cuda:0 and, of shape {shapes}, on the CPU")
+        raise DeviceMismatch(f"{name} at {place()}{_module()}: tensors on cuda:0 and, of shape {shapes}, on the CPU")
     if theirs and name == "copy_":
-        _ledger.copies["copy_", _place()] += 1
+        _ledger.copies["copy_", place()] += 1
     if name in _WAITING:
-        _ledger.waits[name, _place()] += 1
+        _ledger.waits[name, place()] += 1
     if indexes:
         indices = _tensors(args[1])
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-            _ledger.waits["index by a mask", _place()] += 1
+            _ledger.waits["index by a mask", place()] += 1
         if any(not isinstance(index, PretendedTensor) for index in indices):
-            _ledger.copies["index of the CPU", _place()] += 1
+            _ledger.copies["index of the CPU", place()] += 1
+
+
+def _by_channel(x: Tensor, number: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(number))
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "batch_norm_backward_elemt": lambda grad, x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": lambda grad, x, *_: _by_channel(x, 4),
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_gather_stats_with_counts": lambda x, *_: _by_channel(x, 2),
+    "batch_norm_stats": lambda x, *_: _by_channel(x, 2),
+    "batch_norm_update_stats": lambda x, *_: _by_channel(x, 2),
+}
+"""Operations of batch norm without a Meta kernel in torch -> shapes of their results."""
 
 
 def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    if name == "batch_norm_update_stats" and args[0].is_meta:  # no Meta kernel in torch
-        return tuple(args[0].new_empty(args[0].shape[1], dtype=torch.float32) for _ in range(2))
+    if name in _SHAPES and any(t.is_meta for t in _tensors(args)):
+        return _SHAPES[name](*args)
+    if name == "batch_norm_update_stats":
+        args = (args[0].float(), *args[1:])  # a GPU adds half precision up in float32
+    if name == "index" and args[0].is_meta and any(t.dtype == torch.bool for t in _tensors(args[1])):
+        return args[0].clone()  # a synchronized norm leaves out processes without images: there are none
     return func(*args, **kwargs)
 
 
@@ -272,7 +296,7 @@ class _Functions(TorchFunctionMode):
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _inner_device
             if func in (torch.tensor, torch.as_tensor):
-                _ledger.copies[func.__name__, _place()] += 1
+                _ledger.copies[func.__name__, place()] += 1
             return _wrap(func(*args, **kwargs))
         ours = any(isinstance(t, PretendedTensor) for t in _tensors((args, kwargs)))
         _depth += ours
@@ -284,10 +308,10 @@ class _Functions(TorchFunctionMode):
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not isinstance(tensor, PretendedTensor):
-        _ledger.copies["to cuda", _place()] += 1
+        _ledger.copies["to cuda", place()] += 1
         return _copy(tensor)
     if device.type == "cpu" and isinstance(tensor, PretendedTensor):
-        _ledger.waits["to the CPU", _place()] += 1
+        _ledger.waits["to the CPU", place()] += 1
         return tensor.inner.detach().clone()
     return tensor
 
@@ -328,6 +352,11 @@ def _group_pretended(lists: Any, with_indices: bool = False) -> Any:
     groups = _group_tensors(lists, with_indices)
     ours = any(isinstance(t, PretendedTensor) for t in _tensors(lists))
     return {(DEVICE if ours else device, dtype): values for (device, dtype), values in groups.items()}
+
+
+def ledger_in_use() -> Ledger:
+    """Returns the ledger that is written now."""
+    return _ledger
 
 
 @contextlib.contextmanager

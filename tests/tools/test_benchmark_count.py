@@ -21,14 +21,16 @@ def coco(name, *overrides):
     "name, amp, launches, gigabytes, kept, collectives",
     [
         # Ceilings: what is counted today. One that is undercut by much should be lowered.
-        ("lsq_w4a4", False, 2003, 34.0, 2.19, 136),
-        ("lsq_w4a4_aux", True, 3507, 42.0, 2.80, 256),
+        ("lsq_w4a4", False, 1503, 19.8, 1.09, 136),
+        # The float detector: 1808 launches, 16.3 GB, 1.58 GB kept, and 204 waits in its synchronized norms.
+        ("lsq_w4a4", True, 1626, 10.6, 0.62, 136),
+        ("lsq_w4a4_aux", True, 2582, 16.6, 1.35, 256),
     ],
 )
 def test_the_network_keeps_its_budget(name, amp, launches, gigabytes, kept, collectives):
-    found = count_network(
-        coco(name, *TWO_BITS, "MODEL.AUX.TAPS", "backbone", "SOLVER.AMP.ENABLED", str(amp)), (800, 1344), 2
-    )
+    cfg = coco(name, *TWO_BITS, "MODEL.AUX.TAPS", "backbone", "SOLVER.AMP.ENABLED", str(amp))
+    found = count_network(cfg, (800, 1344), 2, num_processes=8)
+    assert found.waits == 0
     assert found.launches <= launches
     assert found.moved <= gigabytes * 1e9
     assert found.kept <= kept * 1e9
@@ -37,11 +39,13 @@ def test_the_network_keeps_its_budget(name, amp, launches, gigabytes, kept, coll
 
 def test_a_float_step_moves_its_activations_only():
     small = (*TWO_BITS, "MODEL.FPN.OUT_CHANNELS", "64")
-    found = count_network(coco("fp_bn", *small), (128, 128), 2)
-    quantized = count_network(coco("lsq_w4a4", *small), (128, 128), 2)
-    assert found.flops == quantized.flops and found.collectives == quantized.collectives
-    assert found.launches < quantized.launches and found.moved < quantized.moved
-    double = count_network(coco("fp_bn", *small), (128, 256), 2)
+    found = count_network(coco("fp_bn", *small), (128, 128), 2, num_processes=8)
+    quantized = count_network(coco("lsq_w4a4", *small), (128, 128), 2, num_processes=8)
+    assert found.flops == quantized.flops and found.collectives == quantized.collectives == 136
+    # The float norms are torch's, whose synchronized form waits for the numbers of images.
+    assert found.waits == 3 * 68 and quantized.waits == 0
+    assert quantized.kept < 0.7 * found.kept
+    double = count_network(coco("fp_bn", *small), (128, 256), 2, num_processes=8)
     assert double.launches == found.launches and double.flops == 2 * found.flops
     assert (
         found.moved_by_products
@@ -59,14 +63,14 @@ def test_lq_nets_and_mixed_precision_are_counted(kernels):
     method = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lqnet", "MODEL.QUANT.INPUT.QUANTIZER", "lqnet")
     small = ("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.RETINANET.NUM_CONVS", "1", "SOLVER.AMP.ENABLED", "True")
     found = count_network(coco("lsq_w4a4", *TWO_BITS, *method, *small), (64, 64), 2, kernels)
-    assert found.by_operation["_to_copy"][0] > 50 and found.flops > 0
+    assert found.by_operation["_to_copy"][0] > 20 and found.flops > 0
 
 
 def test_an_iteration_keeps_its_budget_of_waits():
     quantized = ("MODEL.QUANT.ENABLED", "True", "MODEL.FPN.RELU", "True")
     waits = count_step(make_cfg(*quantized)).waits
     theirs = {place: n for place, n in waits.items() if place[1].startswith("detectron2/")}
-    assert waits.total() - sum(theirs.values()) <= 4, waits
+    assert waits.total() - sum(theirs.values()) <= 3, waits
     assert sum(theirs.values()) <= 24, waits
 
 
