@@ -23,6 +23,7 @@ from ..modeling.exportable import export_obstacles
 from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from ..utils.distributed import unwrap
+from ..utils.precision import exact_products
 from .hooks.calibration import CalibrationHook
 from .hooks.freeze_bn import FreezeBNHook
 from .hooks.oscillation import build_oscillation_hook
@@ -71,11 +72,11 @@ class Preparation(TrainerBase):
     def evaluating(self) -> Iterator[nn.Module]:
         """Yields the detector alone, without its auxiliary path, in evaluation mode; restores the model afterwards.
 
-        With ``SOLVER.EMA_DECAY`` the detector has the averaged weights.
+        With ``SOLVER.EMA_DECAY`` the detector has the averaged weights. Float32 products are not in TF32.
         """
         was_training = self.model.training
         averaged = contextlib.nullcontext() if self._average is None else self._average.applied()
-        with averaged, without_scaffold(self.model):
+        with averaged, without_scaffold(self.model), exact_products():
             self.model.eval()
             try:
                 yield self.model

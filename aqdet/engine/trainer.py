@@ -31,6 +31,7 @@ from ..modeling.exportable import export_obstacles
 from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from ..utils.distributed import distribute, unwrap
+from ..utils.precision import exact_products
 from .checked_trainer import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss
 from .diagnosis import describe_single_value, explain_non_finite
 from .forward_state import ForwardState, loss_normalizers, set_loss_normalizers
@@ -381,11 +382,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Evaluates the detector alone, without its auxiliary path.
+        """Evaluates the detector alone, without its auxiliary path and without TF32.
 
         Raises:
             ValueError: If quantizers were never calibrated, as after loading a float checkpoint.
         """
-        with without_scaffold(model):
+        with without_scaffold(model), exact_products():
             check_calibrated(model, f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r}")
             return super().test(cfg, model, evaluators)

@@ -66,6 +66,7 @@ def test_a_plain_loop(tmp_path, weights, caplog):
     trained = model.head.cls_score.weight.clone()
     with prepared.evaluating() as detector, torch.no_grad():
         assert detector.auxiliary is None and not detector.training and len(detector(batches[0])) == 2
+        assert not torch.backends.cudnn.allow_tf32
         assert not torch.equal(detector.head.cls_score.weight, trained)  # the moving average
     assert model.auxiliary is not None and model.training and torch.equal(model.head.cls_score.weight, trained)
 

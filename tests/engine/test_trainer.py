@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
-from helpers import AUX, QUANT, make_batch, make_model, write_weights
+from helpers import AUX, QUANT, make_batch, make_cfg, make_model, write_weights
 from tiny_data import train_cfg, write_dataset
 
 from aqdet.data import register_declared
@@ -84,6 +84,11 @@ def test_evaluation_sees_the_detector_alone(trained):
     for auxiliary, parameters, _ in Watched.seen:
         assert auxiliary is None
         assert parameters == {name for name in notes.parameters if not name.startswith("auxiliary.")}
+
+
+def test_evaluation_is_without_tf32(monkeypatch):
+    monkeypatch.setattr(DefaultTrainer, "test", lambda *_: torch.backends.cudnn.allow_tf32)
+    assert torch.backends.cudnn.allow_tf32 and Trainer.test(make_cfg(), make_model()) is False
 
 
 def test_the_auxiliary_path_is_put_back_and_goes_on_training(trained):
