@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec
 from ..quantization.kernels import replaceable
+from ..quantization.precision import in_own_precision, own_precision
 from .from_float import take_over
 
 
@@ -69,8 +70,8 @@ class QuantConv2d(Conv2d):
         """Maps ``(N, C, H, W)`` to ``(N, O, H', W')``, with norm and activation where the layer has them."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        weight = self.quantized_weight()
-        x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        x = in_own_precision(F.conv2d, self.input_quantizer, x, self.quantized_weight(), self.bias, *geometry)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
@@ -90,11 +91,11 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
         # Not by setattr, which would register the Parameter that a quantizer returns when it is switched off.
         for layer in layers:
             weight = layer.weight_quantizer(layer.weight)
-            device = weight.device.type
-            if layer.weight_quantizer.is_active and torch.is_autocast_enabled(device):
+            device, quantizer = weight.device.type, layer.input_quantizer
+            is_coarse = torch.is_autocast_enabled(device) and own_precision(quantizer, device, weight.dtype) is None
+            if layer.weight_quantizer.is_active and is_coarse:
                 weight = weight.to(torch.get_autocast_dtype(device))
             layer.__dict__["shared_weight"] = weight
-            quantizer = layer.input_quantizer
             if quantizer is not None and quantizer.is_active and quantizer.gradient is not None:
                 quantizer.__dict__["shared_grid"] = quantizer.grid()
         yield

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec
+from ..quantization.precision import in_own_precision
 from .from_float import take_over
 
 
@@ -59,14 +60,6 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
             raise ValueError(f"output_size must be None, got {output_size}")
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        weight = self.quantized_weight()
-        return F.conv_transpose2d(
-            x,
-            weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
+        geometry = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        operation, weight = F.conv_transpose2d, self.quantized_weight()
+        return in_own_precision(operation, self.input_quantizer, x, weight, self.bias, *geometry)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec
+from ..quantization.precision import in_own_precision
 from .from_float import take_over
 
 
@@ -38,4 +39,4 @@ class QuantLinear(nn.Linear):
         """Maps ``(N, in_features)`` to ``(N, out_features)``."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return F.linear(x, self.quantized_weight(), self.bias)
+        return in_own_precision(F.linear, self.input_quantizer, x, self.quantized_weight(), self.bias)

@@ -6,7 +6,8 @@ Notation used in the package (shapes: ``x`` is any tensor, ``scale`` broadcasts 
     fake  = codes * scale
 
 Nothing here keeps state, and nothing here depends on anything but torch. All arithmetic is float32, whatever the dtype
-of ``x``; results come back in the dtype of ``x``. The same values for less memory and time: :mod:`.lean`.
+of ``x``; results come back in the dtype of ``x``, but where that is too coarse (:func:`value_dtype`). The same values
+for less memory and time: :mod:`.lean`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ def integer_range(num_bits: int, signed: bool, narrow_range: bool = False) -> tu
     if not signed:
         return 0, 2**num_bits - 1
     return -(2 ** (num_bits - 1)) + int(narrow_range), 2 ** (num_bits - 1) - 1
+
+
+def value_dtype(dtype: torch.dtype, quant_min: int, quant_max: int) -> torch.dtype:
+    """Returns the precision of quantized values of a tensor: its own, or float32 where that has too few digits.
+
+    bfloat16 has 8 bits of significand, in which ``code * scale`` is another value for each code up to 128 alone: of the
+    256 values of 8 unsigned bits the larger ones would be the same in pairs.
+    """
+    return torch.float32 if max(-quant_min, quant_max) * torch.finfo(dtype).eps > 1 else dtype
 
 
 def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -180,7 +190,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.options = quant_min, quant_max, gradient
-        return (quantize(x, scale, quant_min, quant_max) * scale).to(x.dtype)
+        return (quantize(x, scale, quant_min, quant_max) * scale).to(value_dtype(x.dtype, quant_min, quant_max))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -199,7 +209,7 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, g
         gradient: ``"lsq"`` or ``"pact"``.
 
     Returns:
-        A tensor like ``x``.
+        A tensor like ``x``, in the precision of :func:`value_dtype`.
 
     Raises:
         ValueError: for another ``gradient``.

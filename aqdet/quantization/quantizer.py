@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .functional import broadcast_scale, quantize
+from .functional import broadcast_scale, integer_range, quantize, value_dtype
 from .kernels import fake_quantize
 from .observer import Statistics
 from .spec import IntegerTensor, QuantSpec
@@ -118,6 +118,10 @@ class Quantizer(nn.Module):
     def grid(self) -> AffineGrid | None:
         """Returns the uniform grid as it stands; None for a method whose codes are not ``round(x / scale)``."""
         return None
+
+    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the precision of the quantized values of a tensor, see :func:`.functional.value_dtype`."""
+        return value_dtype(dtype, *integer_range(self.spec.num_bits, self.spec.signed))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes ``x``; differentiable."""

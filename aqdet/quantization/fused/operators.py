@@ -118,7 +118,8 @@ def _region_plainly(x: Tensor, scale: Tensor, low: int, high: int, with_codes: b
 def _region_shape(x: Tensor, scale: Tensor, low: int, high: int, with_codes: bool) -> tuple[Tensor, Tensor, Tensor]:
     kind = code_type(low)
     codes = torch.empty_like(x, dtype=kind) if with_codes else x.new_empty(0, dtype=kind)
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8), codes
+    out = torch.empty_like(x, dtype=functional.value_dtype(x.dtype, low, high))
+    return out, torch.empty_like(x, dtype=torch.uint8), codes
 
 
 define(

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..functional import value_dtype
 from ..kernels import plain
+from ..precision import in_own_precision
 from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
@@ -144,14 +146,14 @@ def quantized_conv2d(
         bias: ``(O,)`` or None.
         geometry: stride, padding, dilation and groups.
         gradient: ``"lsq"`` or ``"pact"``, that of the scale.
-        dtype: in which the convolution runs; that of ``weight`` if None.
+        dtype: in which the convolution runs; that of ``weight`` if None, unless it is too coarse for the grid.
         packed: the quantized weight from :func:`~.integer.pack_weight`, for a float32 convolution in integer
             arithmetic; equal to the float one but for its rounding.
 
     Returns:
         ``(N, O, H', W')``.
     """
-    dtype = dtype or weight.tensors[0].dtype
+    dtype = dtype or value_dtype(weight.tensors[0].dtype, grid.quant_min, grid.quant_max)
     inputs: tuple[Tensor, Tensor | None, Tensor | None]
     if isinstance(x, Deferred):
         recipe, deferred = x.recipe, x
@@ -180,24 +182,28 @@ def deferred_conv2d(layer: Any, x: Activation) -> Activation:
     return x if layer.activation is None else layer.activation(computed(x))
 
 
+def _float_conv2d(x: Tensor, *args: Any) -> Tensor:
+    if x.is_cpu:
+        # The layout of the integer convolutions that follow, in which norms and pooling are faster too.
+        x = x.contiguous(memory_format=torch.channels_last)
+    return torch.conv2d(x, *args)
+
+
 def _convolve(layer: Any, x: Activation) -> Tensor:
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
     grid = usable_grid(layer.input_quantizer)
     if grid is None:
-        value = computed(x)
-        if layer.input_quantizer is not None:
-            value = layer.input_quantizer(value)
-        if value.is_cpu:
-            # The layout of the integer convolutions that follow, in which norms and pooling are faster too.
-            value = value.contiguous(memory_format=torch.channels_last)
-        return torch.conv2d(value, layer.quantized_weight(), layer.bias, *geometry)
+        value, quantizer = computed(x), layer.input_quantizer
+        if quantizer is not None:
+            value = quantizer(value)
+        return in_own_precision(_float_conv2d, quantizer, value, layer.quantized_weight(), layer.bias, *geometry)
     # A shared weight is alive until the backward of the last call in any case.
     shared = layer.shared_weight
     weight = recipe_of_weight(layer.weight_quantizer, layer.weight) if shared is None else kept_weight(shared)
     dtype = packed = None
     source = x.x if isinstance(x, Deferred) else x
     if torch.is_autocast_enabled(source.device.type):
-        dtype = torch.get_autocast_dtype(source.device.type)
+        dtype = layer.input_quantizer.value_dtype(torch.get_autocast_dtype(source.device.type))
     elif layer.training and source.is_cpu and layer.weight.dtype == torch.float32:
         packed = _packed_weight(layer, source, grid, geometry)
     return quantized_conv2d(

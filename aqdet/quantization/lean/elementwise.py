@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import check_gradient, quantize
+from ..functional import check_gradient, quantize, value_dtype
 from ..kernels import replaceable
 from .parts import join_sums, split_parts, sum_to
 from .recipe import Recipe, note_recipe, recipe_of
@@ -128,7 +128,7 @@ class _KeepInput(torch.autograd.Function):
         ctx.save_for_backward(scale, *recipe[:3])
         ctx.options = quant_min, quant_max, gradient, x.dtype
         ctx.recipe_dtype = recipe.dtype
-        return fake_quantized(x, scale, quant_min, quant_max, x.dtype)
+        return fake_quantized(x, scale, quant_min, quant_max, value_dtype(x.dtype, quant_min, quant_max))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,7 +151,7 @@ def region_quantized(
         codes, or None.
     """
     region = torch.empty_like(x, dtype=torch.uint8)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=value_dtype(x.dtype, quant_min, quant_max))
     codes = torch.empty_like(x, dtype=code_type(quant_min)) if with_codes else None
     for s, x_part, region_part, out_part, *codes_part in split_parts(
         scale, x, region, out, *(() if codes is None else (codes,))
@@ -233,5 +233,5 @@ def fake_quantize(
     if gradient == "pact" and (note_codes or (recipe.base is x and not isinstance(x, torch.nn.Parameter))):
         note_codes &= torch.is_grad_enabled() and x.requires_grad
         y, codes = _KeepRegion.apply(x, scale, quant_min, quant_max, note_codes)
-        return y if codes is None else note_recipe(y, Recipe(codes, scale.detach(), None, x.dtype))
+        return y if codes is None else note_recipe(y, Recipe(codes, scale.detach(), None, y.dtype))
     return _KeepInput.apply(x, scale, quant_min, quant_max, gradient, recipe)

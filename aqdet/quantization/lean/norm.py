@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..functional import value_dtype
 from ..graph import is_recomputing
 from ..kernels import replaceable
 from .elementwise import recipe_codes, recipe_gradients, recipe_quantized
@@ -158,11 +159,12 @@ class _QuantizedBatchNorm(torch.autograd.Function):
         with_codes: bool,
     ) -> tuple[Tensor, Tensor | None]:
         quant_min, quant_max, _ = options
+        dtype = value_dtype(x.dtype, quant_min, quant_max)
         ctx.save_for_backward(x, weight, step, *deferred.moments)
         ctx.eps, ctx.group, ctx.options = deferred.eps, deferred.group, options
         if not with_codes:
-            return recipe_quantized(deferred.recipe, step, quant_min, quant_max, x.dtype), None
-        y, codes = recipe_codes(deferred.recipe, step, quant_min, quant_max, x.dtype)
+            return recipe_quantized(deferred.recipe, step, quant_min, quant_max, dtype), None
+        y, codes = recipe_codes(deferred.recipe, step, quant_min, quant_max, dtype)
         ctx.mark_non_differentiable(codes)
         return y, codes
 

@@ -153,7 +153,7 @@ class LQNetQuantizer(Quantizer):
             quantized = grid.gather(1, index).view_as(x)
         if moves:
             self._update(rows, index)
-        y = replace_ste(clipped, quantized).to(x.dtype)
+        y = replace_ste(clipped, quantized).to(self.value_dtype(x.dtype))
         if y.requires_grad:
             y.register_hook(self._note_backward)
         elif moves:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import SCALE_EPS, apply, floor_scale
+from ..functional import SCALE_EPS, apply, floor_scale, value_dtype
 from ..observer import SMALLEST_FRACTION, Statistics, initial_scale
 from ..quantizer import AffineGrid
 from ..spec import IntegerTensor, QuantSpec
@@ -29,7 +29,7 @@ class _FakeQuantizeOffset(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, largest: int) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.largest = largest
-        return _quantize(x, scale, zero_point, largest).mul_(scale).to(x.dtype)
+        return _quantize(x, scale, zero_point, largest).mul_(scale).to(value_dtype(x.dtype, 0, largest))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,6 +91,10 @@ class LSQPlusQuantizer(LSQQuantizer):
     def _zero_point(self, scale: Tensor) -> Tensor:
         assert self.offset is not None
         return (-self.offset.detach().float() / scale.detach()).round().clamp(0, self.largest).reshape(())
+
+    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See :meth:`Quantizer.value_dtype`; with an offset all codes may be on one side of zero."""
+        return value_dtype(dtype, 0, self.largest)
 
     def grid(self) -> AffineGrid:
         """See :meth:`Quantizer.grid`; the range is shifted so that the code of zero is 0."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..functional import apply, count_below, floor_scale, integer_range, sum_by_index
+from ..functional import apply, count_below, floor_scale, integer_range, sum_by_index, value_dtype
 from ..observer import Statistics, initial_scale
 from ..quantizer import Quantizer
 from ..spec import IntegerTensor, QuantSpec
@@ -29,7 +29,7 @@ class _ThresholdQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, start, intervals)
         ctx.quant_min = quant_min
         codes = _codes(x, _thresholds(start, intervals), quant_min)
-        return codes.mul_(scale).to(x.dtype)
+        return codes.mul_(scale).to(value_dtype(x.dtype, quant_min, quant_min + len(intervals)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
