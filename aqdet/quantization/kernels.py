@@ -48,7 +48,8 @@ def replaceable(name: str) -> Callable[[Operation], Operation]:
 
         @functools.wraps(operation)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.jit.is_tracing():  # to the operations that it consists of
+            # A trace is of the operations that it consists of; a compiler fuses them and recomputes what is cheap.
+            if torch.jit.is_tracing() or torch.compiler.is_compiling():
                 return operation(*args, **kwargs)
             return _in_use.get(name, operation)(*args, **kwargs)
 
