@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 
 from ..checkpoint import load_detector
 from ..modeling.scaffold import Distillation
+from .layout import laid_out
 
 _ROLE = "the checkpoint of this detector in full precision"
 
@@ -25,4 +26,4 @@ def build_distillation(cfg: CfgNode) -> Distillation:
         raise ValueError(f"MODEL.DISTILL.WEIGHTS must be {_ROLE}: {node.WEIGHTS!r} does not exist") from error
     except ValueError as error:
         raise ValueError(f"MODEL.DISTILL.WEIGHTS must be {_ROLE}: {error}") from error
-    return Distillation(teacher, feature_weight=node.FEATURE_WEIGHT, logit_weight=node.LOGIT_WEIGHT)
+    return Distillation(laid_out(teacher, cfg), feature_weight=node.FEATURE_WEIGHT, logit_weight=node.LOGIT_WEIGHT)

@@ -45,6 +45,7 @@ from .hooks.quantizer_watch import QuantizerWatchHook
 from .hooks.stripped_checkpoint import StrippedCheckpointHook
 from .hooks.stripped_evaluation import StrippedEvalHook
 from .hooks.weight_average import WeightAverageHook
+from .layout import laid_out
 from .no_detections import describe_nothing_found
 from .output_folder import evaluation_noted, holding, write_config
 from .run_log import errors_in_one_line
@@ -94,7 +95,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = as_train_loader(self.build_train_loader(cfg), cfg)
         trainer_class = CheckedAMPTrainer if cfg.SOLVER.AMP.ENABLED else CheckedTrainer
-        self._trainer = trainer_class(distribute(model), data_loader, optimizer)
+        self._trainer = trainer_class(distribute(laid_out(model, cfg)), data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(cfg, model, trainer=weakref.proxy(self))
         self.max_iter = cfg.SOLVER.MAX_ITER
