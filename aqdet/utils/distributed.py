@@ -20,7 +20,7 @@ def distribute(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
