@@ -4,6 +4,8 @@
     python tools/benchmark.py train [--size 128 256] [--batch 1 4] [--fpn-channels 64 256] [--rounds 7] [--threads 2]
         [--peers]
     python tools/benchmark.py export --model DIR --config-file X --weights W [--size 320] [--threads 2] [--rounds 30]
+    python tools/benchmark.py step --config-file X [--config-file Y] [--precision fp32 fp16 bf16] [--size 800 1344]
+        [--batch 2] [--rounds 20] [KEY VALUE ...]        torchrun --nproc_per_node N tools/benchmark.py step ...
     python tools/benchmark.py count --config-file X [--config-file Y] [--size 800 1344] [--batch 2] [--details 12]
         [--processes 8] [--kernels fused] [KEY VALUE ...]
 
@@ -29,6 +31,13 @@ def run_train(args: argparse.Namespace) -> None:
     train(args)
 
 
+def run_step(args: argparse.Namespace) -> None:
+    """Measures whole training steps of configs against the first one, on the GPU or GPUs, or on the CPU."""
+    from benchmark_step import step
+
+    step(args)
+
+
 def run_export(args: argparse.Namespace) -> None:
     """Measures latency, memory and size of an exported detector beside its float model."""
     from benchmark_export import export
@@ -41,6 +50,20 @@ def run_count(args: argparse.Namespace) -> None:
     from benchmark_count import count
 
     count(args)
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Adds what a step of COCO's shape is of: configs, and the images of a process."""
+    parser.add_argument("--config-file", type=file_to_read, action="append", required=True, help="may be repeated")
+    parser.add_argument(
+        "--size",
+        type=integer(32, multiple_of=32),
+        nargs=2,
+        default=[800, 1344],
+        metavar=("HEIGHT", "WIDTH"),
+        help="height and width of the images (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=integer(1), default=2, help="images of one process (default: %(default)s)")
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,17 +118,21 @@ def parse_args() -> argparse.Namespace:
     sub.add_argument("--rounds", type=positive, default=30, help="measured runs of each network (default: %(default)s)")
     add_overrides(sub)
     sub.set_defaults(run=run_export)
-    sub = commands.add_parser("count", help=run_count.__doc__)
-    sub.add_argument("--config-file", type=file_to_read, action="append", required=True, help="may be repeated")
+    sub = commands.add_parser("step", help=run_step.__doc__)
+    add_shape(sub)
     sub.add_argument(
-        "--size",
-        type=integer(32, multiple_of=32),
-        nargs=2,
-        default=[800, 1344],
-        metavar=("HEIGHT", "WIDTH"),
-        help="height and width of the images (default: %(default)s)",
+        "--precision",
+        nargs="+",
+        action=Distinct,
+        choices=("fp32", "fp16", "bf16"),
+        default=["fp32"],
+        help="precisions of autocast (default: %(default)s)",
     )
-    sub.add_argument("--batch", type=positive, default=2, help="images of one process (default: %(default)s)")
+    sub.add_argument("--rounds", type=positive, default=20, help="measured steps of each (default: %(default)s)")
+    add_overrides(sub)
+    sub.set_defaults(run=run_step)
+    sub = commands.add_parser("count", help=run_count.__doc__)
+    add_shape(sub)
     sub.add_argument(
         "--processes",
         type=positive,

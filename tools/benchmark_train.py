@@ -39,18 +39,19 @@ VARIANTS = {
 PEERS_FROM, PEERS_LIKE = "fp_bn", "lsq_w4a4"
 
 
-def make_batch(num_images: int, size: int) -> list[dict[str, Any]]:
+def make_batch(num_images: int, height: int, width: int) -> list[dict[str, Any]]:
     """Returns random images with eight boxes each."""
     generator = torch.Generator().manual_seed(0)
+    size = min(height, width)
     batch = []
     for _ in range(num_images):
-        instances = Instances((size, size))
+        instances = Instances((height, width))
         corner = torch.rand(8, 2, generator=generator) * size * 0.6
         side = 16 + torch.rand(8, 2, generator=generator) * size * 0.3
         instances.gt_boxes = Boxes(torch.cat([corner, corner + side], dim=1))
         instances.gt_classes = torch.randint(0, 3, (8,), generator=generator)
-        image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": size, "width": size})
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
 
 
@@ -145,7 +146,7 @@ def auxiliary_share(variant: Variant, size: int) -> float:
 
 def train_one(size: int, num_images: int, fpn_channels: int, rounds: int, others: dict[str, MakeConv]) -> None:
     """Prints the table of one input size, batch and width, with peers if there are any."""
-    batch = make_batch(num_images, size)
+    batch = make_batch(num_images, size, size)
     variants = {name: build(name, fpn_channels, batch) for name in VARIANTS}
     variants |= {name: build(name, fpn_channels, batch, make_conv) for name, make_conv in others.items()}
     for number in range(-2, rounds):
