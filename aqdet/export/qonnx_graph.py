@@ -54,10 +54,6 @@ def build_qonnx(program: Program, height: int, width: int) -> onnx.ModelProto:
 
 
 class _Builder(ProgramWriter):
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self._weights: dict[tuple[bytes, int], str] = {}
-
     def build(self, height: int, width: int) -> onnx.ModelProto:
         self.write_operations()
         channels = {conv.output: len(conv.weight) for conv in self.program.convs() if conv.grid is None}
@@ -112,15 +108,15 @@ class _Builder(ProgramWriter):
         self.node("Add", [padded, codes], operation.output)
 
     def weight(self, conv: Conv) -> str:
-        """Returns a weight behind its Quant, shared by the levels of the pyramid."""
-        key = (conv.weight.tobytes(), conv.weight_bits)
-        if key not in self._weights:
-            bits = conv.weight_bits
-            while conv.weight.min() < -(2 ** (bits - 1)) or conv.weight.max() > 2 ** (bits - 1) - 1:
-                bits += 1  # odd codes, such as DoReFa's, mean half steps
-            name = self.constant(f"{conv.output}.weight", conv.weight)
-            self._weights[key] = self.quant(name, f"{name}.quant", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return self._weights[key]
+        """Returns a weight behind a Quant of its own: FINN wants no Quant that several convolutions read.
+
+        The levels of the pyramid share the constant before it.
+        """
+        bits = conv.weight_bits
+        while conv.weight.min() < -(2 ** (bits - 1)) or conv.weight.max() > 2 ** (bits - 1) - 1:
+            bits += 1  # odd codes, such as DoReFa's, mean half steps
+        name = self.constant(f"{conv.output}.weight", conv.weight)
+        return self.quant(name, f"{conv.output}.weight_codes", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def conv(self, operation: Conv) -> None:
         name = operation.output

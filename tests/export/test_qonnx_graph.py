@@ -47,10 +47,15 @@ def test_every_tensor_has_its_own_bits():
         if node.output[0] in grids:
             assert constants[node.input[3]] == grids[node.output[0]].num_bits
     written = [operation.output for operation in program.operations if getattr(operation, "grid", None)]
-    weights = Counter(float(constants[node.input[3]]) for node in quants if node.input[0] in constants)
-    paths = {conv.path: conv.weight_bits for conv in program.convs()}
-    assert weights == Counter(float(bits) for bits in paths.values())
-    assert len(quants) == len(written) + len(paths) + 1  # and the image
+    weights = [node for node in quants if node.input[0] in constants]
+    bits = Counter(float(constants[node.input[3]]) for node in weights)
+    assert bits == Counter(float(conv.weight_bits) for conv in program.convs())
+    # The levels of the pyramid share a weight, each behind a Quant of its own.
+    paths = {conv.path for conv in program.convs()}
+    assert len({node.input[0] for node in weights}) == len(paths) < len(weights)
+    read = Counter(name for node in graph.node for name in node.input)
+    assert all(read[node.output[0]] == 1 for node in weights)
+    assert len(quants) == len(written) + len(weights) + 1  # and the image
     assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 3, 32, 64]
     assert [d.dim_value for d in graph.output[-1].type.tensor_type.shape.dim] == [1, 12, 1, 1]
 
