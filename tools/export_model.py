@@ -122,8 +122,9 @@ def main() -> None:
     print(f"Tightest int32 sum: {layer}, at most {worst['accumulator_bound']:,}")
     sizes = report["sizes"]
     for name, size in sizes.items():
-        if name != "ratio":
-            print(f"  {size / 1e6:8.2f} MB  1/{sizes['float32_state_dict'] / size:.2f}  {name}")
+        if name.endswith(".onnx"):
+            share = f"1/{sizes['float32_state_dict'] / size:.2f}"
+            print(f"{name}: {size / 1e6:.2f} MB, {share} of the {sizes['float32_state_dict'] / 1e6:.2f} MB of float32")
     if "c" in report:
         memory = ", ".join(f"{report['c'][key]:,} bytes of {key}" for key in ("arena", "outputs", "flash"))
         print(f"detector.c: {memory}")

@@ -49,7 +49,7 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
         "## Run it",
         "",
         "```",
-        "pip install aqdet               # or NumPy, ONNX Runtime and Pillow beside a copy of aqdet",
+        "pip install .                   # in a checkout of aqdet; brings NumPy, ONNX Runtime and Pillow, no PyTorch",
         "python -m aqdet.runtime DIR image.jpg --output found.jpg",
         "python -m aqdet.runtime --self-test DIR     # the same values on this machine?",
         "```",
@@ -83,12 +83,15 @@ def model_card(content: Mapping[str, Any], report: Mapping[str, Any], files: Seq
 
 
 def _bits(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a text on the bits, for example ``weights of 4 bits (8 in 11 of 58 convolutions)``."""
-    bits = [row["weight_bits"] for row in rows if row["kind"] == "conv"]
-    usual = max(set(bits), key=bits.count)
-    others = sorted(set(bits) - {usual})
-    rest = ", ".join(f"{value} in {bits.count(value)}" for value in others)
-    return f"weights of {usual} bits" + f" ({rest} of {len(bits)} convolutions)" * bool(others)
+    """Returns a text on the bits, for example ``weights of 4 bits (8 in 11 of 58 convolutions), inputs of 4 bits``."""
+    convs = [row for row in rows if row["kind"] == "conv"]
+    texts = []
+    for what, key in (("weights", "weight_bits"), ("inputs", "input_bits")):
+        bits = [row[key] for row in convs]
+        usual = max(set(bits), key=bits.count)
+        rest = ", ".join(f"{value} in {bits.count(value)}" for value in sorted(set(bits) - {usual}))
+        texts.append(f"{what} of {usual} bits" + f" ({rest} of {len(bits)} convolutions)" * bool(rest))
+    return ", ".join(texts)
 
 
 def _number(value: float | None) -> str:

@@ -43,7 +43,7 @@ QONNX_MODEL, TENSORRT_MODEL = "model.qonnx.onnx", "model.tensorrt.onnx"
 C_FILES = ("detector.c", "detector.h")
 TRAINING_IMAGES = 4
 """Number of images of the training set on which ranges are measured."""
-GOLDEN_SIZE = 160
+GOLDEN_SIZE = 96
 """Largest side of the golden vectors' image in pixels; the image is cut out of the first one."""
 SHIFTED = 0.1
 """Share of quantizers that clip more, from which on the images are said to be of another kind."""
@@ -174,8 +174,7 @@ def export_detector(
             files.append(END_TO_END_MODEL)
         if dataset:
             report["evaluation"] = evaluate_both(cfg, model, aside, dataset, progress, float_model)
-            for line in evaluation_lines(report["evaluation"]):
-                progress(line)
+            progress("\n".join(evaluation_lines(report["evaluation"])[1:]))
             if max_loss is not None and not force:
                 check_loss(report["evaluation"], max_loss)
         golden = as_bgr(images[0][:, :GOLDEN_SIZE, :GOLDEN_SIZE], cfg.INPUT.FORMAT)

@@ -40,7 +40,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# Exported detector", "", "## Size", "", "| | bytes | of float32 |", "|---|---|---|"]
     for name, size in sizes.items():
         if name != "ratio":
-            lines.append(f"| {name} | {size:,} | 1/{sizes['float32_state_dict'] / size:.2f} |")
+            share = f"1/{sizes['float32_state_dict'] / size:.2f}" if name.endswith(".onnx") else ""
+            lines.append(f"| {name.replace('float32_state_dict', 'weights in float32')} | {size:,} | {share} |")
     if "c" in report:
         plain = report["c"]
         lines += [
@@ -119,10 +120,11 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
     shipped = evaluation["shipped_detections"]
     if "float_detections" in evaluation:
         lines += ["", detections_line(evaluation["float_detections"], "float")]
+    lines += ["", detections_line(evaluation["detections"], start[-1])]
+    if not shipped["trained"]:
+        return lines
     return [
         *lines,
-        "",
-        detections_line(evaluation["detections"], start[-1]),
         f"In the arithmetic that ships (the program's integers, executed by torch) the {start[-1]} model has "
         f"{shipped['trained']} such detections, {shipped['matched']} of them exported too; scores differ by "
         f"{shipped['mean_score_difference']:.1e} on average, {shipped['largest_score_difference']:.1e} at most. The "
@@ -132,6 +134,11 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
 
 def detections_line(detections: Mapping[str, Any], model: str = "trained") -> str:
     """Returns a line on the matched detections of two models, their scores, and the threshold with equal recall."""
+    if not detections["trained"]:
+        return (
+            f"The {model} model has no detection with a score of at least 0.5 (the exported one has "
+            f"{detections['exported']}), so that none are compared."
+        )
     text = (
         f"Of the {model} model's {detections['trained']} detections with a score of at least 0.5, the exported one has "
         f"{detections['matched']} too (it has {detections['exported']}); their scores differ by "

@@ -106,6 +106,7 @@ def test_a_weight_takes_its_bits_once(bits, overrides):
         assert len(tensor.raw_data) == conv.weight.size * bits // 8
     packed = sum(conv.weight.size * packed_bits(conv) / 8 for conv in weights.values())
     assert graph.ByteSize() < 1.15 * packed + 500_000
+    assert sum(4 * conv.weight.size for conv in weights.values()) / graph.ByteSize() > {4: 7, 2: 11}[bits]
 
 
 def test_prediction_weights_of_few_bits_are_packed_too():
