@@ -11,6 +11,11 @@ from PIL import Image
 from aqdet.data import register_declared
 
 CLASSES = ("disc", "cross", "ring")
+NARROW = (
+    "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.RESNETS.WIDTH_PER_GROUP 4 "
+    "MODEL.RESNETS.STEM_OUT_CHANNELS 8"
+).split()
+"""Of a trunk with few weights, whose steps and checkpoints take a fraction of the time; ResNet-18 has one width."""
 
 
 def write_dataset(folder, name, *, num_images=4, size=64, empty=(), classes=CLASSES):

@@ -21,17 +21,17 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tiny_data import train_cfg, write_dataset
+from tiny_data import NARROW, train_cfg, write_dataset
 
 from aqdet.engine import Trainer
 from aqdet.engine.hooks.metrics import TIMINGS
 
 ITERATIONS = 10
 TINY = (
-    "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.RESNETS.WIDTH_PER_GROUP 4 "
-    "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.QUANT.ENABLED True MODEL.AUX.ENABLED True MODEL.FPN.RELU True "
-    "SOLVER.CHECKPOINT_PERIOD 2 TEST.EVAL_PERIOD 4 INPUT.MIN_SIZE_TRAIN (48,64) INPUT.CROP.ENABLED True"
-).split()
+    *NARROW,
+    *"MODEL.QUANT.ENABLED True MODEL.AUX.ENABLED True MODEL.FPN.RELU True SOLVER.CHECKPOINT_PERIOD 2".split(),
+    *"TEST.EVAL_PERIOD 4 INPUT.MIN_SIZE_TRAIN (48,64) INPUT.CROP.ENABLED True".split(),
+)
 
 
 class Beat(HookBase):

@@ -1,6 +1,7 @@
 """How far a training moves what quantizers learn."""
 
 from detectron2.engine import HookBase
+from tiny_data import NARROW
 
 from aqdet.quantization import quantizers
 
@@ -8,7 +9,8 @@ from aqdet.quantization import quantizers
 def scales_overrides(optimizer, bits, size):
     """``KEY VALUE ...`` of a small quantized detector with batch norms, trained on images of ``size`` pixels."""
     return (
-        *("MODEL.QUANT.ENABLED", "True", "MODEL.FPN.RELU", "True", "SOLVER.OPTIMIZER", optimizer),
+        *(*NARROW, "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.FPN.RELU", "True"),
+        *("MODEL.QUANT.ENABLED", "True", "SOLVER.OPTIMIZER", optimizer),
         *("MODEL.QUANT.WEIGHT.NUM_BITS", str(bits), "MODEL.QUANT.INPUT.NUM_BITS", str(bits)),
         *("INPUT.MIN_SIZE_TRAIN", f"({size},)", "INPUT.MIN_SIZE_TEST", str(size), "SOLVER.BASE_LR", "0.002"),
         *("SOLVER.IMS_PER_BATCH", "4"),  # P7 is a pixel an image: of two values, the scale can be exact

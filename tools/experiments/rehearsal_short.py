@@ -142,6 +142,7 @@ def train_stage(path: Path, weights: str, output: str, seed: int, depth: int = 0
         entries = [{"name": "rehearsal_scenes", "json": str(scenes), "image_root": str(scenes.parent / "images")}]
         overrides += ["DATASETS.DECLARED", str(entries), "DATASETS.TRAIN", "('rehearsal_scenes',)"]
     overrides += ["DATASETS.TEST", "()", "OUTPUT_DIR", output, "MODEL.QUANT.CALIBRATION.NUM_BATCHES", "2"]
+    overrides += ["SOLVER.CHECKPOINT_PERIOD", str(ITERATIONS)]
     cfg = load_config(path, overrides)
     check_config(cfg)
     fit_to_machine(cfg)
