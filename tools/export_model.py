@@ -5,13 +5,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 
 from aqdet.utils.arguments import add_export_options, add_overrides, integer, regex
-from aqdet.utils.console import run_console
-
-USER_ERROR = 2
+from aqdet.utils.console import errors_in_one_line, run_console, timed_lines
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,12 +60,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    start = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
-
-    try:
+    say = timed_lines()
+    with errors_in_one_line():
         # Late, so that --help opens at once; and ONNX is an extra, whose absence is to be a line as other errors are.
         from aqdet.config import load_config
         from aqdet.data import complete_num_classes
@@ -107,11 +99,6 @@ def main() -> None:
             config_name=os.path.basename(args.config_file),
             progress=say,
         )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("AQDET_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", USER_ERROR))
     print("Codes that differ from the integer reference, given the same inputs:")
     for total in agreement_totals(report["agreement"]):
         share = total["local"] / max(total["codes"], 1)

@@ -15,18 +15,16 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import add_export_options, add_overrides, existing, file_to_write, integer
-from aqdet.utils.console import run_console
+from aqdet.utils.console import errors_in_one_line, run_console, timed_lines
 
 if TYPE_CHECKING:
     import numpy as np
     from detectron2.config import CfgNode
 
-USER_ERROR = 2
 FEWER_BITS = RECONSTRUCTED = 4
 METHODS = ("mse", "minmax", "percentile", "mean")
 
@@ -195,18 +193,9 @@ def print_table(title: str, rows: list[list[str]]) -> None:
 
 def main() -> None:
     args = parse_args()
-    start = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
-
-    try:
+    say = timed_lines()
+    with errors_in_one_line():
         quantize(args, say)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("AQDET_DEBUG"):
-            raise
-        print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", USER_ERROR))
     say(f"done: {args.output} (README.md, detector.json, report.md)")
 
 

@@ -1,13 +1,16 @@
-"""Output of console programs into a pipe whose reader may end first, as in ``aqdet configs | head``."""
+"""What console programs print: lines with the time, errors in a line, and no traceback for a reader that ends first."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
+USER_ERROR = 2
 STANDARD_ERROR = 2
 OUTPUT_CLOSED = 141
 """Exit status of a program that the signal SIGPIPE (13) would have ended: 128 + 13."""
@@ -34,6 +37,31 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
             sys.stderr.flush()
         finally:
             sys.stdout, sys.stderr = streams
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends a program whose input is wrong with a line instead of a traceback, which ``AQDET_DEBUG`` keeps.
+
+    The exit status is that of the error, where it has an ``exit_status``, otherwise 2.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("AQDET_DEBUG"):
+            raise
+        print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", USER_ERROR))
+
+
+def timed_lines() -> Callable[[str], None]:
+    """Returns a function that prints lines, each after the seconds since this call."""
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:5.1f} s] {text}", flush=True)
+
+    return say
 
 
 class _Output(io.FileIO):
