@@ -323,6 +323,23 @@ def run_jobs(
             raise
 
 
+def print_commands(jobs: Sequence[Job], train_net: str) -> None:
+    """Prints the command of each job, a line each."""
+    for job in jobs:
+        print(" ".join(job.command(train_net)))
+
+
+@contextlib.contextmanager
+def grid_ends_in_one_line() -> Iterator[None]:
+    """Ends a program whose grid of jobs has failed, or was stopped, with a line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to continue")
+
+
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
     """Lets SIGTERM end the program by an exception, which stops the trainings too."""

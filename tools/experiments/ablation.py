@@ -85,10 +85,10 @@ def main() -> None:
     # Late, so that --help opens at once.
     from ablation_jobs import estimate, evaluations, make_jobs, prune
     from ablation_table import write_results
-    from jobs import run_jobs
+    from jobs import grid_ends_in_one_line, print_commands, run_jobs
     from kept_runs import recall_runs
 
-    try:
+    with grid_ends_in_one_line():
         cells = part_of_grid(args, planned(args.dataset, args.taps, args.methods or ()))
         jobs = make_jobs(args, cells)
         run = make_jobs(args, [cell for cell in cells if chosen(args, cell)])
@@ -97,8 +97,7 @@ def main() -> None:
         train_net = os.path.relpath(ROOT / "tools" / "train_net.py")
         print(estimate(args, trainings), flush=True)
         if args.dry_run:
-            for job in [*trainings, *evaluated]:
-                print(" ".join(job.command(train_net)))
+            print_commands([*trainings, *evaluated], train_net)
             return
         try:
             if not args.results_only:
@@ -106,10 +105,6 @@ def main() -> None:
                 run_jobs(evaluated, train_net)
         finally:
             write_results(args, cells, jobs)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; run the same command again to continue")
 
 
 if __name__ == "__main__":

@@ -168,16 +168,15 @@ torch {torch.__version__}.
 
 def main() -> None:
     args = parse_args()
-    from jobs import run_jobs  # late, so that --help opens at once
+    from jobs import grid_ends_in_one_line, print_commands, run_jobs  # late, so that --help opens at once
     from kept_runs import recall_runs
 
-    try:
+    with grid_ends_in_one_line():
         jobs = make_jobs(args)
         wanted = [job for (_, row), job in jobs.items() if not args.rows or row == START or row.name in args.rows]
         train_net = os.path.relpath(ROOT / "tools" / "train_net.py")
         if args.dry_run:
-            for job in wanted:
-                print(" ".join(job.command(train_net)))
+            print_commands(wanted, train_net)
             return
         recall_runs(DATASET, wanted)
         try:
@@ -185,10 +184,6 @@ def main() -> None:
                 run_jobs(wanted, train_net)
         finally:
             write_results(args, jobs)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; run the same command again to continue")
 
 
 if __name__ == "__main__":
