@@ -210,7 +210,12 @@ with torch.inference_mode():
 
 
 def check_export(args: argparse.Namespace, description: Description) -> None:
-    """Raises an error for arguments that do not fit together."""
+    """Raises an error for arguments that do not fit together, and for a detector that cannot be measured."""
+    if description.regions is not None:
+        raise ValueError(
+            f"{args.model} is a two-stage detector, three graphs around a RoiAlign, of which this measures none: "
+            "it takes dense detectors (RetinaNet, FCOS)"
+        )
     if args.size < 1 or args.size % description.size_divisibility:
         raise ValueError(f"--size must be a multiple of {description.size_divisibility}, got {args.size}")
     with open(args.weights, "rb") as file:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import benchmark
 import numpy as np
 import onnxruntime
 import pytest
@@ -193,6 +194,14 @@ def exported(tmp_path_factory):
     (root / "config.yaml").write_text(cfg.dump())
     report = export_detector(cfg, str(root / "model.pth"), root / "detector", dataset="tiny_regions")
     return root, cfg, report
+
+
+def test_the_benchmark_refuses_it_in_one_line(exported, monkeypatch):
+    root, _, _ = exported
+    words = ["benchmark.py", "export", "--model", root / "detector", "--config-file", root / "config.yaml"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in (*words, "--weights", root / "model.pth")])
+    with pytest.raises(SystemExit, match="^error: .* is a two-stage detector, three graphs around .*RoiAlign.* none"):
+        benchmark.main()
 
 
 def test_the_folder_has_three_graphs_and_says_what_they_are(exported):
