@@ -5,6 +5,7 @@ import json
 import numpy as np
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from helpers import make_cfg
 from PIL import Image
 
@@ -39,6 +40,16 @@ def write_dataset(folder, name, *, num_images=4, size=64, empty=(), classes=CLAS
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content))
     return {"name": name, "json": str(path), "image_root": str(folder)}
+
+
+def register_image(folder, name, annotations, categories):
+    """Registers a dataset with one image of 100x100, number 5, whose file nothing reads; returns its name."""
+    images = [{"id": 5, "file_name": "x.png", "width": 100, "height": 100}]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    (folder / "a.json").write_text(json.dumps(content))
+    register_coco_instances(name, {}, str(folder / "a.json"), str(folder))
+    DatasetCatalog.get(name)
+    return name
 
 
 def write_image_folder(folder, name, *, per_class=2, size=48, classes=CLASSES):

@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator as Theirs
 from detectron2.structures import Boxes, Instances
+from tiny_data import register_image
 from two_stage import KEYPOINTS, rcnn_cfg
 
 from aqdet.evaluation import COCOEvaluator, build_evaluator
@@ -24,20 +23,11 @@ def dataset(tmp_path):
     """Registers one image of 100x100 with an object of 40x40 and two keypoints; ``points`` are a second object's."""
 
     def register(points=None):
-        name = f"keypoints_{tmp_path.name}"
         annotation = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
         annotations = [{**annotation, "keypoints": [v for point in POINTS for v in point], "num_keypoints": 2}]
         if points is not None:
             annotations.append({**annotation, "id": 2, "bbox": [60, 60, 20, 20], "keypoints": points})
-        content = {
-            "images": [{"id": 5, "file_name": "x.png", "width": 100, "height": 100}],
-            "categories": [{"id": 3, "name": "a"}],
-            "annotations": annotations,
-        }
-        (tmp_path / "a.json").write_text(json.dumps(content))
-        register_coco_instances(name, {}, str(tmp_path / "a.json"), str(tmp_path))
-        DatasetCatalog.get(name)
-        return name
+        return register_image(tmp_path, f"keypoints_{tmp_path.name}", annotations, [{"id": 3, "name": "a"}])
 
     return register
 

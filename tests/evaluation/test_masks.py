@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
+from tiny_data import register_image
 from two_stage import MASK, rcnn_cfg
 
 from aqdet.evaluation import COCOEvaluator, build_evaluator
@@ -21,20 +20,13 @@ def dataset(tmp_path):
     """Registers one image of 100x100 with a square of 40x40 and, for ``without``, a second one without outline."""
 
     def register(without=False):
-        name = f"masks_{tmp_path.name}"
         annotation = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
         annotations = [{**annotation, "segmentation": [SQUARE]}]
         if without:
             annotations.append({**annotation, "id": 2, "bbox": [60, 60, 20, 20]})
-        content = {
-            "images": [{"id": 5, "file_name": "x.png", "width": 100, "height": 100}],
-            "categories": [{"id": 3, "name": "a"}, {"id": 9, "name": "b"}],
-            "annotations": annotations,
-        }
-        (tmp_path / "a.json").write_text(json.dumps(content))
-        register_coco_instances(name, {}, str(tmp_path / "a.json"), str(tmp_path))
-        DatasetCatalog.get(name)
-        return name
+        return register_image(
+            tmp_path, f"masks_{tmp_path.name}", annotations, [{"id": 3, "name": "a"}, {"id": 9, "name": "b"}]
+        )
 
     return register
 
