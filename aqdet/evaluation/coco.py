@@ -135,7 +135,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     @property
     def limit(self) -> int:
-        """How many detections of an image count."""
+        """Largest number of detections of an image that count."""
         return self._max_dets_per_image[-1]
 
     def _warn_of_crowded_images(self) -> None:

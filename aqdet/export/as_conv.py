@@ -16,7 +16,7 @@ BLOCK = 2
 
 @dataclasses.dataclass(frozen=True)
 class AsConv:
-    """What the export reads of a convolution, taken from another layer.
+    """A layer of another kind as the convolution that the export reads.
 
     Attributes:
         weight: The weight, ``(O, C, kH, kW)``, a view of the layer's.

@@ -1,4 +1,4 @@
-"""What a detector is exported as: its programs, graphs and description. A dense one has one, a two-stage one three."""
+"""The parts of an exported detector: its programs, graphs and description, one graph or, with two stages, three."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the forms of ONNX that a program is written in have in common: nodes, constants, and an order of operations."""
+"""The base of the forms of ONNX that a program is written in: nodes, constants, and an order of operations."""
 
 from __future__ import annotations
 

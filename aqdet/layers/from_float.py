@@ -1,4 +1,4 @@
-"""What a quantized layer takes over from the float layer that it stands for."""
+"""The step from a float layer to the quantized layer that stands for it."""
 
 from __future__ import annotations
 

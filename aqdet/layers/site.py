@@ -1,4 +1,4 @@
-"""Which layers can be quantized, and what the structure of a model knows of them."""
+"""The kinds of layers that can be quantized, and what the structure of a model knows of each such layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What in a config keeps the detector that is trained with it from being exported."""
+"""A check of configs for what would keep a detector that is trained with them from being exported."""
 
 from __future__ import annotations
 

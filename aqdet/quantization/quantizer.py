@@ -82,7 +82,7 @@ class Quantizer(nn.Module):
 
     @property
     def num_constants(self) -> int:
-        """How many numbers the quantizer consists of when shipped."""
+        """Number of constants that the quantizer consists of when shipped."""
         return self.num_scales
 
     def forward(self, x: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class Description:
 
     @property
     def level_classes(self) -> int:
-        """How many logits an anchor has."""
+        """Number of logits of an anchor."""
         return len(self.classes) if self.regions is None else 1
 
 

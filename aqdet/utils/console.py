@@ -1,4 +1,4 @@
-"""What console programs print: lines with the time, errors in a line, and no traceback for a reader that ends first."""
+"""The output of console programs: lines with the time, errors in a line, no traceback for a reader that ends first."""
 
 from __future__ import annotations
 

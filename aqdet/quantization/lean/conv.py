@@ -20,7 +20,7 @@ from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight,
 
 
 class Geometry(NamedTuple):
-    """Where a convolution reads: the arguments of ``torch.conv2d`` after the bias."""
+    """The positions that a convolution reads: the arguments of ``torch.conv2d`` after the bias."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]

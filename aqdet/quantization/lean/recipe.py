@@ -1,4 +1,4 @@
-"""What an activation can be computed from again, so that backward need not keep it.
+"""Recipes by which activations are computed again, so that backward need not keep them.
 
 The output of a batch norm is a scale and a shift of each channel of the convolution's output, which the norm
 keeps anyway; the output of a quantizer is its codes, a byte each, times a scale. The kernel that makes such a tensor
