@@ -108,10 +108,8 @@ def main() -> None:
     layer = f"{worst['path']} {worst['level']}".strip()
     print(f"Tightest int32 sum: {layer}, at most {worst['accumulator_bound']:,}")
     sizes = report["sizes"]
-    for name, size in sizes.items():
-        if name.endswith(".onnx"):
-            share = f"1/{sizes['float32_state_dict'] / size:.2f}"
-            print(f"{name}: {size / 1e6:.2f} MB, {share} of the {sizes['float32_state_dict'] / 1e6:.2f} MB of float32")
+    megabytes = sizes["float32_state_dict"] / 1e6
+    print(f"Network: {megabytes / sizes['ratio']:.2f} MB, 1/{sizes['ratio']:.1f} of {megabytes:.2f} MB in float32")
     if "c" in report:
         memory = ", ".join(f"{report['c'][key]:,} bytes of {key}" for key in ("arena", "outputs", "flash"))
         print(f"detector.c: {memory}")

@@ -37,11 +37,10 @@ def _executions(agreement: dict[str, Any]) -> list[str]:
 def markdown(report: dict[str, Any]) -> str:
     """Returns ``report.md``: sizes, types, bounds and agreement."""
     sizes, worst, agreement = report["sizes"], report["tightest"], report["agreement"]
-    lines = ["# Exported detector", "", "## Size", "", "| | bytes | of float32 |", "|---|---|---|"]
-    for name, size in sizes.items():
-        if name != "ratio":
-            share = f"1/{sizes['float32_state_dict'] / size:.2f}" if name.endswith(".onnx") else ""
-            lines.append(f"| {name.replace('float32_state_dict', 'weights in float32')} | {size:,} | {share} |")
+    lines = ["# Exported detector", "", "## Size", "", "| | bytes |", "|---|---|"]
+    named = {name.replace("float32_state_dict", "weights in float32"): size for name, size in sizes.items()}
+    lines += [f"| {name} | {size:,} |" for name, size in named.items() if name != "ratio"]
+    lines += ["", f"What aqdet.runtime executes has 1/{sizes['ratio']:.2f} of the weights in float32."]
     if "c" in report:
         plain = report["c"]
         lines += [

@@ -246,9 +246,9 @@ def _count_frames(source: PictureSource) -> int | None:
     """Returns the number of frames that a video's header states, 1 for an image, None if it is not known."""
     if source.kind == "image":
         return 1
+    cv2 = import_opencv()
     if source.kind == "stream":
         return None
-    cv2 = import_opencv()
     capture = cv2.VideoCapture(source.name)
     frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     capture.release()

@@ -7,6 +7,7 @@ import json
 import benchmark
 import numpy as np
 import onnxruntime
+import other_machines
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,6 +254,13 @@ def test_it_runs_from_the_command_line_and_checks_itself(exported, tmp_path, cap
     assert found and all(entry["segmentation"]["size"] == [64, 64] for entry in found)
     run_detector([str(folder), str(exported[0] / "data/0.png"), "--output", str(tmp_path / "found.png")])
     assert (tmp_path / "found.png").is_file() and "written to" in capsys.readouterr().out
+
+
+def test_other_machines_get_all_graphs(exported, tmp_path):
+    folder = exported[0] / "detector"
+    other_machines.write_all_layers(folder, tmp_path / "all", None)
+    checks = self_test(tmp_path / "all")
+    assert len(checks) > 50 and all(check.passed for check in checks)
 
 
 @pytest.mark.parametrize("form", ["--end-to-end", "--qonnx", "--c", "--tensorrt"])

@@ -136,7 +136,7 @@ def write_all_layers(folder: Path, target: Path, image: np.ndarray | None) -> No
     """
     import numpy as np
 
-    from aqdet.runtime import write_description
+    from aqdet.runtime import read_description, write_description
     from aqdet.runtime.folder import DESCRIPTION, MODEL
     from aqdet.runtime.golden import GOLDEN, write_golden
 
@@ -146,8 +146,10 @@ def write_all_layers(folder: Path, target: Path, image: np.ndarray | None) -> No
         with np.load(folder / GOLDEN, allow_pickle=False) as golden:
             image = golden["image"]
     target.mkdir(parents=True)
-    shutil.copyfile(folder / MODEL, target / MODEL)
-    write_description(target, json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")), [MODEL])
+    graphs = read_description(folder).needed
+    for name in graphs:
+        shutil.copyfile(folder / name, target / name)
+    write_description(target, json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")), graphs)
     write_golden(target, image, inner_codes(target / MODEL))
 
 
