@@ -1,7 +1,7 @@
 """Layers of the low-precision detector."""
 
 from .add import QuantAdd, StreamQuantizer, relu_before
-from .chain import RELU, run_chain
+from .chain import RELU, run_chain, run_chains
 from .conv import QuantConv2d, shared_weights
 from .deconv import QuantConvTranspose2d
 from .level_norm import LevelNorms
@@ -26,6 +26,7 @@ __all__ = [
     "quantized_form",
     "relu_before",
     "run_chain",
+    "run_chains",
     "shared_weights",
     "weighted_layers",
 ]

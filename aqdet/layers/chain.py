@@ -29,3 +29,9 @@ def run_chain(layers: Sequence[nn.Module], x: Tensor, other: Callable[[], Tensor
         else:
             x = layer(x)
     return x
+
+
+@replaceable("chains")
+def run_chains(layers: Sequence[nn.Module], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Computes :func:`run_chain` of several tensors, such as the levels of a pyramid, in their order."""
+    return [run_chain(layers, x) for x in xs]

@@ -10,7 +10,7 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..layers import LevelNorms, declare_site, run_chain, shared_weights
+from ..layers import LevelNorms, declare_site, run_chains, shared_weights
 
 
 def _declare_sites(head: RetinaNetHead, signed_input: bool, *predictions: nn.Conv2d) -> None:
@@ -71,12 +71,9 @@ class QuantRetinaNetHead(ReadsPyramid, RetinaNetHead):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """See Detectron2's; the weights, shared over the levels, are quantized once."""
-        logits, deltas = [], []
         with shared_weights(self):
-            for feature in features:
-                logits.append(run_chain([*self.cls_subnet, self.cls_score], feature))
-                deltas.append(run_chain([*self.bbox_subnet, self.bbox_pred], feature))
-        return logits, deltas
+            logits = run_chains([*self.cls_subnet, self.cls_score], features)
+            return logits, run_chains([*self.bbox_subnet, self.bbox_pred], features)
 
 
 class QuantFCOSHead(FCOSHead):
@@ -107,17 +104,12 @@ class QuantFCOSHead(FCOSHead):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], ...]:
         """Computes class logits, box deltas and, if there is one, centerness, each ``(N, K, H, W)`` for each level."""
-        logits, deltas, centerness = [], [], []
         with shared_weights(self):
-            for feature in features:
-                logits.append(run_chain([*self.cls_subnet, self.cls_score], feature))
-                if self.has_centerness:
-                    box_feature = run_chain([*self.bbox_subnet], feature)
-                    deltas.append(self.bbox_pred(box_feature))
-                    centerness.append(self.ctrness(box_feature))
-                else:
-                    deltas.append(run_chain([*self.bbox_subnet, self.bbox_pred], feature))
-        return (logits, deltas, centerness) if self.has_centerness else (logits, deltas)
+            logits = run_chains([*self.cls_subnet, self.cls_score], features)
+            if not self.has_centerness:
+                return logits, run_chains([*self.bbox_subnet, self.bbox_pred], features)
+            boxes = run_chains([*self.bbox_subnet], features)
+            return logits, [self.bbox_pred(x) for x in boxes], [self.ctrness(x) for x in boxes]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def report(tmp_path_factory):
 
 
 def test_both_stop_with_the_reason_of_the_one_that_has_it(report):
-    assert report["statuses"] == [0] * 4
+    assert report["statuses"] == [0] * 6
     reasons = {"fine": "", "loss": "loss_box nan", "gradient": "gradients of 1 parameters, weight among them"}
     assert report["finite"] == [reasons, reasons]
 
@@ -31,3 +31,10 @@ def test_both_stop_with_the_reason_of_the_one_that_has_it(report):
 def test_a_synchronized_norm_is_that_of_the_whole_batch(report, index):
     errors = report["synchronized"][index]
     assert errors["own"] < 1e-5 and errors["shared"] < 1e-4 and errors["buffers"] < 1e-6
+
+
+@pytest.mark.parametrize("index", range(2), ids=("one affine", "an affine of each level"))
+def test_levels_exchange_together(report, index):
+    found = report["towers"][index]
+    assert found["own"] < 1e-4 and found["shared"] < 1e-4 and found["buffers"] < 1e-5
+    assert found["calls"] == ["all_gather"] * 2 + ["all_reduce"] * 2  # of two norms, not of six

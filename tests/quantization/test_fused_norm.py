@@ -13,6 +13,7 @@ from aqdet.quantization import functional, use_kernels
 from aqdet.quantization.fused import norm_operators, operators
 from aqdet.quantization.kernels import plain
 from aqdet.quantization.lean import norm as lean_norm
+from aqdet.quantization.lean.moments import Reader
 from aqdet.quantization.lean.norm import Deferred, Moments, computed, computed_relu, defer, quantize_deferred
 
 CHANNELS = 7
@@ -146,6 +147,20 @@ def test_a_norm_and_what_follows_as_in_the_lean_set(following, dtype, cycle, mon
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     if cycle:
         assert norm._pos == 1
+
+
+@kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_that_several_norms_exchange_together(layout):
+    x, grad = tensors(layout=layout)
+    moments = affine()[0]._replace(num_values=torch.tensor(3.0 * x.numel() / CHANNELS, device=DEVICE))
+    for reader in (None, Reader(None), Reader(torch.tensor(0.25, device=DEVICE), 0, 3, "lsq")):
+        sums = norm_operators.norm_sums(grad, x, moments, reader)
+        torch.testing.assert_close(sums, plain("norm_sums")(grad, x, moments, reader), rtol=1e-4, atol=1e-3)
+        dx = norm_operators.norm_input(grad, x, moments, 3 * sums, reader)
+        expected = plain("norm_input")(grad, x, moments, 3 * sums, reader)
+        torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-5)
+        assert dx.stride() == x.stride()
 
 
 @kernel

@@ -25,6 +25,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "batch_moments": norm.batch_moments,
     "fake_quantized": quantizer.fake_quantized,
     "norm_gradients": norm.norm_gradients,
+    "norm_input": norm.norm_input,
+    "norm_sums": norm.norm_sums,
     "normalized": norm.normalized,
     "quantized_norm_gradients": norm.quantized_norm_gradients,
     "recipe_codes": quantizer.recipe_codes,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..kernels import plain
-from ..lean.norm import Moments, gathered, own_moments
+from ..lean.moments import Moments, Reader, gathered, own_moments, packed_moments
 from ..lean.parts import laid_out_as
 from .operators import IS_INTERPRETED, define, recipe_from
 
@@ -19,8 +19,8 @@ _FOLLOWING = "Tensor? step, int low, int high, int mode"
 """What follows the norm, see :data:`MODES`."""
 
 NOTHING, RELU = 0, 1
-MODES = {"lsq": 2, "pact": 3}
-"""Gradient of the scale of a quantizer that follows -> number by which programs know it."""
+MODES = {"relu": RELU, "lsq": 2, "pact": 3}
+"""Gradient of a ReLU or of the scale of a quantizer that follows -> number by which programs know it."""
 
 
 def _normalize(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
@@ -173,7 +173,7 @@ def _can_run(x: Tensor) -> bool:
 
 
 def normalized(x: Tensor, moments: Moments, relu: bool) -> Tensor:
-    """Computes :func:`aqdet.quantization.lean.norm.normalized`."""
+    """Computes :func:`aqdet.quantization.lean.moments.normalized`."""
     if not _can_run(x):
         return plain("normalized")(x, moments, relu)
     return torch.ops.aqdet.normalize(x, moments.scale, moments.shift, relu)
@@ -182,7 +182,7 @@ def normalized(x: Tensor, moments: Moments, relu: bool) -> Tensor:
 def norm_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, moments: Moments, eps: float, group: Any, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes :func:`aqdet.quantization.lean.norm.norm_gradients`."""
+    """Computes :func:`aqdet.quantization.lean.moments.norm_gradients`."""
     if not _can_run(x):
         return plain("norm_gradients")(grad, x, weight, moments, eps, group, relu)
     return _gradients(grad, x, moments, group, None, 0, 0, RELU if relu else NOTHING)[:3]
@@ -200,7 +200,7 @@ def quantized_norm_gradients(
     quant_max: int,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes :func:`aqdet.quantization.lean.norm.quantized_norm_gradients`."""
+    """Computes :func:`aqdet.quantization.lean.moments.quantized_norm_gradients`."""
     if not _can_run(x):
         shared = grad, x, weight, moments, eps, group
         return plain("quantized_norm_gradients")(*shared, step, quant_min, quant_max, gradient)
@@ -221,21 +221,47 @@ def _gradients(
     return dx, dweight, dbias, dstep.view(())
 
 
-def batch_moments(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor, group: Any, is_first: bool) -> Moments:
-    """Computes :func:`aqdet.quantization.lean.norm.batch_moments`."""
+def _following(reader: Reader | None) -> tuple[Tensor | None, int, int, int]:
+    return (None, 0, 0, NOTHING) if reader is None else (*reader[:3], MODES[reader.gradient])
+
+
+def norm_sums(grad: Tensor, x: Tensor, moments: Moments, reader: Reader | None = None) -> Tensor:
+    """Computes :func:`aqdet.quantization.lean.moments.norm_sums`."""
     if not _can_run(x):
-        return plain("batch_moments")(x, norm, weight, bias, group, is_first)
-    channels = x.shape[1]
-    if x.numel():
-        mean, var = own_moments(x, norm, False)
+        return plain("norm_sums")(grad, x, moments, reader)
+    mean, inverse, scale, shift, _ = moments
+    return torch.ops.aqdet.norm_sums(grad, x, scale, shift, mean, inverse, *_following(reader))
+
+
+def norm_input(grad: Tensor, x: Tensor, moments: Moments, totals: Tensor, reader: Reader | None = None) -> Tensor:
+    """Computes :func:`aqdet.quantization.lean.moments.norm_input`."""
+    if not _can_run(x):
+        return plain("norm_input")(grad, x, moments, totals, reader)
+    mean, inverse, scale, shift, count = moments
+    following = _following(reader)
+    return torch.ops.aqdet.norm_input(grad, x, scale, shift, mean, inverse, *following, totals, count)
+
+
+def batch_moments(
+    x: Tensor,
+    norm: nn.BatchNorm2d,
+    weight: Tensor,
+    bias: Tensor,
+    group: Any,
+    is_first: bool,
+    rows: Tensor | None = None,
+) -> Moments:
+    """Computes :func:`aqdet.quantization.lean.moments.batch_moments`."""
+    if not _can_run(x):
+        return plain("batch_moments")(x, norm, weight, bias, group, is_first, rows)
+    channels, counts = x.shape[1], None
+    if group is None:
+        means, variances = (values.view(1, -1) for values in own_moments(x, norm, False))
     else:
-        mean = var = x.new_zeros(channels, dtype=torch.float32)
-    means, variances, counts = mean.view(1, -1), var.view(1, -1), None
-    if group is not None:
-        rows = gathered(x, mean, var, group)
+        rows = gathered(packed_moments(x, norm), group) if rows is None else rows
         means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
     state = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if is_first else (None, None, None)
     numbers = x.numel() // channels, weight, bias
-    rows, count = torch.ops.aqdet.norm_moments(means, variances, counts, *numbers, *state, norm.momentum, norm.eps)
-    mean, inverse, scale, shift = rows
+    out, count = torch.ops.aqdet.norm_moments(means, variances, counts, *numbers, *state, norm.momentum, norm.eps)
+    mean, inverse, scale, shift = out
     return Moments(mean, inverse, scale, shift, None if group is None else count)

@@ -8,7 +8,8 @@
 - Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
 - A quantizer that clips at zero is the ReLU before it, and in a chain of layers it also computes the norm before it
   (:mod:`.activation`).
-- A synchronized norm weighs processes by their numbers of images, and no host waits to leave one out (:mod:`.norm`).
+- A synchronized norm weighs processes by their numbers of images, and no host waits to leave one out; all levels of a
+  head exchange what they need of the others at once (:mod:`.moments`, :mod:`.norm`).
 - Element-wise arithmetic runs on parts of a tensor that stay in a CPU's cache (:mod:`.parts`).
 
 Nothing depends on this folder but one line of :mod:`aqdet.quantization`, which registers :data:`KERNELS`. Outputs and
@@ -19,7 +20,7 @@ a scale's gradient, of an integer convolution against a float one, and of a batc
 from collections.abc import Callable
 from typing import Any
 
-from .activation import chain, relu_before, stream
+from .activation import chain, chains, relu_before, stream
 from .conv import conv2d
 from .elementwise import fake_quantize
 from .pool import max_pool2d
@@ -27,6 +28,7 @@ from .weight import dorefa_weight
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "chain": chain,
+    "chains": chains,
     "conv2d": conv2d,
     "dorefa_weight": dorefa_weight,
     "fake_quantize": fake_quantize,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,7 +11,8 @@ from ..kernels import has_free_norms, plain
 from ..quantizer import Quantizer
 from .conv import deferred_conv2d
 from .elementwise import fake_quantize
-from .norm import Activation, Deferred, computed, computed_relu, defer, quantize_deferred
+from .moments import Reader
+from .norm import Activation, Deferred, computed, computed_relu, defer, defer_all, is_synchronized, quantize_deferred
 from .weight import is_usable, usable_grid
 
 
@@ -70,33 +71,89 @@ def _float_conv2d(layer: Any, x: Tensor) -> Activation:
     return out if layer.activation is None else layer.activation(computed(out))
 
 
+class _Link(NamedTuple):
+    """A layer of a chain, with what it has to know of its neighbours."""
+
+    layer: Any
+    following: nn.Module | None
+    after_quantized: bool
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the layer is one by itself that is left to what follows, if it is a batch norm."""
+        is_other = isinstance(self.layer, nn.Conv2d | nn.ReLU) or hasattr(self.layer, "x_quantizer")
+        is_stream = hasattr(self.layer, "quantizer") or hasattr(self.layer, "relu")
+        return (self.after_quantized or has_free_norms()) and not (is_other or is_stream or _has_hooks(self.layer))
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    quantizer = getattr(layer, "weight_quantizer", None)
+    return quantizer is not None and quantizer.is_active
+
+
+def _links(layers: Sequence[nn.Module]) -> list[_Link]:
+    after = [False, *(_is_quantized(layer) for layer in layers[:-1])]
+    return [_Link(*link) for link in zip(layers, (*layers[1:], None), after, strict=True)]
+
+
+def _apply(link: _Link, state: Activation, other: Callable[[], Tensor] | None) -> Activation:
+    layer, following, _ = link
+    is_free = has_free_norms()
+    if hasattr(layer, "x_quantizer"):
+        assert other is not None
+        return layer(computed(state), other()) if _has_hooks(layer) else _add(layer, state, other())
+    if link.is_norm:
+        return defer(layer, computed(state))
+    if _has_hooks(layer):
+        return layer(computed(state))
+    if isinstance(layer, nn.ReLU):
+        if clips_at_zero(_first_quantizer(following)):
+            return state
+        return computed_relu(state) if isinstance(state, Deferred) else layer(state)
+    if isinstance(getattr(layer, "quantizer", None), Quantizer):
+        return stream(layer, state)
+    if isinstance(layer, nn.Conv2d) and _is_quantized(layer):
+        return deferred_conv2d(layer, state)
+    if is_free and isinstance(layer, nn.Conv2d) and getattr(layer, "norm", None) is not None:
+        return _float_conv2d(layer, computed(state))
+    if is_free and getattr(layer, "relu", False):  # of a stream without a quantizer
+        return computed_relu(state)
+    return layer(computed(state))
+
+
 def chain(layers: Sequence[nn.Module], x: Tensor, other: Callable[[], Tensor] | None = None) -> Tensor:
     """Computes :func:`aqdet.layers.run_chain`; norms are not computed where a quantizer reads them, but by it."""
     state: Activation = x
-    is_free = has_free_norms()
-    after_quantized = False
-    for layer, following in zip(layers, (*layers[1:], None), strict=True):
-        weight_quantizer = getattr(layer, "weight_quantizer", None)
-        is_quantized = weight_quantizer is not None and weight_quantizer.is_active
-        if hasattr(layer, "x_quantizer"):
-            assert other is not None
-            state = layer(computed(state), other()) if _has_hooks(layer) else _add(layer, state, other())
-        elif _has_hooks(layer):
-            state = layer(computed(state))
-        elif isinstance(layer, nn.ReLU):
-            if not clips_at_zero(_first_quantizer(following)):
-                state = computed_relu(state) if isinstance(state, Deferred) else layer(state)
-        elif isinstance(getattr(layer, "quantizer", None), Quantizer):
-            state = stream(layer, state)
-        elif is_quantized and isinstance(layer, nn.Conv2d):
-            state = deferred_conv2d(layer, state)
-        elif is_free and isinstance(layer, nn.Conv2d) and getattr(layer, "norm", None) is not None:
-            state = _float_conv2d(layer, computed(state))
-        elif is_free and getattr(layer, "relu", False):  # of a stream without a quantizer
-            state = computed_relu(state)
-        elif after_quantized or is_free:
-            state = layer(computed(state)) if isinstance(layer, nn.Conv2d) else defer(layer, computed(state))
-        else:
-            state = layer(computed(state))
-        after_quantized = is_quantized
+    for link in _links(layers):
+        state = _apply(link, state, other)
     return computed(state)
+
+
+def _reader(links: Sequence[_Link]) -> Reader | None:
+    """Returns the ReLU or the quantizer of a convolution that comes first, or after a ReLU that is the quantizer's."""
+    if links and isinstance(links[0].layer, nn.ReLU) and not _has_hooks(links[0].layer):
+        if not clips_at_zero(_first_quantizer(links[0].following)):
+            return Reader(None)
+        links = links[1:]
+    layer = links[0].layer if links else None
+    if not isinstance(layer, nn.Conv2d) or not _is_quantized(layer) or _has_hooks(layer):
+        return None
+    quantizer: Any = layer.input_quantizer
+    grid = usable_grid(quantizer)
+    if grid is None:
+        return None
+    return Reader(grid.scale.reshape(()), grid.quant_min, grid.quant_max, quantizer.gradient)
+
+
+def chains(layers: Sequence[nn.Module], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Computes :func:`aqdet.layers.run_chains`; a synchronized norm exchanges the moments of all tensors at once."""
+    links = _links(layers)
+    if len(xs) == 1 or not any(link.is_norm and is_synchronized(link.layer) for link in links):
+        return [chain(layers, x) for x in xs]
+    states: list[Activation] = list(xs)
+    for number, link in enumerate(links):
+        if link.is_norm:
+            states = defer_all(link.layer, [computed(state) for state in states], _reader(links[number + 1 :]))
+        else:
+            states = [_apply(link, state, None) for state in states]
+    return [computed(state) for state in states]

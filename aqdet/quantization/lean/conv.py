@@ -14,7 +14,8 @@ from ..precision import in_own_precision
 from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
-from .norm import Activation, Deferred, Moments, computed, defer, quantized_norm_gradients
+from .moments import Moments, quantized_norm_gradients
+from .norm import Activation, Deferred, computed, defer
 from .recipe import Recipe, recipe_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
 
@@ -36,12 +37,15 @@ class _Options(NamedTuple):
     replay_weight: Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]]
     recipe: Recipe | None
     deferred: Deferred | None
+    has_input: bool
+    has_reader: bool
 
 
 class _QuantizedConv2d(torch.autograd.Function):
     """Keeps the operands before quantization, and quantizes them again in backward.
 
-    Its input is ``x``, or that of the norm which ``x`` is the output of, where that is deferred.
+    Its input is ``x``, or where that is deferred, the input of the norm which ``x`` is the output of, or the token that
+    stands for ``x``.
     """
 
     @staticmethod
@@ -66,15 +70,14 @@ class _QuantizedConv2d(torch.autograd.Function):
         ctx.save_for_backward(*recipe[:3], norm_weight, *moments, scale, *weight_tensors)
         ctx.bias_size, ctx.bias_dtype = (None, None) if bias is None else (list(bias.shape), bias.dtype)
         quant_min, quant_max = options.grid.quant_min, options.grid.quant_max
-        is_deferred = deferred is not None
         if packed is not None:
-            codes = quantize_to_bytes(recipe if is_deferred else Recipe(x), scale, quant_min, quant_max)
+            codes = quantize_to_bytes(Recipe(x) if options.has_input else recipe, scale, quant_min, quant_max)
             return integer_conv2d(codes, -quant_min, scale, packed, bias, *options.geometry)
         weight, _ = options.replay_weight(*weight_tensors, dtype=options.dtype)
-        if is_deferred:
-            x_q = recipe_quantized(recipe, scale, quant_min, quant_max, options.dtype)
-        else:
+        if options.has_input:
             x_q = fake_quantized(x, scale, quant_min, quant_max, options.dtype)
+        else:
+            x_q = recipe_quantized(recipe, scale, quant_min, quant_max, options.dtype)
         bias = None if bias is None else bias.to(options.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return torch.conv2d(x_q, weight, bias, *options.geometry)
@@ -85,7 +88,8 @@ class _QuantizedConv2d(torch.autograd.Function):
         moments, scale, weight_tensors = rest[:5], rest[5], rest[6:]
         x_dtype, recipe_dtype = ctx.dtypes
         recipe = Recipe(base, factor, shift, recipe_dtype)
-        grid, gradient, geometry, dtype, replay_weight, _, _ = ctx.options
+        grid, gradient, geometry, dtype, replay_weight = ctx.options[:5]
+        is_raw = ctx.options.has_reader  # quantization and norm have their gradients computed with others'
         options = scale, grid.quant_min, grid.quant_max
         weight, weight_gradients = replay_weight(*weight_tensors, dtype=dtype)
         x_q = recipe_quantized(recipe, *options, dtype)
@@ -109,7 +113,9 @@ class _QuantizedConv2d(torch.autograd.Function):
         )
         del x_q
         dx = dscale = dnorm_weight = dnorm_bias = None
-        if needs_x and ctx.norm is None:
+        if needs_x and is_raw:
+            dx = grad_x_q.to(x_dtype)
+        elif needs_x and ctx.norm is None:
             dx, dscale = recipe_gradients(grad_x_q, recipe, *options, gradient, x_dtype)
         elif needs_x:
             dx, dnorm_weight, dnorm_bias, dscale = quantized_norm_gradients(
@@ -155,14 +161,16 @@ def quantized_conv2d(
     """
     dtype = dtype or value_dtype(weight.tensors[0].dtype, grid.quant_min, grid.quant_max)
     inputs: tuple[Tensor, Tensor | None, Tensor | None]
-    if isinstance(x, Deferred):
-        recipe, deferred = x.recipe, x
-        inputs = (x.x, x.weight, x.bias)
+    deferred, has_reader = None, False
+    if not isinstance(x, Deferred):
+        recipe, inputs = recipe_of(x), (x, None, None)
+    elif x.token is not None:
+        recipe, inputs, has_reader = x.recipe, (x.token, None, None), x.reader is not None
     else:
-        recipe, deferred = recipe_of(x), None
-        inputs = (x, None, None)
+        recipe, inputs, deferred = x.recipe, (x.x, x.weight, x.bias), x
     grid_alone = grid._replace(scale=grid.scale.detach())
-    options = _Options(grid_alone, gradient, geometry, dtype, weight.replay, recipe, deferred)
+    has_input = not isinstance(x, Deferred)
+    options = _Options(grid_alone, gradient, geometry, dtype, weight.replay, recipe, deferred, has_input, has_reader)
     scale = grid.scale.reshape(())
     return _QuantizedConv2d.apply(inputs[0], scale, bias, *inputs[1:], packed, options, *weight.tensors)
 

@@ -7,6 +7,7 @@ input are known. So they are computed first, and the output is a :class:`Deferre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,26 +16,20 @@ from torch import Tensor, nn
 
 from ..functional import value_dtype
 from ..graph import is_recomputing
-from ..kernels import replaceable
-from .elementwise import recipe_codes, recipe_gradients, recipe_quantized
+from .elementwise import fake_quantize, recipe_codes, recipe_quantized
+from .moments import (
+    Moments,
+    Reader,
+    batch_moments,
+    joint_moments,
+    norm_gradients,
+    norm_input,
+    norm_sums,
+    normalized,
+    quantized_norm_gradients,
+)
 from .parts import laid_out_as
 from .recipe import Recipe, note_recipe
-
-
-class Moments(NamedTuple):
-    """What a batch norm in training knows of its input, for each channel, over all processes; float32, ``(C,)``.
-
-    Attributes:
-        mean, inverse: mean, and one over the standard deviation.
-        scale, shift: what the output is computed with.
-        num_values: 0-dim, how many values a channel has over all processes; None where they are those of this one.
-    """
-
-    mean: Tensor
-    inverse: Tensor
-    scale: Tensor
-    shift: Tensor
-    num_values: Tensor | None
 
 
 class Deferred(NamedTuple):
@@ -46,6 +41,9 @@ class Deferred(NamedTuple):
         moments: of ``x``.
         eps: added to the variance.
         group: processes whose batch is one, for a synchronized norm; else None.
+        token: stands in autograd for the output, where several norms have their gradients computed together, or for
+            what ``reader`` makes of it: of the shape of ``x``, without values; else None.
+        reader: what alone reads the output, whose gradient is computed with the norm's; None if that is not known.
     """
 
     x: Tensor
@@ -54,6 +52,8 @@ class Deferred(NamedTuple):
     moments: Moments
     eps: float
     group: Any
+    token: Tensor | None = None
+    reader: Reader | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -62,69 +62,6 @@ class Deferred(NamedTuple):
 
 
 Activation = Tensor | Deferred
-
-
-@replaceable("normalized")
-def normalized(x: Tensor, moments: Moments, relu: bool) -> Tensor:
-    """Computes the output of a batch norm from its input, and a ReLU of it if asked to, without gradients."""
-    out = torch.empty_like(x)
-    for part, (out_part,) in Recipe(x, moments.scale, moments.shift, x.dtype).parts(out):
-        part.compute(out_part)
-        if relu:
-            out_part.relu_()
-    return out
-
-
-@replaceable("norm_gradients")
-def norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, moments: Moments, eps: float, group: Any, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of a batch norm's input, weight and bias from that of its output, or of the ReLU's.
-
-    Those of the parameters are this process's, as those of any other parameter are before they are averaged.
-    """
-    mean, inverse, scale, _, count = moments
-    grad = laid_out_as(grad, x)
-    if relu:
-        grad = torch.ops.aten.threshold_backward(grad, normalized(x, moments, False), 0)
-    if group is None:
-        backward = torch.ops.aten.native_batch_norm_backward
-        return backward(grad.to(x.dtype), x, weight, None, None, mean, inverse, True, eps, [True, True, True])
-    assert count is not None
-    axes, view = (0, 2, 3), (1, -1, 1, 1)
-    grad = grad.float()
-    centred = (x.float() - mean.view(view)) * inverse.view(view)
-    sums = torch.stack([grad.sum(axes), (grad * centred).sum(axes)])
-    own = sums.clone()
-    dist.all_reduce(sums, group=group)
-    means = sums / count
-    dx = scale.view(view) * (grad - means[0].view(view) - centred * means[1].view(view))
-    return dx.to(x.dtype), own[1], own[0]
-
-
-@replaceable("quantized_norm_gradients")
-def quantized_norm_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    moments: Moments,
-    eps: float,
-    group: Any,
-    step: Tensor,
-    quant_min: int,
-    quant_max: int,
-    gradient: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes the gradients of a batch norm and the quantizer that reads it: of input, weight, bias and ``step``.
-
-    Args:
-        grad: gradient of the quantized output.
-        x, weight, moments, eps, group: see :func:`norm_gradients`.
-        step, quant_min, quant_max, gradient: 0-dim scale and range of the quantizer, and how the scale learns.
-    """
-    recipe = Recipe(x, moments.scale, moments.shift, x.dtype)
-    grad, dstep = recipe_gradients(laid_out_as(grad, x), recipe, step, quant_min, quant_max, gradient, x.dtype)
-    return *norm_gradients(grad, x, weight, moments, eps, group, False), dstep
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -142,6 +79,46 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *moments = ctx.saved_tensors
         return *norm_gradients(grad, x, weight, Moments(*moments), *ctx.options), None, None, None, None
+
+
+class _JointNorms(torch.autograd.Function):
+    """Computes the gradients of several synchronized norms in one exchange, from those of what the tokens stand for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, moments: Sequence[Moments], group: Any, reader: Reader | None, _: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        xs = tensors[: len(moments)]  # then weights and biases
+        ctx.save_for_backward(*xs, *(value for each in moments for value in each))
+        ctx.group, ctx.reader = group, reader
+        return tuple(x.new_empty(1).expand_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        xs, values = ctx.saved_tensors[: len(grads)], ctx.saved_tensors[len(grads) :]
+        moments = [Moments(*values[start : start + 5]) for start in range(0, len(values), 5)]
+        grads = tuple(laid_out_as(grad, x) for grad, x in zip(grads, xs, strict=True))
+        sums = [norm_sums(*each, ctx.reader) for each in zip(grads, xs, moments, strict=True)]
+        totals = torch.cat(sums)
+        dist.all_reduce(totals, group=ctx.group)
+        parts = totals.split([len(each) for each in sums])
+        inputs = [norm_input(*each, ctx.reader) for each in zip(grads, xs, moments, parts, strict=True)]
+        biases, weights = zip(*(each[:-1].view(2, -1) for each in sums), strict=True)
+        has_step = ctx.reader is not None and ctx.reader.step is not None
+        dstep = torch.stack([each[-1] for each in sums]).sum() if has_step else None
+        return None, None, None, dstep, *inputs, *weights, *biases
+
+
+class _JointOutput(torch.autograd.Function):
+    """Computes what a token stands for: a deferred output, or the ReLU of it."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, x: Tensor, moments: Moments, relu: bool) -> Tensor:
+        return normalized(x, moments, relu)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None
 
 
 class _QuantizedBatchNorm(torch.autograd.Function):
@@ -186,79 +163,30 @@ def quantize_deferred(
         quant_min, quant_max, gradient: see there.
         note_codes: whether to note the codes as the recipe of the result, for layers that read it.
     """
+    if x.token is not None:  # without a reader, which a convolution is
+        return fake_quantize(computed(x), step, quant_min, quant_max, gradient=gradient, note_codes=note_codes)
     options = quant_min, quant_max, gradient
     y, codes = _QuantizedBatchNorm.apply(x.x, x.weight, x.bias, step, x, options, note_codes)
     return y if codes is None else note_recipe(y, Recipe(codes, step.detach(), None, y.dtype))
 
 
+def _output(x: Deferred, relu: bool) -> Tensor:
+    if x.token is not None:
+        if relu and x.reader is None:
+            return torch.relu(_output(x, False))
+        assert relu == (x.reader is not None)  # a quantizer is a convolution's
+        return _JointOutput.apply(x.token, x.x.detach(), x.moments, relu)
+    return _BatchNorm.apply(x.x, x.weight, x.bias, x.moments, x.eps, x.group, relu)
+
+
 def computed(x: Activation) -> Tensor:
     """Returns a tensor, computed where it was deferred, with its recipe noted."""
-    return note_recipe(_BatchNorm.apply(*x, False), x.recipe) if isinstance(x, Deferred) else x
+    return note_recipe(_output(x, False), x.recipe) if isinstance(x, Deferred) else x
 
 
 def computed_relu(x: Activation) -> Tensor:
     """Returns the ReLU of an activation, in one pass where it was deferred."""
-    return _BatchNorm.apply(*x, True) if isinstance(x, Deferred) else torch.relu(x)
-
-
-def gathered(x: Tensor, mean: Tensor, var: Tensor, group: Any) -> Tensor:
-    """Returns mean, variance and number of values for each channel of every process, ``(P, 2 C + 1)``."""
-    count = mean.new_full((1,), x.numel() // x.shape[1])
-    packed = torch.cat([mean, var, count])
-    size = dist.get_world_size(group)
-    if dist.get_backend(group) == "gloo":
-        each = [torch.empty_like(packed) for _ in range(size)]
-        dist.all_gather(each, packed, group=group)
-        return torch.stack(each)
-    rows = packed.new_empty(size * len(packed))
-    dist.all_gather_into_tensor(rows, packed, group=group)
-    return rows.view(size, -1)
-
-
-def own_moments(x: Tensor, norm: nn.BatchNorm2d, is_first: bool) -> tuple[Tensor, Tensor]:
-    """Computes mean and variance of each channel, float32; moves the running ones if asked to."""
-    assert norm.momentum is not None  # else the norm is not deferred
-    running = (norm.running_mean, norm.running_var) if is_first else (None, None)
-    if x.is_cpu and x.dtype != torch.float32:  # where half precision gets statistics in half precision
-        x = x.float()
-    mean, var = torch.batch_norm_update_stats(x, *running, norm.momentum)
-    return mean, var
-
-
-@replaceable("batch_moments")
-def batch_moments(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor, group: Any, is_first: bool) -> Moments:
-    """Computes the moments of a batch, over all processes of a group if there is one.
-
-    Args:
-        x: ``(N, C, H, W)``.
-        norm: owner of the running statistics.
-        weight, bias: ``(C,)``.
-        group: see :class:`Deferred`; a process may have a batch of no images then.
-        is_first: whether the running statistics move.
-    """
-    count = None
-    if group is None:
-        mean, var = own_moments(x, norm, is_first)
-    else:
-        channels = x.shape[1]
-        mean = var = x.new_zeros(channels, dtype=torch.float32)
-        if x.numel():
-            mean, var = own_moments(x, norm, False)
-        rows = gathered(x, mean, var, group)
-        means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
-        count = counts.sum()
-        mean = (means * counts).sum(dim=0) / count
-        var = ((variances + (means - mean).square()) * counts).sum(dim=0) / count
-        if is_first:
-            assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), norm.momentum)
-    if is_first:
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-    inverse = (var + norm.eps).rsqrt()
-    scale = weight * inverse
-    return Moments(mean, inverse, scale, bias - mean * scale, count)
+    return _output(x, True) if isinstance(x, Deferred) else torch.relu(x)
 
 
 def _group(norm: nn.Module) -> Any:
@@ -274,6 +202,54 @@ def _has_kernels(x: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype in (torch.float16, torch.bfloat16) and not x.is_cpu)
 
 
+class _Owner(NamedTuple):
+    """The batch norm of a call, the parameters of its affine, and the processes that it shares its batch with."""
+
+    norm: Any
+    weight: Any
+    bias: Any
+    group: Any
+
+
+def _cycle(norm: nn.Module) -> Any:
+    """Returns a norm that is Detectron2's ``CycleBatchNormList``, told by its position; else None."""
+    return norm if isinstance(norm, nn.ModuleList) and hasattr(norm, "_pos") else None
+
+
+def _owner(norm: nn.Module, later: int = 0) -> _Owner:
+    """Returns whose statistics and affine the next call uses, or one that is so many calls later."""
+    cycle = _cycle(norm)
+    own = norm if cycle is None else cycle[(cycle._pos + later) % len(cycle)]
+    affine = norm if getattr(norm, "weight", None) is not None else own
+    return _Owner(own, getattr(affine, "weight", None), getattr(affine, "bias", None), _group(own))
+
+
+def _can_defer(owner: _Owner, x: Tensor) -> bool:
+    norm, weight, bias, group = owner
+    return (
+        type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        and norm.training
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and weight is not None
+        and bias is not None
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and weight.dtype == torch.float32
+        and _has_kernels(x)
+        and (group is not None or x.numel() > x.shape[1])
+    )
+
+
+def _starts_call(norm: nn.Module, calls: int = 1) -> bool:
+    """Returns whether this is the first forward, and not one that is computed once more; moves a list's position."""
+    is_first = not is_recomputing()
+    cycle = _cycle(norm)
+    if is_first and cycle is not None:
+        cycle._pos = (cycle._pos + calls) % len(cycle)
+    return is_first
+
+
 def defer(norm: nn.Module, x: Tensor) -> Activation:
     """Computes ``norm(x)`` but for the last step where that is possible.
 
@@ -286,32 +262,44 @@ def defer(norm: nn.Module, x: Tensor) -> Activation:
         norm: any module.
         x: ``(N, C, H, W)``.
     """
-    # A list of norms with a position is a CycleBatchNormList; nothing in this package knows Detectron2.
-    cycle: Any = norm if isinstance(norm, nn.ModuleList) and hasattr(norm, "_pos") else None
-    own: Any = norm if cycle is None else cycle[cycle._pos]
-    affine = norm if getattr(norm, "weight", None) is not None else own
-    weight, bias = (getattr(affine, key, None) for key in ("weight", "bias"))
-    group = _group(own)
-    if not (
-        type(own) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and own.training
-        and own.track_running_stats
-        and own.momentum is not None
-        and weight is not None
-        and bias is not None
-        and x.requires_grad
-        and torch.is_grad_enabled()
-        and weight.dtype == torch.float32
-        and _has_kernels(x)
-        and (group is not None or x.numel() > x.shape[1])
-    ):
+    owner = _owner(norm)
+    if not _can_defer(owner, x):
         return norm(x)
-    is_first = not is_recomputing()
-    if is_first and cycle is not None:
-        cycle._pos = (cycle._pos + 1) % len(cycle)
+    own, weight, bias, group = owner
+    is_first = _starts_call(norm)
     with torch.no_grad():
         moments = batch_moments(x, own, weight, bias, group, is_first)
     return Deferred(x, weight, bias, moments, own.eps, group)
+
+
+def is_synchronized(norm: nn.Module) -> bool:
+    """Returns whether a norm shares its batch with other processes."""
+    return _owner(norm).group is not None
+
+
+def defer_all(norm: nn.Module, xs: Sequence[Tensor], reader: Reader | None = None) -> list[Activation]:
+    """Computes :func:`defer` of several tensors in turn, such as pyramid levels, with one exchange each way.
+
+    Args:
+        norm: any module.
+        xs: each ``(N, C, H, W)``.
+        reader: what alone reads all that is deferred: a ReLU, or the quantizer of a convolution.
+    """
+    owners = [_owner(norm, later) for later in range(len(xs))]
+    if not all(owner.group is not None and _can_defer(owner, x) for owner, x in zip(owners, xs, strict=True)):
+        return [defer(norm, x) for x in xs]
+    norms, weights, biases, groups = zip(*owners, strict=True)
+    is_first = _starts_call(norm, len(xs))
+    with torch.no_grad():
+        found = joint_moments(xs, norms, list(zip(weights, biases, strict=True)), groups[0], is_first)
+    step = None if reader is None else reader.step
+    if reader is not None and step is not None:
+        reader = reader._replace(step=step.detach())
+    tokens = _JointNorms.apply(found, groups[0], reader, step, *xs, *weights, *biases)
+    return [
+        Deferred(x, owner.weight, owner.bias, moments, owner.norm.eps, owner.group, token, reader)
+        for x, owner, moments, token in zip(xs, owners, found, tokens, strict=True)
+    ]
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
