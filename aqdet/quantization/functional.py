@@ -243,6 +243,9 @@ def count_below(rows: Tensor, thresholds: Tensor) -> Tensor:
     return count.long()
 
 
+_GPU_SUMS = 2**15
+
+
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
     """Sums the values of each index: ``(size,)`` float64, also where torch is to be deterministic on a GPU.
 
@@ -251,4 +254,9 @@ def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
         index: ``(N,)`` int64 in ``[0, size)``.
         size: number of sums.
     """
-    return torch.zeros(size, dtype=torch.float64, device=values.device).scatter_add_(0, index, values.double())
+    # A GPU adds in turn what goes to one address, so that its sums are many, and added up afterwards.
+    parts = max(1, _GPU_SUMS // size) if values.is_cuda else 1
+    if parts > 1:
+        index = index + size * (torch.arange(len(index), device=index.device) % parts)
+    sums = torch.zeros(parts * size, dtype=torch.float64, device=values.device)
+    return sums.scatter_add_(0, index, values.double()).view(parts, size).sum(dim=0)
