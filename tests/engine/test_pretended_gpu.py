@@ -30,7 +30,7 @@ def on_pretended_gpu(*overrides):
 
 
 @pytest.mark.parametrize(
-    "architecture, kernels, waits", [((), "lean", 25), (FCOS, "fused", 25)], ids=("RetinaNet", "FCOS")
+    "architecture, kernels, waits", [((), "lean", 18), (FCOS, "fused", 6)], ids=("RetinaNet", "FCOS")
 )
 def test_a_training_from_calibration_to_evaluation(architecture, kernels, waits):
     batch = make_batch()
