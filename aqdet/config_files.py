@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -118,10 +121,18 @@ def _read(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     return merged
 
 
+@functools.lru_cache(maxsize=256)
+def _load(path: str, text: str) -> Any:
+    """Parses the text of a file; not to be changed, since grids of trainings read the same files hundreds of times."""
+    stream = io.StringIO(text)
+    stream.name = path  # for error messages
+    return yaml.load(stream, _ConfigLoader)  # a safe loader
+
+
 def _parse(path: str) -> dict[str, Any]:
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
-            content = yaml.load(file, _ConfigLoader)  # a safe loader
+            content = copy.deepcopy(_load(path, file.read()))
     except yaml.constructor.ConstructorError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(
