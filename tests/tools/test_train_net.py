@@ -34,10 +34,10 @@ def data(tmp_path_factory):
     return root, names
 
 
-def train_net(root, *arguments, config=CONFIG, processes=0):
-    """Runs the tool, with ``processes`` under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    command = [sys.executable, *torchrun, str(ROOT / "tools/train_net.py"), "--config-file", str(config), *arguments]
+def train_net(root, *arguments, processes):
+    """Runs the tool under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *torchrun, str(ROOT / "tools/train_net.py"), "--config-file", str(CONFIG), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 
@@ -77,13 +77,6 @@ def test_a_config_by_its_name(data, name, monkeypatch, capsys):
     texts = ("No CUDA runtime is found, using CUDA_HOME='%s'", "CUDA_HOME is no folder")
     records = [logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None) for text in texts]
     assert [bool(logger.filter(record)) for record in records] == [False, True]
-
-
-def test_a_missing_config_has_no_traceback(data):
-    root, _ = data
-    code, _, stderr = train_net(root, config="none.yaml")
-    assert code == 2 and stderr.strip().splitlines()[-1].startswith("error: config file 'none.yaml' does not")
-    assert "Traceback" not in stderr
 
 
 def test_more_gpus_than_there_are(monkeypatch, capsys):
@@ -231,6 +224,12 @@ def test_an_image_that_goes_during_the_run_is_one_line_from_a_worker_too(
     status, printed = run("--config-file", config_file, *arguments)
     last = printed.splitlines()[-1]
     assert status == 2 and last.startswith("error: FileNotFoundError: ") and ".png" in last
+
+
+def test_a_missing_config_has_no_traceback(run):
+    status, printed = run("--config-file", "none.yaml")
+    assert status == 2 and printed.strip().splitlines()[-1].startswith("error: config file 'none.yaml' does not")
+    assert "Traceback" not in printed
 
 
 def test_unsafe_config(run, tmp_path):
