@@ -40,11 +40,12 @@ KERNELS = """\
 #error "float has to be computed as float: on 32-bit x86 add -msse2 -mfpmath=sse"
 #endif
 
-enum {{ LANES = {lanes}, PIXELS = {pixels} }};
+enum {{ PIXELS = {pixels} }};
 
 static uint8_t arena[{arena}];
-static int16_t padded[{padded}];
+static int16_t patches[{patches}];
 static int16_t unpacked[{weights}];
+static int32_t totals[{totals}];
 
 {constants}
 
@@ -52,89 +53,96 @@ static int32_t clip(int32_t value, int32_t low, int32_t high) {{
     return value < low ? low : value > high ? high : value;
 }}
 
-/* Codes of bits, pairs of channels for all outputs as they are read, times each output's factor. */
-static void unpack(const uint32_t *packed, int bits, const int16_t *factor, int outs, int lanes, int pairs) {{
+/* Codes of bits, those of an output after each other, times each output's factor. */
+static void unpack(const uint32_t *packed, int bits, const int16_t *factor, int outs, int taps) {{
     const uint32_t mask = (1u << bits) - 1u, half = 1u << (bits - 1);
     int16_t *target = unpacked;
     size_t position = 0;
-    if (lanes != outs) {{
-        memset(unpacked, 0, sizeof(int16_t) * 2 * (size_t)pairs * (size_t)lanes);
-    }}
-    for (int pair = 0; pair < pairs; pair++, target += 2 * lanes) {{
-        for (int i = 0; i < 2 * outs; i++, position += (size_t)bits) {{
+    for (int o = 0; o < outs; o++) {{
+        for (int k = 0; k < taps; k++, position += (size_t)bits) {{
             const uint32_t *word = packed + position / 32;
             const uint64_t two = (uint64_t)word[0] | (uint64_t)word[1] << 32;
             const uint32_t code = (uint32_t)(two >> position % 32) & mask;
-            target[i] = (int16_t)(((int32_t)(code ^ half) - (int32_t)half) * factor[i / 2]);
+            *target++ = (int16_t)(((int32_t)(code ^ half) - (int32_t)half) * factor[o]);
         }}
     }}
 }}
 
-static void pad(const uint8_t *x, int height, int width, int channels, int zero, int vertical, int horizontal) {{
-    const int pairs = channels + channels % 2;
-    const size_t row = (size_t)(width + 2 * horizontal) * (size_t)pairs;
-    if (vertical || horizontal || pairs != channels) {{
-        memset(padded, 0, sizeof(int16_t) * (size_t)(height + 2 * vertical) * row);
-    }}
-    for (int i = 0; i < height; i++) {{
-        int16_t *target = padded + (size_t)(i + vertical) * row + (size_t)(horizontal * pairs);
-        for (int j = 0; j < width; j++, x += channels, target += pairs) {{
+/* What lies under a kernel whose corner is at top and left; zero outside. */
+static void gather(const uint8_t *x, int height, int width, int channels, int zero, int top, int left,
+                   int kernel_height, int kernel_width, int16_t *patch) {{
+    for (int i = top; i < top + kernel_height; i++) {{
+        for (int j = left; j < left + kernel_width; j++, patch += channels) {{
+            if (i < 0 || i >= height || j < 0 || j >= width) {{
+                memset(patch, 0, sizeof(int16_t) * (size_t)channels);
+                continue;
+            }}
+            const uint8_t *from = x + ((size_t)i * (size_t)width + (size_t)j) * (size_t)channels;
             for (int c = 0; c < channels; c++) {{
-                target[c] = (int16_t)(x[c] - zero);
+                patch[c] = (int16_t)(from[c] - zero);
             }}
         }}
     }}
 }}
 
-/* Sums of LANES outputs at PIXELS places of a row. */
-static void sums(const int16_t *restrict x, size_t row, size_t step, int rows, int taps, const int16_t *restrict w,
-                 size_t lanes, int32_t total[PIXELS][LANES]) {{
-    int32_t sum[PIXELS][LANES] = {{{{0}}}};
-    for (int i = 0; i < rows; i++, x += row) {{
-        for (int k = 0; k < taps; k += 2, w += 2 * lanes) {{
-            for (size_t p = 0; p < PIXELS; p++) {{
-                const int16_t first = x[p * step + (size_t)k], second = x[p * step + (size_t)k + 1];
-                for (size_t o = 0; o < LANES; o++) {{
-                    sum[p][o] += (int32_t)first * w[2 * o] + (int32_t)second * w[2 * o + 1];
-                }}
-            }}
-        }}
+/* Sums of one output at PIXELS places; a sum of products in a row is what compilers have an instruction for. */
+static void sums(const int16_t *restrict x, int taps, const int16_t *restrict w, int32_t *restrict total, int outs) {{
+    const int16_t *y = x + taps, *z = y + taps, *v = z + taps;
+    int32_t a = 0, b = 0, c = 0, d = 0;
+    for (int k = 0; k < taps; k++) {{
+        a += x[k] * w[k];
+        b += y[k] * w[k];
+        c += z[k] * w[k];
+        d += v[k] * w[k];
     }}
-    memcpy(total, sum, sizeof sum);
+    total[0] = a;
+    total[outs] = b;
+    total[2 * outs] = c;
+    total[3 * outs] = d;
+}}
+
+static void to_codes(const int32_t *restrict total, const int32_t *restrict bias, const float *restrict multiplier,
+                     int outs, int low, int high, int zero, uint8_t *restrict codes) {{
+    for (int o = 0; o < outs; o++) {{
+        float value = (float)(total[o] + bias[o]) * multiplier[o];
+        value = value < (float)low ? (float)low : value > (float)high ? (float)high : value;
+        /* To the nearest integer, ties to even: the sum has no bits for fractions. */
+        value = (value + 12582912.0f) - 12582912.0f;
+        codes[o] = (uint8_t)((int32_t)value + zero);
+    }}
+}}
+
+static void to_values(const int32_t *restrict total, const int32_t *restrict bias, const float *restrict multiplier,
+                      int outs, float *restrict values) {{
+    for (int o = 0; o < outs; o++) {{
+        values[o] = (float)(total[o] + bias[o]) * multiplier[o];
+    }}
 }}
 
 static void conv(const uint8_t *x, int height, int width, int channels, int zero, const uint32_t *packed, int bits,
                  const int16_t *factor, const int32_t *bias, const float *multiplier, int kernel_height,
                  int kernel_width, int stride_height, int stride_width, int pad_height, int pad_width, int out_height,
                  int out_width, int outs, int low, int high, int out_zero, uint8_t *codes, float *values) {{
-    const int lanes = (outs + LANES - 1) / LANES * LANES, pairs = channels + channels % 2;
-    const size_t row = (size_t)(width + 2 * pad_width) * (size_t)pairs;
-    const size_t step = (size_t)stride_width * (size_t)pairs;
-    unpack(packed, bits, factor, outs, lanes, kernel_height * kernel_width * pairs / 2);
-    pad(x, height, width, channels, zero, pad_height, pad_width);
+    const int taps = kernel_height * kernel_width * channels;
+    unpack(packed, bits, factor, outs, taps);
     for (int i = 0; i < out_height; i++) {{
         for (int j = 0; j < out_width; j += PIXELS) {{
-            const int16_t *from = padded + (size_t)(i * stride_height) * row + (size_t)j * step;
-            const int pixels = out_width - j < PIXELS ? out_width - j : PIXELS;
-            for (int first = 0; first < outs; first += LANES) {{
-                const int count = outs - first < LANES ? outs - first : LANES;
-                int32_t total[PIXELS][LANES];
-                sums(from, row, step, kernel_height, kernel_width * pairs, unpacked + 2 * (size_t)first, (size_t)lanes,
-                     total);
-                for (int p = 0; p < pixels; p++) {{
-                    const size_t pixel = (size_t)i * (size_t)out_width + (size_t)(j + p);
-                    const size_t place = pixel * (size_t)outs + (size_t)first;
-                    for (int o = 0; o < count; o++) {{
-                        float value = (float)(total[p][o] + bias[first + o]) * multiplier[first + o];
-                        if (values != NULL) {{
-                            values[place + (size_t)o] = value;
-                            continue;
-                        }}
-                        value = value < (float)low ? (float)low : value > (float)high ? (float)high : value;
-                        /* To the nearest integer, ties to even: the sum has no bits for fractions. */
-                        value = (value + 12582912.0f) - 12582912.0f;
-                        codes[place + (size_t)o] = (uint8_t)((int32_t)value + out_zero);
-                    }}
+            for (int p = 0; p < PIXELS; p++) {{
+                const int column = j + p < out_width ? j + p : out_width - 1;
+                gather(x, height, width, channels, zero, i * stride_height - pad_height,
+                       column * stride_width - pad_width, kernel_height, kernel_width,
+                       patches + (size_t)p * (size_t)taps);
+            }}
+            for (int o = 0; o < outs; o++) {{
+                sums(patches, taps, unpacked + (size_t)o * (size_t)taps, totals + o, outs);
+            }}
+            for (int p = 0; p < PIXELS && j + p < out_width; p++) {{
+                const size_t place = ((size_t)i * (size_t)out_width + (size_t)(j + p)) * (size_t)outs;
+                const int32_t *total = totals + (size_t)p * (size_t)outs;
+                if (values != NULL) {{
+                    to_values(total, bias, multiplier, outs, values + place);
+                }} else {{
+                    to_codes(total, bias, multiplier, outs, low, high, out_zero, codes + place);
                 }}
             }}
         }}

@@ -20,8 +20,6 @@ from .c_runtime import HEADER, KERNELS
 from .program import IMAGE, Add, Conv, Grid, MaxPool, Operation, PadImage, Program, Requantize, inputs_of
 from .reference import conv_multiplier, execute
 
-LANES = 16
-"""Number of output channels that are computed at once; weights are padded to multiples of it."""
 PIXELS = 4
 """Number of output pixels of a row that are computed at once."""
 _ALIGNMENT = 16
@@ -74,7 +72,7 @@ class _Writer:
         self.constants: list[str] = []
         self.flash = 0
         self.tables: dict[bytes, str] = {}
-        self.padded = self.weights = 0
+        self.patches = self.weights = self.totals = 0
         for operation in program.operations:
             self.shapes[operation.output] = _shape(operation, [self.shapes[name] for name in inputs_of(operation)])
         self.predictions = [name for output in program.outputs for name in output.names]
@@ -90,15 +88,16 @@ class _Writer:
             outputs += 4 * int(np.prod(shape))
         header = HEADER.format(height=height, width=width, members="\n".join(members))
         source = KERNELS.format(
-            lanes=LANES,
             pixels=PIXELS,
             arena=arena,
-            padded=self.padded,
+            patches=self.patches,
             weights=self.weights,
+            totals=self.totals,
             constants="\n".join(self.constants),
             calls="\n".join(f"    {line}" for line in calls),
         )
-        return CSource(header, source, arena + 2 * (self.padded + self.weights), self.flash, outputs)
+        buffers = arena + 2 * (self.patches + self.weights) + 4 * self.totals
+        return CSource(header, source, buffers, self.flash, outputs)
 
     def _call(self, operation: Operation, places: Mapping[str, int]) -> Iterator[str]:
         def at(name: str) -> str:
@@ -140,13 +139,10 @@ class _Writer:
         out_height, out_width, out_channels = self.shapes[conv.output]
         kernel_h, kernel_w = conv.weight.shape[2:]
         source = self.grids[conv.input]
-        pairs = channels + channels % 2
-        lanes = -(-out_channels // LANES) * LANES
-        self.weights = max(self.weights, kernel_h * kernel_w * pairs * lanes)
-        padded_width = width + 2 * conv.padding[1]
-        # The last pixels of a row are computed PIXELS at a time, and read past its end.
-        slack = PIXELS * conv.stride[1] * pairs + kernel_w * pairs
-        self.padded = max(self.padded, (height + 2 * conv.padding[0]) * padded_width * pairs + slack)
+        taps = kernel_h * kernel_w * channels
+        self.weights = max(self.weights, taps * out_channels)
+        self.patches = max(self.patches, PIXELS * taps)
+        self.totals = max(self.totals, PIXELS * out_channels)
         bits = max(conv.weight_bits, _bits(conv.weight))
         packed = self._constant("uint32_t", pack(conv.weight, bits), 4)
         factor = self._constant("int16_t", conv.sign.astype(np.int32) * conv.multiple, 2)
@@ -184,16 +180,13 @@ def pack(weight: NDArray[np.int16], bits: int) -> NDArray[np.uint32]:
     """Packs weights in the order in which they are read, ``bits`` each in two's complement, low bits first.
 
     Args:
-        weight: ``(O, C, kH, kW)``; a channel of zeros is added if C is odd.
+        weight: ``(O, C, kH, kW)``.
         bits: The number of bits of a weight.
 
     Returns:
-        Words of the codes in the order ``(kH, kW, C / 2, O, 2)``.
+        Words of the codes in the order ``(O, kH, kW, C)``.
     """
-    even = np.pad(weight, ((0, 0), (0, weight.shape[1] % 2), (0, 0), (0, 0)))
-    outs, channels, *kernel = even.shape
-    codes = even.transpose(2, 3, 1, 0).reshape(*kernel, channels // 2, 2, outs).swapaxes(3, 4)
-    codes = codes.reshape(-1).astype(np.int64) & ((1 << bits) - 1)
+    codes = weight.transpose(0, 2, 3, 1).reshape(-1).astype(np.int64) & ((1 << bits) - 1)
     stream = ((codes[:, None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(-1)
     # One word is added, since two are read at a time.
     stream = np.pad(stream, (0, -len(stream) % 32 + 32))

@@ -97,15 +97,8 @@ def test_packed_weights(bits):
     generator = np.random.default_rng(bits)
     weight = generator.integers(-(1 << (bits - 1)), 1 << (bits - 1), (3, 5, 2, 3)).astype(np.int16)
     words = pack(weight, bits)
-    codes = slow_unpack(words, 3 * 6 * 2 * 3, bits)
-    index = 0
-    for i in range(2):
-        for j in range(3):
-            for pair in range(3):
-                for out in range(3):
-                    for channel in (2 * pair, 2 * pair + 1):
-                        assert codes[index] == (weight[out, channel, i, j] if channel < 5 else 0)
-                        index += 1
+    codes = slow_unpack(words, weight.size, bits)
+    assert codes == weight.transpose(0, 2, 3, 1).reshape(-1).tolist()
     assert len(codes) * bits + 32 <= len(words) * 32 < len(codes) * bits + 96
 
 
