@@ -140,12 +140,22 @@ class Detector:
         """Runs the network alone; of a two-stage detector the first stage's.
 
         Args:
-            batch: ``(N, 3, H, W)`` uint8, with channels in the order of ``description.channels``.
+            batch: ``(N, 3, H, W)`` uint8, with channels in the order of ``description.channels``; H and W are multiples
+                of ``description.size_divisibility``.
 
         Returns:
             The float32 outputs of each level: logits ``(N, A * K, h, w)``, deltas ``(N, A * 4, h, w)`` and, if there
             is one, centerness ``(N, 1, h, w)``.
+
+        Raises:
+            ValueError: In one line, if the batch has another shape or type.
         """
+        step = self.description.size_divisibility
+        fits = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[1] == 3
+        if not fits or batch.shape[2] % step or batch.shape[3] % step:
+            raise ValueError(
+                f"a batch must be uint8 (N, 3, H, W) with H and W multiples of {step}, got {batch.dtype} {batch.shape}"
+            )
         levels = [level.outputs for level in self.description.levels]
         names = [name for level in levels for name in level]
         values = iter(self._session.run(names, {self._session.get_inputs()[0].name: batch}))

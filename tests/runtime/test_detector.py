@@ -85,6 +85,20 @@ def test_a_batch_of_several_sizes(model, folder):
     assert Detector(folder).detect([]) == []
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        np.zeros((1, 3, 64, 40), np.uint8),
+        np.zeros((1, 3, 64, 64), np.float32),
+        np.zeros((3, 64, 64), np.uint8),
+        np.zeros((1, 1, 64, 64), np.uint8),
+    ],
+)
+def test_a_batch_that_the_network_does_not_take_is_refused_in_a_line(folder, batch):
+    with pytest.raises(ValueError, match=r"H and W multiples of 16, got \w+ \(.*\)$"):
+        Detector(folder).run(batch)
+
+
 def test_rgb(model, tmp_path):
     image = make_photo()
     detector = Detector(write_folder(tmp_path / "rgb", model, channels="RGB"))
