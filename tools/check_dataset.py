@@ -137,7 +137,11 @@ def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool, Any]:
         config = cfg.DATASETS
         found = [*parse_declared(config.DECLARED).values(), *parse_image_folders(config.IMAGE_FOLDERS)]
         if not found:
-            raise ValueError(f"nothing to check: {args.config_file} names no datasets or splits")
+            names = ", ".join(dict.fromkeys([*config.TRAIN, *config.TEST]))
+            others = f"; what registers {names} is code, which this does not run" if names else ""
+            raise ValueError(
+                f"nothing to check: {args.config_file} has no dataset in DATASETS.DECLARED or IMAGE_FOLDERS{others}"
+            )
         return found, args.strict or config.STRICT, cfg
     if args.image_folders:
         entries = [part for path in args.image_folders for part in parts({"root": path}, args, path)]

@@ -79,7 +79,11 @@ def test_config(run, tmp_path):
     status, printed = run("--config-file", tmp_path / "c.yaml", "--examples", "0")
     assert status == 1 and printed.startswith("mine: 4 images")
     status, _ = run("--config-file", tmp_path / "c.yaml", "DATASETS.DECLARED", "[]")
-    assert status == f"error: nothing to check: {tmp_path}/c.yaml names no datasets or splits"
+    nothing = f"error: nothing to check: {tmp_path}/c.yaml has no dataset in DATASETS.DECLARED or IMAGE_FOLDERS"
+    assert status == nothing
+    none = ("DATASETS.DECLARED", "[]", "DATASETS.TRAIN", "('aqdet_shapes_train',)")
+    status, _ = run("--config-file", tmp_path / "c.yaml", *none)
+    assert status == f"{nothing}; what registers aqdet_shapes_train is code, which this does not run"
 
 
 def test_all_splits_of_a_yolo_folder(run, tmp_path):
