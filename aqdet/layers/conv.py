@@ -11,8 +11,8 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec
-from ..quantization.kernels import replaceable
-from ..quantization.precision import in_own_precision, own_precision
+from ..quantization.kernels import has_free_norms, replaceable
+from ..quantization.precision import autocast_dtype, in_own_precision, own_precision
 from .from_float import take_over
 
 
@@ -87,7 +87,14 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
     for a layer in float.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, QuantConv2d)]
+    floats = [
+        layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and not isinstance(layer, QuantConv2d)
+    ]
     try:
+        for layer in floats if has_free_norms() else []:  # for kernels, which autocast's own cache is not for
+            dtype = autocast_dtype(layer.weight)
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            layer.__dict__["shared_operands"] = layer.weight.to(dtype), bias
         # Not by setattr, which would register the Parameter that a quantizer returns when it is switched off.
         for layer in layers:
             weight = layer.weight_quantizer(layer.weight)
@@ -100,6 +107,8 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
                 quantizer.__dict__["shared_grid"] = quantizer.grid()
         yield
     finally:
+        for float_layer in floats:
+            float_layer.__dict__.pop("shared_operands", None)
         for layer in layers:
             layer.__dict__.pop("shared_weight", None)
             vars(layer.input_quantizer or layer).pop("shared_grid", None)

@@ -11,6 +11,12 @@ from torch import Tensor
 from .quantizer import Quantizer
 
 
+def autocast_dtype(weight: Tensor) -> torch.dtype:
+    """Returns the precision that a layer in float computes in: that of autocast, or without it that of its weight."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def own_precision(quantizer: Quantizer | None, device: str, dtype: torch.dtype) -> torch.dtype | None:
     """Returns the precision that a layer needs where that around it is too coarse for its input; else None.
 

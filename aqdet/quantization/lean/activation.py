@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import has_free_norms, plain
 from ..quantizer import Quantizer
-from .conv import deferred_conv2d
+from .conv import can_recompute, deferred_conv2d, recomputing_conv2d
 from .elementwise import fake_quantize
 from .moments import Reader
 from .norm import Activation, Deferred, computed, computed_relu, defer, defer_all, is_synchronized, quantize_deferred
@@ -109,9 +109,15 @@ def _apply(link: _Link, state: Activation, other: Callable[[], Tensor] | None) -
     if isinstance(layer, nn.ReLU):
         if clips_at_zero(_first_quantizer(following)):
             return state
-        return computed_relu(state) if isinstance(state, Deferred) else layer(state)
+        if not isinstance(state, Deferred):
+            return layer(state)
+        if is_free and following is not None and can_recompute(following) and not _has_hooks(following):
+            return state._replace(relu=True)
+        return computed_relu(state)
     if isinstance(getattr(layer, "quantizer", None), Quantizer):
         return stream(layer, state)
+    if isinstance(state, Deferred) and state.relu:
+        return recomputing_conv2d(layer, state)
     if isinstance(layer, nn.Conv2d) and _is_quantized(layer):
         return deferred_conv2d(layer, state)
     if is_free and isinstance(layer, nn.Conv2d) and getattr(layer, "norm", None) is not None:

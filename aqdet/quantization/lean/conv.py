@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import value_dtype
 from ..kernels import plain
-from ..precision import in_own_precision
+from ..precision import autocast_dtype, in_own_precision
 from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
-from .moments import Moments, quantized_norm_gradients
+from .moments import Moments, norm_gradients, normalized, quantized_norm_gradients
 from .norm import Activation, Deferred, computed, defer
 from .recipe import Recipe, recipe_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
@@ -173,6 +173,69 @@ def quantized_conv2d(
     options = _Options(grid_alone, gradient, geometry, dtype, weight.replay, recipe, deferred, has_input, has_reader)
     scale = grid.scale.reshape(())
     return _QuantizedConv2d.apply(inputs[0], scale, bias, *inputs[1:], packed, options, *weight.tensors)
+
+
+class _RecomputingConv2d(torch.autograd.Function):
+    """A convolution in float of a deferred norm's ReLU: keeps the norm's input, and computes its own in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        deferred: Deferred,
+        geometry: Geometry,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        x = deferred.x.detach()
+        ctx.save_for_backward(x, norm_weight, weight, *deferred.moments)
+        ctx.norm, ctx.geometry, ctx.dtype = (deferred.eps, deferred.group), geometry, dtype
+        ctx.bias_size, ctx.bias_dtype = (None, None) if bias is None else (list(bias.shape), bias.dtype)
+        y, bias = normalized(x, deferred.moments, True).to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.conv2d(y, weight.to(dtype), bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, weight, *values = ctx.saved_tensors
+        moments = Moments(*values)
+        stride, padding, dilation, groups = ctx.geometry
+        operands = grad, normalized(x, moments, True).to(ctx.dtype), weight.to(ctx.dtype), ctx.bias_size
+        places = list(stride), list(padding), list(dilation), False, [0, 0], groups
+        needs = [True, ctx.needs_input_grad[3], ctx.bias_size is not None]
+        dy, dweight, dbias = torch.ops.aten.convolution_backward(*operands, *places, needs)
+        del operands
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        rest = dweight, dbias, None, None, None
+        if norm_weight is None:  # the ReLU and the norm have their gradients computed with others'
+            return dy.to(x.dtype), None, None, *rest
+        eps, group = ctx.norm
+        return *norm_gradients(dy, x, norm_weight, moments, eps, group, True), *rest
+
+
+def can_recompute(layer: nn.Module | None) -> bool:
+    """Returns whether a layer is one for :func:`recomputing_conv2d`: a convolution in float with nothing behind it."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and not hasattr(layer, "weight_quantizer")
+        and getattr(layer, "norm", None) is None
+        and getattr(layer, "activation", None) is None
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
+def recomputing_conv2d(layer: Any, x: Deferred) -> Tensor:
+    """Computes a convolution in float of the ReLU of a norm's output, of which neither is kept."""
+    weight, bias = vars(layer).get("shared_operands") or (layer.weight, layer.bias)
+    geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+    inputs = (x.x, x.weight, x.bias) if x.token is None else (x.token, None, None)
+    assert x.token is None or x.reader is not None
+    return _RecomputingConv2d.apply(*inputs, weight, bias, x, geometry, autocast_dtype(layer.weight))
 
 
 def conv2d(layer: Any, x: Tensor) -> Tensor:

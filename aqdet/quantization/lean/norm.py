@@ -44,6 +44,7 @@ class Deferred(NamedTuple):
         token: stands in autograd for the output, where several norms have their gradients computed together, or for
             what ``reader`` makes of it: of the shape of ``x``, without values; else None.
         reader: what alone reads the output, whose gradient is computed with the norm's; None if that is not known.
+        relu: whether it is the ReLU of the output that stands here, for a convolution that computes it again.
     """
 
     x: Tensor
@@ -54,6 +55,7 @@ class Deferred(NamedTuple):
     group: Any
     token: Tensor | None = None
     reader: Reader | None = None
+    relu: bool = False
 
     @property
     def recipe(self) -> Recipe:

@@ -10,8 +10,9 @@ from detectron2.layers import Conv2d, CycleBatchNormList
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aqdet.layers import LevelNorms, QuantConv2d, StreamQuantizer, max_pool2d, relu_before
-from aqdet.quantization import QuantSpec, calibrate, fake_quantize
+from aqdet.layers import LevelNorms, QuantConv2d, StreamQuantizer, max_pool2d, relu_before, run_chain
+from aqdet.quantization import QuantSpec, calibrate, fake_quantize, use_kernels
+from aqdet.quantization.kernels import free_norms
 from aqdet.quantization.lean import conv
 from aqdet.quantization.lean.norm import normalize
 from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of
@@ -261,3 +262,23 @@ def test_what_a_block_keeps():
     large = [t for pointer, t in kept.items() if t.numel() == x.numel() and pointer not in parameters]
     sizes = sorted(t.element_size() for t in large)
     assert sizes == [1, 1, 4, 4, 4, 4, 4]
+
+
+def test_a_float_convolution_behind_a_norm_computes_its_input_again():
+    """As in the auxiliary path's head: the same values and gradients, and nothing is kept between norm and conv."""
+    found, kept = [], []
+    for kernels in ("plain", "lean"):
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(6, 6, 3, padding=1, bias=number == 2) for number in range(3)]
+        layers = [convs[0], batch_norm(6), nn.ReLU(), convs[1], batch_norm(6), nn.ReLU(), convs[2]]
+        x, saved = activation("in parts", "contiguous")[:, :6].detach().requires_grad_(), {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.update({t.data_ptr(): t.numel()}) or t, lambda t: t)  # fmt: skip  # noqa: E501
+        with use_kernels(kernels), free_norms(), hooks:
+            y = run_chain(layers, x)
+        y.square().sum().backward()
+        parameters = nn.ModuleList(layers).parameters()
+        found.append([y.detach(), x.grad, *(p.grad for p in parameters)])
+        kept.append(sum(saved.values()))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    assert kept[1] < 0.8 * kept[0]
