@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from helpers import AUX, QUANT, calibrated, losses_of, make_batch, make_model
-from tiny_data import train_cfg, write_dataset
+from tiny_data import NARROW, train_cfg, write_dataset
 
 from aqdet.engine import NonFiniteLoss, Trainer
 from aqdet.engine.diagnosis import NonFiniteTensor, all_finite, find_non_finite
@@ -205,7 +205,7 @@ def test_an_error_of_another_kind_stays_as_it_is(entry, tmp_path):
 @pytest.mark.parametrize("weight, input", [("lqnet", "lqnet"), ("lsq", "n2uq"), ("dorefa", "lsqplus")])
 def test_methods_without_a_grid_train_to_the_end(entry, tmp_path, weight, input):
     method = ("MODEL.QUANT.WEIGHT.QUANTIZER", weight, "MODEL.QUANT.INPUT.QUANTIZER", input)
-    trainer = Trainer(train_cfg(entry, tmp_path, *QUANT, *method, max_iter=2))
+    trainer = Trainer(train_cfg(entry, tmp_path, *NARROW, *QUANT, *method, max_iter=2))
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert (tmp_path / "model_final_stripped.pth").is_file()
@@ -213,7 +213,7 @@ def test_methods_without_a_grid_train_to_the_end(entry, tmp_path, weight, input)
 
 def test_what_is_not_finite_is_explained_for_methods_without_a_grid(entry, tmp_path):
     method = ("MODEL.QUANT.WEIGHT.QUANTIZER", "lqnet", "MODEL.QUANT.INPUT.QUANTIZER", "n2uq")
-    trainer = Trainer(train_cfg(entry, tmp_path, *QUANT, *method))
+    trainer = Trainer(train_cfg(entry, tmp_path, *NARROW, *QUANT, *method))
     trainer.register_hooks([Break("head.cls_subnet.0", 1)])
     trainer.resume_or_load(resume=False)
     with pytest.raises(NonFiniteLoss, match="first tensor that is not finite: output of head.cls_subnet.0, level p5"):

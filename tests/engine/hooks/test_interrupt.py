@@ -13,7 +13,7 @@ from helpers import process_environment
 
 from aqdet.engine.hooks.interrupt import InterruptHook
 
-# By hand, for more: AQDET_TEST_KILLS=100 AQDET_TEST_KILL_SEED=7 pytest tests/engine/test_resume.py
+# By hand, for more: AQDET_TEST_KILLS=100 AQDET_TEST_KILL_SEED=7 pytest tests/engine/hooks/test_interrupt.py
 KILLS = int(os.environ.get("AQDET_TEST_KILLS", "10"))
 pytestmark = pytest.mark.timeout(600 + 20 * KILLS)
 SEED = os.environ.get("AQDET_TEST_KILL_SEED", "0")
