@@ -27,10 +27,10 @@ DESCRIPTION = (
     "The network of an object detector on integers, as QONNX: Quant nodes of scale 1 have the bits of the training. "
     "What reads it, tried on whole detectors: qonnx 1.0 cleans it up and executes it; FINN's ConvertQONNXtoFINN "
     "(finn-plus 1.6.1) makes thresholds of every activation, without a change of a prediction. Tried on a stem, a "
-    "residual block and an upsampled sum: hls4ml 1.3 parses it after qonnx's conversion to channels last, which had not "
-    "ended after half an hour for a whole detector, and another cleanup. What is refused: hls4ml 1.3 then stops at the "
-    "product of a convolution's output and a constant for each channel (axis remapping), and with NumPy 2.2 or newer "
-    "at a Resize's empty region of interest."
+    "residual block and an upsampled sum: hls4ml 1.3 parses it after qonnx's conversion to channels last, which had "
+    "not ended after half an hour for a whole detector, and another cleanup. What is refused: hls4ml 1.3 then stops at "
+    "the product of a convolution's output and a constant for each channel (axis remapping), and with NumPy 2.2 or "
+    "newer at a Resize's empty region of interest."
 )
 
 
