@@ -106,7 +106,8 @@ class _Builder(ProgramWriter):
         codes = self.per_channel("pad_codes", np.array(operation.values))
         centred = self.node("Sub", [pixels, codes], f"{operation.output}.centred")
         padded = self.node("Pad", [centred, pads], f"{operation.output}.around_zero", mode="constant")
-        self.node("Add", [padded, codes], operation.output)
+        real = self.node("Add", [padded, codes], f"{operation.output}.real")
+        self.quant(real, operation.output, 0, 255)  # changes nothing: without it, tools take the sum for float
 
     def weight(self, conv: Conv) -> str:
         """Returns a weight behind a Quant of its own: FINN wants no Quant that several convolutions read.

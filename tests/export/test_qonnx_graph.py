@@ -55,7 +55,7 @@ def test_every_tensor_has_its_own_bits():
     assert len({node.input[0] for node in weights}) == len(paths) < len(weights)
     read = Counter(name for node in graph.node for name in node.input)
     assert all(read[node.output[0]] == 1 for node in weights)
-    assert len(quants) == len(written) + len(weights) + 1  # and the image
+    assert len(quants) == len(written) + len(weights) + 2  # and the image, before its padding and after
     assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 3, 32, 64]
     assert [d.dim_value for d in graph.output[-1].type.tensor_type.shape.dim] == [1, 12, 1, 1]
 
@@ -65,7 +65,8 @@ def test_the_image_is_padded_by_zero_alone():
     _, program = shared("MODEL.PIXEL_MEAN", "[128.0, 128.0, 128.0]")
     assert isinstance(program.operations[0], PadImage)
     nodes = build_qonnx(program, 32, 32).graph.node
-    assert [node.op_type for node in nodes[:4]] == ["Quant", "Sub", "Pad", "Add"] and len(nodes[2].input) == 2
+    assert [node.op_type for node in nodes[:5]] == ["Quant", "Sub", "Pad", "Add", "Quant"]
+    assert len(nodes[2].input) == 2
 
 
 def test_the_file_says_what_reads_it_and_a_resize_has_all_inputs():
@@ -80,6 +81,7 @@ def test_the_file_says_what_reads_it_and_a_resize_has_all_inputs():
 def test_cleanup_passes_and_the_bits_are_inferred():
     pytest.importorskip("qonnx")
     from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.analysis.inference_cost import inference_cost
     from qonnx.transformation.infer_datatypes import InferDataTypes
     from qonnx.util.cleanup import cleanup_model
 
@@ -87,6 +89,11 @@ def test_cleanup_passes_and_the_bits_are_inferred():
     model = cleanup_model(ModelWrapper(build_qonnx(program, 32, 32))).transform(InferDataTypes())
     kinds = Counter(str(model.get_tensor_datatype(n.output[0])) for n in model.graph.node if n.op_type == "Quant")
     assert kinds["UINT4"] > 20 and kinds["INT4"] > 20
+    cost = model.analysis(lambda model: inference_cost(model, discount_sparsity=False))["total_cost"]
+    products = {kind.removeprefix("op_mac_") for kind in cost if kind.startswith("op_mac_")}
+    assert products == {"UINT4_INT4", "UINT8_INT8"}
+    weights = {conv.path: (conv.weight.size, conv.weight_bits) for conv in program.convs()}
+    assert cost["mem_w_INT4"] >= sum(size for size, bits in weights.values() if bits == 4)
 
 
 @pytest.mark.parametrize("size", [(33, 32), (0, 32), (32, -32)])
