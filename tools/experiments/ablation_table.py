@@ -85,7 +85,13 @@ def make_plot(
             panels.setdefault((cell.detector, cell.quantizer, cell.bits), []).append(cell)
     if not panels:
         return
-    heights = [len(found) + 1 for found in panels.values()]
+    shown: list[list[tuple[str, Cell]]] = []
+    for found in panels.values():
+        starts = dict.fromkeys(start for cell in found for start in (cell.reference, cell.same_start))
+        full = [start for start in starts if any((s, start) in done for s in seeds)]
+        names = ["full precision" + f", {cell.method}" * (cell != cell.reference) for cell in full]
+        shown.append([*zip(names, full, strict=True), *((cell.method, cell) for cell in found)])
+    heights = [len(rows) for rows in shown]
     figure, axes = plt.subplots(
         len(panels),
         figsize=(8, 0.35 * sum(heights) + 0.5 * len(panels)),
@@ -94,16 +100,15 @@ def make_plot(
         height_ratios=heights,
         layout="constrained",
     )
-    for ax, ((detector, quantizer, bits), found) in zip(axes[:, 0], panels.items(), strict=True):
-        reference = found[0].reference
-        for row, cell in enumerate([reference, *found]):
+    for ax, (detector, quantizer, bits), rows in zip(axes[:, 0], panels, shown, strict=True):
+        for line, (_, cell) in enumerate(rows):
             points = [done[s, cell]["AP"] for s in seeds if (s, cell) in done and done[s, cell]["AP"] is not None]
-            colour = "grey" if cell == reference else "tab:blue"
-            ax.plot(points, [row] * len(points), "o", color=colour, alpha=0.6)
+            colour = "grey" if cell.quantizer == FLOAT else "tab:blue"
+            ax.plot(points, [line] * len(points), "o", color=colour, alpha=0.6)
             if points:
-                ax.plot([statistics.mean(points)], [row], "|", color=colour, markersize=16, markeredgewidth=2)
-        ax.set_yticks(range(len(found) + 1), ["full precision", *(cell.method for cell in found)])
-        ax.set_ylim(len(found) + 0.5, -0.5)
+                ax.plot([statistics.mean(points)], [line], "|", color=colour, markersize=16, markeredgewidth=2)
+        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.grid(axis="x", alpha=0.3)
         ax.set_title(f"{detector}, {quantizer} w{bits}a{bits}", fontsize="medium")
     axes[-1, 0].set_xlabel("AP of the detector alone, in percent: a dot a seed, a bar their mean")
