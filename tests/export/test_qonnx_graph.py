@@ -80,8 +80,8 @@ def test_the_file_says_what_reads_it_and_a_resize_has_all_inputs():
 
 def test_cleanup_passes_and_the_bits_are_inferred():
     pytest.importorskip("qonnx")
-    from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.analysis.inference_cost import inference_cost
+    from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.infer_datatypes import InferDataTypes
     from qonnx.util.cleanup import cleanup_model
 
