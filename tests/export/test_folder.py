@@ -209,7 +209,7 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     export_model(monkeypatch, *arguments, *small, *data)
     out = capsys.readouterr().out
     assert "  trained: " in out and out.count(", 0 of them not at a rounding tie") == 4
-    assert "Tightest int32 sum: " in out and "model.onnx" in out
+    assert "Tightest int32 sum: " in out and "Network: " in out
     assert out.strip().splitlines()[-1].endswith("done: out (README.md, detector.json, report.md)")
     read = read_description("out")
     assert (read.min_size, read.channels, read.classes) == (24, "BGR", CLASSES)
