@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..kernels import plain
-from ..lean.moments import Moments, Reader, gathered, own_moments, packed_moments
+from ..lean.moments import Moments, Reader, by_channel, gathered, own_moments, packed_moments
 from ..lean.parts import laid_out_as
 from .operators import IS_INTERPRETED, define, recipe_from
 
@@ -44,10 +44,6 @@ define(
 )
 
 
-def _by_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
-
-
 def _parts(
     grad: Tensor,
     x: Tensor,
@@ -71,7 +67,7 @@ def _parts(
             gradient = "lsq" if mode == MODES["lsq"] else "pact"
             grad, dstep = functional.scale_gradients(grad, y, step, low, high, gradient)
         grad = grad.to(x.dtype).float()
-    return grad, (x.float() - _by_channel(mean)) * _by_channel(inverse), dstep
+    return grad, (x.float() - by_channel(mean)) * by_channel(inverse), dstep
 
 
 def _sums(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
@@ -107,8 +103,8 @@ def _input_plainly(*args: Any) -> Tensor:
     x, scale = shared[1:3]
     grad, centred, _ = _parts(*shared)
     number = x.numel() // x.shape[1] if count is None else count
-    first, second = (_by_channel(total) for total in (totals[: 2 * len(scale)] / number).view(2, -1))
-    return (_by_channel(scale) * (grad - first - centred * second)).to(x.dtype)
+    first, second = (by_channel(total) for total in (totals[: 2 * len(scale)] / number).view(2, -1))
+    return (by_channel(scale) * (grad - first - centred * second)).to(x.dtype)
 
 
 define(

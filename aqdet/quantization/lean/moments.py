@@ -55,12 +55,13 @@ def normalized(x: Tensor, moments: Moments, relu: bool) -> Tensor:
     return out
 
 
-def _by_channel(values: Tensor) -> Tensor:
+def by_channel(values: Tensor) -> Tensor:
+    """Returns values ``(C,)`` of channels as ``(1, C, 1, 1)``."""
     return values.view(1, -1, 1, 1)
 
 
 def _centred(x: Tensor, moments: Moments) -> Tensor:
-    return (x.float() - _by_channel(moments.mean)) * _by_channel(moments.inverse)
+    return (x.float() - by_channel(moments.mean)) * by_channel(moments.inverse)
 
 
 def _before_reader(grad: Tensor, x: Tensor, moments: Moments, reader: Reader | None) -> tuple[Tensor, Tensor]:
@@ -92,8 +93,8 @@ def norm_input(grad: Tensor, x: Tensor, moments: Moments, totals: Tensor, reader
     """Computes the gradient of a norm's input from that of its output, or a reader's, and the sums of all processes."""
     assert moments.num_values is not None
     grad, _ = _before_reader(grad, x, moments, reader)
-    first, second = (_by_channel(mean) for mean in (totals[:-1] / moments.num_values).view(2, -1))
-    dx = _by_channel(moments.scale) * (grad - first - _centred(x, moments) * second)
+    first, second = (by_channel(mean) for mean in (totals[:-1] / moments.num_values).view(2, -1))
+    dx = by_channel(moments.scale) * (grad - first - _centred(x, moments) * second)
     return dx.to(x.dtype)
 
 
