@@ -7,6 +7,8 @@ The program writes golden vectors with the codes of all layers of each folder on
 self-test on them on processors that QEMU emulates. It runs the same with ONNX Runtime in JavaScript:
 
     here         this machine, against the golden vectors in the folder, and with those of all layers
+    here-avx2    this x86-64 processor with AVX-512, VNNI and AMX hidden (older_cpu.py)
+    here-sse4    this x86-64 processor with AVX hidden, too
     x86-avx2     x86-64 with AVX2, without AVX-512 and VNNI (Haswell)
     x86-sse4     x86-64 without AVX (Nehalem)
     arm-dot      aarch64 with products of 8-bit integers (Neoverse N1)
@@ -37,6 +39,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import older_cpu
 from aarch64 import debian_system, runtime_packages, write_cpuinfo
 from debian import SECONDS_LIMIT, Command, NotHere, fetch, last_line, program, run_program
 
@@ -67,7 +70,8 @@ C = {
         "qemu-arm-static",
     ),
 }
-MACHINES = ("here", *X86, *ARM, *JAVASCRIPT, *C)
+HERE_AS = {"here-avx2": "avx2", "here-sse4": "sse4"}
+MACHINES = ("here", *HERE_AS, *X86, *ARM, *JAVASCRIPT, *C)
 # Operations that write integer codes; behind QuantizeLinear there may be a Clip, which then has the codes.
 CODES = ("QuantizeLinear", "Clip", "MaxPool", "Resize")
 SELF_TEST = """
@@ -195,6 +199,13 @@ def here(folder: Path, all_layers: Path, cache: Path) -> Outcome:
     tested = [self_test([sys.executable], place) for place in (folder, all_layers) if (place / GOLDEN).is_file()]
     checks = tuple(check for outcome in tested for check in outcome.checks)
     return Outcome("", f"{Machine.here()}: {tested[-1].about}", checks)
+
+
+def here_as(level: str, folder: Path) -> Outcome:
+    """This x86-64 processor with newer instructions than those of ``level`` hidden."""
+    with tempfile.TemporaryDirectory() as temporary:
+        library = older_cpu.build(level, Path(temporary))
+        return self_test(["env", f"LD_PRELOAD={library}", sys.executable], folder)
 
 
 def emulated_x86(processor: str, folder: Path) -> Outcome:
@@ -340,6 +351,7 @@ def run(name: str, folder: Path, all_layers: Path, cache: Path) -> Outcome:
 
     start = time.monotonic()
     runs: dict[str, Callable[[], Outcome]] = {"here": lambda: here(folder, all_layers, cache)}
+    runs |= {key: functools.partial(here_as, HERE_AS[key], all_layers) for key in HERE_AS}
     runs |= {key: functools.partial(emulated_x86, X86[key], all_layers) for key in X86}
     runs |= {key: functools.partial(emulated_arm, key, all_layers, cache) for key in ARM}
     runs |= {key: functools.partial(in_c, key, folder) for key in C}
