@@ -43,15 +43,18 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
 def errors_in_one_line() -> Iterator[None]:
     """Ends a program whose input is wrong with a line instead of a traceback, which ``AQDET_DEBUG`` keeps.
 
-    The exit status is that of the error, where it has an ``exit_status``, otherwise 2.
+    The exit status is that of the error, where it has an ``exit_status``, otherwise 2. An error with a status of its
+    own is a verdict on the input, to which no line of code would add anything.
     """
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("AQDET_DEBUG"):
             raise
-        print(f"error: {' '.join(str(error).split())} (AQDET_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", USER_ERROR))
+        status = getattr(error, "exit_status", None)
+        where = " (AQDET_DEBUG=1 shows where)" if status is None else ""
+        print(f"error: {' '.join(str(error).split())}{where}", file=sys.stderr)
+        sys.exit(USER_ERROR if status is None else status)
 
 
 def timed_lines() -> Callable[[str], None]:

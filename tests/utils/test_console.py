@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from aqdet.utils.console import OUTPUT_CLOSED, run_console
+from aqdet.utils.console import OUTPUT_CLOSED, errors_in_one_line, run_console
 
 TOOLS = ROOT / "tools"
 PROGRAM = """
@@ -94,3 +94,22 @@ def test_a_stream_without_a_descriptor_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     run_console(lambda: print("out"))
     assert stream.getvalue() == "out\n"
+
+
+class Verdict(ValueError):
+    exit_status = 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("no such\nkey"), 2, "error: no such key (AQDET_DEBUG=1 shows where)\n"),
+        (Verdict("not good enough"), 3, "error: not good enough\n"),
+    ],
+)
+def test_only_an_error_in_the_input_says_how_to_see_where(error, status, line, capsys, monkeypatch):
+    monkeypatch.delenv("AQDET_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as end, errors_in_one_line():
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == line

@@ -26,6 +26,8 @@ from pathlib import Path
 
 from debian import NotHere, program
 
+from aqdet.utils.console import run_console
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))  # machine.py
 USER_ERROR = 2
@@ -146,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_console(main)
