@@ -2,11 +2,10 @@ import math
 
 import pytest
 import torch
-from pretended_gpu import PretendedTensor, pretending
 from quantization import slow_reference as slow
 
 from aqdet.quantization import dequantize, fake_quantize, integer_range, quantize, round_ste, use_kernels
-from aqdet.quantization.functional import SCALE_EPS, floor_scale, sum_by_index
+from aqdet.quantization.functional import SCALE_EPS, floor_scale
 
 
 @pytest.fixture(autouse=True, params=("plain", "lean"))
@@ -109,15 +108,3 @@ def test_compiles_without_graph_breaks():
         results.append((y, x.grad, scale.grad))
     for eager, other in zip(*results, strict=True):
         torch.testing.assert_close(other, eager)
-
-
-@pytest.mark.parametrize("size", (3, 16, 40_000))
-def test_sums_by_index_are_spread_on_a_gpu(size):
-    generator = torch.Generator().manual_seed(0)
-    values, index = torch.randn(5000, generator=generator), torch.randint(0, size, (5000,), generator=generator)
-    expected = torch.stack([values.double()[index == k].sum() for k in range(min(size, 16))])
-    with pretending():
-        found = sum_by_index(PretendedTensor(values), PretendedTensor(index), size).inner
-    for sums in (found, sum_by_index(values, index, size)):
-        assert sums.dtype == torch.float64 and sums.shape == (size,)
-        torch.testing.assert_close(sums[:16], expected, rtol=1e-12, atol=1e-12)

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..functional import SCALE_EPS, count_below, integer_range, replace_ste, sum_by_index
+from ..functional import SCALE_EPS, integer_range, replace_ste
 from ..graph import is_recomputing
 from ..observer import Statistics, search_fractions
 from ..quantizer import Quantizer
 from ..spec import QuantSpec
+from .thresholds import count_below, sum_by_index
 
 MOMENTUM = 0.9
 REGULARIZER = 1e-4

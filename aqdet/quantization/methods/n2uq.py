@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..functional import apply, count_below, floor_scale, integer_range, sum_by_index, value_dtype
+from ..functional import apply, floor_scale, integer_range, value_dtype
 from ..observer import Statistics, initial_scale
 from ..quantizer import Quantizer
 from ..spec import IntegerTensor, QuantSpec
+from .thresholds import count_below, sum_by_index
 
 MIN_INTERVAL = 1e-3
 """Shortest interval, in output steps."""
