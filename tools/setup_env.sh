@@ -10,8 +10,10 @@
 #   AQDET_USE_CURRENT_ENV=1    use the active environment (conda, venv, ...), which must have
 #                              Detectron2 already: only what aqdet lacks is added, nothing is
 #                              pinned, upgraded or removed
-#   AQDET_TORCH_INDEX=URL      PyTorch from this package index instead of PyPI, or from a folder of wheels:
-#                              https://download.pytorch.org/whl/cpu saves 4 GB of CUDA where there is no GPU
+#   AQDET_TORCH_INDEX=URL      PyTorch from this package index instead of PyPI:
+#                              https://download.pytorch.org/whl/cpu saves 4 GB of CUDA where there is no GPU;
+#                              or from a folder with a wheel of torch and one of torchvision, which need not be of the
+#                              pinned releases, but of one build
 #   AQDET_DETECTRON2=main      another version of Detectron2: main, a commit, a source folder, an archive or a
 #                              repository (tools/install_detectron2.py says how); default: 0.6
 set -euo pipefail
@@ -78,9 +80,19 @@ fi
 venv="${AQDET_VENV:-.venv}"
 python="$venv/bin/python"
 stamp="$venv/.aqdet-setup"
+constraints=constraints.txt
+torch_source="${AQDET_TORCH_INDEX:-}"
+if [ -d "$torch_source" ]; then
+    # torchvision's ops are compiled for one build of PyTorch: those on PyPI do not load beside one without CUDA.
+    if ! compgen -G "$torch_source/torchvision-*.whl" >/dev/null; then
+        die "AQDET_TORCH_INDEX=$torch_source is a folder without a wheel of torchvision: add the one built for its torch"
+    fi
+    constraints="$venv/constraints.txt"
+    torch_source+=" $(cd "$torch_source" && echo torch*.whl)"
+fi
 
 fingerprint() {
-    "$python" - "$PWD" "${AQDET_TORCH_INDEX:-}" "${AQDET_DETECTRON2:-}" \
+    "$python" - "$PWD" "$torch_source" "${AQDET_DETECTRON2:-}" \
         constraints.txt setup.py pyproject.toml tools/install_detectron2.py tools/detectron2_changes.py <<'PY'
 import hashlib
 import pathlib
@@ -105,19 +117,28 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
     step "making $venv with $base" "$base" -m venv "$venv"
 fi
 fingerprint="$(fingerprint)"
-pip=("$python" -m pip install --quiet --constraint constraints.txt)
+pip=("$python" -m pip install --quiet --constraint "$constraints")
 if [ -n "${AQDET_TORCH_INDEX:-}" ]; then
     from=(--index-url "$AQDET_TORCH_INDEX")
-    if [ -d "$AQDET_TORCH_INDEX" ]; then from=(--no-index --find-links "$AQDET_TORCH_INDEX"); fi
+    if [ -d "$AQDET_TORCH_INDEX" ]; then
+        from=(--no-index --find-links "$AQDET_TORCH_INDEX")
+        # The folder decides which release: the pins of PyTorch, and of the CUDA that belongs to them, do not hold.
+        grep -Ev '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==' constraints.txt >"$constraints"
+    fi
     # Further indices and folders of pip's configuration would be asked too, and could win: the environment replaces
     # them. What PyTorch needs besides is on PyPI, and comes with the next step.
     step "installing PyTorch from $AQDET_TORCH_INDEX" \
         env PIP_EXTRA_INDEX_URL="$AQDET_TORCH_INDEX" PIP_FIND_LINKS="$venv" \
         "${pip[@]}" --upgrade --no-deps "${from[@]}" torch torchvision
+    if [ -d "$AQDET_TORCH_INDEX" ]; then
+        # No later step replaces them by what PyPI has.
+        "$python" -c 'from importlib.metadata import version as of
+print(*(f"{name}=={of(name)}" for name in ("torch", "torchvision")), sep="\n")' >>"$constraints"
+    fi
 fi
 step "installing PyTorch (several GB the first time)" "${pip[@]}" setuptools wheel torch torchvision
 step "installing Detectron2 where missing" \
-    "$python" tools/install_detectron2.py --constraint constraints.txt
+    "$python" tools/install_detectron2.py --constraint "$constraints"
 step "installing aqdet and its other dependencies" \
     "${pip[@]}" --no-build-isolation --editable '.[train,export,dev]'
 step "checking the imports" "$python" -P -c 'import torchvision, detectron2.modeling, aqdet.modeling'

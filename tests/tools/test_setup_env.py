@@ -18,6 +18,7 @@ echo "$*" >>'{calls}'
 case "$*" in
     "- "*) echo fingerprint of "${{@:2:3}}" ;;
     *--no-deps*) exec '{python}' -m pip install --dry-run --ignore-installed --report '{report}' "${{@:4}}" ;;
+    *importlib.metadata*) printf 'torch==of the environment\n' ;;
 esac
 """
 
@@ -95,12 +96,48 @@ def test_pytorch_comes_from_the_index_that_is_named(tmp_path, environment, index
     # What PyTorch itself needs comes from PyPI, in the step after.
     assert index in asked[0] and not any(index in call for call in asked[1:])
     assert asked[1].endswith("setuptools wheel torch torchvision")
-    assert (environment / ".aqdet-setup").read_text() == f"fingerprint of {ROOT} {index} \n"
+    # Of a folder its wheels are part of what is asked for: another one in their place is another environment.
+    wheels = "" if index.startswith("file:") else f" torch-{pinned('torch')}+cpu-py3-none-any.whl torchvision-"
+    assert (environment / ".aqdet-setup").read_text().startswith(f"fingerprint of {ROOT} {index}{wheels}")
 
 
-def test_an_index_without_the_pinned_pytorch_stops(tmp_path, environment):
-    (tmp_path / "empty").mkdir()
-    done = set_up(AQDET_VENV=str(environment), AQDET_TORCH_INDEX=str(tmp_path / "empty"))
+def test_a_folder_decides_which_release_and_its_pytorch_stays(tmp_path, environment):
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    releases = {"torch": "1.2.3+cpu", "torchvision": "0.4.5+cpu"}
+    for name, version in releases.items():
+        write_wheel(folder, name, version)
+    done = set_up(AQDET_VENV=str(environment), AQDET_TORCH_INDEX=str(folder))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())["install"]
+    assert {entry["metadata"]["name"]: entry["metadata"]["version"] for entry in found} == releases
+    constraints = environment / "constraints.txt"
+    lines = constraints.read_text().splitlines()
+    others = [line for line in lines if not line.startswith("torch==")]
+    cuda = ("torch==", "torchvision==", "triton==", "cuda-", "nvidia-")
+    all_lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert others == [line for line in all_lines if not line.startswith(cuda)] and len(all_lines) - len(others) > 15
+    # What the folder gave is pinned, for every later step.
+    assert lines[-1] == "torch==of the environment"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    constrained = [call.partition("--constraint ")[2].split()[0] for call in calls if "--constraint" in call]
+    assert constrained == [str(constraints)] * 4
+
+
+def test_a_folder_without_torchvision_stops_before_anything_is_installed(tmp_path, environment):
+    (tmp_path / "wheels").mkdir()
+    write_wheel(tmp_path / "wheels", "torch", "1.2.3+cpu")
+    done = set_up(AQDET_VENV=str(environment), AQDET_TORCH_INDEX=str(tmp_path / "wheels"))
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"AQDET_TORCH_INDEX={tmp_path / 'wheels'} is a folder without a wheel of torchvision: add the one" in line
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_folder_without_pytorch_stops(tmp_path, environment):
+    (tmp_path / "wheels").mkdir()
+    write_wheel(tmp_path / "wheels", "torchvision", "0.4.5+cpu")
+    done = set_up(AQDET_VENV=str(environment), AQDET_TORCH_INDEX=str(tmp_path / "wheels"))
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].endswith("failed (the message is above); fix it and run this again")
     assert not (environment / ".aqdet-setup").exists()
