@@ -308,6 +308,27 @@ def test_what_is_built_of_another_source(tmp_path: Path, capsys: pytest.CaptureF
     ]
 
 
+def test_a_python_without_extraction_filters_extracts_what_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, _ = make_archive(tmp_path)
+    found = []
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        if name == "old":
+            monkeypatch.delattr(tarfile, "data_filter")
+        root = script.extract(archive, tmp_path / name)
+        assert root == tmp_path / name / "pb1-detectron2-0.6"
+        found.append({path.relative_to(root): path.is_file() and path.read_bytes() for path in root.rglob("*")})
+    assert found[0] == found[1] and len(found[0]) > len(changes.CHANGES) // 2
+    (tmp_path / "evil.txt").write_text("evil")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "evil.txt", arcname="pb1-detectron2-0.6/../../elsewhere.txt")
+    with pytest.raises(script.InstallError, match=r"elsewhere.txt' would be written outside the folder"):
+        script.extract(archive, tmp_path / "old")
+    assert not (tmp_path / "elsewhere.txt").exists()
+
+
 def test_unreachable_or_wrong_sources_are_one_line(
     tmp_path: Path, pip_calls: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:

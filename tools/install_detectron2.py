@@ -120,9 +120,21 @@ def download(folder: Path) -> Path:
 
 
 def extract(archive: Path, folder: Path) -> Path:
-    """Extract the archive below ``folder`` and return its single top folder."""
+    """Extract the archive below ``folder`` and return its single top folder.
+
+    Raises:
+        InstallError: it has several, or, before Python 3.11.4, a file whose place is outside ``folder``.
+    """
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter="data")
+        else:
+            # Python before 3.11.4, as Debian 12 has it, knows no filter: files and folders alone, without links.
+            members = [member for member in tar.getmembers() if member.isfile() or member.isdir()]
+            for member in members:
+                if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+                    raise InstallError(f"{archive.name}: {member.name!r} would be written outside the folder")
+            tar.extractall(folder, members)
     tops = list(folder.iterdir())
     if len(tops) != 1 or not tops[0].is_dir():
         raise InstallError(f"{archive.name}: expected one top folder, found {len(tops)} entries")
