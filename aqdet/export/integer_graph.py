@@ -16,7 +16,7 @@ from .agreement import runtime_session
 INTEGER_KINDS = frozenset(
     (
         "Clip Concat DepthToSpace Gather MaxPool NhwcMaxPool Pad QLinearAdd QLinearConv QLinearLeakyRelu Reshape "
-        "Resize Slice Split Transpose"
+        "Resize Slice SpaceToDepth Split Transpose"
     ).split()
 )
 """Operators of ONNX Runtime that compute on integers in the graphs written here."""

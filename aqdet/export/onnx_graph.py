@@ -4,6 +4,7 @@ The graph is written for ONNX Runtime on x86, which runs it on integers alone:
 
 - activations are uint8 (signed codes with a zero point, as a rule 128), weights int8 with a scale for each
   channel, biases int32; a convolution between DequantizeLinear and QuantizeLinear becomes a ``QLinearConv``;
+- a first convolution with stride 2 reads the image in blocks of 2x2 pixels, see :mod:`~aqdet.export.image_conv`;
 - x86 without VNNI adds two products of uint8 and int8 in int16; where they might exceed it, the weights are a sum of
   smaller ones, and the input is read once for each;
 - a range of fewer than 8 bits is a Clip of the uint8 tensor after QuantizeLinear. A Clip in float before it would
@@ -27,6 +28,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from .image_conv import BLOCK, of_blocks, reads_blocks
 from .int8_weights import int8_parts
 from .packed_weights import packed_bits, write_weight
 from .program import IMAGE, Add, Conv, Grid, PadImage, Program, Requantize
@@ -162,6 +164,10 @@ class GraphBuilder(ProgramWriter):
     def conv(self, operation: Conv) -> None:
         """Adds a convolution whose output is quantized."""
         name = operation.output
+        if reads_blocks(operation, self.program):
+            blocks = self.node("SpaceToDepth", [operation.input], f"{name}.blocks", blocksize=BLOCK)
+            self.grids[blocks] = self.grids[operation.input]
+            operation = of_blocks(operation, blocks)
         source, weight = self.copies(operation)
         unit = np.float32(self.grids[source].scale) * operation.scale
         bias = self.constant(f"{name}.bias", operation.bias, np.int32)

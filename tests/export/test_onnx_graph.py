@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from programs import LSQPLUS, image, make_conv, shared
 
 from aqdet.export.agreement import runtime_session
+from aqdet.export.image_conv import of_blocks
 from aqdet.export.integer_graph import check_integer
 from aqdet.export.onnx_graph import build_onnx
 from aqdet.export.program import IMAGE, Grid, Output, Program
@@ -113,26 +114,45 @@ def test_the_graph_says_what_it_is():
     ]
 
 
+def copies_in(graph):
+    """The node that repeats the input of a convolution for its int8 parts."""
+    return next(node for node in graph.node if node.op_type == "Concat" and "copies" in node.output[0])
+
+
 def test_dorefa_at_8_bits_reads_its_input_four_times():
     _, program = shared(*DOREFA)
     stem = next(program.convs())
     assert np.abs(stem.weight).max() == 255 and (stem.weight % 2 == 1).all()
     graph = build_onnx(program)
-    concat = next(node for node in graph.graph.node if node.op_type == "Concat" and "copies" in node.output[0])
-    assert list(concat.input) == [stem.input] * 4
+    assert list(copies_in(graph.graph).input) == [f"{stem.output}.blocks"] * 4
     check_integer(graph)
 
 
-def test_the_image_is_read_in_channels_by_four():
+def test_the_image_is_read_in_blocks():
     _, program = shared()
     stem = next(program.convs())
     graph = build_onnx(program).graph
-    concat = next(node for node in graph.node if node.op_type == "Concat" and "copies" in node.output[0])
-    assert list(concat.input) == [stem.input, stem.input, f"{stem.output}.copies_rest"]
+    blocks = next(node for node in graph.node if node.op_type == "SpaceToDepth")
+    assert (list(blocks.input), list(blocks.output)) == ([stem.input], [f"{stem.output}.blocks"])
+    assert list(copies_in(graph).input) == [f"{stem.output}.blocks"] * 2
     weight = next(t for t in graph.initializer if t.name == f"{stem.path}.weight")
-    parts = np.split(numpy_helper.to_array(weight).astype(np.int32), [3, 6], axis=1)
+    parts = np.split(numpy_helper.to_array(weight).astype(np.int32), 2, axis=1)
+    np.testing.assert_array_equal(parts[0] + parts[1], of_blocks(stem, "blocks").integer_weight)
+
+
+def test_an_image_that_is_not_read_in_blocks_is_read_in_channels_by_four():
+    weight = np.random.default_rng(0).integers(-128, 128, (5, 3, 3, 3))
+    conv = dataclasses.replace(make_conv(weight, padding=(1, 1)), input=IMAGE, weight_bits=8)
+    program = Program(Grid(1.0, 0, 255), (conv,), (), 32, pyramid=("y",))
+    model = build_onnx(program)
+    assert list(copies_in(model.graph).input) == [IMAGE, IMAGE, "y.copies_rest"]
+    stored = next(t for t in model.graph.initializer if t.name == "conv.weight")
+    parts = np.split(numpy_helper.to_array(stored).astype(np.int32), [3, 6], axis=1)
     assert parts[2].shape[1] == 2 and not parts[2].any()
-    np.testing.assert_array_equal(parts[0] + parts[1], stem.integer_weight)
+    np.testing.assert_array_equal(parts[0] + parts[1], weight)
+    batch = image(32, 64)
+    (found,) = runtime_session(model, optimize=True).run(["y"], {"image": batch})
+    np.testing.assert_array_equal(found, run(program, batch)["y"])
 
 
 def test_a_float_operation_after_sizes_is_still_named():
