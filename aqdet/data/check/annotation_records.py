@@ -19,6 +19,8 @@ __all__ = ["AnnotationRecords"]
 ROUNDING = 1e-3
 EDGE = 1.0
 THIN = 1.0
+# Number of boxes from which on all together say whether they are corners or sizes.
+FEW = 4
 
 
 class AnnotationRecords:
@@ -45,7 +47,9 @@ class AnnotationRecords:
         self._refused: set[int | str] = set()
         self._next_id = 1
         self._objects: set[tuple[Any, ...]] = set()
+        # Boxes with an area, those that end before they start, and the sizes of their images.
         self._raw_boxes: list[tuple[list[float], tuple[int, int]]] = []
+        self._negative_boxes: list[tuple[list[float], tuple[int, int] | None]] = []
 
     def check(self) -> list[dict[str, Any]]:
         """Checks all annotations; returns the usable ones."""
@@ -175,6 +179,7 @@ class AnnotationRecords:
         x, y, width, height = box
         if width < 0 or height < 0:
             add("box-negative", *place, "bbox", value)
+            self._negative_boxes.append((box, size))
             return None
         if width == 0 or height == 0:
             add("box-empty", *place, "bbox", value)
@@ -218,16 +223,27 @@ class AnnotationRecords:
         self._objects.add(known)
 
     def check_whole(self) -> None:
-        """Adds findings that only all boxes together show: other units, or corners in place of sizes."""
+        """Adds findings that only all boxes together show: other units, or sizes and corners in each other's place."""
         boxes = self._raw_boxes
-        if not boxes or self.source.format != "coco":
+        if self.source.normalised:
             return
         file = self.source.file
-        if all(max(box) <= 1 for box, _ in boxes):
+        # VOC's boxes start a pixel further left and above, and end where the file says.
+        if boxes and all(max(box) <= 1 or max(box[0] + box[2], box[1] + box[3]) <= 1 for box, _ in boxes):
             self.report.add("boxes-normalised", file, value=f"{len(boxes)} boxes, e.g. {boxes[0][0]}")
-        as_corners = all(w > x and h > y and w <= side_x and h <= side_y for (x, y, w, h), (side_x, side_y) in boxes)
-        over = sum(x + w > side_x + EDGE or y + h > side_y + EDGE for (x, y, w, h), (side_x, side_y) in boxes)
-        if as_corners and len(boxes) >= 4 and over * 4 >= len(boxes):
-            self.report.add(
-                "boxes-corners", file, value=f"{over} of {len(boxes)} boxes reach outside, and all fit as corners"
+        elif self.source.states_sides:
+            over = sum(x + w > side_x + EDGE or y + h > side_y + EDGE for (x, y, w, h), (side_x, side_y) in boxes)
+            fit = all(w > x and h > y and w <= side_x and h <= side_y for (x, y, w, h), (side_x, side_y) in boxes)
+            if fit and len(boxes) >= FEW and over * 4 >= len(boxes):
+                value = f"{over} of {len(boxes)} boxes reach outside, and all fit as corners"
+                self.report.add("boxes-corners", file, value=value)
+        else:
+            negatives = [(box, size) for box, size in self._negative_boxes if size is not None]
+            every, negative = boxes + negatives, len(negatives)
+            fit = all(
+                x + w >= 0 and y + h >= 0 and 2 * x + w <= side_x + EDGE and 2 * y + h <= side_y + EDGE
+                for (x, y, w, h), (side_x, side_y) in every
             )
+            if fit and len(every) >= FEW and negative * 4 >= len(every):
+                value = f"{negative} of {len(every)} boxes end before they start, and all fit as x, y, width, height"
+                self.report.add("boxes-sides", file, value=value)

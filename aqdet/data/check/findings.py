@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
         box_not_finite="a box with NaN or infinity in it",
         boxes_normalised="all boxes lie within 0 and 1: pixels are needed",
         boxes_corners="boxes seem to be x1, y1, x2, y2: x, y, width, height is needed",
+        boxes_sides="boxes seem to be x, y, width, height: x1, y1, x2, y2 is needed",
         object_malformed="an object without a class, or without numbers that give its box",
         label_line="a YOLO line that is neither class cx cy w h nor class x1 y1 x2 y2 x3 y3 ...",
         label_not_normalised="a YOLO line with a number outside 0 to 1: pixels, or another format",

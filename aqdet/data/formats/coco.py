@@ -26,7 +26,7 @@ def read_coco(declaration: Declaration, report: Report) -> Source:
         the records, as they are in the file.
     """
     json_file = declaration.file
-    source = Source("coco", json_file, declaration.image_root, inputs={json_file})
+    source = Source("coco", json_file, declaration.image_root, inputs={json_file}, states_sides=True)
     content = read_json(json_file, report)
     if content is None:
         return source

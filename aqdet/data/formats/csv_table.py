@@ -77,6 +77,7 @@ def read_csv(declaration: Declaration, report: Report) -> Source:
         return collector.finish()
     source.states_sizes = "width" in columns and "height" in columns
     reader = _Reader(collector, columns, path, decimal_comma=separator != ",")
+    source.states_sides = not reader.is_corners
     for line, row in rows:
         reader.read((path, f"line {line}"), row)
     return collector.finish()

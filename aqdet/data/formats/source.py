@@ -26,6 +26,7 @@ class Source:
         inputs: files and folders that were read, for the cache's fingerprint.
         normalised: whether boxes are relative to the size of the image.
         states_sizes: whether the format states the sizes of images, so that a missing one is a fault.
+        states_sides: whether the files give boxes as x, y, width, height, and not by two corners.
     """
 
     format: str
@@ -41,3 +42,4 @@ class Source:
     inputs: set[str] = dataclasses.field(default_factory=set)
     normalised: bool = False
     states_sizes: bool = True
+    states_sides: bool = False

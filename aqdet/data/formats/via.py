@@ -44,7 +44,7 @@ def read_via(declaration: Declaration, report: Report) -> Source:
         the records.
     """
     path = declaration.file
-    source = Source("via", path, declaration.image_root, inputs={path}, states_sizes=False)
+    source = Source("via", path, declaration.image_root, inputs={path}, states_sizes=False, states_sides=True)
     collector = Collector(source, report, declaration)
     content = _read(path, report)
     if content is None:

@@ -532,3 +532,40 @@ def test_what_the_reader_does_with_modes_is_what_is_documented(tmp_path):
     # Why grey of 16 bits is refused: all above 255 is white.
     cv2.imwrite(str(tmp_path / "g.png"), np.full((2, 2), 0x1234, np.uint16))
     assert (read_image(str(tmp_path / "g.png"), "RGB") == 255).all()
+
+
+# name: (four corners of a box of 64x48, whether the table's columns are x, y, w, h, findings)
+UNITS = {
+    "shares, by corners": ((0.1, 0.2, 0.5, 0.9), False, {"boxes-normalised": 1, "box-thin": 4}),
+    "shares, by sides": ((0.1, 0.2, 0.4, 0.7), True, {"boxes-normalised": 1, "box-thin": 4}),
+    "corners as sides": ((20, 20, 60, 40), True, {"boxes-corners": 1, "box-clipped": 4}),
+    "sides as corners": ((20, 20, 10, 12), False, {"boxes-sides": 1, "box-negative": 4, "no-boxes": 1}),
+    "an end before the start that is no side": ((60, 40, 20, 20), False, {"box-negative": 4, "no-boxes": 1}),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_other_units_of_boxes_are_told_in_every_format(tmp_path, name):
+    numbers, sides, expected = UNITS[name]
+    healthy(tmp_path)
+    columns = "x,y,w,h" if sides else "xmin,ymin,xmax,ymax"
+    rows = [f"{index}.png,cat,{','.join(map(str, numbers))}" for index in range(4)]
+    (tmp_path / "a.csv").write_text("\n".join([f"filename,class,{columns}", *rows]))
+    declaration = Declaration("mine", "csv", str(tmp_path / "a.csv"), str(tmp_path / "images"))
+    report, *_ = check_declaration(declaration, pixels=True)
+    quiet = ("image-without-boxes", "class-without-boxes")
+    assert {kind: count for kind, count in report.counts.items() if kind not in quiet} == expected
+    assert report.refused(strict=False) == sum(kind.startswith("boxes-") for kind in expected)
+
+
+def test_boxes_of_voc_in_shares_are_told(tmp_path):
+    healthy(tmp_path)
+    for index in range(4):
+        box = "<xmin>0.1</xmin><ymin>0.1</ymin><xmax>0.5</xmax><ymax>0.9</ymax>"
+        (tmp_path / f"images/{index}.xml").write_text(
+            f"<annotation><size><width>64</width><height>48</height></size>"
+            f"<object><name>cat</name><bndbox>{box}</bndbox></object></annotation>"
+        )
+    declaration = Declaration("mine", "voc", str(tmp_path / "images"), str(tmp_path / "images"))
+    report, *_ = check_declaration(declaration, pixels=True)
+    assert report.counts == {"boxes-normalised": 1, "box-thin": 4, "box-edge": 4}
