@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
 
 from .config_files import read_config_file
+from .utils.plain_yaml import load_yaml
 
 
 def add_aqdet_config(cfg: CfgNode) -> None:
@@ -262,6 +263,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         try:
             _check_sections(cfg, content)
             cfg = _merged(cfg, CfgNode(content), path)
+            _check_values_given(cfg)
         except (KeyError, AssertionError, ValueError) as error:
             raise ValueError(f"{path}: {_explained(cfg, error)}") from error
     if len(overrides) % 2:
@@ -270,6 +272,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         for key in overrides[::2]:
             _check_override(cfg, key)
         cfg.merge_from_list(_with_lists(overrides))
+        _check_values_given(cfg)
     except (KeyError, AssertionError, ValueError) as error:
         raise ValueError(f"override: {_explained(cfg, error)}") from error
     return cfg
@@ -286,7 +289,7 @@ def _with_lists(overrides: Sequence[str]) -> list[Any]:
             ast.literal_eval(value)
         except (ValueError, SyntaxError):
             try:
-                values[index + 1] = yaml.safe_load(value)
+                values[index + 1] = load_yaml(value)
             except yaml.YAMLError as error:
                 raise ValueError(
                     f"{key} must be a list of entries, got {value!r}: {' '.join(str(error).split())}"
@@ -317,6 +320,15 @@ def _check_sections(cfg: CfgNode, content: Mapping[str, Any], prefix: str = "") 
         if not isinstance(value, Mapping):
             raise ValueError(f"{prefix}{key} is a section: write KEY: VALUE below it, got {value!r}")
         _check_sections(section, value, f"{prefix}{key}.")
+
+
+def _check_values_given(cfg: CfgNode) -> None:
+    """Checks that no key is None whose default is a value; yacs takes None for a value of any type."""
+    defaults = get_cfg()
+    add_aqdet_config(defaults)
+    for (key, default), (_, value) in zip(flatten(defaults), flatten(cfg), strict=True):
+        if value is None and default is not None:
+            raise ValueError(f"{key} needs a value, got none: leave the key out for the default, {default!r}")
 
 
 def _check_override(cfg: CfgNode, name: str) -> None:
@@ -353,7 +365,8 @@ def _explained(cfg: CfgNode, error: Exception) -> str:
     if key is not None:
         known = (name.split(".") for name, _ in flatten(cfg))
         names = dict.fromkeys(".".join(parts[:end]) for parts in known for end in range(1, len(parts) + 1))
-        close = difflib.get_close_matches(key[1], list(names), 3)
+        close = [name for name in names if name.lower() == key[1].lower()]
+        close = close or difflib.get_close_matches(key[1], list(names), 3)
         return text + (f"; did you mean {' or '.join(close)}?" if close else "")
     if "<class 'float'> vs. <class 'int'>" in text:
         return f"{' '.join(text.split())}; write the number with a decimal point, as 2.0"

@@ -16,13 +16,14 @@ from fvcore.common.config import BASE_KEY
 
 from .utils.arithmetic import evaluate
 from .utils.configs import shipped_configs
+from .utils.plain_yaml import PlainLoader
 
 EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _REMOTE = ("http://", "https://")
 
 
-class _ConfigLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also computes the arithmetic in Detectron2's own files."""
+class _ConfigLoader(PlainLoader):
+    """Loader of plain YAML, which also computes the arithmetic in Detectron2's own files."""
 
 
 def _construct_arithmetic(loader: _ConfigLoader, node: yaml.Node) -> Any:
@@ -130,6 +131,11 @@ def _load(path: str, text: str) -> Any:
 
 
 def _parse(path: str) -> dict[str, Any]:
+    if path.endswith(".py"):
+        raise ValueError(
+            f"{path}: a LazyConfig is Python, which this does not run: give a YAML file, or start it by a script of "
+            "your own (configs/README.md)"
+        )
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
             content = copy.deepcopy(_load(path, file.read()))

@@ -233,3 +233,48 @@ def test_an_image_as_config_is_one_line(tmp_path):
     Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "c.jpg")
     with pytest.raises(ValueError, match=r"c.jpg: not valid YAML, it is no text in UTF-8$"):
         load_config(tmp_path / "c.jpg")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("MODEL: {DEVICE: cpu}\nSEED: 1\nMODEL: {MASK_ON: True}\n", "MODEL is there twice, in lines 1 and 3"),
+        ("SOLVER:\n  BASE_LR: 0.1\n  MAX_ITER: 5\n  BASE_LR: 0.2\n", "BASE_LR is there twice, in lines 2 and 4"),
+        ("SOLVER: {MAX_ITER: 5, MAX_ITER: 6}\n", "MAX_ITER is there twice, in line 1"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert str(error.value) == f"{tmp_path / 'c.yaml'}: not valid YAML: {words}: keep one, with all below it"
+
+
+def test_keys_of_different_sections_and_yamls_merge_are_no_repetition(tmp_path):
+    (tmp_path / "c.yaml").write_text("MODEL: {FPN: &a {NORM: BN}, RETINANET: {<<: *a, NUM_CONVS: 2}}\nSEED: 3\n")
+    cfg = load_config(tmp_path / "c.yaml")
+    assert (cfg.MODEL.FPN.NORM, cfg.MODEL.RETINANET.NORM, cfg.MODEL.RETINANET.NUM_CONVS) == ("BN", "BN", 2)
+
+
+@pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "OUTPUT_DIR", "SOLVER.MAX_ITER", "DATASETS.TRAIN"])
+def test_none_is_no_value(tmp_path, key):
+    words = f"{key} needs a value, got none: leave the key out for the default, "
+    with pytest.raises(ValueError) as error:
+        load_config("", [key, "None"])
+    assert str(error.value).startswith(f"override: {words}")
+    content = None
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: {words}")
+    assert load_config("", ["SOLVER.WEIGHT_DECAY_BIAS", "None"]).SOLVER.WEIGHT_DECAY_BIAS is None
+
+
+def test_the_way_out_of_a_lazy_config_and_of_another_case(tmp_path):
+    (tmp_path / "c.py").write_text("model = 1\n")
+    with pytest.raises(ValueError, match=r"c.py: a LazyConfig is Python, which this does not run: give a YAML file"):
+        load_config(tmp_path / "c.py")
+    with pytest.raises(ValueError, match=r"did you mean SOLVER.MAX_ITER\?$"):
+        load_config("", ["solver.max_iter", "3"])
