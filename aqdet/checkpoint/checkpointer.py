@@ -208,6 +208,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 "holds only arrays, as a model zoo's do"
             )
         path = local_path_of(path)
+        if os.path.isdir(path):
+            raise ValueError(f"checkpoint {self._path!r} is a folder: name a file in it (MODEL.WEIGHTS)")
         if path and not os.path.isfile(path):
             raise FileNotFoundError(
                 f"checkpoint {self._path!r} does not exist (MODEL.WEIGHTS, or what --resume continues from)"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +20,7 @@ from ..modeling.meta_arch.rcnn import QuantGeneralizedRCNN, check_two_stage
 
 logger = logging.getLogger(__name__)
 
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 DENSE = ("RETINANET", "FCOS")
 # Names that Detectron2 0.6 and main both know.
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -46,10 +49,8 @@ def check_config(cfg: CfgNode) -> None:
     """
     _check_numbers(cfg)
     _check_test(cfg)
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ValueError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}") from error
+    if re.fullmatch(r"cpu|cuda(:\d+)?", cfg.MODEL.DEVICE) is None:
+        raise ValueError(f"MODEL.DEVICE must be cpu, cuda or cuda:N, got {cfg.MODEL.DEVICE!r}")
     for key, value, registry in (
         ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
         ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
@@ -57,8 +58,14 @@ def check_config(cfg: CfgNode) -> None:
         if value not in registry:
             names = ", ".join(sorted(name for name, _ in registry))
             raise ValueError(f"{key} must be one of {names}, got {value!r}")
+    if cfg.SOLVER.LR_SCHEDULER_NAME not in SCHEDULERS:
+        raise ValueError(
+            f"SOLVER.LR_SCHEDULER_NAME must be one of {', '.join(SCHEDULERS)}, got {cfg.SOLVER.LR_SCHEDULER_NAME!r}"
+        )
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     check_architecture(cfg)
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise ValueError(f"INPUT.FORMAT must be BGR or RGB, got {cfg.INPUT.FORMAT!r}")
     if issubclass(architecture, QuantGeneralizedRCNN):
         check_two_stage(cfg)
     elif not issubclass(architecture, LowPrecisionDense):
@@ -123,6 +130,25 @@ def _check_numbers(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.MAX_ITER must not be negative, got {cfg.SOLVER.MAX_ITER} (0 calibrates and evaluates)"
         )
+    solver, sizes = cfg.SOLVER, cfg.INPUT
+    for key, number, low in (
+        ("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, 1),
+        ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, 1),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+        # A size of 0 leaves the image as it is.
+        *(("INPUT.MIN_SIZE_TRAIN", size, 0) for size in sizes.MIN_SIZE_TRAIN),
+        ("INPUT.MAX_SIZE_TRAIN", sizes.MAX_SIZE_TRAIN, 1),
+        ("INPUT.MIN_SIZE_TEST", sizes.MIN_SIZE_TEST, 0),
+        ("INPUT.MAX_SIZE_TEST", sizes.MAX_SIZE_TEST, 1),
+    ):
+        if number < low:
+            raise ValueError(f"{key} must be at least {low}, got {number}")
+    if not sizes.MIN_SIZE_TRAIN:
+        raise ValueError("INPUT.MIN_SIZE_TRAIN must have a size, got ()")
+    if not 0 <= solver.BASE_LR < math.inf:
+        raise ValueError(f"SOLVER.BASE_LR must be a number of at least 0, got {solver.BASE_LR}")
+    if cfg.SEED >= 2**32:
+        raise ValueError(f"SEED must be below 2 ** 32, got {cfg.SEED}; a negative one draws another each time")
     model = cfg.MODEL
     if not 0 <= model.BACKBONE.FREEZE_AT <= 5:
         raise ValueError(

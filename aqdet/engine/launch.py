@@ -22,8 +22,13 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     Under torchrun ``main`` calls :func:`join_process_group` when it knows the device.
 
     Raises:
-        ValueError: If ``--num-gpus`` asks for more GPUs than there are.
+        ValueError: If ``--num-gpus`` asks for more GPUs than there are, or one of the numbers is out of range.
     """
+    if args.num_gpus < 0 or not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--num-gpus must not be negative, and --machine-rank be from 0 to below --num-machines, got "
+            f"{args.num_gpus}, {args.machine_rank} and {args.num_machines}"
+        )
     if dist.is_torchelastic_launched():
         if args.num_gpus * args.num_machines > 1:
             raise ValueError("--num-gpus and --num-machines are Detectron2's: under torchrun give --nproc_per_node")

@@ -46,6 +46,8 @@ def check_output_dir(folder: str, *, train: bool) -> None:
 
 
 def _problem_of(folder: str, train: bool) -> str:
+    if not folder:
+        return "OUTPUT_DIR is empty: name a folder"
     existing = os.path.abspath(folder)
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)

@@ -54,6 +54,8 @@ def test_code_is_refused(folder):
     assert not (folder / "harmed").exists()
     with pytest.raises(FileNotFoundError, match="'none.pth' does not exist"):
         AqdetCheckpointer(torch.nn.Linear(1, 1)).load("none.pth")
+    with pytest.raises(ValueError, match=r"'\.' is a folder: name a file in it \(MODEL.WEIGHTS\)$"):
+        AqdetCheckpointer(torch.nn.Linear(1, 1)).load(".")
 
 
 def test_a_model_zoo_pickle_loads(folder):

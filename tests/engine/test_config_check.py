@@ -34,6 +34,11 @@ def test_what_the_machine_lacks_is_replaced_and_said(monkeypatch, caplog):
         ("MODEL.FPN.NORM", "bn", "SyncBN"),
         ("MODEL.AUX.NORM", "Batch", "SyncBN"),
         ("MODEL.DEVICE", "gpu", "cuda"),
+        ("MODEL.DEVICE", "mps", "cuda"),
+        ("MODEL.DEVICE", "cuda:x", "cuda"),
+        ("INPUT.FORMAT", "GRAY", "BGR"),
+        ("INPUT.FORMAT", "RGBA", "BGR"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Cosine", "WarmupCosineLR"),
     ],
 )
 def test_wrong_names_list_the_valid_ones(key, value, valid):
@@ -69,6 +74,17 @@ def test_wrong_names_list_the_valid_ones(key, value, valid):
         ("TEST.DETECTIONS_PER_IMAGE", "-1", "at least 1, got -1"),
         ("TEST.AUG.ENABLED", "True", "test-time augmentation is not done"),
         ("MODEL.QUANT.PACT_ALPHA_DECAY", "-1.0", "must not be negative"),
+        ("SOLVER.IMS_PER_BATCH", "0", "at least 1, got 0"),
+        ("SOLVER.CHECKPOINT_PERIOD", "0", "at least 1, got 0"),
+        ("SOLVER.BASE_LR", "-0.1", "of at least 0, got -0.1"),
+        ("SOLVER.BASE_LR", "1e999", "of at least 0, got inf"),
+        ("DATALOADER.NUM_WORKERS", "-1", "at least 0, got -1"),
+        ("INPUT.MIN_SIZE_TRAIN", "(64, -1)", "at least 0, got -1"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", "have a size, got ()"),
+        ("INPUT.MAX_SIZE_TRAIN", "0", "at least 1, got 0"),
+        ("INPUT.MIN_SIZE_TEST", "-1", "at least 0, got -1"),
+        ("INPUT.MAX_SIZE_TEST", "0", "at least 1, got 0"),
+        ("SEED", str(2**32), "below 2 ** 32"),
     ],
 )
 def test_values_that_no_model_can_be_built_or_trained_with_are_refused_by_their_key(key, value, named):

@@ -20,7 +20,7 @@ def torchrun(monkeypatch):
 
 
 def arguments(**values):
-    return argparse.Namespace(**{"num_gpus": 1, "num_machines": 1, **values})
+    return argparse.Namespace(**{"num_gpus": 1, "num_machines": 1, "machine_rank": 0, **values})
 
 
 def test_the_command_that_continues(monkeypatch):
@@ -71,3 +71,9 @@ def test_one_gpu_for_all_processes(torchrun):
 def test_without_torchrun_there_is_no_group_to_join():
     join_process_group("cpu")
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("values", [{"num_gpus": -1}, {"num_machines": 0}, {"num_machines": 2, "machine_rank": 2}])
+def test_numbers_out_of_range_are_refused(values):
+    with pytest.raises(ValueError, match="^--num-gpus must not be negative, and --machine-rank be from 0 to below"):
+        launch(lambda args: pytest.fail("it is called"), arguments(**values))

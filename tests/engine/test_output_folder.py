@@ -108,6 +108,8 @@ def test_a_folder_that_cannot_be_is_said_and_nothing_made(tmp_path):
         check_output_dir(str(tmp_path / "file" / "out"), train=True)
     check_output_dir(str(tmp_path / "new" / "out"), train=True)
     assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(ValueError, match="^OUTPUT_DIR is empty: name a folder$"):
+        check_output_dir("", train=True)
 
 
 def test_the_config_of_an_earlier_training_is_kept(tmp_path):
