@@ -25,11 +25,12 @@ from aqdet.data.check.findings import Report, reports_as_json
 from aqdet.data.check.records import find_shared_images
 from aqdet.data.declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
 from aqdet.data.formats import FORMATS
-from aqdet.data.formats.guess import guess_entry
-from aqdet.data.formats.yolo import SPLITS, named_splits
+from aqdet.data.formats.guess import file_of, guess_entries
+from aqdet.data.formats.yolo import SPLITS, is_list_of_names, named_splits
 from aqdet.utils.arguments import file_to_write, integer
 from aqdet.utils.console import run_console
 from aqdet.utils.files import write_json, write_text
+from aqdet.utils.plain_yaml import load_yaml
 
 EXAMPLES = """
 examples:
@@ -72,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--config-file", metavar="FILE", help="check all of DATASETS.DECLARED and IMAGE_FOLDERS")
     what.add_argument("--coco-json", nargs="+", metavar="FILE", help="COCO annotation files")
     what.add_argument("--voc", metavar="DIR", help="folder of Pascal VOC, or of images and XML as labelImg writes them")
-    what.add_argument("--yolo", metavar="FILE", help="data.yaml")
+    what.add_argument("--yolo", metavar="FILE", help="data.yaml or classes.txt")
     what.add_argument("--image-folders", nargs="+", metavar="DIR", help="each with a folder of images for each class")
     what.add_argument(
         "--dataset",
@@ -152,7 +153,11 @@ def datasets(args: argparse.Namespace) -> tuple[list[Declaration], bool, Any]:
 def entries_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns entries in the form of DATASETS.DECLARED for the datasets on the command line."""
     if args.dataset:
-        return [entry_of(text, index, args.image_root or "") for index, text in enumerate(args.dataset)]
+        return [
+            entry
+            for index, text in enumerate(args.dataset)
+            for entry in entries_of_dataset(text, index, args.image_root or "")
+        ]
     if args.coco_json:
         if not args.image_root:
             raise ValueError("--coco-json needs --image-root")
@@ -171,7 +176,8 @@ def entries_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
     root = {"image_root": args.image_root} if args.image_root else {}
     named = named_splits(args.yolo) if os.path.isfile(args.yolo) else []
-    return parts({"format": "yolo", "yaml": args.yolo, **root}, args, args.yolo, named or SPLITS[:1])
+    splits = named or ([] if is_list_of_names(args.yolo) else SPLITS[:1])
+    return parts({"format": "yolo", "yaml": args.yolo, **root}, args, args.yolo, splits)
 
 
 def parts(
@@ -195,21 +201,23 @@ def share_of(text: str) -> str | float:
         return text
 
 
-def entry_of(text: str, index: int, images: str) -> dict[str, Any]:
-    """Returns an entry that is written as in a config, or the entry of a file or folder; the place is its name."""
+def entries_of_dataset(text: str, index: int, images: str) -> list[dict[str, Any]]:
+    """Returns an entry that is written as in a config, or the entries of a file or folder; the place is their name."""
     example = next(iter(FORMATS.values())).example
     wanted = f"--dataset must be an entry as {example}, or a file or folder that exists, got {text!r}"
     if not text.lstrip().startswith("{"):
         if not os.path.exists(text):
             raise ValueError(wanted)
-        return {"name": text, **guess_entry(text, images)}
+        found = guess_entries(text, images)
+        names = [text] if len(found) == 1 else [file_of(entry) for entry in found]
+        return [{"name": name, **entry} for name, entry in zip(names, found, strict=True)]
     try:
-        entry = yaml.safe_load(text)
+        entry = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--dataset {text!r} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entry, dict):
         raise ValueError(wanted)
-    return {"name": f"dataset{index}", **entry}
+    return [{"name": f"dataset{index}", **entry}]
 
 
 def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, Any]]], strict: bool) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .check.images import is_junk
+from ..utils.files import is_junk
 from .share import Share
 
 if TYPE_CHECKING:

@@ -19,6 +19,9 @@ from typing import IO, Any
 IMAGE_ENDINGS = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Endings, in lower case, of the names of image files that OpenCV or Pillow reads."""
 
+_JUNK_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
+_JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+
 StrPath = str | os.PathLike[str]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,6 +30,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def is_image(path: StrPath) -> bool:
     """Returns whether the name of a file has the ending of an image, in upper or lower case."""
     return Path(path).suffix.lower() in IMAGE_ENDINGS
+
+
+def is_junk(name: str) -> bool:
+    """Returns whether a file or folder is left behind by a system or a tool: hidden, ``Thumbs.db``, a cache."""
+    lower = os.path.basename(name).lower()
+    return lower.startswith(".") or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
 
 
 @contextlib.contextmanager

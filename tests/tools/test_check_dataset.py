@@ -263,3 +263,19 @@ def test_advice_where_a_config_is_given(run, tmp_path):
     (advice,) = json.loads((tmp_path / "report.json").read_text())["advice"]
     assert advice.startswith(line)
     assert "advice:" not in run("--coco-json", entry["json"], "--image-root", entry["image_root"])[1]
+
+
+def test_a_folder_with_several_files_of_annotations_is_checked_as_a_whole(run, tmp_path):
+    for split in ("train", "valid"):
+        write_dataset(tmp_path / "d" / split, split)
+    status, printed = run("--dataset", tmp_path / "d")
+    assert status == 0 and "image-in-two-sets: 4" in printed
+    assert all(f"{tmp_path}/d/{split}/{split}.json: 4 images" in printed for split in ("train", "valid"))
+
+
+def test_yolo_with_a_list_of_names(run, tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "classes.txt").write_text("disc\ncross\n")
+    status, printed = run("--yolo", tmp_path / "classes.txt", "--output", tmp_path / "mine.json")
+    assert status == 0 and "2 images, 0 of them without boxes, 3 boxes" in printed
+    assert len(COCO(str(tmp_path / "mine.json")).anns) == 3

@@ -45,6 +45,12 @@ class AnnotationRecords:
         self.of_class: collections.Counter[int] = collections.Counter()
         self._ids: set[int] = {0}
         self._refused: set[int | str] = set()
+        # A name that is a number could be an id.
+        self._ids_of_names = {
+            name.strip(): key
+            for key, name in source.categories.items()
+            if source.format in ("coco", "yolo") and whole_number(name) is None
+        }
         self._next_id = 1
         self._objects: set[tuple[Any, ...]] = set()
         # Boxes with an area, those that end before they start, and the sizes of their images.
@@ -106,6 +112,9 @@ class AnnotationRecords:
         if isinstance(value, int | float | str) and (value in refused or whole_number(value) in refused):
             # The category was refused, which is a finding already.
             return None
+        if isinstance(value, str) and value.strip() in self._ids_of_names:
+            self.report.add("class-type", *place, "category_id", value)
+            return self._ids_of_names[value.strip()]
         category = integer_of(self.report, place, "category_id", value, "class-unknown", "class-type")
         if category is not None and category not in self.source.categories:
             self.report.add("class-unknown", *place, "category_id", category)

@@ -16,21 +16,14 @@ import unicodedata
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 
+from ...utils.files import IMAGE_ENDINGS, is_image, is_junk
 from .findings import Report
 
-__all__ = ["ImageFolder", "is_junk", "without_junk"]
+__all__ = ["ImageFolder", "without_junk"]
 
-_JUNK_NAMES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
-_JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 # The digits that Label Studio puts in front of the name of an uploaded file.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
 _SHOWN_CANDIDATES = 3
-
-
-def is_junk(name: str) -> bool:
-    """Returns whether a file or folder is left behind by a system or a tool: hidden, ``Thumbs.db``, a cache."""
-    lower = os.path.basename(name).lower()
-    return lower.startswith(".") or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
 
 
 def without_junk(folder: str, names: Iterable[str], report: Report) -> list[str]:
@@ -73,6 +66,10 @@ class ImageFolder:
         taken = {os.path.normpath(name) for name, kind in found if kind in ("", "image-path")}
         only: dict[int, str] = {}
         for index in lost:
+            with_ending = self._with_ending(names[index])
+            if len(with_ending) == 1 and with_ending[0] not in taken:
+                only[index] = with_ending[0]
+                continue
             is_meant, candidates = self._elsewhere(names[index])
             free = [candidate for candidate in candidates if candidate not in taken]
             if is_meant and len(candidates) == len(free) == 1:
@@ -104,7 +101,8 @@ class ImageFolder:
         if "\0" in name or re.match(r"[A-Za-z]:[\\/]", name):
             return name, "image-outside"
         slashed = name.replace("\\", "/")
-        forms = [name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))]
+        stripped = slashed.strip()
+        forms = [name, slashed, stripped, *(unicodedata.normalize(form, stripped) for form in ("NFC", "NFD"))]
         outside = False
         for form in dict.fromkeys(forms):
             relative = self._relative(form)
@@ -171,8 +169,24 @@ class ImageFolder:
         if folder not in self._listings:
             inside = os.path.isdir(folder) and self.contains(folder)
             self._listings[folder] = {entry.lower(): entry for entry in os.listdir(folder)} if inside else {}
-        near = near or self._listings[folder].get(os.path.basename(name).lower())
+        there = self._listings[folder]
+        near = near or there.get(os.path.basename(name).lower())
+        if near is None and is_image(name):
+            stem = os.path.splitext(os.path.basename(name))[0].lower()
+            near = next((there[other] for ending in IMAGE_ENDINGS if (other := f"{stem}{ending}") in there), None)
         return f"{name} (there is {near})" if near else name
+
+    def _with_ending(self, name: str) -> list[str]:
+        """Returns the image files that a name without an image's ending means: the name with one behind it."""
+        slashed = name.replace("\\", "/").strip()
+        relative = None if "\0" in slashed or is_image(slashed) else self._relative(slashed)
+        if not relative:
+            return []
+        names = [f"{relative}{form}" for ending in IMAGE_ENDINGS for form in (ending, ending.upper())]
+        modes = ((name, self._mode(name)) for name in names)
+        return [
+            name for name, mode in modes if mode is not None and stat.S_ISREG(mode) and self._is_inside(name, False)
+        ]
 
     def _elsewhere(self, name: str) -> tuple[bool, list[str]]:
         """Returns the files that a missing name may mean, and whether one of them is certainly meant."""

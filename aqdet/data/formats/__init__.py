@@ -139,7 +139,9 @@ FORMATS: dict[str, Format] = {
             "yolo",
             read_yolo,
             "yaml",
-            layout="a data.yaml, and for each image of images/ a text file in labels/",
+            layout=(
+                "a data.yaml, or a classes.txt with a name a line, and for each image of images/ a text file in labels/"
+            ),
             example="{name: mine, format: yolo, yaml: data.yaml, split: train}",
         ),
         _yolo_like(

@@ -8,10 +8,14 @@ from typing import Any
 from ..check.findings import Report
 from ..check.values import whole_number
 from ..declaration import Declaration
+from .other_tools import what_json_is
 from .source import Source
 from .text import read_json
 
 __all__ = ["read_coco"]
+
+# Fields that have an image's name where file_name is absent, as in LVIS.
+_NAME_FIELDS = ("filename", "fileName", "file", "path", "coco_url", "url")
 
 
 def read_coco(declaration: Declaration, report: Report) -> Source:
@@ -32,11 +36,26 @@ def read_coco(declaration: Declaration, report: Report) -> Source:
         return source
     for part in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            report.add("file-format", json_file, field=part, value=f"not COCO JSON: it has no list {part!r}")
+            known = what_json_is(content).partition(": ")[2]
+            other = f"it has no list {part!r}" + (f", it is {known}" if known else "")
+            report.add("file-format", json_file, field=part, value=f"not COCO JSON: {other}")
             return source
     source.images, source.annotations = content["images"], content["annotations"]
+    for index, image in enumerate(source.images):
+        if isinstance(image, dict) and image.get("file_name") is None:
+            source.images[index] = _with_name(image, (json_file, f"image {image.get('id')}"), report)
     _read_categories(source, content["categories"], report)
     return source
+
+
+def _with_name(image: dict[str, Any], place: tuple[str, str], report: Report) -> dict[str, Any]:
+    """Returns an image with the file name that one of its other fields has, if any of them has one."""
+    for field in _NAME_FIELDS:
+        name = image.get(field)
+        if isinstance(name, str) and name.strip():
+            report.add("image-name-field", *place, field, name)
+            return {**image, "file_name": name}
+    return image
 
 
 def _read_categories(source: Source, categories: list[Any], report: Report) -> None:

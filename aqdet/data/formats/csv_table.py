@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from typing import Any
 
 from ..check.findings import Report
@@ -97,6 +98,12 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
         ValueError: in one line, if the text is no table of boxes.
     """
     missing: list[str] = []
+    # Excel's first line, which names the separator.
+    marked = re.match(r"\s*sep=(.)\r?\n", text)
+    if marked is not None:
+        text = "\n" + text[marked.end() :]
+        if not text.strip():
+            raise ValueError(f"no table below 'sep={marked[1]}', wanted {_WANTED}")
     for separator in SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
         try:

@@ -7,20 +7,23 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ...utils.files import is_image
+from ...utils.files import is_image, is_junk
 from ..check.findings import Report
-from ..check.images import is_junk
 from ..declaration import Declaration
 from .csv_table import columns_of
 from .labelme import is_labelme
+from .other_tools import what_else
 from .text import parse_xml, read_text
 from .via import is_via, is_via_csv
+from .yolo import is_list_of_names
 
-__all__ = ["guess_entry", "guess_format"]
+__all__ = ["file_of", "guess_entries", "guess_entry", "guess_format"]
 
 # Number of files of a folder that are opened; a labelling tool writes one beside each image.
 _LOOKED_AT = 50
 _FILE_FIELDS = {"coco": "json", "yolo": "yaml", "darknet": "data"}
+_ANNOTATION_ENDINGS = (".json", ".xml", ".csv", ".tsv")
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")
 
 
 def guess_format(path: str) -> str:
@@ -33,53 +36,94 @@ def guess_format(path: str) -> str:
     Raises:
         ValueError: in one line, with the layout of each format, if it has none of them.
     """
-    return guess_entry(path)["format"]
+    return guess_entries(path)[0]["format"]
 
 
 def guess_entry(path: str, images: str = "") -> dict[str, Any]:
     """
-    Makes an entry of ``DATASETS.DECLARED`` for a file or a folder of annotations.
+    Makes the entry of ``DATASETS.DECLARED`` for a file of annotations, or for a folder that has one such file.
 
     Args:
         path: path of the file or folder.
-        images: folder of the images; ``""`` for ``images`` beside a file, or the file's folder if that has more of
-            the images.
+        images: folder of the images, as for :func:`guess_entries`.
 
     Returns:
         the entry without a name.
+
+    Raises:
+        ValueError: in one line, as :func:`guess_entries`, or with the files if there are several.
+    """
+    entries = guess_entries(path, images)
+    if len(entries) > 1:
+        files = ", ".join(str(file_of(entry)) for entry in entries)
+        raise ValueError(f"{path}: it has several files of annotations, name one of them: {files}")
+    return entries[0]
+
+
+def guess_entries(path: str, images: str = "") -> list[dict[str, Any]]:
+    """
+    Makes entries of ``DATASETS.DECLARED`` for a file or a folder of annotations.
+
+    Args:
+        path: path of the file or folder.
+        images: folder of the images; ``""`` for ``images`` beside a file, or the file's folder, or the one above it,
+            whichever has more of the images.
+
+    Returns:
+        the entries without names: one, or one for each file of annotations in the folders of a folder.
 
     Raises:
         ValueError: in one line, with the layout of each format, if it has none of them.
     """
     if not os.path.exists(path):
         raise ValueError(f"no file or folder {path!r}")
-    found = _of_folder(path) if os.path.isdir(path) else (_of_file(path), path)
-    name, file = found if found is not None else ("", path)
-    if not name:
+    found = _of_folder(path) if os.path.isdir(path) else [(_of_file(path), path)]
+    if not found or not found[0][0]:
         raise ValueError(f"{path}: {_what_it_is(path)}; {_formats()}")
+    return [_entry(name, file, images) for name, file in found]
+
+
+def _entry(name: str, file: str, images: str) -> dict[str, Any]:
     if name == "voc":
         return {"format": name, **({"images": images, "annotations": file} if images else {"root": file})}
     if name == "labelme":
         return {"format": name, "images": images or file, **({"annotations": file} if images else {})}
     if name in _FILE_FIELDS:
-        # Lists of YOLO and darknet are relative to their file's folder.
-        root = images or (_images_of(name, file) if name == "coco" else os.path.dirname(file) or ".")
+        root = images or (_images_of(name, file) if name == "coco" else _home_of(file))
         return {"format": name, _FILE_FIELDS[name]: file, "image_root": root}
     return {"format": name, "annotations": file, "images": images or _images_of(name, file)}
 
 
+def file_of(entry: dict[str, Any]) -> str:
+    """Returns the file or folder of annotations of an entry of ``DATASETS.DECLARED``."""
+    return next(entry[field] for field in (*_FILE_FIELDS.values(), "annotations", "root", "images") if field in entry)
+
+
+def _home_of(file: str) -> str:
+    """Returns the folder that the files of YOLO and darknet are relative to: the file's, or the one above labels."""
+    folder = os.path.dirname(file) or "."
+    if is_list_of_names(file) and os.path.basename(os.path.abspath(folder)).lower() == "labels":
+        return os.path.dirname(os.path.abspath(folder))
+    return folder
+
+
 def _images_of(name: str, file: str) -> str:
-    """Returns the folder that names of images in a file are relative to: ``images`` beside the file, or its own."""
+    """Returns the folder that has most of the images a file names, of those near the file."""
     from . import FORMATS
 
     folder = os.path.dirname(file) or "."
-    beside = os.path.join(folder, "images")
-    if not os.path.isdir(beside):
-        return folder
-    source = FORMATS[name].read(Declaration("", name, file, beside), Report(""))
+    near = [os.path.join(folder, "images"), folder]
+    if os.path.basename(os.path.abspath(folder)).lower() in _ANNOTATION_FOLDERS:
+        above = os.path.dirname(os.path.abspath(folder))
+        near += [os.path.join(above, "images"), above]
+    near = [root for root in near if os.path.isdir(root)]
+    source = FORMATS[name].read(Declaration("", name, file, near[0]), Report(""))
     names = [str(image.get("file_name")) for image in source.images[:_LOOKED_AT] if isinstance(image, dict)]
-    found = {root: sum(os.path.isfile(os.path.join(root, name)) for name in names) for root in (beside, folder)}
-    return folder if found[folder] > found[beside] else beside
+    found = [sum(os.path.isfile(os.path.join(root, name)) for name in names) for root in near]
+    if not any(found):
+        # They may lie in folders that the names do not have: the root is then the first folder with any images.
+        found = [any(is_image(other) for _, _, others in os.walk(root) for other in others) for root in near]
+    return near[found.index(max(found))]
 
 
 def _of_file(path: str) -> str:
@@ -93,6 +137,8 @@ def _of_file(path: str) -> str:
         return {"annotation": "voc", "annotations": "cvat"}.get(tag, "")
     if is_image(path):
         return ""
+    if is_list_of_names(path):
+        return "yolo"
     text = read_text(path, Report(""))
     if text is None:
         return ""
@@ -125,40 +171,58 @@ def _of_json(text: str) -> str:
     return "labelme" if is_labelme(content) else ""
 
 
-def _of_folder(folder: str) -> tuple[str, str] | None:
-    """Returns the format of a folder, and the file or folder to declare."""
+def _of_folder(folder: str) -> list[tuple[str, str]]:
+    """Returns the format and the file or folder of each dataset in a folder."""
     if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
-        return "voc", folder
+        return [("voc", folder)]
     files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not is_junk(name)]
     for ending, name in ((".data", "darknet"), (".yaml", "yolo"), (".yml", "yolo")):
         for path in files:
             if path.lower().endswith(ending) and os.path.isfile(path) and _of_file(path) == name:
-                return name, path
+                return [(name, path)]
+    found: list[tuple[str, str]] = []
     for number, path in enumerate(_annotations_below(folder)):
         if number >= _LOOKED_AT:
             break
         name = _of_file(path)
         if name in ("labelme", "voc"):
-            return name, folder
-        if name:
-            return name, path
-    return None
+            return found or [(name, folder)]
+        if name and (not found or name == found[0][0]):
+            found.append((name, path))
+    return found or [("yolo", path) for path in _lists_of_names_below(folder)]
 
 
 def _annotations_below(folder: str) -> Iterator[str]:
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_junk(name))
         for file in sorted(files):
-            if not is_junk(file) and file.lower().endswith((".json", ".xml", ".csv", ".tsv")):
+            if not is_junk(file) and file.lower().endswith(_ANNOTATION_ENDINGS):
                 yield os.path.join(path, file)
+
+
+def _lists_of_names_below(folder: str) -> Iterator[str]:
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_junk(name))
+        yield from (os.path.join(path, file) for file in sorted(files) if is_list_of_names(file))
 
 
 def _what_it_is(path: str) -> str:
     if os.path.isfile(path):
-        return "an image, no annotations" if is_image(path) else "not of a format that is read"
-    has_images = any(is_image(file) for _, _, files in os.walk(path) for file in files)
-    if not has_images:
+        return "an image, no annotations" if is_image(path) else what_else(path)
+    names = [file for _, _, files in os.walk(path) for file in files if not is_junk(file)]
+    if not any(map(is_image, names)):
         return "a folder with neither annotations nor images"
+    configs = [name for name in sorted(os.listdir(path)) if name.lower().endswith((".yaml", ".yml"))]
+    if configs:
+        return (
+            f"images without annotations of a format that is read, and {configs[0]} has no names of classes, as YOLO's"
+        )
+    stems = {os.path.splitext(name)[0] for name in names if is_image(name)}
+    if any(os.path.splitext(name)[0] in stems for name in names if name.lower().endswith(".txt")):
+        return "images with text files, as YOLO's, but no names of classes: write a classes.txt with a name a line"
+    others = [os.path.join(folder, file) for folder, _, files in os.walk(path) for file in sorted(files)]
+    for other in [other for other in others if other.lower().endswith(_ANNOTATION_ENDINGS)][:_LOOKED_AT]:
+        return f"no annotations of a format that is read, and {os.path.relpath(other, path)} is {what_else(other)}"
     return "images without annotations; a folder for each class is declared in DATASETS.IMAGE_FOLDERS"
 
 

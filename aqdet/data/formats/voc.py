@@ -21,9 +21,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from ...utils.files import IMAGE_ENDINGS, is_image
+from ...utils.files import IMAGE_ENDINGS, is_image, is_junk
 from ..check.findings import Report
-from ..check.images import is_junk, without_junk
+from ..check.images import without_junk
 from ..declaration import Declaration
 from .source import Source
 from .text import parse_xml, read_text

@@ -1,6 +1,9 @@
 """
 YOLO folders: a ``data.yaml`` and, for each image, a text file with a line for each object.
 
+A ``classes.txt`` with a name a line, as labelImg and Label Studio write it, takes the place of a ``data.yaml``: it has
+no splits, and all images below the image root are the dataset.
+
 ``names`` of the YAML is a list, or a mapping from class numbers, which may have gaps. A split (``train``,
 ``val``, ``test``) is a folder, a text file that lists images, or a list of these. It is relative to ``path``, and
 ``path`` is relative to the YAML's folder. The label file of ``.../images/a.jpg`` is ``.../labels/a.txt``; if no folder
@@ -14,11 +17,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from typing import Any
 
 import yaml
 
 from ...utils.files import is_image
+from ...utils.plain_yaml import load_yaml
 from ..check.findings import Report
 from ..check.images import ImageFolder, without_junk
 from ..check.values import whole_number
@@ -26,9 +31,13 @@ from ..declaration import Declaration
 from .source import Source
 from .text import read_text
 
-__all__ = ["SPLITS", "named_splits", "read_images", "read_yolo"]
+__all__ = ["SPLITS", "is_list_of_names", "named_splits", "read_images", "read_yolo"]
 
 SPLITS = ("train", "val", "test")
+# Files with the names of classes, a line each: labelImg's and Label Studio's, and Roboflow's.
+_LISTS_OF_NAMES = ("classes.txt", "_darknet.labels")
+# What Label Studio and Roboflow write beside the images.
+_BESIDE = ("notes.json", "README.dataset.txt", "README.roboflow.txt")
 # Other names that a split may have.
 _ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
 
@@ -38,8 +47,8 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
     Reads one split.
 
     Args:
-        declaration: the dataset; its ``file`` is the ``data.yaml``, and its ``image_root`` has to hold the images and
-            the label files.
+        declaration: the dataset; its ``file`` is the ``data.yaml`` or ``classes.txt``, and its ``image_root`` has to
+            hold the images and the label files.
         report: receives the findings.
 
     Returns:
@@ -68,6 +77,11 @@ def read_images(source: Source, names: list[str], report: Report) -> None:
     _Reader(source, {}, report).read_images(names)
 
 
+def is_list_of_names(path: str) -> bool:
+    """Returns whether a file is a list of the names of classes by its own name."""
+    return os.path.basename(path).lower() in _LISTS_OF_NAMES
+
+
 def named_splits(yaml_file: str) -> list[str]:
     """Returns the splits of :data:`SPLITS` that a ``data.yaml`` has; none if it cannot be read."""
     content = _read_yaml(yaml_file, Report(""))
@@ -82,8 +96,10 @@ def _read_yaml(yaml_file: str, report: Report) -> dict[str, Any] | None:
     text = read_text(yaml_file, report)
     if text is None:
         return None
+    if is_list_of_names(yaml_file):
+        return {"names": [line.strip() for line in text.rstrip().splitlines()]}
     try:
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
     except (ValueError, yaml.YAMLError) as error:
         report.add("file-unreadable", yaml_file, value=f"not plain YAML: {error}")
         return None
@@ -97,7 +113,10 @@ def _read_categories(source: Source, content: dict[str, Any], report: Report) ->
     names, yaml_file = content["names"], source.file
     pairs = list(names.items()) if isinstance(names, dict) else list(enumerate(names if names is not None else ()))
     if not isinstance(names, list | dict) or not pairs:
-        report.add("file-format", yaml_file, field="names", value=names)
+        value = "empty: it needs the names of the classes, as [cat, dog]"
+        if names:
+            value = f"{names}: it must be a list of the names of the classes, as [{names}]"
+        report.add("file-format", yaml_file, field="names", value=value)
         return
     for key, name in pairs:
         record = f"class {key}"
@@ -141,6 +160,12 @@ class _Reader:
 
     def images_of(self, split: str) -> list[str]:
         """Returns the names of a split's images, or of all images for ``""``, relative to the image root."""
+        if is_list_of_names(self.source.file):
+            if split:
+                text = f"no split {split!r}: a list of names has no splits, a share as 0.8 needs none"
+                self.report.add("file-format", self.source.file, value=text)
+                return []
+            return self._in_folder(self.source.image_root)
         if not split:
             every = [name for key in _splits_of(self.content) for name in self.images_of(key)]
             if not every and not self.report.refused(strict=False):
@@ -161,6 +186,8 @@ class _Reader:
         for part in parts:
             place = self._find(part)
             if place is None:
+                place = self._find_elsewhere(part, split)
+            if place is None:
                 value = f"{part}: no such file or folder in {self.source.image_root}"
                 self.report.add("file-format", self.source.file, field=split, value=value)
             elif os.path.isdir(place):
@@ -179,6 +206,23 @@ class _Reader:
                 return os.path.normpath(path)
         return None
 
+    def _find_elsewhere(self, part: str, split: str) -> str | None:
+        """Returns a file or folder that is named as on another machine, found by the last parts of its path."""
+        slashed = part.replace("\\", "/")
+        if not slashed.startswith("/") and re.match(r"[A-Za-z]:/", slashed) is None:
+            return None
+        parts = [name for name in slashed.split("/") if name not in ("", ".", "..")]
+        for start in range(1, len(parts)):
+            # Every split may have a folder called images: that name alone does not tell them apart.
+            if parts[start:] == ["images"]:
+                return None
+            place = self._find("/".join(parts[start:]))
+            if place is not None:
+                value = f"{part}; used: {self._relative(place)}"
+                self.report.add("split-elsewhere", self.source.file, field=split, value=value)
+                return place
+        return None
+
     def _in_folder(self, folder: str) -> list[str]:
         names = []
         for path, folders, files in os.walk(folder):
@@ -188,7 +232,7 @@ class _Reader:
                 full = os.path.join(path, file)
                 if is_image(file):
                     names.append(self._relative(full))
-                elif not file.lower().endswith(".txt"):
+                elif not file.lower().endswith(".txt") and file not in _BESIDE and not is_list_of_names(file):
                     self.report.add("file-ignored", full)
         return names
 
@@ -230,10 +274,10 @@ class _Reader:
         image_id = len(self.source.images) + 1
         self.source.images.append({"id": image_id, "file_name": name})
         self.source.image_places.append((os.path.join(self.source.image_root, name), ""))
-        self.source.label_files.append(os.path.join(self.source.image_root, _label_name(found or name)))
+        self.source.label_files.append(os.path.join(self.source.image_root, self._label_of(found or name)))
         if not found:
             return
-        label = _label_name(found)
+        label = self._label_of(found)
         path = os.path.join(self.source.image_root, label)
         if label in self.label_files:
             self.report.add("label-shared", path, value=f"{self.label_files[label]} and {found}")
@@ -282,6 +326,10 @@ class _Reader:
         self.source.annotations.append(annotation)
         self.source.annotation_places.append(place)
 
+    def _label_of(self, image: str) -> str:
+        names = _label_names(image)
+        return next((name for name in names if self.folder.find(name) == (name, "")), names[0])
+
     def check_label_files(self) -> None:
         """Adds findings on label files without an image, and on images if no label file exists at all."""
         root = self.source.image_root
@@ -301,12 +349,16 @@ class _Reader:
             for file in without_junk(folder, os.listdir(folder), self.report):
                 stem, ending = os.path.splitext(file)
                 # labelImg writes the classes' names into it.
-                if ending == ".txt" and stem not in stems and file != "classes.txt":
+                if ending.lower() == ".txt" and stem not in stems and not is_list_of_names(file):
                     self.report.add("label-without-image", os.path.join(folder, file))
 
 
-def _label_name(image: str) -> str:
-    """Returns the label file of an image, both relative to the root."""
-    head, found, tail = f"/{image}".rpartition("/images/")
-    path = f"{head}/labels/{tail}" if found else f"/{image}"
-    return f"{os.path.splitext(path)[0][1:]}.txt"
+def _label_names(image: str) -> list[str]:
+    """Returns names that the label file of an image may have, both relative to the root, the usual one first."""
+    stem = os.path.splitext(f"/{image}")[0]
+    places = [stem[1:]]
+    for images, labels in (("/Images/", "/Labels/"), ("/images/", "/labels/")):
+        head, found, tail = stem.rpartition(images)
+        if found:
+            places.insert(0, f"{head}{labels}{tail}"[1:])
+    return [f"{place}{ending}" for place in places[:1] for ending in (".txt", ".TXT")]

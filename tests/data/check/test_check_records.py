@@ -217,6 +217,22 @@ VARIANTS = {
         {"image-id": 1},
     ),
     "image without a file name": (image(file_name=None), {"image-name": 1}),
+    "file name in another field": (
+        lambda c, f: c["images"][0].update(filename=c["images"][0].pop("file_name")),
+        {"image-name-field": 1},
+    ),
+    "file name in the address of an image": (
+        lambda c, f: c["images"][0].update(coco_url="http://host/val/" + c["images"][0].pop("file_name")),
+        {"image-name-field": 1, "image-elsewhere": 1},
+    ),
+    "file name in spaces": (image(file_name=" 0.png\n"), {"image-path": 1}),
+    "file name without an ending": (image(file_name="0"), {"image-elsewhere": 1}),
+    "file name without an ending, of two files": (
+        both(image(file_name="0"), file(lambda p: shutil.copy(p, p.with_suffix(".bmp")))),
+        {"image-missing": 1},
+    ),
+    "file name without an ending, of another image": (image(file_name="1"), {"image-missing": 1}),
+    "another image's ending": (image(file_name="0.jpg"), {"image-missing": 1}),
     "image that is text": (lambda c, f: c["images"].append("x.png"), {"record-malformed": 1}),
     "image listed twice": (
         add("images", id=9),
@@ -324,6 +340,8 @@ VARIANTS = {
     "class missing": (box(category_id=None), {"class-unknown": 1, "image-without-boxes": 1}),
     "class as text": (box(category_id="3"), {"class-type": 1}),
     "class as float": (box(category_id=3.0), {"class-type": 1}),
+    "class by its name": (box(category_id="cat"), {"class-type": 1}),
+    "class by the name of none": (box(category_id="cow"), {"class-unknown": 1, "image-without-boxes": 1}),
     "class without boxes": (add("categories", id=9, name="cow"), {"class-without-boxes": 1}),
     "object given twice": (add("annotations", id=9), {"box-twice": 1}),
     # Boxes

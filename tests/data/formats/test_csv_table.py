@@ -29,6 +29,7 @@ TABLES = {
     "quotes": '"filename","class","xmin","ymin","xmax","ymax"\r\n"a.png","cat","3","4","23","14"\r\n',
     "floats": "filename,class,xmin,ymin,xmax,ymax\na.png,cat,3.0,4.0,23.0,14.0\n",
     "more columns": "id,filename,source,class,xmin,ymin,xmax,ymax,score\n7,a.png,x,cat,3,4,23,14,1\n",
+    "Excel's mark": "sep=;\r\nfilename;class;xmin;ymin;xmax;ymax\r\na.png;cat;3;4;23;14\r\n",
     "RetinaNet": "a.png,3,4,23,14,cat\n",
     "RetinaNet, a negative first": "sub/d.png,,,,,\na.png,3,4,23,14,cat\n",
 }

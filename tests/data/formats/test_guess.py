@@ -1,9 +1,13 @@
+import json
+from pathlib import Path
+
 import pytest
 from data_forms import FORMS, IMAGES, check_entry, write_form, write_images
+from tiny_data import write_yolo
 
 from aqdet.data.declaration import parse_declared
 from aqdet.data.formats import FORMATS
-from aqdet.data.formats.guess import guess_entry, guess_format
+from aqdet.data.formats.guess import guess_entries, guess_entry, guess_format
 
 FILE = {"coco": "json", "voc": "root", "yolo": "yaml", "darknet": "data", "labelme": "images"}
 
@@ -52,8 +56,8 @@ def test_other_files_say_which_formats_are_read_and_how_each_looks(tmp_path, nam
     with pytest.raises(ValueError) as error:
         guess_format(str(tmp_path / name))
     text = str(error.value)
-    assert "\n" not in text and text.startswith(f"{tmp_path / name}: not of a format that is read; formats are coco: ")
-    assert all(f"{form.name}: {form.layout}" in text for form in FORMATS.values())
+    assert "\n" not in text and text.startswith(f"{tmp_path / name}: not of a format that is read")
+    assert "; formats are coco: " in text and all(f"{form.name}: {form.layout}" in text for form in FORMATS.values())
     with pytest.raises(ValueError, match=r"DATASETS.DECLARED\[0\].format is not given, and .*formats are coco"):
         parse_declared([{"name": "a", "annotations": str(tmp_path / name)}])
 
@@ -67,3 +71,70 @@ def test_folders_without_annotations(tmp_path):
         guess_entry(str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match="no file or folder"):
         guess_entry(str(tmp_path / "none"))
+
+
+def test_a_folder_with_several_files_of_annotations_is_all_of_them(tmp_path):
+    for split in ("train", "valid"):
+        write_form(tmp_path / "d" / split, "csv")
+    found = guess_entries(str(tmp_path / "d"))
+    assert [entry["format"] for entry in found] == ["csv", "csv"]
+    assert [Path(entry["annotations"]).relative_to(tmp_path / "d").parts[0] for entry in found] == ["train", "valid"]
+    assert all(len(check_entry(entry)[1]["images"]) == len(IMAGES) for entry in found)
+    with pytest.raises(ValueError, match="it has several files of annotations, name one of them: .*train.*, .*valid"):
+        guess_entry(str(tmp_path / "d"))
+
+
+def test_a_yolo_folder_without_a_data_yaml(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(ValueError, match="images with text files, as YOLO's, but no names of classes: write a classes"):
+        guess_entry(str(tmp_path))
+    for name in ("labels/classes.txt", "classes.txt"):
+        (tmp_path / name).write_text("disc\ncross\n")
+        entry = guess_entry(str(tmp_path))
+        assert entry == {"format": "yolo", "yaml": str(tmp_path / name), "image_root": str(tmp_path)}
+        assert len(check_entry(entry)[1]["annotations"]) == 3
+        (tmp_path / name).unlink()
+    (tmp_path / "data.yaml").write_text("nc: 2\ntrain: images/train\n")
+    with pytest.raises(ValueError, match="data.yaml has no names of classes, as YOLO's"):
+        guess_entry(str(tmp_path))
+
+
+def test_images_beside_the_folder_of_annotations(tmp_path):
+    write_images(tmp_path / "images/default")
+    (tmp_path / "annotations").mkdir()
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "annotations/instances_default.json").write_text(json.dumps(content))
+    entry = guess_entry(str(tmp_path))
+    assert entry["image_root"] == str(tmp_path / "images")
+    report, usable = check_entry(entry)
+    assert report.counts["image-elsewhere"] == 1 and usable["images"][0]["file_name"] == "default/a.png"
+
+
+# name: (its content, what it is said to be)
+OF_OTHER_TOOLS = {
+    "studio.json": ([{"data": {"image": "a.png"}, "annotations": [{"result": []}]}], "Label Studio's own; export"),
+    "min.json": ([{"image": "a.png", "label": [{"original_width": 1, "original_height": 1}]}], "JSON-MIN; export"),
+    "createml.json": ([{"image": "a.png", "annotations": []}], "CreateML's; export the annotations as COCO JSON"),
+    "found.json": ([{"image_id": 1, "category_id": 1, "bbox": [], "score": 1}], "detections, not annotations"),
+    "supervisely.json": ({"size": {}, "objects": []}, "Supervisely's; export"),
+    "test.json": ({"images": [], "categories": []}, "COCO's list of test images, without annotations"),
+    "lines.json": ("{}\n{}\n", "not JSON: Extra data"),
+    "latin.csv": ("file;Bär".encode("latin-1"), "not text in UTF-8"),
+    "other.xml": ("<html/>", "XML of <html>"),
+    "cut.xml": ("<annotation", "not valid XML"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_TOOLS)
+def test_what_other_tools_wrote_is_told_with_the_way_out(tmp_path, name):
+    content, words = OF_OTHER_TOOLS[name]
+    data = content if isinstance(content, bytes) else content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(ValueError, match="^.*not of a format that is read") as error:
+        guess_entry(str(tmp_path / name))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    if name.endswith(".json") and not isinstance(content, str):
+        entry = {"json": str(tmp_path / name), "image_root": str(tmp_path)}
+        report, _ = check_entry(entry)
+        assert report.counts["file-format"] == 1 and words in report.text()

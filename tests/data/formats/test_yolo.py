@@ -66,7 +66,8 @@ OTHER = "1 0.5 0.5 0.5 0.5"
 LINES = {
     "class out of range": ("2 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
     "negative class": ("-1 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
-    "name for a class": ("cat 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
+    "name for a class": ("disc 0.5 0.5 0.5 0.5", {"class-type": 1}),
+    "name of no class": ("cat 0.5 0.5 0.5 0.5", {"class-unknown": 1}),
     "class as float": ("0.0 0.5 0.5 0.5 0.5", {"class-type": 1}),
     "pixels": ("0 32 16 20 10", {"label-not-normalised": 1}),
     "NaN": ("0 nan 0.5 0.5 0.5", {"label-not-normalised": 1}),
@@ -251,3 +252,70 @@ def test_one_step_of_training(tmp_path):
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert {"AP-cat", "AP-dog"} <= set(json.loads((tmp_path / "out/inference/metrics.json").read_text()))
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "_darknet.labels"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_list_of_names_takes_the_place_of_a_data_yaml(tmp_path, name, beside):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / name).write_text("disc\ncross\n\n")
+    if beside:
+        for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("bild*.txt")]:
+            path.rename(tmp_path / path.name)
+    declaration = Declaration("mine", "yolo", str(tmp_path / name), str(tmp_path))
+    report, usable, _ = check_declaration(declaration, pixels=True)
+    assert not report.counts, report.text()
+    assert [image["file_name"].rpartition("/")[2] for image in usable["images"]] == ["bild ü 0.png", "bild ü 1.png"]
+    assert [a["category_id"] for a in usable["annotations"]] == [0, 1, 0]
+    assert usable["categories"] == [{"id": 0, "name": "disc"}, {"id": 1, "name": "cross"}]
+    report, *_ = check_declaration(Declaration("mine", "yolo", str(tmp_path / name), str(tmp_path), "val"), pixels=True)
+    assert report.counts["file-format"] == 1 and "no split 'val': a list of names has no splits" in report.text()
+
+
+def test_a_list_of_names_has_every_name_once(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "classes.txt").write_text("disc\n\ndisc\n")
+    declaration = Declaration("mine", "yolo", str(tmp_path / "classes.txt"), str(tmp_path))
+    report, *_ = check_declaration(declaration, pixels=True)
+    assert report.counts["category-malformed"] == 2 and report.counts["class-unknown"] == 0
+
+
+@pytest.mark.parametrize(
+    "split, used",
+    [
+        ("/content/drive/mine/images/train", True),
+        ("C:\\Users\\me\\images\\train", True),
+        ("/content/train", False),
+        ("/content/valid/images", False),
+        ("../valid/images", False),
+    ],
+)
+def test_a_split_of_another_machine_is_found_by_the_end_of_its_path(tmp_path, split, used):
+    report, usable = check(write_yolo(tmp_path, train=split))
+    assert report.counts["split-elsewhere"] == used and report.counts["file-format"] == (not used)
+    assert len(usable["annotations"]) == 3 * used
+    if used:
+        assert f"train = {split}; used: images/train" in report.text()
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT"])
+def test_folders_and_label_files_in_capitals(tmp_path, ending):
+    write_yolo(tmp_path, train="Images/train")
+    (tmp_path / "images").rename(tmp_path / "Images")
+    (tmp_path / "labels").rename(tmp_path / "Labels")
+    for path in (tmp_path / "Labels").rglob("*.txt"):
+        path.rename(path.with_suffix(ending))
+    report, usable = check(tmp_path)
+    assert not report.counts and len(usable["annotations"]) == 3
+
+
+def test_a_key_given_twice_and_names_that_are_no_list(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: [disc, cross]\ntrain: images/train\ntrain: images/val\n")
+    report, _ = check(tmp_path)
+    assert report.counts == {"file-unreadable": 1} and "train is there twice, in lines 2 and 3" in report.text()
+    (tmp_path / "data.yaml").write_text("names: disc\ntrain: images/train\n")
+    report, _ = check(tmp_path)
+    assert "names = disc: it must be a list of the names of the classes, as [disc]" in report.text()
