@@ -48,13 +48,15 @@ def run(args: argparse.Namespace) -> Summary:
     if not args.output and not has_display():
         raise ValueError("there is no display to open a window on: say where to write with --output")
     inputs = ["0"] if args.webcam else [args.video_input] if args.video_input else args.input
-    sources, _ = find_sources(inputs, args.output)
+    sources, others = find_sources(inputs, args.output)
     outputs = output_paths(sources, args.output) if args.output else None
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     fit_to_machine(cfg)
     complete_num_classes(cfg)
     loop = MediaLoop(Demo(cfg), threshold=args.confidence_threshold, show=outputs is None)
+    if others:
+        print(f"{others} files that are neither image nor video are passed over")
     return loop.run(sources, outputs)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -112,6 +113,8 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("nothing would come out: give --output, --show, --json or --csv")
     if args.annotations and not args.json:
         parser.error("--annotations has the image ids for --json, which is not given")
+    if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
+        parser.error(f"--json and --csv are both {args.csv}: name two files")
 
 
 def _self_test(args: argparse.Namespace) -> int:
@@ -133,6 +136,10 @@ def _detect(args: argparse.Namespace) -> int:
 
     sources, others = find_sources(args.inputs, args.output)
     outputs = output_paths(sources, args.output) if args.output else None
+    kept = {os.path.realpath(path) for path in (*(source.name for source in sources), args.annotations or "")}
+    for option, path in (("--json", args.json), ("--csv", args.csv)):
+        if path and os.path.realpath(path) in kept:
+            raise ValueError(f"{option} {path} would replace a file that is read: name another one")
     if args.show and not has_display():
         raise ValueError("--show: there is no display to open a window on")
     detector = _load(args)
@@ -175,11 +182,11 @@ def _open_records(
     threshold: float,
     stack: contextlib.ExitStack,
 ) -> list[Records]:
-    from .records import coco_results, csv_rows, read_image_ids
+    from .records import coco_results, csv_rows, number_ids, read_image_ids
 
     records: list[Records] = []
     if args.json:
-        ids = read_image_ids(args.annotations, sources) if args.annotations else {}
+        ids = read_image_ids(args.annotations, sources) if args.annotations else number_ids(sources)
         lowest = args.threshold or 0.0
         records.append(stack.enter_context(coco_results(args.json, detector.description, lowest, ids)))
     if args.csv:

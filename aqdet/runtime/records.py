@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import json
@@ -121,6 +122,18 @@ def csv_rows(path: str, description: Description, threshold: float) -> Iterator[
     """Opens :class:`CsvRows`; the file appears when the block ends without an error."""
     with open_replacing(path) as file:
         yield CsvRows(file, description, threshold)
+
+
+def number_ids(sources: Sequence[PictureSource]) -> dict[str, Any]:
+    """Returns the ids of images without an annotation file: the number that is a name, if no other image has it.
+
+    Returns:
+        Name of a source -> its number, or its name where several images have one number.
+    """
+    images = [source.name for source in sources if source.kind == "image"]
+    numbers = {name: int(Path(name).stem) for name in images if Path(name).stem.isdecimal()}
+    counts = collections.Counter(numbers.values())
+    return {name: numbers[name] if counts[numbers.get(name, -1)] == 1 else name for name in images}
 
 
 def read_image_ids(path: str, sources: Sequence[PictureSource]) -> dict[str, Any]:

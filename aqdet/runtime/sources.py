@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from ..utils.files import IMAGE_ENDINGS
+from ..utils.files import IMAGE_ENDINGS, is_junk
 
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 WRITTEN_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -46,10 +46,11 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
             hold the pictures of an earlier run.
 
     Returns:
-        The sources, and the number of files in input folders that are neither images nor videos by their names.
+        The sources, and the number of files in input folders that are neither images nor videos by their names, or
+        that a system or a tool has left there, as ``._0.jpg``.
 
     Raises:
-        ValueError: In one line, if an input leads to nothing, or two would be written to one file.
+        ValueError: In one line, if an input leads to nothing.
     """
     found: dict[str, PictureSource] = {}
     others = 0
@@ -63,7 +64,7 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
             pairs, left_out = _in_folder(path, output)
             others += left_out
         else:
-            matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path)))]
+            matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
             pairs = [(p, Path(p.name)) for p in matches if p.is_file()]
             if not pairs:
                 raise ValueError(f"input {text!r}: no such file or folder, and no match as a pattern")
@@ -72,16 +73,7 @@ def find_sources(inputs: Sequence[str], output: str | None = None) -> tuple[list
     if not found:
         endings = " ".join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
         raise ValueError(f"no image or video in {', '.join(inputs)} (endings: {endings})")
-    sources = list(found.values())
-    taken: dict[Path, PictureSource] = {}
-    for source in sources:
-        other = taken.setdefault(source.target, source)
-        if other is not source:
-            raise ValueError(
-                f"inputs {other.name!r} and {source.name!r} would both be written to {str(source.target)!r}: run each "
-                "with an --output of its own"
-            )
-    return sources, others
+    return list(found.values()), others
 
 
 def _stream(text: str) -> PictureSource | None:
@@ -100,11 +92,13 @@ def _stream(text: str) -> PictureSource | None:
 
 def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]], int]:
     """Returns the images and videos below a folder with their paths in it, and the number of other files."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    # A link to nothing is no picture either, and counted.
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     if output is not None and folder.resolve() in Path(output).resolve().parents:
         written = Path(output).resolve()
         files = [path for path in files if not path.resolve().is_relative_to(written)]
-    media = [path for path in files if path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS)]
+    named = [path for path in files if path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS)]
+    media = [path for path in named if path.is_file() and not any(map(is_junk, path.relative_to(folder).parts))]
     return [(path, path.relative_to(folder)) for path in media], len(files) - len(media)
 
 
@@ -121,8 +115,8 @@ def output_paths(sources: Sequence[PictureSource], output: str) -> list[Path]:
     A name with an ending is a file unless a folder of that name exists or a slash follows it.
 
     Raises:
-        ValueError: In one line, if the file cannot be written in that format, there are several sources for it, or an
-            input would be replaced.
+        ValueError: In one line, if the file cannot be written in that format, there are several sources for it, two
+            pictures would have one name, or an input would be replaced.
     """
     target = Path(output)
     ending = target.suffix.lower()
@@ -137,6 +131,14 @@ def output_paths(sources: Sequence[PictureSource], output: str) -> list[Path]:
         if (sources[0].kind == "image") == (ending == WRITTEN_VIDEO):
             raise ValueError(f"--output {output!r}: {sources[0].name} is {_a(sources[0].kind)}")
     paths = [target] if is_file else [target / source.target for source in sources]
+    taken: dict[Path, PictureSource] = {}
+    for source, path in zip(sources, paths, strict=True):
+        other = taken.setdefault(path, source)
+        if other is not source:
+            raise ValueError(
+                f"inputs {other.name!r} and {source.name!r} would both be written to {str(source.target)!r}: run each "
+                "with an --output of its own"
+            )
     read = collections.defaultdict(str, {_identity(s.name): s.name for s in sources if os.path.isfile(s.name)})
     for path in paths:
         if path.exists() and read[_identity(path)]:

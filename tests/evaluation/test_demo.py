@@ -99,7 +99,8 @@ def command(detector, weights, monkeypatch, capsys):
 def test_a_folder_with_everything(inputs, command, detector, monkeypatch):
     monkeypatch.setattr(demo.Predictor, "__call__", Known().__call__)
     code, printed = command("--input", inputs, "--output", "out")
-    assert printed == "8 detections in 3 images and 1 videos (5 frames) to out\n"
+    passed_over = "1 files that are neither image nor video are passed over"
+    assert printed == f"{passed_over}\n8 detections in 3 images and 1 videos (5 frames) to out\n"
     first, *lines = code.split("\n")
     assert first == "2 inputs could not be read:"
     assert [line.split(":")[0] for line in lines] == [f"  {inputs / 'cut.jpg'}", f"  {inputs / 'no.mov'}"]

@@ -99,6 +99,15 @@ def test_coco_results_have_all_that_the_detector_finds(command, folder, photos, 
     assert ids == [*film, 17, str(photos / "one.png")]
 
 
+def test_images_of_one_number_have_ids_of_their_own(command, photos, tmp_path):
+    cv2.imwrite(str(photos / "17.png"), make_photo(seed=2))
+    cv2.imwrite(str(photos / "18.png"), make_photo(seed=3))
+    assert command(photos, photos / "one.png", "--json", tmp_path / "found.json")[0] == 0
+    ids = {entry["image_id"] for entry in json.loads((tmp_path / "found.json").read_text())}
+    expected = {18, *(str(photos / name) for name in ("17.png", "more/000017.JPG", "one.png"))}
+    assert {number for number in ids if "#" not in str(number)} == expected
+
+
 def test_image_ids_of_an_annotation_file(command, photos, tmp_path):
     images = [{"id": 4, "file_name": "one.png"}, {"id": 9, "file_name": "more/000017.JPG"}, {"id": 1, "file_name": "x"}]
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
@@ -191,6 +200,10 @@ def test_self_test(command, folder, tmp_path):
         (["photos/one.png", "--output", "out.png", "--provider", "Quick"], "provider must be one of"),
         (["photos/one.png", "--json", "photos"], "--json: 'photos' is a folder"),
         (["photos/one.png", "--csv", "c.csv", "--annotations", "photos/notes.txt"], "which is not given"),
+        (["photos/one.png", "--json", "a", "--csv", "./a"], "--json and --csv are both ./a"),
+        (["photos/one.png", "--json", "photos/one.png"], "--json photos/one.png would replace a file that is read"),
+        (["photos", "--csv", "photos/film.avi"], "--csv photos/film.avi would replace a file that is read"),
+        (["photos/one.png", "--json", "t.json", "--annotations", "t.json"], "argument --annotations: 't.json' does"),
         (["photos/one.png"], "nothing would come out"),
         (["--output", "out"], "INPUT: name an image"),
         (["photos/one.png", "--show"], "--show: there is no display"),

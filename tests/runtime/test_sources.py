@@ -49,6 +49,25 @@ def test_a_file_named_as_a_number_is_no_camera(inputs):
     assert find_sources(["0"])[0][0].kind == "image"
 
 
+def test_patterns_reach_into_folders(inputs):
+    assert targets("in/**/*.png") == ["ü.png"]
+    assert targets("in/**/*.*p*") == ["ü.png", "grey.bmp"]
+
+
+def test_files_of_systems_and_links_to_nothing_are_counted(inputs):
+    for name in ("._a.JPG", ".cache/b.jpg", "__MACOSX/c.jpg", "Thumbs.db"):
+        (inputs / "in" / name).parent.mkdir(exist_ok=True)
+        (inputs / "in" / name).touch()
+    (inputs / "in" / "gone.jpg").symlink_to(inputs / "none.jpg")
+    assert len(targets("in")) == 5 and find_sources(["in"])[1] == 6
+
+
+def test_inputs_of_one_name_are_only_refused_where_pictures_are_written(inputs):
+    (inputs / "twin").mkdir()
+    (inputs / "twin" / "a.JPG").touch()
+    assert targets("in/a.JPG", "twin/a.JPG") == ["a.JPG", "a.JPG"]
+
+
 def test_pictures_of_an_earlier_run_are_not_read(inputs):
     written = inputs / "in" / "found"
     written.mkdir()
