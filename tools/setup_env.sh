@@ -6,7 +6,8 @@
 # Detectron2 where `import detectron2` fails, and aqdet in editable mode with its `train`, `export` and `dev` extras.
 # Returns at once when nothing changed since the last time; an interrupted set-up is resumed.
 #
-#   AQDET_VENV=DIR             the virtual environment's folder (relative to the checkout; default: .venv)
+#   AQDET_VENV=DIR             the virtual environment's folder (relative to the checkout; default: .venv); one that
+#                              exists keeps its Python, so `python3.13 -m venv .venv` before this chooses 3.13
 #   AQDET_USE_CURRENT_ENV=1    use the active environment (conda, venv, ...), which must have
 #                              Detectron2 already: only what aqdet lacks is added, nothing is
 #                              pinned, upgraded or removed
