@@ -19,7 +19,17 @@ from ..modeling.requests import CHECKPOINTER_KEYS, acknowledge
 from ..modeling.scaffold import AUXILIARY_PREFIX, strip, without_scaffold
 from ..utils.files import open_replacing
 from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically
-from .keys import MAX_LISTED, MISSING, OTHER_SHAPE, UNEXPECTED, Difference, KeyComparison, shapes_of
+from .keys import (
+    MAX_LISTED,
+    MISSING,
+    OTHER_SHAPE,
+    UNEXPECTED,
+    Difference,
+    KeyComparison,
+    not_finite,
+    shapes_of,
+    without_wrapper,
+)
 from .norms import add_folded_statistics, folded_norms
 from .torchvision import SCOPE
 
@@ -220,6 +230,15 @@ class AqdetCheckpointer(DetectionCheckpointer):
         return read_checkpoint(filename, self._path)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
+        checkpoint["model"], wrapper = without_wrapper(checkpoint["model"], self.model)
+        if wrapper:
+            logger.info("%s: its keys are read without %r at their beginning", self._path, wrapper)
+        broken = not_finite(checkpoint["model"])
+        if broken:
+            raise ValueError(
+                f"checkpoint {self._path!r} has values that are not finite, in {broken[0]} and {len(broken) - 1} other "
+                "keys: the training that wrote it has diverged, start from an earlier checkpoint"
+            )
         scope = self._scope(checkpoint)
         if checkpoint.pop("matching_heuristics", False):
             scope = self._rename(checkpoint) or scope

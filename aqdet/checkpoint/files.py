@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pickle
 import re
@@ -17,6 +19,8 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import get_cache_dir
 
 from ..utils.files import open_replacing
+
+logger = logging.getLogger(__name__)
 
 CAFFE2 = "Caffe2"
 """The ``__author__`` in a file with Caffe2's names."""
@@ -71,13 +75,32 @@ def load_weights_file(path: str) -> dict[str, Any]:
         raise
     except Exception as error:  # Damaged input makes the unpickler raise almost anything.
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = "it is damaged or was not written by torch.save"
+        reason = _what_it_is(path) or "it is damaged or was not written by torch.save"
         if code:
-            reason = f"it holds more than tensors and containers: {code.group(1)}"
+            reason = f"it holds more than tensors and containers: {code.group(1)}; save the state_dict() of a model"
         raise ValueError(f"checkpoint {path!r} is refused, {reason}") from error
     if not isinstance(data, dict):
         raise ValueError(f"checkpoint {path!r} holds no state dict but a {type(data).__name__}")
     return data
+
+
+def _what_it_is(path: str) -> str:
+    """Returns what a file is that torch.save has not written, and the way out; ``""`` if it is not known."""
+    with open(path, "rb") as file:
+        start = file.read(200)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is the pointer of a file in Git LFS: fetch the file by git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page, so that a download has gone wrong"
+    # The length of the header in 8 bytes, and the header as JSON.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
+        return "it is of safetensors, which are not read: write what load_file gives by torch.save"
+    with contextlib.suppress(zipfile.BadZipFile):
+        if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return "it is a TorchScript program: save the state_dict() of the model"
+    return ""
 
 
 def load_zoo_file(path: str, name: str) -> dict[str, Any]:
@@ -124,13 +147,29 @@ def read_checkpoint(path: str, name: str) -> dict[str, Any]:
         ValueError: In one line, if it holds code, is damaged or holds no state dict.
     """
     data = load_zoo_file(path, name) if path.endswith(".pkl") else load_weights_file(path)
-    data = data if "model" in data else {"model": data}
-    model = data["model"]
-    if not isinstance(model, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor | np.ndarray) for key, value in model.items()
-    ):
+    found = [str(key) for key, value in data.items() if _is_state_dict(value) and value]
+    if "model" in data:
+        others = [key for key in found if key != "model"]
+        if others:
+            logger.warning("%s has state dicts beside its 'model', which are left out: %s", name, ", ".join(others))
+    elif _is_state_dict(data):
+        data = {"model": data}
+    elif "state_dict" in found or len(found) == 1:
+        entry = "state_dict" if "state_dict" in found else found[0]
+        others = [key for key in found if key != entry]
+        logger.info("%s: its entry %r is read%s", name, entry, f", and {', '.join(others)} left out" * bool(others))
+        data = {"model": data[entry]}
+    elif found:
+        raise ValueError(f"checkpoint {name!r} has several state dicts, {', '.join(found)}: save one as 'model'")
+    if not _is_state_dict(data.get("model")):
         raise ValueError(f"checkpoint {name!r} holds no state dict of tensors")
     return data
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor | np.ndarray) for key, tensor in value.items()
+    )
 
 
 def local_path_of(name: str) -> str:

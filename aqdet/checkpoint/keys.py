@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..modeling.scaffold import AUXILIARY_PREFIX, SCAFFOLD_PREFIXES
@@ -187,6 +189,44 @@ class KeyComparison:
             cause = f"MODEL.{self._node}.NUM_CLASSES: {their_classes} in the file, {our_classes} in the model"
             to_start = "; to start with new class scores, CHECKPOINT.ALLOW_KEYS \"['head.cls_score']\""
             yield cause if self._exact else cause + to_start
+
+
+def without_wrapper(state: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], str]:
+    """Removes what a wrapper of a model has put in front of every key, as ``module.``, ``model.`` or ``_orig_mod.``.
+
+    Args:
+        state: The state dict of a file.
+        model: The model that it is loaded into.
+
+    Returns:
+        The state dict under the model's names, and the prefix; the state dict as it is and ``""`` if its keys have no
+        common beginning behind which keys of the model stand.
+    """
+    ours = set(model.state_dict())
+    # torch's AveragedModel counts beside the model.
+    keys = [key for key in state if key != "n_averaged"]
+    prefix = ""
+    while keys and not any(key.removeprefix(prefix) in ours for key in keys):
+        part, dot, _ = keys[0].removeprefix(prefix).partition(".")
+        longer = f"{prefix}{part}."
+        if not dot or not all(key.startswith(longer) for key in keys):
+            return state, ""
+        prefix = longer
+    return ({key.removeprefix(prefix): state[key] for key in keys}, prefix) if prefix else (state, "")
+
+
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of a state dict, of tensors or arrays, with NaN or an infinite value.
+
+    Quantizers are left out: without a range yet, their scale is NaN.
+    """
+    return [key for key, value in state.items() if "quantizer." not in key and not _is_finite(value)]
+
+
+def _is_finite(value: Tensor | np.ndarray) -> bool:
+    if isinstance(value, np.ndarray):
+        return not np.issubdtype(value.dtype, np.inexact) or bool(np.isfinite(value).all())
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:

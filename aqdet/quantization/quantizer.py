@@ -96,7 +96,8 @@ class Quantizer(nn.Module):
         if not self._ready:
             raise RuntimeError(
                 f"quantizer '{self.name or type(self).__name__}' is not calibrated: call "
-                "aqdet.quantization.calibrate(model, run) or load a calibrated checkpoint first"
+                "aqdet.quantization.calibrate(model, run), or aqdet.prepare or aqdet.prepare_trainer for a training of "
+                "your own, or load a calibrated checkpoint first"
             )
         return self.fake_quantize(x)
 

@@ -512,3 +512,114 @@ def test_a_run_that_starts_anew_puts_the_note_of_the_earlier_one_aside(tmp_path,
     checkpointer.forget_last_checkpoint()
     assert not checkpointer.has_checkpoint() and (tmp_path / "last_checkpoint.old").read_text() == "model_0000004.pth"
     assert "holds an earlier run, last model_0000004.pth" in caplog.text
+
+
+def linear(**changes):
+    """A layer, and its state dict with these changes."""
+    model = torch.nn.Linear(2, 3)
+    return model, {**model.state_dict(), **changes}
+
+
+def loaded(path):
+    """What a layer has after a file was loaded into it."""
+    model = torch.nn.Linear(2, 3)
+    AqdetCheckpointer(model).load(path)
+    return model.state_dict()
+
+
+WRAPPED = {
+    "one process of several": (lambda state: {f"module.{key}": value for key, value in state.items()}, "'module.'"),
+    "torch.compile": (lambda state: {f"_orig_mod.{key}": value for key, value in state.items()}, "'_orig_mod.'"),
+    "both": (lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()}, "'module._orig_mod.'"),
+    "Lightning": (
+        lambda state: {"state_dict": {f"model.{key}": v for key, v in state.items()}, "epoch": 1},
+        "'model.'",
+    ),
+    "an average": (
+        lambda state: {"model": {"n_averaged": torch.tensor(3), **{f"module.{key}": v for key, v in state.items()}}},
+        "'module.'",
+    ),
+    "the only state dict": (lambda state: {"ema_state": state, "epoch": 1}, "its entry 'ema_state' is read"),
+    "two state dicts": (
+        lambda state: {"state_dict": state, "ema": {key: value + 1 for key, value in state.items()}},
+        "its entry 'state_dict' is read, and ema left out",
+    ),
+    "an average beside the model": (
+        lambda state: {"model": state, "ema": {key: value + 1 for key, value in state.items()}},
+        "beside its 'model', which are left out: ema",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_state_dicts_of_other_trainings_are_read_and_it_is_said(folder, caplog, name):
+    change, words = WRAPPED[name]
+    _, state = linear()
+    torch.save(change(state), "other.pth")
+    caplog.set_level(logging.INFO, "aqdet")
+    found = loaded("other.pth")
+    assert all(torch.equal(found[key], value) for key, value in state.items()) and set(found) == set(state)
+    assert words in caplog.text
+
+
+def test_a_prefix_without_keys_of_the_model_behind_it_stays(folder):
+    torch.save({"a.weight": torch.ones(1), "a.other": torch.ones(1)}, "other.pth")
+    with pytest.raises(ValueError, match=r"unexpected a\.weight"):
+        AqdetCheckpointer(torch.nn.BatchNorm1d(3, affine=False)).load("other.pth")
+
+
+def test_the_auxiliary_path_of_a_wrapped_model_goes_on(folder):
+    model = make_model(*QUANT, *AUX)
+    with torch.no_grad():
+        for parameter in model.auxiliary.parameters():
+            parameter.fill_(0.5)
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, "ddp.pth")
+    other = make_model(*QUANT, *AUX)
+    AqdetCheckpointer(other, aux_init="head").load("ddp.pth")
+    assert all((parameter == 0.5).all() for parameter in other.auxiliary.parameters())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused_by_their_key(folder, value):
+    model, state = linear(bias=torch.tensor([0.0, value, 0.0]))
+    torch.save(state, "nan.pth")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match="^checkpoint 'nan.pth' has values that are not finite, in bias and 0 other"
+    ) as e:
+        AqdetCheckpointer(model).load("nan.pth")
+    one_line(e)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+NO_CHECKPOINTS = {
+    "empty": (b"", "it is empty"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "fetch the file by git lfs pull",
+    ),
+    "page": (b"<!DOCTYPE html>\n<html></html>", "it is a web page, so that a download has gone wrong"),
+    "safetensors": ((2).to_bytes(8, "little") + b"{}", "it is of safetensors, which are not read: write"),
+    "picture": (b"\xff\xd8\xff\xe0", "it is damaged or was not written by torch.save"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_told(folder, name):
+    data, words = NO_CHECKPOINTS[name]
+    Path("x.pth").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=f"^checkpoint 'x.pth' is refused, {'.*' if name == 'pointer' else ''}{words}"
+    ) as e:
+        AqdetCheckpointer(torch.nn.Linear(1, 1)).load("x.pth")
+    one_line(e)
+
+
+def test_files_with_several_state_dicts_and_none(folder):
+    _, state = linear()
+    torch.save({"student": state, "teacher": state}, "two.pth")
+    with pytest.raises(ValueError, match="'two.pth' has several state dicts, student, teacher: save one as 'model'$"):
+        loaded("two.pth")
+    torch.save({"epoch": 3}, "none.pth")
+    with pytest.raises(ValueError, match="'none.pth' holds no state dict of tensors$"):
+        loaded("none.pth")
