@@ -79,9 +79,11 @@ class Variant:
 
 
 def load(config: str, fpn_channels: int, *overrides: str) -> CfgNode:
-    """Returns the config of a variant."""
+    """Returns the config of a variant; the files have the auxiliary path, which a name without "aux" switches off."""
+    with_path = config.endswith("_aux")
     overrides = (*overrides, "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", str(fpn_channels))
-    return load_config(CONFIGS / f"retinanet_r18_{config}.yaml", overrides)
+    overrides = (*overrides, "MODEL.AUX.ENABLED", str(with_path))
+    return load_config(CONFIGS / f"retinanet_r18_{config.removesuffix('_aux')}_aux.yaml", overrides)
 
 
 def build(name: str, fpn_channels: int, batch: list[dict[str, Any]], make_conv: MakeConv | None = None) -> Variant:
