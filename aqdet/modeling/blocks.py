@@ -83,8 +83,9 @@ class _ResidualMixin(nn.Module):
         """Applies convolutions with ReLUs between, adds the shortcut, and ends in the stream."""
         layers = [layer for conv in convs for layer in (conv, RELU)][:-1]
         shortcut = self.shortcut
-        total = run_chain([*layers, self.residual_add], x, lambda: x if shortcut is None else shortcut(x))
-        return self.output_stream(total)
+        return run_chain(
+            [*layers, self.residual_add, self.output_stream], x, lambda: x if shortcut is None else shortcut(x)
+        )
 
 
 class QuantBasicBlock(_FreezesQuantizers, BasicBlock, _ResidualMixin):

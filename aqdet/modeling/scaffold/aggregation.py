@@ -7,7 +7,7 @@ aggregated full-precision feature, D what carries it to the next block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -108,14 +108,16 @@ class Aggregation(Backbone):
                 ),
             )
 
-    def forward(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
-        """Maps the sums of :func:`tapped_sums` to ``{"res3": (N, C, H / 8, W / 8), ...}``."""
-        stem, *rest = sums
-        x = self.stem(stem)
+    def forward(self, sums: list[Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Maps the sums of :func:`tapped_sums` to ``{"res3": (N, C, H / 8, W / 8), ...}``.
+
+        It empties the list, so that a sum which backward does not need is gone when it has been read.
+        """
+        x = self.stem(sums.pop(0))
         outputs = {"stem": x}
         for name in self._stages:
             stage = cast(nn.ModuleList, getattr(self, name))
             for block in stage:
-                x = block(x, rest.pop(0))
+                x = block(x, sums.pop(0))
             outputs[name] = x
         return {name: outputs[name] for name in self._out_features}

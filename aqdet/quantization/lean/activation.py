@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels import has_free_norms, plain
 from ..quantizer import Quantizer
-from .conv import can_recompute, deferred_conv2d, recomputing_conv2d
+from .conv import can_recompute, deferred_conv2d, float_conv2d, recomputing_conv2d
 from .elementwise import fake_quantize
 from .moments import Reader
 from .norm import Activation, Deferred, computed, computed_relu, defer, defer_all, is_synchronized, quantize_deferred
+from .recipe import note_terms, recipe_of
 from .weight import is_usable, usable_grid
 
 
@@ -58,16 +60,17 @@ def _first_quantizer(layer: nn.Module | None) -> Quantizer | None:
     return None
 
 
-def _add(layer: Any, x: Activation, y: Tensor) -> Tensor:
-    """Computes the forward of a :class:`aqdet.layers.QuantAdd`."""
-    x = computed(x) if layer.x_quantizer is None else quantized(layer.x_quantizer, x)
-    y = y if layer.y_quantizer is None else quantized(layer.y_quantizer, y)
-    return x + y
+def _add(layer: Any, x: Activation, y: Tensor, is_tapped: bool) -> Tensor:
+    """Computes the forward of a :class:`aqdet.layers.QuantAdd`; what taps the sum can keep the operands' codes."""
+    is_tapped &= not torch.is_autocast_enabled(y.device.type)
+    x = computed(x) if layer.x_quantizer is None else quantized(layer.x_quantizer, x, note_codes=is_tapped)
+    y = y if layer.y_quantizer is None else quantized(layer.y_quantizer, y, note_codes=is_tapped)
+    return note_terms(x + y, recipe_of(x), recipe_of(y)) if is_tapped else x + y
 
 
 def _float_conv2d(layer: Any, x: Tensor) -> Activation:
     """Computes the forward of Detectron2's ``Conv2d`` but for the last step of its norm."""
-    out = defer(layer.norm, layer._conv_forward(x, layer.weight, layer.bias))
+    out = defer(layer.norm, float_conv2d(layer, x))
     return out if layer.activation is None else layer.activation(computed(out))
 
 
@@ -101,7 +104,9 @@ def _apply(link: _Link, state: Activation, other: Callable[[], Tensor] | None) -
     is_free = has_free_norms()
     if hasattr(layer, "x_quantizer"):
         assert other is not None
-        return layer(computed(state), other()) if _has_hooks(layer) else _add(layer, state, other())
+        if _has_hooks(layer):
+            return layer(computed(state), other())
+        return _add(layer, state, other(), following is not None and _has_hooks(following))
     if link.is_norm:
         return defer(layer, computed(state))
     if _has_hooks(layer):

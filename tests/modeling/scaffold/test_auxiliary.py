@@ -231,7 +231,9 @@ def test_aggregation_is_the_papers_formula(depth, width):
         torch.nn.init.normal_(parameter, std=0.1)
     with tapped_sums(trunk) as sums, torch.no_grad():
         trunk(torch.randn(1, 3, 32, 32))
-    ours = path(sums)
+    read = list(sums)
+    ours = path(read)
+    assert not read  # a sum is not alive longer than its reader needs it
 
     state = path.state_dict()
 
@@ -317,7 +319,7 @@ def test_started_from_a_detector_every_h_is_near_the_blocks_own_output():
     set_quantization(model, False)
     with torch.no_grad(), tapped_sums(model.backbone.bottom_up) as sums:
         model.backbone(model.preprocess_image(BATCH).tensor)
-        own = model.auxiliary.trunk.bottom_up(sums)
+        own = model.auxiliary.trunk.bottom_up(list(sums))
     for name, last in (("res3", 4), ("res4", 6), ("res5", 8)):
         target = sums[last].relu()
         # Half of a block's sum is carried, where the trunk carries all of it: a random trunk is the worst case.
