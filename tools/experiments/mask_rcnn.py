@@ -102,7 +102,7 @@ def make_jobs(args: argparse.Namespace) -> dict[tuple[int, Row], Job]:
 
 
 def make_table(seeds: list[int], done: dict[tuple[int, Row], dict[str, Any]]) -> str:
-    """Returns the table, with differences paired by seed and "-" for missing runs."""
+    """Returns the table of the rows that have run, with differences paired by seed."""
     from results_file import markdown_table, mean_and_spread
 
     def values(row: Row, task: str, key: str = "AP") -> dict[int, float]:
@@ -118,6 +118,8 @@ def make_table(seeds: list[int], done: dict[tuple[int, Row], dict[str, Any]]) ->
         header += [f"{name} AP", f"{name} AP50", "− full precision", "− without the path", f"{name} AP by seed"]
     rows = []
     for index, row in enumerate(ROWS):
+        if not any((seed, row) in done for seed in seeds):
+            continue
         cells = [row.name.replace("_path", " + path").replace("float", "full precision")]
         for task in ("bbox", "segm"):
             found = values(row, task)
