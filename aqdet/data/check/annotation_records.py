@@ -20,7 +20,7 @@ ROUNDING = 1e-3
 EDGE = 1.0
 THIN = 1.0
 # Number of boxes from which on all together say whether they are corners or sizes.
-FEW = 4
+_FEW = 4
 
 
 class AnnotationRecords:
@@ -243,7 +243,7 @@ class AnnotationRecords:
         elif self.source.states_sides:
             over = sum(x + w > side_x + EDGE or y + h > side_y + EDGE for (x, y, w, h), (side_x, side_y) in boxes)
             fit = all(w > x and h > y and w <= side_x and h <= side_y for (x, y, w, h), (side_x, side_y) in boxes)
-            if fit and len(boxes) >= FEW and over * 4 >= len(boxes):
+            if fit and len(boxes) >= _FEW and over * 4 >= len(boxes):
                 value = f"{over} of {len(boxes)} boxes reach outside, and all fit as corners"
                 self.report.add("boxes-corners", file, value=value)
         else:
@@ -253,6 +253,6 @@ class AnnotationRecords:
                 x + w >= 0 and y + h >= 0 and 2 * x + w <= side_x + EDGE and 2 * y + h <= side_y + EDGE
                 for (x, y, w, h), (side_x, side_y) in every
             )
-            if fit and len(every) >= FEW and negative * 4 >= len(every):
+            if fit and len(every) >= _FEW and negative * 4 >= len(every):
                 value = f"{negative} of {len(every)} boxes end before they start, and all fit as x, y, width, height"
                 self.report.add("boxes-sides", file, value=value)

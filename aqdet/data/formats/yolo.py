@@ -356,9 +356,9 @@ class _Reader:
 def _label_names(image: str) -> list[str]:
     """Returns names that the label file of an image may have, both relative to the root, the usual one first."""
     stem = os.path.splitext(f"/{image}")[0]
-    places = [stem[1:]]
+    place = stem
     for images, labels in (("/Images/", "/Labels/"), ("/images/", "/labels/")):
         head, found, tail = stem.rpartition(images)
         if found:
-            places.insert(0, f"{head}{labels}{tail}"[1:])
-    return [f"{place}{ending}" for place in places[:1] for ending in (".txt", ".TXT")]
+            place = f"{head}{labels}{tail}"
+    return [f"{place[1:]}{ending}" for ending in (".txt", ".TXT")]
