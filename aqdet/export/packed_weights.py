@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .onnx_graph import GraphBuilder
 
 CODES_PER_BYTE = 4
-INT4_MIN, INT4_MAX = -8, 7
+INT4_MIN = -8
 
 
 def packed_bits(conv: Conv) -> int:

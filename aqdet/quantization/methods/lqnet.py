@@ -82,10 +82,6 @@ class LQNetQuantizer(Quantizer):
         grid, order = (bits * basis.double()[:, None]).sum(dim=2).sort(dim=1)
         return grid, bits[order]
 
-    def grid_values(self) -> Tensor:
-        """Returns the ``(C, 2^b)`` ascending quantized values, float32."""
-        return self._sorted_grid(self.basis)[0].float()
-
     def _set_range(self, statistics: Statistics, method: str) -> None:
         """Sets the basis in place, see the class; ``method`` makes no difference."""
         # Those of activations are on the CPU.
