@@ -21,11 +21,12 @@ setup(
     version="0.1.0",
     description="Object detectors at 4 bits and below, trained on Detectron2 with a full-precision auxiliary path",
     long_description=(
-        "aqdet trains quantized object detectors (RetinaNet, FCOS) on Detectron2 with weights and activations of 2 to "
-        "8 bits: LSQ, LSQ+, PACT, DoReFa, LQ-Nets and N2UQ, and a full-precision auxiliary path that reads the "
-        "quantized backbone during training and is gone from what is evaluated and shipped. By itself the package "
-        "runs exported detectors, with ONNX Runtime; aqdet[train,export] trains and exports them. Detectron2 itself "
-        "is not on PyPI: build it from source, or run tools/install_detectron2.py for its Python part."
+        "aqdet trains quantized object detectors (RetinaNet, FCOS, Faster and Mask R-CNN) on Detectron2 with weights "
+        "and activations of 2 to 8 bits: LSQ, LSQ+, PACT, DoReFa, LQ-Nets and N2UQ, and a full-precision auxiliary "
+        "path that reads the quantized backbone during training and is gone from what is evaluated and shipped. By "
+        "itself the package runs exported detectors, with ONNX Runtime; aqdet[train,export] trains and exports them. "
+        "Detectron2 itself is not on PyPI: build it from source, or run tools/install_detectron2.py for its Python "
+        "part."
     ),
     long_description_content_type="text/plain",
     license="Apache-2.0",
@@ -46,7 +47,7 @@ setup(
     package_data={
         "aqdet": ["py.typed"],
         "aqdet.report": ["templates/*"],
-        "aqdet.configs": ["**/*.yaml", "README.md"],
+        "aqdet.configs": ["**/*.yaml", "LazyConfig/*.py", "README.md"],
         "aqdet.programs": ["examples/*"],
     },
     cmdclass={"build_py": BuildModules},

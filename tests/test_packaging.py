@@ -63,8 +63,10 @@ def test_base_requirements_are_the_runtimes(wheel):
 
 def test_what_is_installed(wheel):
     installed = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
-    configs = {f"aqdet/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert configs == {name for name in installed if name.endswith(".yaml")}
+    files = [path for path in (ROOT / "configs").rglob("*.*") if path.suffix != ".pyc"]
+    assert {path.suffix for path in files} == {".yaml", ".py", ".md"}
+    configs = {f"aqdet/configs/{path.relative_to(ROOT / 'configs')}" for path in files}
+    assert configs == {name for name in installed if name.startswith("aqdet/configs/")}
     programs = {f"aqdet/programs/{program}.py" for program, _, _ in command.PROGRAMS.values()}
     examples = {f"aqdet/programs/examples/{path.name}" for path in (ROOT / "tools/examples").iterdir()}
     assert len(examples) == 2
