@@ -140,8 +140,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.NORM = "GN"
     # Foreground probability that the class logits start with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # Which points learn an object. "fcos": those near its centre, on a level chosen by its size. "atss" (1912.02424;
-    # not measured here): of the points nearest to its centre on every level, those whose square overlaps it more than
+    # Which points learn an object. "fcos": those near its centre, on a level chosen by its size. "atss"
+    # (1912.02424): of the points nearest to its centre on every level, those whose square overlaps it more than
     # most do.
     cfg.MODEL.FCOS.ASSIGNMENT = "fcos"
     # "fcos": points are positive within this distance of a box's centre, in strides.

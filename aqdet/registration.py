@@ -41,7 +41,7 @@ class _ImportHook(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The other finders' answer for a module that is waited for, its code run by :meth:`execute`."""
+        """Returns the spec that the other finders have for one of the modules; its loader runs :meth:`execute`."""
         if fullname not in self._names or fullname in self._searching:
             return None
         self._searching.add(fullname)
@@ -69,7 +69,7 @@ class ImportAfter(_ImportHook):
         self._followers = followers
 
     def install(self) -> None:
-        """Imports what follows modules that are imported already, and waits for the others."""
+        """Imports the followers of the modules that are imported already, and hooks into the import of the others."""
         for name in list(self._followers):
             if _is_imported(name):
                 importlib.import_module(self._followers.pop(name))
@@ -98,7 +98,7 @@ class ImportWithout(_ImportHook):
         self._message = message
 
     def install(self) -> None:
-        """Waits for the modules."""
+        """Hooks into the import of the modules."""
         sys.meta_path.insert(0, self)
 
     def execute(self, module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
@@ -109,6 +109,6 @@ class ImportWithout(_ImportHook):
 
 
 def _is_imported(name: str) -> bool:
-    """Whether a module is imported to its end."""
+    """Returns whether the import of a module has finished."""
     module = sys.modules.get(name)
     return module is not None and not getattr(module.__spec__, "_initializing", False)

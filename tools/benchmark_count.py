@@ -132,7 +132,7 @@ def count_network(
 
 
 def make_batch(num_images: int, size: int) -> list[dict[str, Any]]:
-    """Random images with two boxes each, on the CPU as a data loader gives them."""
+    """Makes random images with two boxes each, on the CPU as a data loader gives them."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for index in range(num_images):

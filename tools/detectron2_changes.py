@@ -28,7 +28,7 @@ class Change:
     reason: str
 
     def apply(self, root: Path) -> None:
-        """Rewrite the file under ``root``; raise InstallError if ``old`` is not as expected."""
+        """Rewrites the file under ``root``; raises InstallError if ``old`` is not as expected."""
         file = root / self.path
         if not file.is_file():
             raise InstallError(f"{self.path}: no such file; cannot apply the change: {self.reason}")
@@ -41,7 +41,7 @@ class Change:
         file.write_text(text, encoding="utf-8")
 
     def apply_where_found(self, root: Path) -> bool:
-        """Rewrite the file under ``root`` wherever ``old`` is found; whether it was."""
+        """Rewrites the file under ``root`` wherever ``old`` is found; returns whether it was."""
         file = root / self.path
         text, found = self._replace(file) if file.is_file() else ("", 0)
         if found:
@@ -166,7 +166,7 @@ MAIN_CHANGES = tuple(change for change in CHANGES if change.path.removeprefix("d
 
 
 def compiled_ops_text(source: str = "") -> str:
-    """The file at COMPILED_OPS_PATH, which also records the source and the changes it was installed with."""
+    """Returns the content of COMPILED_OPS_PATH, which also records the source and the changes of the installation."""
     recorded = repr((source, MAIN_CHANGES) if source else CHANGES)
     return COMPILED_OPS_TEMPLATE.replace("FINGERPRINT", hashlib.sha256(recorded.encode()).hexdigest()[:16])
 
@@ -211,5 +211,5 @@ setup(
 
 
 def setup_text(version: str) -> str:
-    """A setup.py for the patched tree."""
+    """Returns a setup.py for the patched tree."""
     return SETUP_TEMPLATE.replace("VERSION", version)

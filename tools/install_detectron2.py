@@ -1,4 +1,4 @@
-"""Install the Python part of Detectron2, 0.6 or another version, where ``import detectron2`` does not work yet.
+"""Installs the Python part of Detectron2, 0.6 or another version, where ``import detectron2`` does not work yet.
 
 Detectron2 is not on PyPI under its own name; ``pb1-detectron2`` holds the Python files of its
 v0.6 tag without the sources of the compiled ops. This script downloads that archive with pip,
@@ -63,7 +63,7 @@ print(detectron2.__version__)
 
 
 def existing_detectron2(source: str = "") -> str | None:
-    """Return version and place of the Detectron2 that this interpreter imports, or None.
+    """Returns version and place of the Detectron2 that this interpreter imports, or None.
 
     None is also the answer to what an interrupted run of this script leaves behind, our own files
     that are not known to pip yet, and to an installation of ours from another source or with other
@@ -91,21 +91,21 @@ def existing_detectron2(source: str = "") -> str | None:
 
 
 def run_pip(*arguments: str) -> None:
-    """Run this interpreter's pip with the user's own configuration."""
+    """Runs this interpreter's pip with the user's own configuration."""
     command = [sys.executable, "-m", "pip", *arguments]
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
         raise InstallError(f"pip {arguments[0]} failed (its message is above)")
 
 
 def check_sha256(archive: Path, expected: str) -> None:
-    """Raise InstallError unless the file has the expected sha256."""
+    """Raises InstallError unless the file has the expected sha256."""
     actual = hashlib.sha256(archive.read_bytes()).hexdigest()
     if actual != expected:
         raise InstallError(f"{archive.name}: sha256 is {actual}, expected {expected}")
 
 
 def download(folder: Path) -> Path:
-    """Download the archive into ``folder`` (sha256 checked by pip) and return its path."""
+    """Downloads the archive into ``folder`` (pip checks its sha256) and returns its path."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n", encoding="utf-8")
     # The archive's setup.py imports torch, so it cannot be read in an isolated environment.
@@ -120,7 +120,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(archive: Path, folder: Path) -> Path:
-    """Extract the archive below ``folder`` and return its single top folder.
+    """Extracts the archive below ``folder`` and returns its single top folder.
 
     Raises:
         InstallError: it has several, or, before Python 3.11.4, a file whose place is outside ``folder``.
@@ -142,7 +142,7 @@ def extract(archive: Path, folder: Path) -> Path:
 
 
 def fetch(source: str, folder: Path) -> tuple[Path, str]:
-    """Fetch ``main``, a commit or another repository's HEAD into ``folder``; the tree and its commit.
+    """Fetches ``main``, a commit or another repository's HEAD into ``folder``; returns the tree and its commit.
 
     Raises:
         InstallError: git is missing or could not, with git's reason and what works without a network.
@@ -174,7 +174,7 @@ def fetch(source: str, folder: Path) -> tuple[Path, str]:
 
 
 def obtain(source: str, folder: Path) -> tuple[Path, str]:
-    """The source tree that is asked for, and the version that its package gets.
+    """Returns the source tree that is asked for, and the version that its package gets.
 
     Raises:
         InstallError: there is none.
@@ -196,7 +196,7 @@ def obtain(source: str, folder: Path) -> tuple[Path, str]:
 
 
 def prepare(tree: Path, root: Path, source: str, version: str) -> None:
-    """Copy what the package needs of a source tree to ``root``, with MAIN_CHANGES and build files of our own.
+    """Copies what the package needs of a source tree to ``root``, with MAIN_CHANGES and build files of our own.
 
     Raises:
         InstallError: a part is missing.
@@ -218,7 +218,7 @@ def prepare(tree: Path, root: Path, source: str, version: str) -> None:
 
 
 def patch(root: Path) -> None:
-    """Apply CHANGES to the source tree of 0.6 and replace its build files by our own.
+    """Applies CHANGES to the source tree of 0.6 and replaces its build files by our own.
 
     Raises:
         InstallError: a change does not apply to these files.
@@ -235,7 +235,7 @@ def patch(root: Path) -> None:
 
 
 def build(root: Path, folder: Path) -> str:
-    """Build the patched tree; the wheel's path."""
+    """Builds the patched tree and returns the wheel's path."""
     wheels = folder / "wheels"
     run_pip(
         *("wheel", "--quiet", "--no-deps", "--no-build-isolation"),
@@ -246,7 +246,7 @@ def build(root: Path, folder: Path) -> str:
 
 
 def install(wheel: str, *, constraint: str | None = None, target: Path | None = None) -> None:
-    """Install a wheel and what it depends on, or, with a target, itself alone into that folder."""
+    """Installs a wheel and what it depends on, or, with a target, itself alone into that folder."""
     if target is not None:
         shutil.rmtree(target, ignore_errors=True)
         run_pip("install", "--quiet", "--no-deps", "--target", str(target), wheel)
@@ -258,7 +258,7 @@ def install(wheel: str, *, constraint: str | None = None, target: Path | None = 
 
 
 def make_wheel(source: str, folder: Path) -> str:
-    """Fetch, check, patch and build what is asked for ("": 0.6) below ``folder``; the wheel's path.
+    """Fetches, checks, patches and builds what is asked for ("": 0.6) below ``folder``; returns the wheel's path.
 
     Raises:
         InstallError: with the reason.
@@ -279,7 +279,7 @@ def make_wheel(source: str, folder: Path) -> str:
 
 
 def check_target(target: Path, source: str) -> bool:
-    """Whether the folder already holds this; raises InstallError where it holds something else than ours."""
+    """Returns whether the folder already holds this; raises InstallError where it holds something else than ours."""
     marker = target / COMPILED_OPS_PATH
     if marker.is_file():
         return marker.read_text(encoding="utf-8") == compiled_ops_text(source)
@@ -289,7 +289,7 @@ def check_target(target: Path, source: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Install Detectron2 unless it is there; return the exit status."""
+    """Installs Detectron2 unless it is there; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--constraint", help="pip constraints file for Detectron2's dependencies")
     parser.add_argument(

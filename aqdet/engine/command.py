@@ -83,7 +83,7 @@ def _is_not_about_cuda(record: logging.LogRecord) -> bool:
 
 
 def train(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: RunLog) -> None:
-    """Trains; ``OUTPUT_DIR`` becomes this run's as soon as nothing can be refused any more."""
+    """Runs a training. ``OUTPUT_DIR`` becomes this run's once all checks have passed."""
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume or is_restart())
     with trainer.started():

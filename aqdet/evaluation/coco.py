@@ -47,12 +47,12 @@ def check_coco_eval(name: str) -> None:
 
 
 def max_dets_limits(max_dets_per_image: int) -> list[int]:
-    """The three limits of detections of COCO's evaluation, which sorts them and takes AP with the last."""
+    """Returns COCO's three limits of detections of an image, ascending; AP is that of the last one."""
     return [min(limit, max_dets_per_image) for limit in (1, 10, max_dets_per_image)]
 
 
 def fill_in(truth: COCO, name: str) -> None:
-    """Fields that training does without and pycocotools does not, in place: no crowd, the box's area.
+    """Adds fields that pycocotools needs and training does not, in place: ``iscrowd`` 0, and the box's area.
 
     Args:
         truth: annotations.
@@ -158,7 +158,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         self._per_class = {}
 
     def evaluate(self, img_ids: Collection[int] | None = None) -> dict[str, dict[str, float]]:
-        """``{"bbox": {"AP": ..., ...}, "segm": ...}`` in percent on the main process, ``{}`` on the others.
+        """Returns ``{"bbox": {"AP": ..., ...}, "segm": ...}`` in percent on the main process, ``{}`` on the others.
 
         The file holds the metrics of boxes and, under ``"segm"``, those of masks.
         """
@@ -187,7 +187,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return completed
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Collection[int] | None = None) -> None:
-        """Detectron2's, with the implementation asked for: results in the dataset's class ids, then AP of each task."""
+        """Writes the detections with the dataset's class ids and evaluates each task, by the chosen implementation."""
         originals = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
         original = {index: key for key, index in originals.items()}
         found = [result for prediction in predictions for result in prediction["instances"]]
@@ -210,7 +210,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
                 self._results[task].update(self._class_values(evaluated, task))
 
     def _evaluated(self, found: list[dict[str, Any]], img_ids: Collection[int] | None, task: str) -> Any:
-        """The evaluation of :meth:`_evaluation`, of the images that are asked for, summarized."""
+        """Runs the evaluation of :meth:`_evaluation` on the given images, and returns it."""
         evaluated = self._evaluation(found, task)
         if img_ids is not None:
             evaluated.params.imgIds = list(img_ids)
@@ -220,7 +220,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return evaluated
 
     def _evaluation(self, found: list[dict[str, Any]], task: str) -> Any:
-        """COCO's evaluation of these detections, to be run."""
+        """Makes COCO's evaluation of these detections, without running it."""
         if self._coco_eval == "faster-coco-eval" and task != "keypoints":
             import faster_coco_eval
 
@@ -240,7 +240,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return evaluated
 
     def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:
-        """``AP-name`` of each class, in percent; AP50 and AP75 are kept for the table."""
+        """Returns ``AP-name`` of each class, in percent, and keeps AP50 and AP75 for the table."""
         # (IoU thresholds 0.5, 0.55 ... 0.95, recalls, classes, size bands, limits of detections an image)
         precision = evaluated.eval["precision"][:, :, :, 0, -1]
         values = {}
@@ -251,7 +251,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return values
 
     def _class_table(self, task: str, values: dict[str, float], objects: collections.Counter[int]) -> str:
-        """A row a class: name, id in the dataset, objects to find, AP, AP50, AP75."""
+        """Returns a table with a row for each class: name, id in the dataset, objects to find, AP, AP50, AP75."""
         rows = []
         for name, category in zip(self._metadata.get("thing_classes") or [], self._category_ids(), strict=True):
             others = self._per_class.get(task, {}).get(name, {})
@@ -265,7 +265,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return sorted(self._coco_api.getCatIds())
 
     def _complete(self, found: dict[str, float], objects: list[dict[str, Any]]) -> dict[str, float]:
-        """All metrics: those found, with 0 for what is left out although there are objects."""
+        """Completes the metrics: one that is missing is 0 if there are objects for it, and else NaN."""
         exists = {key: True for key in self.metrics}
         for key, (low, high) in SIZE_BANDS.items():
             exists[key] = any(low <= a["area"] <= high for a in objects)
@@ -280,6 +280,6 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
 
 def _percent(precision: np.ndarray) -> float:
-    """The mean in percent of the precisions that exist; NaN if none does."""
+    """Returns the mean in percent of the precisions that exist; NaN if none does."""
     known = precision[precision > -1]
     return float(known.mean() * 100) if known.size else math.nan

@@ -59,7 +59,7 @@ class Demo:
 
 
 def _metadata(cfg: CfgNode) -> Any:
-    """Class names of the first test set; its data need not be on this machine."""
+    """Returns the metadata, with the names of classes, of the first test set; its data need not be on this machine."""
     try:
         register_declared(cfg, train=False)
     except ValueError as error:

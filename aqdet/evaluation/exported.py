@@ -94,7 +94,7 @@ def load_exported(cfg: CfgNode, folder: str | os.PathLike[str]) -> ExportedDetec
 
 
 def _thresholds(ships: Description) -> list[tuple[str, Any]]:
-    """Keys of a config that decoding has values for, and these."""
+    """Returns the config keys of the thresholds of decoding, each with the value that ships."""
     if ships.regions is not None:
         return [
             ("MODEL.RPN.PRE_NMS_TOPK_TEST", ships.topk_candidates),

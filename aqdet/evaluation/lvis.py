@@ -60,7 +60,7 @@ class LVISEvaluator(COCOEvaluator):
                     )
 
     def _evaluation(self, found: list[dict[str, Any]], task: str) -> Any:
-        """LVIS's evaluation of these detections, to be run."""
+        """Makes LVIS's evaluation of these detections, without running it."""
         import faster_coco_eval
 
         truth = faster_coco_eval.COCO(self._coco_api.dataset)
@@ -71,7 +71,7 @@ class LVISEvaluator(COCOEvaluator):
         return evaluated
 
     def _class_values(self, evaluated: Any, task: str) -> dict[str, float]:
-        """``AP-name`` of each class and AP by frequency, in percent."""
+        """Returns ``AP-name`` of each class and AP by frequency, in percent."""
         values = super()._class_values(evaluated, task)
         for key in FREQUENCIES:
             value = evaluated.stats_as_dict[key]
@@ -80,7 +80,7 @@ class LVISEvaluator(COCOEvaluator):
         return values
 
     def _complete(self, found: dict[str, float], objects: list[dict[str, Any]]) -> dict[str, float]:
-        """All metrics; by frequency 0 for classes with objects of which none is found, NaN for none with objects."""
+        """Completes the metrics as for COCO; those by frequency, too."""
         values = super()._complete(found, objects)
         used = {a["category_id"] for a in objects}
         frequencies = {c["frequency"] for c in self._coco_api.dataset["categories"] if c["id"] in used}

@@ -206,7 +206,7 @@ def evaluate_both(
 
 
 def _by_name(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of the first task by name, and those of each other with the task in front, as ``segm AP``."""
+    """Returns the metrics of all tasks by name; those of the second and further tasks are named as ``segm AP``."""
     found: dict[str, Any] = {}
     for task, values in results.items():
         prefix = f"{task} " if found else ""

@@ -208,7 +208,7 @@ class Program:
     pyramid: tuple[str, ...] = ()
 
     def grids(self) -> dict[str, Grid]:
-        """The grid of every integer value by name."""
+        """Returns the grid of every integer value by name."""
         grids = {IMAGE: self.image}
         for operation in self.operations:
             grid = grids[inputs_of(operation)[0]]

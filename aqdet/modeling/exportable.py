@@ -88,7 +88,10 @@ def _methods(cfg: CfgNode) -> Iterator[str]:
 
 
 def _groups(cfg: CfgNode) -> Iterator[str]:
-    """x86 without VNNI adds two products in 16 bits; other weights than a grouped convolution's are split for it."""
+    """Yields the problem of grouped convolutions at 8 bits, whose sums x86 without VNNI does not compute exactly.
+
+    It adds two products in 16 bits. The export splits the weights of other convolutions so that these sums fit.
+    """
     resnets = cfg.MODEL.RESNETS
     blocks: Sequence[int] = ()
     if resnets.REGNETX in SIZES:

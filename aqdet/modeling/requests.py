@@ -1,4 +1,7 @@
-"""Requests of a config to the training around a model, which a training of another make would not know of."""
+"""Config keys that the training around a model has to act on, and a warning if it does not.
+
+A training script that is not aqdet's, such as Detectron2's own, does not know of these keys.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class Requests:
 
     @property
     def open(self) -> Collection[str]:
-        """Keys that nothing has acknowledged."""
+        """The keys that nothing has acknowledged."""
         return self._open.keys()
 
     def acknowledge(self, *keys: str) -> None:

@@ -64,7 +64,7 @@ class _Observation:
 
 
 def observe(model: nn.Module, run: Callable[[], object]) -> dict[str, Statistics]:
-    """Statistics of what every uncalibrated quantizer of a model reads, from which ``set_range`` makes its range.
+    """Collects statistics of what every uncalibrated quantizer of a model reads, for its ``set_range``.
 
     Args:
         model: the model; its quantizers stay as they are.
@@ -140,7 +140,7 @@ def set_ranges(model: nn.Module, observed: Mapping[str, Statistics], method: str
 
 
 def run_on_all_ranks(run: Callable[[], object]) -> None:
-    """Runs; a failure on one rank is raised on all, which would otherwise wait for its statistics."""
+    """Calls ``run``, and raises a failure on one rank on all ranks, which would otherwise wait for its statistics."""
     if not (dist.is_available() and dist.is_initialized()):
         run()
         return

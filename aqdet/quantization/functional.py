@@ -45,8 +45,8 @@ def integer_range(num_bits: int, signed: bool, narrow_range: bool = False) -> tu
 def value_dtype(dtype: torch.dtype, quant_min: int, quant_max: int) -> torch.dtype:
     """Returns the precision of quantized values of a tensor: its own, or float32 where that has too few digits.
 
-    bfloat16 has 8 bits of significand, in which ``code * scale`` is another value for each code up to 128 alone: of the
-    256 values of 8 unsigned bits the larger ones would be the same in pairs.
+    Example: bfloat16 has 8 bits of significand, so that ``code * scale`` differs from code to code only up to 128. Of
+    the 256 values of 8 unsigned bits, the larger ones would coincide in pairs.
     """
     return torch.float32 if max(-quant_min, quant_max) * torch.finfo(dtype).eps > 1 else dtype
 

@@ -202,14 +202,14 @@ def here(folder: Path, all_layers: Path, cache: Path) -> Outcome:
 
 
 def here_as(level: str, folder: Path) -> Outcome:
-    """This x86-64 processor with newer instructions than those of ``level`` hidden."""
+    """Runs the self-test on this x86-64 processor, with instructions newer than those of ``level`` hidden."""
     with tempfile.TemporaryDirectory() as temporary:
         library = older_cpu.build(level, Path(temporary))
         return self_test(["env", f"LD_PRELOAD={library}", sys.executable], folder)
 
 
 def emulated_x86(processor: str, folder: Path) -> Outcome:
-    """An x86-64 processor of QEMU's, with the Python of this machine."""
+    """Runs the self-test on an x86-64 processor of QEMU's, with the Python of this machine."""
     if os.uname().machine != "x86_64":
         raise NotHere(f"the Python of this machine is {os.uname().machine}'s, and not x86-64's")
     qemu = program("qemu-x86_64-static", "qemu-x86_64", package="qemu-user-static")
@@ -217,7 +217,7 @@ def emulated_x86(processor: str, folder: Path) -> Outcome:
 
 
 def emulated_arm(name: str, folder: Path, cache: Path) -> Outcome:
-    """An aarch64 processor of QEMU's, with Debian's Python for it."""
+    """Runs the self-test on an aarch64 processor of QEMU's, with Debian's Python for it."""
     processor, features, part = ARM[name]
     qemu = program("qemu-aarch64-static", "qemu-aarch64", package="qemu-user-static")
     system = debian_system(cache)
@@ -228,7 +228,7 @@ def emulated_arm(name: str, folder: Path, cache: Path) -> Outcome:
 
 
 def javascript_packages(cache: Path, package: str) -> Path:
-    """Folder in whose ``node_modules`` a package of npm's is; installed there if it is not yet."""
+    """Returns the folder in whose ``node_modules`` a package of npm's is, and installs it there if it is missing."""
     place = cache / "javascript"
     if not (place / "node_modules" / package / "package.json").is_file():
         npm = program("npm", package="npm")
@@ -239,7 +239,7 @@ def javascript_packages(cache: Path, package: str) -> Path:
 
 
 def in_javascript(package: str, folder: Path, cache: Path) -> Outcome:
-    """ONNX Runtime's package in Node.js: the outputs of the graph as it ships, and the codes of all layers."""
+    """Compares the outputs of the graph, and the codes of all layers, with those of ONNX Runtime in Node.js."""
     import numpy as np
 
     from aqdet.runtime.folder import MODEL
@@ -270,7 +270,7 @@ def in_javascript(package: str, folder: Path, cache: Path) -> Outcome:
 
 
 def in_c(name: str, folder: Path) -> Outcome:
-    """The C program beside the runtime, on the golden vectors' image at the size that the program is for."""
+    """Compares the C program with the runtime on the golden vectors' image, at the size that the program is for."""
     import c_program
     import numpy as np
 

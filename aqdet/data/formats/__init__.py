@@ -76,7 +76,7 @@ def _locate_exported(paths: Mapping[str, str], split: str) -> tuple[str, str]:
 
 
 def _yolo_like(name: str, read: _Reader, field: str, *, layout: str, example: str) -> Format:
-    """A format whose ``field`` is a file that names the splits, with a label file for each image."""
+    """Makes a format whose ``field`` is a file that names the splits, with a label file for each image."""
     return Format(
         name=name,
         layout=layout,
@@ -93,7 +93,7 @@ def _yolo_like(name: str, read: _Reader, field: str, *, layout: str, example: st
 def _labelling_tool(
     name: str, read: _Reader, *, layout: str, example: str, file_an_image: bool = False, options: tuple[str, ...] = ()
 ) -> Format:
-    """A labelling tool's format: one file of annotations, or, if ``file_an_image``, one beside each image."""
+    """Makes the format of a labelling tool: one file of annotations or, if ``file_an_image``, one for each image."""
     needed, other = ("images", "annotations") if file_an_image else ("annotations", "images")
     kinds = {"images": "folder", "annotations": "folder" if file_an_image else "file"}
     return Format(

@@ -1,4 +1,4 @@
-"""What files of annotations are that no reader reads, in words that say the way out."""
+"""Recognition of annotation files that no reader reads: the tool that they come from, and what to export instead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EXPORT = "export the annotations as COCO JSON"
 
 
 def what_else(path: str) -> str:
-    """Returns what a file is that is of no format that is read: why it cannot be read, or the tool that it is of."""
+    """Describes a file that is in none of the formats, for a message: the tool it is of, or why it cannot be read."""
     report = Report("")
     if path.lower().endswith(".xml"):
         try:
@@ -33,7 +33,7 @@ def what_else(path: str) -> str:
 
 
 def what_json_is(content: Any) -> str:
-    """Returns what the content of a JSON file is that is of no format that is read."""
+    """Describes the content of a JSON file that is in none of the formats, for a message."""
     known = "not of a format that is read"
     first = content[0] if isinstance(content, list) and content else None
     keys = set(content) if isinstance(content, dict) else set()

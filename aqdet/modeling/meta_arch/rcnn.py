@@ -105,7 +105,7 @@ class QuantGeneralizedRCNN(Scaffolded, GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Detectron2's arguments with our forms of the parts that the config names, and the auxiliary path.
+        """Builds Detectron2's arguments with our forms of the parts that the config names, and the auxiliary path.
 
         Raises:
             ValueError: in one line, for a config value that is not valid, naming its key.

@@ -26,7 +26,7 @@ def _area(sides: Tensor) -> Tensor:
 
 
 def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
-    """Computes fvcore's ``giou_loss`` of boxes ``(P, 4)``, ``(P,)``, without a mask whose size a GPU is waited for.
+    """Computes fvcore's ``giou_loss`` of boxes ``(P, 4)``, ``(P,)``, by operations that do not wait for a GPU.
 
     Values and gradients are the same to the bit. Boxes that are not finite have no finite loss, and no assertion.
     """
@@ -43,7 +43,7 @@ IOU_LOSSES: dict[str, Any] = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou
 
 
 def places(mask: Tensor) -> Tensor:
-    """Returns the indices of a mask ``(N, R)`` in ``N R`` anchors; waits for a GPU."""
+    """Returns the flat indices at which a mask ``(N, R)`` is set; this waits for a GPU."""
     return mask.flatten().nonzero().squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""The adaptor: what reads a low-precision feature in full precision."""
+"""The adaptor, which reads a low-precision feature in full precision."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .recipe import Recipe
 
 
 class Moments(NamedTuple):
-    """What a batch norm in training knows of its input, for each channel, over all processes; float32, ``(C,)``.
+    """Statistics of a batch norm's input in training, for each channel, over all processes; float32, ``(C,)``.
 
     Attributes:
         mean, inverse: mean, and one over the standard deviation.
@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """What alone reads a norm: a quantizer, by its 0-dim scale, range and how the scale learns; or a ReLU."""
+    """The one reader of a norm's output: a quantizer with a 0-dim scale, its range and its gradient; or a ReLU."""
 
     step: Tensor | None
     quant_min: int = 0
