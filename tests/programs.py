@@ -56,7 +56,7 @@ def make_conv(weight, *, bias=None, factor=None, scale=None, grid=U4, **geometry
     return Conv(
         output="y",
         input="x",
-        path="conv",
+        name="conv",
         level="",
         weight=np.asarray(weight, np.int16),
         weight_bits=4,

@@ -105,7 +105,7 @@ def main() -> None:
         far = total["unexplained"]
         print(f"  {total['execution']}: {share:.1e} of {total['codes']:,}, {far} of them not at a rounding tie")
     worst = report["tightest"]
-    layer = f"{worst['path']} {worst['level']}".strip()
+    layer = f"{worst['layer']} {worst['level']}".strip()
     print(f"Tightest int32 sum: {layer}, at most {worst['accumulator_bound']:,}")
     sizes = report["sizes"]
     megabytes = sizes["float32_state_dict"] / 1e6

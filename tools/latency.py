@@ -31,10 +31,15 @@ def saturating(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Args:
         layers: Rows of ``detector.json``; convs have ``weight_type``, ``max_input_code``, the largest value of the
-            uint8 input, and ``max_weight_code``, the largest absolute weight.
+            uint8 input, and ``max_weight_code``, the largest absolute weight. Their ``layer`` is called ``path`` in
+            older files.
     """
     convs = [row for row in layers if row["kind"] == "conv" and row["weight_type"] == "int8"]
-    wide = [row["path"] for row in convs if 2 * row["max_input_code"] * row["max_weight_code"] > INT16_MAX]
+    wide = [
+        row.get("layer") or row["path"]
+        for row in convs
+        if 2 * row["max_input_code"] * row["max_weight_code"] > INT16_MAX
+    ]
     return list(dict.fromkeys(wide))  # once, since a head's conv has a row for each level
 
 

@@ -291,20 +291,20 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
             codes = (integers.codes - integers.zero_point).cpu().numpy().astype(np.int16)
             recorded.setdefault(name, []).append(codes)
 
-    for path, module in model.named_modules():
-        if path.startswith("auxiliary."):
+    for name, module in model.named_modules():
+        if name.startswith("auxiliary."):
             continue
         if isinstance(module, QuantConv2d | QuantConvTranspose2d | QuantLinear):
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda m, inputs, path=path: note(f"{path}.input_quantizer", m.input_quantizer, inputs[0])
+                    lambda m, inputs, name=name: note(f"{name}.input_quantizer", m.input_quantizer, inputs[0])
                 )
             )
         elif isinstance(module, QuantAdd):
 
-            def note_operands(m: Any, inputs: Any, path: str = path) -> None:
-                note(f"{path}.x_quantizer", m.x_quantizer, inputs[0])
-                note(f"{path}.y_quantizer", m.y_quantizer, inputs[1])
+            def note_operands(m: Any, inputs: Any, name: str = name) -> None:
+                note(f"{name}.x_quantizer", m.x_quantizer, inputs[0])
+                note(f"{name}.y_quantizer", m.y_quantizer, inputs[1])
 
             handles.append(module.register_forward_pre_hook(note_operands))
         elif isinstance(module, QuantStem):
@@ -312,15 +312,15 @@ def _recording(model: nn.Module, recorded: dict[str, list[NDArray[np.int16]]]) -
             stream = module.output_stream
             handles.append(
                 module.conv1.register_forward_hook(
-                    lambda _, __, output, path=path, stream=stream: note(
-                        f"{path}.conv1.output", stream.quantizer, output
+                    lambda _, __, output, name=name, stream=stream: note(
+                        f"{name}.conv1.output", stream.quantizer, output
                     )
                 )
             )
         elif isinstance(module, StreamQuantizer):
             handles.append(
                 module.register_forward_hook(
-                    lambda m, _, output, path=path: note(f"{path}.quantizer", m.quantizer, output)
+                    lambda m, _, output, name=name: note(f"{name}.quantizer", m.quantizer, output)
                 )
             )
     try:

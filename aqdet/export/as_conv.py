@@ -36,47 +36,47 @@ class AsConv:
     activation: None = None
 
 
-def linear_as_conv(layer: nn.Module, path: str, channels: int) -> AsConv:
+def linear_as_conv(layer: nn.Module, name: str, channels: int) -> AsConv:
     """Returns a fully connected layer over ``(channels, S, S)`` as an SxS convolution without padding.
 
     Raises:
         ValueError: in one line that names the layer, if it is in float.
     """
     if not isinstance(layer, QuantLinear):
-        raise ValueError(_in_float(layer, path))
+        raise ValueError(_in_float(layer, name))
     side = round((layer.in_features / channels) ** 0.5)
     weight = layer.weight.view(layer.out_features, channels, side, side)
     return AsConv(weight, layer.bias, layer.weight_quantizer, layer.input_quantizer, layer.out_features)
 
 
-def deconv_as_conv(layer: nn.Module, path: str) -> AsConv:
+def deconv_as_conv(layer: nn.Module, name: str) -> AsConv:
     """Returns a 2x2 deconvolution with stride 2 with its weight as ``(O, C, 2, 2)``: a 1x1 convolution for each place.
 
     Raises:
         ValueError: in one line that names the layer, if it is in float or another kind of deconvolution.
     """
     if not isinstance(layer, QuantConvTranspose2d):
-        raise ValueError(_in_float(layer, path))
+        raise ValueError(_in_float(layer, name))
     shape: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.output_padding, layer.dilation)
     if shape != ((BLOCK, BLOCK), (BLOCK, BLOCK), (0, 0), (0, 0), (1, 1)):
-        raise ValueError(f"layer {path}: export knows deconvolutions of 2x2 with stride 2 and no padding, got {shape}")
+        raise ValueError(f"layer {name}: export knows deconvolutions of 2x2 with stride 2 and no padding, got {shape}")
     weight = layer.weight.transpose(0, 1)
     return AsConv(weight, layer.bias, layer.weight_quantizer, layer.input_quantizer, layer.out_channels)
 
 
-def quantized_conv(module: Any, path: str) -> QuantConv2d | AsConv:
+def quantized_conv(module: Any, name: str) -> QuantConv2d | AsConv:
     """Returns a module that is a quantized convolution, or stands for one.
 
     Raises:
         ValueError: in one line that names the layer, if it is in float.
     """
     if not isinstance(module, QuantConv2d | AsConv):
-        raise ValueError(_in_float(module, path))
+        raise ValueError(_in_float(module, name))
     return module
 
 
-def _in_float(module: Any, path: str) -> str:
+def _in_float(module: Any, name: str) -> str:
     return (
-        f"layer {path} is in float ({type(module).__name__}): MODEL.QUANT.ENABLED must be True, and no "
+        f"layer {name} is in float ({type(module).__name__}): MODEL.QUANT.ENABLED must be True, and no "
         "MODEL.QUANT.RULES may leave it out, for a detector that runs on integers"
     )

@@ -207,7 +207,7 @@ def _shape(operation: Operation, inputs: Sequence[Shape]) -> Shape:
     if isinstance(operation, Conv):
         if operation.groups != 1 or operation.dilation != (1, 1):
             raise ValueError(
-                f"--c: layer {operation.path} is a grouped or dilated convolution, which it has no loop for"
+                f"--c: layer {operation.name} is a grouped or dilated convolution, which it has no loop for"
             )
         kernel = operation.weight.shape[2:]
         sides = [

@@ -120,55 +120,55 @@ class Extractor:
         self.operations.append(PadImage("image_padded", IMAGE, (vertical, horizontal), values, mean))
         return self._stem(stem, "backbone.bottom_up.stem", Value("image_padded", grid), mean)
 
-    def _stem(self, stem: Any, path: str, x: Value, mean: Sequence[float]) -> Value:
-        target = self._stream(stem.output_stream, f"{path}.output_stream")
+    def _stem(self, stem: Any, name: str, x: Value, mean: Sequence[float]) -> Value:
+        target = self._stream(stem.output_stream, f"{name}.output_stream")
         pooled = isinstance(stem, QuantStem)
-        name = f"{path}.conv1.output" if pooled else target.name
-        conv = self._quantized(stem.conv1, f"{path}.conv1")
+        output = f"{name}.conv1.output" if pooled else target.name
+        conv = self._quantized(stem.conv1, f"{name}.conv1")
         if conv.input_quantizer is not None:
-            raise ValueError(f"layer {path}.conv1: the stem reads the uint8 image and has no input quantizer")
+            raise ValueError(f"layer {name}.conv1: the stem reads the uint8 image and has no input quantizer")
         # The sum of (pixel - mean) * weight, with the mean moved into the bias.
-        codes, scale = self._weight(conv, f"{path}.conv1")
+        codes, scale = self._weight(conv, f"{name}.conv1")
         shift = -(codes.sum((2, 3)) @ np.array(mean)) * scale * x.grid.scale
         y = self._conv(
-            conv, f"{path}.conv1", x, name, target.grid, conv.norm, relu=True, input_offset=shift, padding=(0, 0)
+            conv, f"{name}.conv1", x, output, target.grid, conv.norm, relu=True, input_offset=shift, padding=(0, 0)
         )
         if pooled:
             self.operations.append(MaxPool(target.name, y.name, kernel=3, stride=2, padding=1))
         return target
 
-    def _resnet(self, resnet: Any, path: str, x: Value) -> dict[str, Value]:
+    def _resnet(self, resnet: Any, name: str, x: Value) -> dict[str, Value]:
         features = {}
-        for name in resnet.stage_names:
-            for index, block in enumerate(getattr(resnet, name)):
-                x = self._block(block, f"{path}.{name}.{index}", x)
-            features[name] = x
+        for stage in resnet.stage_names:
+            for index, block in enumerate(getattr(resnet, stage)):
+                x = self._block(block, f"{name}.{stage}.{index}", x)
+            features[stage] = x
         return features
 
-    def _block(self, block: Any, path: str, x: Value) -> Value:
+    def _block(self, block: Any, name: str, x: Value) -> Value:
         if not isinstance(block, QuantBasicBlock | QuantBottleneckBlock):
-            raise ValueError(f"layer {path}: export knows no {type(block).__name__}")
-        names = ["conv1", "conv2"] + ["conv3"] * isinstance(block, QuantBottleneckBlock)
+            raise ValueError(f"layer {name}: export knows no {type(block).__name__}")
+        parts = ["conv1", "conv2"] + ["conv3"] * isinstance(block, QuantBottleneckBlock)
         add = block.residual_add
         branch = x
-        for name, following in zip(names, [*names[1:], ""], strict=True):
-            conv = self._quantized(getattr(block, name), f"{path}.{name}")
+        for part, following in zip(parts, [*parts[1:], ""], strict=True):
+            conv = self._quantized(getattr(block, part), f"{name}.{part}")
             if branch is x:
-                branch = self._requantize(x, conv.input_quantizer, f"{path}.{name}")
+                branch = self._requantize(x, conv.input_quantizer, f"{name}.{part}")
             target = (
-                self._site(getattr(block, following), f"{path}.{following}")
+                self._site(getattr(block, following), f"{name}.{following}")
                 if following
-                else self._operand(add, "x_quantizer", f"{path}.residual_add")
+                else self._operand(add, "x_quantizer", f"{name}.residual_add")
             )
             branch = self._conv(
-                conv, f"{path}.{name}", branch, target.name, target.grid, conv.norm, relu=bool(following)
+                conv, f"{name}.{part}", branch, target.name, target.grid, conv.norm, relu=bool(following)
             )
         if block.shortcut is not None:
-            shortcut = self._quantized(block.shortcut, f"{path}.shortcut")
-            operand = self._operand(add, "y_quantizer", f"{path}.residual_add")
-            source = self._requantize(x, shortcut.input_quantizer, f"{path}.shortcut")
-            x = self._conv(shortcut, f"{path}.shortcut", source, operand.name, operand.grid, shortcut.norm)
-        return self._add(branch, x, self._stream(block.output_stream, f"{path}.output_stream"), block, "residual_add")
+            shortcut = self._quantized(block.shortcut, f"{name}.shortcut")
+            operand = self._operand(add, "y_quantizer", f"{name}.residual_add")
+            source = self._requantize(x, shortcut.input_quantizer, f"{name}.shortcut")
+            x = self._conv(shortcut, f"{name}.shortcut", source, operand.name, operand.grid, shortcut.norm)
+        return self._add(branch, x, self._stream(block.output_stream, f"{name}.output_stream"), block, "residual_add")
 
     # --- pyramid ---
 
@@ -179,22 +179,22 @@ class Extractor:
         levels: dict[str, Value] = {}
         previous: Value | None = None
         for level, feature in zip(reversed(fpn._levels), reversed(fpn.in_features), strict=True):
-            path = f"backbone.fpn_lateral{level}"
+            name = f"backbone.fpn_lateral{level}"
             stream = self._stream(getattr(fpn, f"fpn_sum{level}"), f"backbone.fpn_sum{level}")
-            lateral = self._quantized(getattr(fpn, f"fpn_lateral{level}"), path)
-            source = self._requantize(bottom_up[feature], lateral.input_quantizer, path)
+            lateral = self._quantized(getattr(fpn, f"fpn_lateral{level}"), name)
+            source = self._requantize(bottom_up[feature], lateral.input_quantizer, name)
             target = stream
             if previous is not None:
                 target = self._operand(getattr(fpn, f"fpn_add{level}"), "x_quantizer", f"backbone.fpn_add{level}")
-            merged = self._conv(lateral, path, source, target.name, target.grid, lateral.norm)
+            merged = self._conv(lateral, name, source, target.name, target.grid, lateral.norm)
             if previous is not None:
                 top_down = f"backbone.fpn_top_down{level}"
                 self.operations.append(Upsample(top_down, previous.name))
                 merged = self._add(merged, Value(top_down, previous.grid), stream, fpn, f"fpn_add{level}")
             previous = merged
-            path = f"backbone.fpn_output{level}"
+            name = f"backbone.fpn_output{level}"
             output = self._stream(getattr(fpn, f"p{level}_stream"), f"backbone.p{level}_stream")
-            levels[f"p{level}"] = self._level(getattr(fpn, f"fpn_output{level}"), path, previous, output)
+            levels[f"p{level}"] = self._level(getattr(fpn, f"fpn_output{level}"), name, previous, output)
         if fpn.top_block is not None:
             self._top_block(fpn.top_block, {**bottom_up, **levels}, fpn._levels[-1] + 1, levels)
         return levels
@@ -208,33 +208,33 @@ class Extractor:
         if not isinstance(block, QuantLastLevelP6P7):
             raise ValueError(f"layer backbone.top_block: export knows no {type(block).__name__}")
         x = sources[block.in_feature]
-        for number, name in enumerate(("p6", "p7"), first):
-            path = f"backbone.top_block.{name}"
-            output = self._stream(getattr(block, f"{name}_stream"), f"backbone.top_block.{name}_stream")
-            x = self._level(getattr(block, name), path, x, output)
+        for number, part in enumerate(("p6", "p7"), first):
+            name = f"backbone.top_block.{part}"
+            output = self._stream(getattr(block, f"{part}_stream"), f"{name}_stream")
+            x = self._level(getattr(block, part), name, x, output)
             levels[f"p{number}"] = x
 
-    def _level(self, module: nn.Module, path: str, x: Value, output: Value) -> Value:
-        conv = self._quantized(module, path)
-        source = self._requantize(x, conv.input_quantizer, path)
-        return self._conv(conv, path, source, output.name, output.grid, conv.norm)
+    def _level(self, module: nn.Module, name: str, x: Value, output: Value) -> Value:
+        conv = self._quantized(module, name)
+        source = self._requantize(x, conv.input_quantizer, name)
+        return self._conv(conv, name, source, output.name, output.grid, conv.norm)
 
     # --- head ---
 
     def _tower(self, head: Any, subnet: str, predictions: dict[str, str], x: Value, index: int, level: str) -> None:
         """Adds one subnet and the convolutions that predict from it, name -> output, at one level."""
         steps: list[tuple[str, nn.Module, nn.Module | None]] = []
-        for name, module in getattr(head, subnet).named_children():
-            path = f"head.{subnet}.{name}"
+        for part, module in getattr(head, subnet).named_children():
+            name = f"head.{subnet}.{part}"
             if isinstance(module, nn.Conv2d):
-                steps.append((path, module, None))
+                steps.append((name, module, None))
             elif isinstance(module, nn.ReLU):
                 continue
             elif steps and steps[-1][2] is None:
                 steps[-1] = (*steps[-1][:2], module)
             else:
-                raise ValueError(f"layer {path}: export knows no {type(module).__name__} there")
-        last = [(f"head.{name}", getattr(head, name), output) for name, output in predictions.items()]
+                raise ValueError(f"layer {name}: export knows no {type(module).__name__} there")
+        last = [(f"head.{part}", getattr(head, part), output) for part, output in predictions.items()]
         self._predict(steps, last, x, level, index)
 
     def _predict(
@@ -249,47 +249,47 @@ class Extractor:
 
         A layer runs once for each reader with another grid: the one before FCOS's box and centerness runs twice.
         """
-        readers = [*([(path, module)] for path, module, _ in steps), [(path, module) for path, module, _ in last]]
+        readers = [*([(name, module)] for name, module, _ in steps), [(name, module) for name, module, _ in last]]
         values = [
-            self._requantize(x, self._quantized(module, path).input_quantizer, path, level)
-            for path, module in readers[0]
+            self._requantize(x, self._quantized(module, name).input_quantizer, name, level)
+            for name, module in readers[0]
         ]
-        for (path, module, norm), following in zip(steps, readers[1:], strict=True):
-            conv, source = self._quantized(module, path), values[0]
-            sites = [self._site(reader, reader_path, level) for reader_path, reader in following]
+        for (name, module, norm), following in zip(steps, readers[1:], strict=True):
+            conv, source = self._quantized(module, name), values[0]
+            sites = [self._site(reader, reader_name, level) for reader_name, reader in following]
             values = [
-                self._conv(conv, path, source, site.name, site.grid, norm, relu=True, level=level, index=index)
+                self._conv(conv, name, source, site.name, site.grid, norm, relu=True, level=level, index=index)
                 for site in sites
             ]
-        for (path, module, output), source in zip(last, values, strict=True):
-            self._conv(self._quantized(module, path), path, source, output, None, None, level=level, index=index)
+        for (name, module, output), source in zip(last, values, strict=True):
+            self._conv(self._quantized(module, name), name, source, output, None, None, level=level, index=index)
 
     # --- parts ---
 
     @staticmethod
-    def _quantized(module: Any, path: str) -> Any:
-        return quantized_conv(module, path)
+    def _quantized(module: Any, name: str) -> Any:
+        return quantized_conv(module, name)
 
-    def _site(self, module: Any, path: str, level: str = "") -> Value:
+    def _site(self, module: Any, name: str, level: str = "") -> Value:
         """Returns the input of a convolution."""
-        quantizer = self._quantized(module, path).input_quantizer
-        name = f"{path}.input_quantizer"
-        return Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
+        quantizer = self._quantized(module, name).input_quantizer
+        site = f"{name}.input_quantizer"
+        return Value(f"{site}@{level}" if level else site, grid_of(quantizer, site))
 
-    def _operand(self, add: Any, key: str, path: str) -> Value:
+    def _operand(self, add: Any, key: str, name: str) -> Value:
         assert isinstance(add, QuantAdd)
-        return Value(f"{path}.{key}", grid_of(getattr(add, key), f"{path}.{key}"))
+        return Value(f"{name}.{key}", grid_of(getattr(add, key), f"{name}.{key}"))
 
-    def _stream(self, stream: Any, path: str) -> Value:
+    def _stream(self, stream: Any, name: str) -> Value:
         assert isinstance(stream, StreamQuantizer)
-        grid = grid_of(stream.quantizer, f"{path}.quantizer")
-        assert not (stream.relu and grid.signed), path
-        return Value(f"{path}.quantizer", grid)
+        grid = grid_of(stream.quantizer, f"{name}.quantizer")
+        assert not (stream.relu and grid.signed), name
+        return Value(f"{name}.quantizer", grid)
 
-    def _requantize(self, x: Value, quantizer: Quantizer | None, path: str, level: str = "") -> Value:
-        name = f"{path}.input_quantizer"
-        target = Value(f"{name}@{level}" if level else name, grid_of(quantizer, name))
-        check_reach(_largest(x.grid), target.grid, name)
+    def _requantize(self, x: Value, quantizer: Quantizer | None, name: str, level: str = "") -> Value:
+        site = f"{name}.input_quantizer"
+        target = Value(f"{site}@{level}" if level else site, grid_of(quantizer, site))
+        check_reach(_largest(x.grid), target.grid, site)
         self.operations.append(Requantize(target.name, x.name, target.grid))
         return target
 
@@ -306,19 +306,19 @@ class Extractor:
             )
         return target
 
-    def _weight(self, conv: Any, path: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    def _weight(self, conv: Any, name: str) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """Returns codes ``(O, C / groups, kH, kW)`` and scales ``(O,)`` of a weight."""
         quantizer = conv.weight_quantizer
-        check_quantizer(quantizer, f"{path}.weight_quantizer")
+        check_quantizer(quantizer, f"{name}.weight_quantizer")
         integers = quantizer.to_integer(conv.weight)
         same = torch.equal(integers.dequantize(), quantizer.fake_quantize(conv.weight).detach().float())
         if integers.zero_point != 0 or not same:
-            raise ValueError(f"layer {path}.weight_quantizer: its integers do not give its weights back")
+            raise ValueError(f"layer {name}.weight_quantizer: its integers do not give its weights back")
         scale = as_array(integers.scale).reshape(-1)
         if not integers.codes.any():
             largest = conv.weight.detach().abs().max().item()
             raise ValueError(
-                f"layer {path}.weight_quantizer: its scale is {scale.min():g}, but no weight is larger than "
+                f"layer {name}.weight_quantizer: its scale is {scale.min():g}, but no weight is larger than "
                 f"{largest:.3g}: everything would become zero"
             )
         return integers.codes.cpu().numpy(), np.broadcast_to(scale, conv.out_channels).copy()
@@ -326,7 +326,7 @@ class Extractor:
     def _conv(
         self,
         conv: Any,
-        path: str,
+        name: str,
         x: Value,
         output: str,
         grid: Grid | None,
@@ -340,18 +340,18 @@ class Extractor:
     ) -> Value:
         """Folds a convolution and its norm, see :class:`~aqdet.export.program.Conv`."""
         if not (conv.activation in (None, F.relu, F.relu_, torch.relu) or isinstance(conv.activation, nn.ReLU)):
-            raise ValueError(f"layer {path}: activation {conv.activation!r} has no integer form")
+            raise ValueError(f"layer {name}: activation {conv.activation!r} has no integer form")
         relu = relu or conv.activation is not None
         if relu and grid is not None and grid.signed:
-            raise ValueError(f"layer {path}: a ReLU stands before the signed quantizer {output}")
-        codes, scale = self._weight(conv, path)
-        multiplier, offset = norm_affine(norm, index, conv.out_channels, path)
+            raise ValueError(f"layer {name}: a ReLU stands before the signed quantizer {output}")
+        codes, scale = self._weight(conv, name)
+        multiplier, offset = norm_affine(norm, index, conv.out_channels, name)
         bias = np.zeros(conv.out_channels) if conv.bias is None else as_array(conv.bias)
         if input_offset is not None:
             bias = bias + input_offset
         bias = bias * multiplier + offset
-        folded = fold(codes, scale * multiplier, bias, x.grid, grid, path)
-        check_multiplier(folded["scale"].astype(np.float64) * x.grid.scale, grid, path)
+        folded = fold(codes, scale * multiplier, bias, x.grid, grid, name)
+        check_multiplier(folded["scale"].astype(np.float64) * x.grid.scale, grid, name)
         if grid is not None:
             total = np.abs(codes.astype(np.int64)).sum((1, 2, 3)) * np.abs(scale * multiplier) * x.grid.scale
             check_reach(float((total * largest_code(x.grid) + np.abs(bias)).max()), grid, output)
@@ -363,7 +363,7 @@ class Extractor:
             Conv(
                 output=output,
                 input=x.name,
-                path=path,
+                name=name,
                 level=level,
                 weight=codes.astype(np.int16),
                 weight_bits=conv.weight_quantizer.spec.num_bits,

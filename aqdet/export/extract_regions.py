@@ -67,7 +67,7 @@ def extract_two_stage(model: Any, *, round_constants: bool = False) -> TwoStageP
     return TwoStagePrograms(features, box, mask)
 
 
-def check_pooler(pooler: ROIPooler, path: str) -> None:
+def check_pooler(pooler: ROIPooler, node: str) -> None:
     """Checks that regions are pooled as the runtime does.
 
     Raises:
@@ -75,7 +75,7 @@ def check_pooler(pooler: ROIPooler, path: str) -> None:
     """
     kinds = {type(level).__name__ for level in pooler.level_poolers}
     if kinds != {"ROIAlign"} or not all(level.aligned for level in pooler.level_poolers):
-        raise ValueError(f"{path}.POOLER_TYPE must be ROIAlignV2 for export")
+        raise ValueError(f"{node}.POOLER_TYPE must be ROIAlignV2 for export")
 
 
 class _Regions(Extractor):
@@ -116,23 +116,23 @@ class _Regions(Extractor):
         area = heads.box_pooler.output_size[0] * heads.box_pooler.output_size[1]
         channels = width = first.in_channels if isinstance(first, nn.Conv2d) else first.in_features // area
         steps: list[tuple[str, Any, nn.Module | None]] = []
-        for name, module in head.named_children():
-            path = f"roi_heads.box_head.{name}"
+        for part, module in head.named_children():
+            name = f"roi_heads.box_head.{part}"
             if isinstance(module, nn.Linear):
-                layer: Any = linear_as_conv(module, path, width)
-                steps.append((path, layer, None))
+                layer: Any = linear_as_conv(module, name, width)
+                steps.append((name, layer, None))
             elif isinstance(module, nn.Conv2d):
-                layer = self._quantized(module, path)
-                steps.append((path, layer, layer.norm))
+                layer = self._quantized(module, name)
+                steps.append((name, layer, layer.norm))
             elif isinstance(module, nn.ReLU | nn.Flatten):
                 continue
             else:
-                raise ValueError(f"layer {path}: export knows no {type(module).__name__} there")
+                raise ValueError(f"layer {name}: export knows no {type(module).__name__} there")
             width = layer.out_channels
         last = []
-        for name, output in zip(("cls_score", "bbox_pred"), BOX_OUTPUTS, strict=True):
-            path = f"roi_heads.box_predictor.{name}"
-            last.append((path, linear_as_conv(getattr(predictor, name), path, width), output))
+        for part, output in zip(("cls_score", "bbox_pred"), BOX_OUTPUTS, strict=True):
+            name = f"roi_heads.box_predictor.{part}"
+            last.append((name, linear_as_conv(getattr(predictor, part), name, width), output))
         self._region_steps(steps, last)
         return self._program(steps[0], channels, Output("box", *BOX_OUTPUTS, 0))
 
@@ -151,20 +151,20 @@ class _Regions(Extractor):
         readers = [*convs, (f"{root}.deconv", deconv), (f"{root}.predictor", head.predictor)]
         first = (*readers[0], None)
         value = Value(IMAGE, grid_of(readers[0][1].input_quantizer, f"{readers[0][0]}.input_quantizer"))
-        for (path, layer), (next_path, following) in zip(readers[:-1], readers[1:], strict=True):
-            site = self._site(following, next_path)
+        for (name, layer), (next_name, following) in zip(readers[:-1], readers[1:], strict=True):
+            site = self._site(following, next_name)
             if layer is deconv:
-                value = self._deconv(deconv, path, value, site)
+                value = self._deconv(deconv, name, value, site)
             else:
-                value = self._conv(layer, path, value, site.name, site.grid, layer.norm, relu=True)
-        path, predictor = readers[-1]
-        self._conv(self._quantized(predictor, path), path, value, MASK_OUTPUT, None, None)
+                value = self._conv(layer, name, value, site.name, site.grid, layer.norm, relu=True)
+        name, predictor = readers[-1]
+        self._conv(self._quantized(predictor, name), name, value, MASK_OUTPUT, None, None)
         return self._program(first, readers[0][1].weight.shape[1], Output("mask", MASK_OUTPUT, "", 0))
 
     def _region_steps(self, steps: list[Any], last: list[Any]) -> None:
         """Adds layers as :meth:`_predict` does, from codes that are on the first layer's grid already."""
-        path, layer, _ = steps[0]
-        self._predict(steps, last, Value(IMAGE, grid_of(layer.input_quantizer, f"{path}.input_quantizer")))
+        name, layer, _ = steps[0]
+        self._predict(steps, last, Value(IMAGE, grid_of(layer.input_quantizer, f"{name}.input_quantizer")))
         same, *self.operations = self.operations  # a change of grid from one to itself
         first = self.operations[0]
         assert isinstance(first, Conv)
@@ -173,25 +173,25 @@ class _Regions(Extractor):
             for o in self.operations
         ]
 
-    def _deconv(self, layer: Any, path: str, x: Value, site: Value) -> Value:
+    def _deconv(self, layer: Any, name: str, x: Value, site: Value) -> Value:
         """Adds a 1x1 convolution to four values for each channel, which are then spread over squares.
 
         The four have one scale and one bias, as the deconvolution has.
         """
         blocks = f"{site.name}.blocks"
-        self._conv(layer, path, x, blocks, site.grid, None, relu=True)
+        self._conv(layer, name, x, blocks, site.grid, None, relu=True)
         conv = self.operations.pop()
         assert isinstance(conv, Conv)
         places = BLOCK**2
         weight = np.ascontiguousarray(conv.weight.transpose(0, 2, 3, 1)).reshape(-1, conv.weight.shape[1], 1, 1)
         each: dict[str, Any] = {
-            name: np.repeat(getattr(conv, name), places) for name in ("sign", "multiple", "scale", "bias")
+            field: np.repeat(getattr(conv, field), places) for field in ("sign", "multiple", "scale", "bias")
         }
         self.operations.append(dataclasses.replace(conv, weight=weight, **each))
         self.operations.append(DepthToSpace(site.name, blocks, BLOCK))
         return site
 
     def _program(self, first: tuple[str, Any, Any], channels: int, output: Output) -> Program:
-        path, layer, _ = first
-        grid = grid_of(layer.input_quantizer, f"{path}.input_quantizer")
+        name, layer, _ = first
+        grid = grid_of(layer.input_quantizer, f"{name}.input_quantizer")
         return Program(grid, tuple(self.operations), (output,), 1, channels=int(channels))

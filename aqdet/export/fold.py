@@ -26,7 +26,7 @@ def as_array(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().cpu().double().numpy()
 
 
-def norm_affine(norm: nn.Module | None, level: int, channels: int, path: str) -> tuple[NDArray, NDArray]:
+def norm_affine(norm: nn.Module | None, level: int, channels: int, name: str) -> tuple[NDArray, NDArray]:
     """Returns the multiplier and the offset of a norm at evaluation, ``(O,)`` each, in float64."""
     multiplier, offset = np.ones(channels), np.zeros(channels)
     if norm is None:
@@ -35,7 +35,7 @@ def norm_affine(norm: nn.Module | None, level: int, channels: int, path: str) ->
     mean, variance = (getattr(statistics, key, None) for key in ("running_mean", "running_var"))
     known = isinstance(statistics, _BatchNorm | FrozenBatchNorm2d)
     if not (known and isinstance(mean, Tensor) and isinstance(variance, Tensor)):
-        raise ValueError(f"layer {path}: norm {type(norm).__name__} does not fold into integers, use BN")
+        raise ValueError(f"layer {name}: norm {type(norm).__name__} does not fold into integers, use BN")
     multiplier = 1 / np.sqrt(as_array(variance) + statistics.eps)
     offset = -as_array(mean) * multiplier
     for affine in (statistics, norm) if norm is not statistics else (norm,):
@@ -64,7 +64,7 @@ def fold(
     bias: NDArray[np.float64],
     source: Grid,
     target: Grid | None,
-    path: str,
+    name: str,
 ) -> dict[str, NDArray]:
     """Folds a convolution, ``sums * weight_scale + bias``, into ``sign``, ``multiple``, ``scale`` and ``bias``.
 
@@ -73,13 +73,13 @@ def fold(
         weight_scale: ``(O,)``, of any sign, with the norm's multiplier.
         bias: ``(O,)``, in real units.
         source, target: Grids of input and output.
-        path: The layer's name for messages.
+        name: The layer's name for messages.
 
     Raises:
         ValueError: If a bias does not fit in int32.
     """
     if not (np.isfinite(weight_scale).all() and np.isfinite(bias).all()):
-        raise ValueError(f"layer {path}: its weights or its norm's parameters are not finite")
+        raise ValueError(f"layer {name}: its weights or its norm's parameters are not finite")
     channels = len(codes)
     flat = np.abs(codes.astype(np.int64)).reshape(channels, -1)
     largest, total = flat.max(1), flat.sum(1)
@@ -105,7 +105,7 @@ def fold(
             beyond = target is not None and abs(bias[c]) / step - moves > target.quant_max - target.quant_min + 1
             if target is None or not (moves < NEGLIGIBLE or beyond):
                 raise ValueError(
-                    f"layer {path}: the bias of channel {c} needs more than 32 bits beside its batch norm's "
+                    f"layer {name}: the bias of channel {c} needs more than 32 bits beside its batch norm's "
                     f"multiplier ({bias[c]:.3g} and {weight_scale[c]:.3g}): train on, or prune the channel"
                 )
             sign[c], multiple[c] = 0, 1

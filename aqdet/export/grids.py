@@ -38,21 +38,21 @@ def check_parameters(model: nn.Module) -> None:
     Raises:
         ValueError: In one line that names the layer, the parameter and its value.
     """
-    for path, module in model.named_modules():
-        if path.startswith(SCAFFOLD_PREFIXES):
+    for name, module in model.named_modules():
+        if name.startswith(SCAFFOLD_PREFIXES):
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in tensors:
+        for key, tensor in tensors:
             if not tensor.is_floating_point():
                 continue
             wrong = ~torch.isfinite(tensor)
-            rule = "finite"
-            if isinstance(module, Quantizer) and name in STEP_SIZES:
-                wrong, rule = wrong | (tensor <= 0) | (tensor > LARGEST_STEP), f"above 0 and at most {LARGEST_STEP:g}"
-            elif isinstance(module, _BatchNorm | FrozenBatchNorm2d) and name == "running_var":
-                wrong, rule = wrong | (tensor < 0), "finite and not negative"
+            wanted = "finite"
+            if isinstance(module, Quantizer) and key in STEP_SIZES:
+                wrong, wanted = wrong | (tensor <= 0) | (tensor > LARGEST_STEP), f"above 0 and at most {LARGEST_STEP:g}"
+            elif isinstance(module, _BatchNorm | FrozenBatchNorm2d) and key == "running_var":
+                wrong, wanted = wrong | (tensor < 0), "finite and not negative"
             if wrong.any():
-                raise ValueError(f"layer {path}: its {name} must be {rule}, {_first_of(tensor, wrong)}")
+                raise ValueError(f"layer {name}: its {key} must be {wanted}, {_first_of(tensor, wrong)}")
 
 
 def _first_of(tensor: Tensor, wrong: Tensor) -> str:
@@ -65,51 +65,51 @@ def _first_of(tensor: Tensor, wrong: Tensor) -> str:
     return f"got {tensor.flatten()[index].item():g}{where}"
 
 
-def grid_of(quantizer: Quantizer | None, path: str) -> Grid:
+def grid_of(quantizer: Quantizer | None, name: str) -> Grid:
     """Returns the grid of an activation.
 
     Raises:
         ValueError: In one line, if the quantizer has no grid of integers.
     """
     if quantizer is None:
-        raise ValueError(f"layer {path} is not quantized: the model was built with MODEL.QUANT.ENABLED False")
-    check_quantizer(quantizer, path)
+        raise ValueError(f"layer {name} is not quantized: the model was built with MODEL.QUANT.ENABLED False")
+    check_quantizer(quantizer, name)
     grid = quantizer.grid()
     if grid is None or grid.scale.numel() != 1:
-        raise ValueError(f"layer {path}: {quantizer.spec.quantizer!r} has no single uniform grid, so no integer form")
+        raise ValueError(f"layer {name}: {quantizer.spec.quantizer!r} has no single uniform grid, so no integer form")
     scale = float(grid.scale.detach())
     if not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"layer {path}: its scale must be positive and finite, got {scale}")
+        raise ValueError(f"layer {name}: its scale must be positive and finite, got {scale}")
     return Grid(scale, grid.quant_min, grid.quant_max)
 
 
-def check_reach(reach: float, target: Grid, path: str) -> None:
+def check_reach(reach: float, target: Grid, name: str) -> None:
     """Checks that the values which reach a grid can be told apart on it.
 
     Args:
         reach: The largest magnitude that a value may have before it is rounded.
         target: The grid.
-        path: The quantizer's name for messages.
+        name: The quantizer's name for messages.
 
     Raises:
         ValueError: In one line, if every value would become zero, for example with a scale that is far too large.
     """
     if not math.isfinite(reach):
-        raise ValueError(f"layer {path}: values before its scale of {target.scale:g} are not finite")
+        raise ValueError(f"layer {name}: values before its scale of {target.scale:g} are not finite")
     if reach < 0.5 * target.scale:
         raise ValueError(
-            f"layer {path}: its scale is {target.scale:g}, but no value before it is larger than {reach:.3g}: "
+            f"layer {name}: its scale is {target.scale:g}, but no value before it is larger than {reach:.3g}: "
             "everything would become zero"
         )
 
 
-def check_multiplier(unit: NDArray[np.float64], target: Grid | None, path: str) -> None:
+def check_multiplier(unit: NDArray[np.float64], target: Grid | None, name: str) -> None:
     """Checks that a convolution's sums and its output are of comparable size.
 
     Args:
         unit: ``(O,)``, the real value of one unit of each channel's sum.
         target: The grid of the output; None for a prediction.
-        path: The convolution's name for messages.
+        name: The convolution's name for messages.
 
     Raises:
         ValueError: In one line, if a unit is worth more than :data:`LARGEST_MULTIPLIER` codes of the output.
@@ -119,12 +119,12 @@ def check_multiplier(unit: NDArray[np.float64], target: Grid | None, path: str) 
     if not unit[channel] / step <= LARGEST_MULTIPLIER:
         where = "of the prediction" if target is None else f"codes of its output, whose scale is {step:g}"
         raise ValueError(
-            f"layer {path}: one unit of the sum of channel {channel} is {unit[channel] / step:.3g} {where}: its "
+            f"layer {name}: one unit of the sum of channel {channel} is {unit[channel] / step:.3g} {where}: its "
             f"scales or its norm's parameters are wrong (one unit stands for {unit[channel]:.3g})"
         )
 
 
-def check_quantizer(quantizer: Quantizer, path: str) -> None:
+def check_quantizer(quantizer: Quantizer, name: str) -> None:
     """Checks that a quantizer is calibrated, switched on and uniform.
 
     Raises:
@@ -133,14 +133,14 @@ def check_quantizer(quantizer: Quantizer, path: str) -> None:
     method = quantizer.spec.quantizer
     if method not in UNIFORM:
         reason = _NOT_UNIFORM.get(method, "is not known to be uniform")
-        others = [name for name in UNIFORM if quantizer.spec.role in QUANTIZER_REGISTRY[name]]
+        others = [kind for kind in UNIFORM if quantizer.spec.role in QUANTIZER_REGISTRY[kind]]
         raise ValueError(
-            f"layer {path}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
+            f"layer {name}: quantizer {method!r} {reason}, and has no integer form here: train the layer with "
             f"{', '.join(others[:-1])} or {others[-1]} to export it (MODEL.QUANT, or a rule of MODEL.QUANT.RULES)"
         )
     if not quantizer.enabled:
-        raise ValueError(f"layer {path}: its quantizer is switched off (aqdet.quantization.set_quantization)")
+        raise ValueError(f"layer {name}: its quantizer is switched off (aqdet.quantization.set_quantization)")
     if not quantizer.is_active:
         raise ValueError(
-            f"layer {path}: its quantizer is not calibrated: MODEL.WEIGHTS must be a checkpoint of quantized training"
+            f"layer {name}: its quantizer is not calibrated: MODEL.WEIGHTS must be a checkpoint of quantized training"
         )

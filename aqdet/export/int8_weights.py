@@ -28,7 +28,7 @@ def int8_parts(conv: Conv, source: Grid) -> list[NDArray[np.int8]]:
     count = max(1, -(-largest // limit))
     if count > 1 and conv.groups > 1:
         raise ValueError(
-            f"layer {conv.path}: weight codes up to {largest} in a grouped convolution, at most {limit} are exact on "
+            f"layer {conv.name}: weight codes up to {largest} in a grouped convolution, at most {limit} are exact on "
             "every x86; give the layer fewer weight or input bits (MODEL.QUANT.RULES)"
         )
     parts, rest = [], weight

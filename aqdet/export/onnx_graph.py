@@ -159,7 +159,7 @@ class GraphBuilder(ProgramWriter):
     @staticmethod
     def weight_name(operation: Conv) -> str:
         """Returns the name of a convolution's weight; the name of a level's own weight contains the output's."""
-        return f"{operation.path}.weight{f'@{operation.output}' * bool(operation.level)}"
+        return f"{operation.name}.weight{f'@{operation.output}' * bool(operation.level)}"
 
     def conv(self, operation: Conv) -> None:
         """Adds a convolution whose output is quantized."""
@@ -214,7 +214,7 @@ class GraphBuilder(ProgramWriter):
             ValueError: If the convolution is grouped.
         """
         if operation.groups > 1:
-            raise ValueError(f"layer {operation.path}: a prediction with groups has no integer form")
+            raise ValueError(f"layer {operation.name}: a prediction with groups has no integer form")
         name = operation.output
         rows = self.node("Transpose", [operation.input], f"{name}.rows", perm=[0, 2, 3, 1])
         if any(operation.padding):

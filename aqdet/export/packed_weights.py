@@ -71,7 +71,7 @@ def write_weight(builder: GraphBuilder, conv: Conv) -> str:
     if packed_bits(conv) > 4:
         return builder.constant(name, conv.integer_weight, np.int8)
     factor = (conv.sign.astype(np.int32) * conv.multiple).reshape(-1, 1, 1, 1)
-    key = (conv.path, conv.weight.tobytes(), factor.tobytes())
+    key = (conv.name, conv.weight.tobytes(), factor.tobytes())
     if key not in builder.written_weights:
         codes, step, offset = _write_codes(builder, conv)
         wide = builder.node("Cast", [codes], f"{name}.wide", to=TensorProto.INT32)
@@ -88,7 +88,7 @@ def write_weight(builder: GraphBuilder, conv: Conv) -> str:
 
 def _write_codes(builder: GraphBuilder, conv: Conv) -> tuple[str, int, int]:
     """Adds packed codes; returns the tensor that a Cast to int32 reads, and step and offset of the codes after it."""
-    weight, base = conv.weight.astype(np.int32), f"{conv.path}.weight"
+    weight, base = conv.weight.astype(np.int32), f"{conv.name}.weight"
     smallest, step = grid_of_codes(conv.weight, conv.weight_bits)
     if packed_bits(conv) == 4:
         offset = 0

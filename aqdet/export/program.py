@@ -70,7 +70,7 @@ class Conv:
     """``sum(input * weight * sign * multiple) + bias`` in int32, then a per-channel multiplier onto the next grid.
 
     Attributes:
-        path: The name of the module.
+        name: The name of the module.
         level: The pyramid level if levels share the module, else "".
         weight: ``(O, C / groups, kH, kW)`` int16, the trained codes.
         weight_bits: The number of bits of the weight's quantizer.
@@ -84,7 +84,7 @@ class Conv:
 
     output: str
     input: str
-    path: str
+    name: str
     level: str
     weight: NDArray[np.int16]
     weight_bits: int

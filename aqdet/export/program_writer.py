@@ -84,8 +84,8 @@ class ProgramWriter(abc.ABC):
     def resize_node(self, source: str, output: str) -> str:
         """Adds the Resize node of :meth:`upsample` between two names."""
         scales = self.constant("upsample_scales", [1, 1, 2, 2])
-        rule = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return self.node("Resize", [source, self.no_region(), scales], output, **rule)
+        attributes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        return self.node("Resize", [source, self.no_region(), scales], output, **attributes)
 
     def no_region(self) -> str:
         """Returns the name of the Resize's region of interest, of which there is none."""

@@ -51,7 +51,7 @@ def bound_accumulator(conv: Conv, source: Grid) -> Accumulator:
     by_bits = int((limit * reach * taps + bias).max())
     by_codes = int((weight.sum(1) * reach + bias).max())
     if min(by_bits, by_codes) > INT32_LIMIT:
-        raise ValueError(f"layer {conv.path}: its sums may reach {by_codes}, more than int32 holds ({INT32_LIMIT})")
+        raise ValueError(f"layer {conv.name}: its sums may reach {by_codes}, more than int32 holds ({INT32_LIMIT})")
     largest = max(int(np.abs(part.astype(np.int32)).max(initial=0)) for part in int8_parts(conv, source))
     return Accumulator(by_bits, by_codes, input_code, largest)
 
@@ -77,7 +77,7 @@ def operation_rows(program: Program) -> list[dict[str, Any]]:
             accumulator = bound_accumulator(operation, source)
             row |= {
                 "kind": "conv",
-                "path": operation.path,
+                "layer": operation.name,
                 "level": operation.level,
                 "kernel": list(operation.weight.shape[2:]),
                 "in_channels": operation.weight.shape[1] * operation.groups,

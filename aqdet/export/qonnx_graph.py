@@ -88,8 +88,8 @@ class _Builder(ProgramWriter):
             self.constant(f"zero_point_{zero}", float(zero)),
             self.constant(f"bits_{bits}", float(bits)),
         ]
-        rule = {"signed": int(signed), "narrow": narrow, "rounding_mode": "ROUND"}
-        return self.node("Quant", [x, *parameters], output, domain=DOMAIN, **rule)
+        attributes = {"signed": int(signed), "narrow": narrow, "rounding_mode": "ROUND"}
+        return self.node("Quant", [x, *parameters], output, domain=DOMAIN, **attributes)
 
     def onto(self, real: str, output: str) -> None:
         grid = self.grids[output]

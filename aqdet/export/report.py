@@ -56,7 +56,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"ONNX Runtime {report['onnxruntime']} executes {executed}. Float only after a prediction's int32 sums.",
         "",
-        f"Tightest int32 sum: {worst['path']} {worst['level']} with at most {worst['accumulator_bound']:,}, "
+        f"Tightest int32 sum: {worst['layer']} {worst['level']} with at most {worst['accumulator_bound']:,}, "
         f"{(2**31 - 1) / worst['accumulator_bound']:.1f} times less than int32 holds.",
         "",
         f"Scales of {len(moves)} sums are chosen so that no pair of codes is a rounding tie, which moves a sum by at "

@@ -64,7 +64,7 @@ def check_signed(program: Program) -> None:
         codes = conv.integer_weight
         if np.abs(codes).max(initial=0) > INT8_LIMIT:
             raise ValueError(
-                f"layer {conv.path}: weight codes from {codes.min()} to {codes.max()}, but TensorRT's are -127 "
+                f"layer {conv.name}: weight codes from {codes.min()} to {codes.max()}, but TensorRT's are -127 "
                 "to 127: train it with 7 bits (MODEL.QUANT.BOUNDARY_NUM_BITS, WEIGHT.NUM_BITS)"
             )
 
@@ -111,7 +111,7 @@ class _TensorRTBuilder(GraphBuilder):
         source, sums = operation.input, operation.bias.astype(np.int64)
         weight = operation.integer_weight
         if f"{source}.signed" in self.grids:
-            assert operation.padding == (0, 0), operation.path
+            assert operation.padding == (0, 0), operation.name
             source, sums = f"{source}.signed", sums + _IMAGE_SHIFT * weight.sum((1, 2, 3), dtype=np.int64)
         codes = self.constant(self.weight_name(operation), weight, np.int8)
         real_weight = self.real_constant(f"{operation.output}.weight", codes, operation.scale, np.int8)

@@ -60,7 +60,7 @@ def test_every_code_is_the_references_or_lies_at_a_tie(overrides):
 def test_a_wrong_conv_is_found_and_named(change):
     model, program = shared()
     operations = list(program.operations)
-    index = next(i for i, o in enumerate(operations) if isinstance(o, Conv) and o.path.endswith("res3.0.conv2"))
+    index = next(i for i, o in enumerate(operations) if isinstance(o, Conv) and o.name.endswith("res3.0.conv2"))
     conv = operations[index]
     values = {
         "bias": conv.bias + np.round(0.6 * operations[index].grid.scale / conv.scale).astype(np.int32),

@@ -106,7 +106,7 @@ def test_memory_is_reported():
     _, program = shared()
     small, large = build_c(program, 64, 64), build_c(program, 128, 128)
     assert small.flash == large.flash and small.arena < large.arena
-    weights = {conv.path: conv.weight.size * conv.weight_bits / 8 for conv in program.convs()}
+    weights = {conv.name: conv.weight.size * conv.weight_bits / 8 for conv in program.convs()}
     assert 1.0 < small.flash / sum(weights.values()) < 1.2
     assert "static uint8_t arena[" in small.source and "malloc" not in small.source
     assert "DETECTOR_HEIGHT = 64, DETECTOR_WIDTH = 64" in small.header

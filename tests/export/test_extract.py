@@ -69,10 +69,10 @@ def test_pairs_of_products_do_not_saturate_16_bits_where_avoidable():
 def test_every_conv_of_the_detector_once_a_level():
     model, program = shared()
     convs = [module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    paths = [conv.path for conv in program.convs()]
-    assert len(set(paths)) == len(convs)
-    head = [path for path in paths if path.startswith("head.")]
-    assert len(head) == 5 * 4 and len(paths) == len(convs) - 4 + 20
+    names = [conv.name for conv in program.convs()]
+    assert len(set(names)) == len(convs)
+    head = [name for name in names if name.startswith("head.")]
+    assert len(head) == 5 * 4 and len(names) == len(convs) - 4 + 20
     known = {"image"}
     for operation in program.operations:
         assert set(inputs_of(operation)) <= known
@@ -87,7 +87,7 @@ def test_batch_norm_of_either_sign_and_none_is_there():
 
 def test_levels_have_a_norm_each():
     _, program = shared()
-    tower = [conv for conv in program.convs() if conv.path == "head.bbox_subnet.0"]
+    tower = [conv for conv in program.convs() if conv.name == "head.bbox_subnet.0"]
     assert [conv.level for conv in tower] == ["p3", "p4", "p5", "p6", "p7"]
     assert len({conv.scale.tobytes() for conv in tower}) == 5
     assert len({conv.weight.tobytes() for conv in tower}) == 1
@@ -147,16 +147,16 @@ def test_fcos_predicts_three_outputs_from_two_towers():
     _, program = shared(*FCOS)
     assert program.outputs[0].names == ("logits_p3", "deltas_p3", "centerness_p3")
     # The box tower's last conv once for each grid that reads it.
-    last = [conv for conv in program.convs() if conv.path == "head.bbox_subnet.0"]
+    last = [conv for conv in program.convs() if conv.name == "head.bbox_subnet.0"]
     assert len(last) == 2 * 5
     assert {conv.output.split("@")[0] for conv in last} == {
         "head.bbox_pred.input_quantizer",
         "head.ctrness.input_quantizer",
     }
-    assert len([conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]) == 5
+    assert len([conv for conv in program.convs() if conv.name == "head.cls_subnet.0"]) == 5
     _, program = shared(*FCOS, "MODEL.FCOS.CLASS_LOSS", "quality")
     assert program.outputs[0].names == ("logits_p3", "deltas_p3")
-    assert len([conv for conv in program.convs() if conv.path == "head.bbox_subnet.0"]) == 5
+    assert len([conv for conv in program.convs() if conv.name == "head.bbox_subnet.0"]) == 5
 
 
 def test_rounded_constants_are_the_programs():

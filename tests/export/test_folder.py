@@ -107,7 +107,7 @@ def test_others_may_read_it(checkpoint, tmp_path, monkeypatch):
 def test_the_report_names_the_tightest_layer(exported):
     output, report, _ = exported
     text = (output / "report.md").read_text()
-    assert f"Tightest int32 sum: {report['tightest']['path']}" in text
+    assert f"Tightest int32 sum: {report['tightest']['layer']}" in text
     moves = [row["largest_move"] for row in report["operations"] if row["kind"] == "add"]
     assert len(moves) == 10 and "Scales of 10 sums are chosen so" in text and f"at most {max(moves):.3f} codes" in text
     for row in report["operations"]:

@@ -44,7 +44,7 @@ def test_a_grouped_convolution_has_one_part_or_none():
 def test_the_stem_and_the_predictions_of_a_4_bit_detector():
     _, program = shared()
     grids = program.grids()
-    wide = {conv.path for conv in program.convs() if len(int8_parts(conv, grids[conv.input])) > 1}
+    wide = {conv.name for conv in program.convs() if len(int8_parts(conv, grids[conv.input])) > 1}
     assert wide == {"backbone.bottom_up.stem.conv1", "head.cls_score", "head.bbox_pred"}
     for conv in program.convs():
         parts = int8_parts(conv, grids[conv.input])

@@ -135,7 +135,7 @@ def test_the_image_is_read_in_blocks():
     blocks = next(node for node in graph.node if node.op_type == "SpaceToDepth")
     assert (list(blocks.input), list(blocks.output)) == ([stem.input], [f"{stem.output}.blocks"])
     assert list(copies_in(graph).input) == [f"{stem.output}.blocks"] * 2
-    weight = next(t for t in graph.initializer if t.name == f"{stem.path}.weight")
+    weight = next(t for t in graph.initializer if t.name == f"{stem.name}.weight")
     parts = np.split(numpy_helper.to_array(weight).astype(np.int32), 2, axis=1)
     np.testing.assert_array_equal(parts[0] + parts[1], of_blocks(stem, "blocks").integer_weight)
 
@@ -198,7 +198,7 @@ def test_per_level_convs_share_their_weights():
     _, program = shared()
     graph = build_onnx(program)
     names = [tensor.name for tensor in graph.graph.initializer]
-    tower = [conv for conv in program.convs() if conv.path == "head.cls_subnet.0"]
+    tower = [conv for conv in program.convs() if conv.name == "head.cls_subnet.0"]
     distinct = {conv.integer_weight.tobytes() for conv in tower}
     assert len(tower) == 5
     assert sum(name.startswith("head.cls_subnet.0.weight") and name.endswith(".int4") for name in names) == 1

@@ -97,7 +97,7 @@ def test_a_weight_takes_its_bits_once(bits, overrides):
     _, program = shared(*overrides)
     graph = build_onnx(program)
     kinds = {tensor.name: tensor for tensor in graph.graph.initializer}
-    weights = {conv.path: conv for conv in program.convs()}
+    weights = {conv.name: conv for conv in program.convs()}
     for path, conv in weights.items():
         if packed_bits(conv) == 8:
             continue

@@ -54,7 +54,7 @@ def test_rows_of_a_detector():
     stem, inner = convs[0], convs[1]
     assert stem["types"] == "u8 in uint8 * s8 in int8 + int32 -> int32 -> u8 in uint8"
     assert stem["max_weight_code"] <= 64  # in two parts
-    assert (inner["path"], inner["weight_bits"], inner["input_bits"]) == ("backbone.bottom_up.res2.0.conv1", 4, 4)
+    assert (inner["layer"], inner["weight_bits"], inner["input_bits"]) == ("backbone.bottom_up.res2.0.conv1", 4, 4)
     assert inner["max_input_code"] == 15 and inner["max_weight_code"] <= 127
-    assert {row["types"].split(" -> ")[-1] for row in convs if row["path"].startswith("head.cls_score")} == {"float32"}
+    assert {row["types"].split(" -> ")[-1] for row in convs if row["layer"].startswith("head.cls_score")} == {"float32"}
     assert sum(row["constant_channels"] for row in convs) > 0 < sum(row["flipped_channels"] for row in convs)

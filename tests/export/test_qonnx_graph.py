@@ -51,8 +51,8 @@ def test_every_tensor_has_its_own_bits():
     bits = Counter(float(constants[node.input[3]]) for node in weights)
     assert bits == Counter(float(conv.weight_bits) for conv in program.convs())
     # The levels of the pyramid share a weight, each behind a Quant of its own.
-    paths = {conv.path for conv in program.convs()}
-    assert len({node.input[0] for node in weights}) == len(paths) < len(weights)
+    names = {conv.name for conv in program.convs()}
+    assert len({node.input[0] for node in weights}) == len(names) < len(weights)
     read = Counter(name for node in graph.node for name in node.input)
     assert all(read[node.output[0]] == 1 for node in weights)
     assert len(quants) == len(written) + len(weights) + 2  # and the image, before its padding and after
@@ -92,7 +92,7 @@ def test_cleanup_passes_and_the_bits_are_inferred():
     cost = model.analysis(lambda model: inference_cost(model, discount_sparsity=False))["total_cost"]
     products = {kind.removeprefix("op_mac_") for kind in cost if kind.startswith("op_mac_")}
     assert products == {"UINT4_INT4", "UINT8_INT8"}
-    weights = {conv.path: (conv.weight.size, conv.weight_bits) for conv in program.convs()}
+    weights = {conv.name: (conv.weight.size, conv.weight_bits) for conv in program.convs()}
     assert cost["mem_w_INT4"] >= sum(size for size, bits in weights.values() if bits == 4)
 
 

@@ -73,8 +73,8 @@ def test_unsigned_8_bits_are_refused_by_name():
 
 def test_wide_weights_are_refused_by_name():
     _, program = shared(*SEVEN_BITS)
-    index, conv = next((i, o) for i, o in enumerate(program.operations) if isinstance(o, Conv) and "res4" in o.path)
+    index, conv = next((i, o) for i, o in enumerate(program.operations) if isinstance(o, Conv) and "res4" in o.name)
     operations = list(program.operations)
     operations[index] = dataclasses.replace(conv, weight=np.full_like(conv.weight, 64), multiple=conv.multiple * 0 + 2)
-    with pytest.raises(ValueError, match=f"layer {conv.path}: weight codes from -?128 to 128, but TensorRT's are -127"):
+    with pytest.raises(ValueError, match=f"layer {conv.name}: weight codes from -?128 to 128, but TensorRT's are -127"):
         build_tensorrt(dataclasses.replace(program, operations=tuple(operations)))

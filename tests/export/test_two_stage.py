@@ -222,7 +222,7 @@ def test_the_folder_has_three_graphs_and_says_what_they_are(exported):
     sizes = report["sizes"]
     shipped = sum(sizes[name] for name in ("model.onnx", "box.onnx", "mask.onnx"))
     assert sizes["ratio"] == pytest.approx(sizes["float32_state_dict"] / shipped)
-    fc1 = next(row for row in report["operations"] if row.get("path") == "roi_heads.box_head.fc1")
+    fc1 = next(row for row in report["operations"] if row.get("layer") == "roi_heads.box_head.fc1")
     graph = onnxruntime.InferenceSession(folder / "box.onnx", providers=["CPUExecutionProvider"])
     assert fc1["weight_bits"] == 4 and [i.name for i in graph.get_inputs()][:3] == [
         "codes_p2",

@@ -34,9 +34,9 @@ def test_machine_without_cpuinfo(tmp_path):
     assert machine.processor and machine.vnni == ()
 
 
-def conv(path, largest_input, largest_weight, kind="int8"):
+def conv(name, largest_input, largest_weight, kind="int8", key="layer"):
     codes = {"max_input_code": largest_input, "max_weight_code": largest_weight}
-    return {"kind": "conv", "path": path, "weight_type": kind, **codes}
+    return {"kind": "conv", key: name, "weight_type": kind, **codes}
 
 
 def test_saturating():
@@ -52,6 +52,7 @@ def test_saturating():
     ]
     assert saturating(layers) == ["wide", "stem"]
     assert saturating([]) == []
+    assert saturating([conv("of an older export", 128, 128, key="path")]) == ["of an older export"]
 
 
 def test_times():
