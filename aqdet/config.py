@@ -36,13 +36,13 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.QUANT.WEIGHT.CENTERED = False
     cfg.MODEL.QUANT.INPUT = CfgNode()
     # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative; experimental, not measured
-    # here), "lqnet" (non-uniform) or "n2uq" (learned thresholds, uniform levels); the last two train and evaluate, and
+    # here), "lqnet" (non-uniform) or "n2uq" (learned thresholds, uniform values); the last two train and evaluate, and
     # are not exported. Activations always have one scale for the tensor.
     cfg.MODEL.QUANT.INPUT.QUANTIZER = "lsq"
     cfg.MODEL.QUANT.INPUT.NUM_BITS = 4
     # Weights of the stem, weights and inputs of the prediction convs. The stem reads the uint8 image.
     cfg.MODEL.QUANT.BOUNDARY_NUM_BITS = 8
-    # [[regex on the module path, {key: value, ...}], ...]; the first rule that matches a layer wins, and a rule
+    # [[regex on the name of a layer, {key: value, ...}], ...]; the first rule that matches a layer wins, and a rule
     # that wins nowhere is an error. Keys: WEIGHT.QUANTIZER, WEIGHT.NUM_BITS, WEIGHT.PER_CHANNEL, WEIGHT.CENTERED,
     # INPUT.QUANTIZER, INPUT.NUM_BITS, and ENABLED: False to leave the layer in float.
     cfg.MODEL.QUANT.RULES = []
@@ -63,12 +63,12 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.register_deprecated_key("MODEL.QUANT.SCALE_LR_FACTOR")
     # The L2 term of PACT's alpha.
     cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4
-    # Experimental, not measured here: weights that flip between two levels (2203.11086); for lsq, lsqplus and pact
+    # Experimental, not measured here: weights that flip between two codes (2203.11086); for lsq, lsqplus and pact
     # weights of at most 4 bits.
     cfg.MODEL.QUANT.OSCILLATION = CfgNode()
     # Log each layer's share of oscillating weights. On with either of the remedies below.
     cfg.MODEL.QUANT.OSCILLATION.TRACK = False
-    # Weight at the end of training, rising from 0, of a loss that pulls weights to their level; 0 for none.
+    # Weight at the end of training, rising from 0, of a loss that pulls weights to their quantized values; 0 for none.
     cfg.MODEL.QUANT.OSCILLATION.DAMPENING = 0.0
     # A weight that flips back more often than this, as a share of the iterations, is frozen; 0 for none. The
     # paper's is 0.01 at the end of training; the threshold falls to it from FREEZE_THRESHOLD_START.

@@ -143,16 +143,16 @@ def peers() -> dict[str, MakeConv]:
 def convert(model: nn.Module, cfg: CfgNode, make: MakeConv) -> None:
     """Replaces, in place, the convolutions of a float detector that aqdet would quantize by a config."""
     policy = QuantPolicy.from_config(cfg)
-    for path, conv in list(quantizable_layers(model)):
+    for name, conv in list(quantizable_layers(model)):
         assert isinstance(conv, nn.Conv2d)
-        specs = policy.specs(path, cast(Site, conv.quant_site))
+        specs = policy.specs(name, cast(Site, conv.quant_site))
         if specs is None:
             continue
         layer = make(conv, *specs)
         layer.weight, layer.bias = conv.weight, conv.bias
         norm = getattr(conv, "norm", None)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer if norm is None else nn.Sequential(layer, norm))
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer if norm is None else nn.Sequential(layer, norm))
 
 
 def start_learning(model: nn.Module) -> None:

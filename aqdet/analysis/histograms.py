@@ -1,4 +1,4 @@
-"""Histograms of the values that quantizers read, on the axis of their own levels, and the shares that they clip."""
+"""Histograms of the values that quantizers read, with their quantized values on the axis, and the clipped shares."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class SiteHistogram:
     Attributes:
         name: The name of the quantizer in the model.
         spec: The quantizer's spec.
-        unit: ``"steps"`` if values are divided by their scale, so that the levels are integers. Methods without a
-            uniform grid have ``"values"``; per channel these are divided by the largest level of their channel.
+        unit: ``"steps"`` if values are divided by their scale, so that the quantized values are integers. Methods
+            without a uniform grid have ``"values"``; per channel these are divided by the largest quantized value of
+            their channel.
         edges: ``(NUM_BINS + 1,)``, the ends of equal bins, in the unit.
         counts: ``(NUM_BINS,)``; values outside the edges are in the first and the last bin.
-        levels: The quantized values, in the unit; empty if there are too many to name.
-        used: The number of levels that occur; None if it is not known.
-        below, above: The shares of values outside the outermost levels, which are clipped; None for a method
+        quantized: The quantized values, in the unit; empty if there are too many to name.
+        used: The number of quantized values that occur; None if it is not known.
+        below, above: The shares of values outside the range of the quantized ones, which are clipped; None for a method
             without a uniform grid, where no such range exists.
     """
 
@@ -46,7 +47,7 @@ class SiteHistogram:
     unit: str
     edges: np.ndarray
     counts: np.ndarray
-    levels: np.ndarray
+    quantized: np.ndarray
     used: int | None
     below: float | None
     above: float | None
@@ -61,7 +62,7 @@ class _Counter:
         self._counts = torch.zeros(NUM_BINS, dtype=torch.int64)
         self._range: tuple[float, float] | None = None
         self._codes: Tensor | None = None
-        self._levels = np.empty(0)
+        self._quantized = np.empty(0)
         self._below = self._above = 0
 
     def add(self, x: Tensor) -> None:
@@ -86,9 +87,9 @@ class _Counter:
             codes = torch.bincount(codes, minlength=grid.quant_max - grid.quant_min + 1).cpu()
             self._codes = codes if self._codes is None else self._codes + codes
         else:
-            x, levels = self._on_own_levels(x)
-            self._levels = np.union1d(self._levels, levels)
-            low, high = float(levels.min()), float(levels.max())
+            x, quantized = self._in_own_unit(x)
+            self._quantized = np.union1d(self._quantized, quantized)
+            low, high = float(quantized.min()), float(quantized.max())
         if self._range is None:
             margin = _MARGIN * ((high - low) or 1.0)
             self._range = (low - margin, high + margin)
@@ -96,16 +97,17 @@ class _Counter:
         bins = ((x - start) * (NUM_BINS / (end - start))).floor_().clamp_(0, NUM_BINS - 1)
         self._counts += torch.bincount(bins.long().flatten(), minlength=NUM_BINS).cpu()
 
-    def _on_own_levels(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
+    def _in_own_unit(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
+        """Returns the values that a quantizer without a grid reads, and its distinct quantized values."""
         quantized = self._quantizer.fake_quantize(x).detach()
         x = prepared(x, self._quantizer.spec)  # without a mean that the quantizer subtracts
         if self._quantizer.spec.per_channel:
             unit = broadcast_scale(quantized.abs().flatten(1).amax(dim=1).clamp(min=SCALE_EPS), x)
             x, quantized = x / unit, quantized / unit
-        # Values that differ by rounding, relative to the largest, are one level.
-        levels = quantized.double().cpu().numpy()
-        largest = float(np.abs(levels).max()) or 1.0
-        return x, np.unique(np.round(levels / largest, 5)) * largest
+        # Values that differ by rounding, relative to the largest, are one.
+        values = quantized.double().cpu().numpy()
+        largest = float(np.abs(values).max()) or 1.0
+        return x, np.unique(np.round(values / largest, 5)) * largest
 
     def result(self) -> SiteHistogram | None:
         """Returns the histogram, or None if nothing was counted."""
@@ -113,20 +115,20 @@ class _Counter:
         if total == 0 or self._range is None:
             return None
         spec, grid = self._quantizer.spec, self._quantizer.grid()
-        levels, used = self._levels, None
+        quantized, used = self._quantized, None
         below = above = None
         if grid is not None:
             assert self._codes is not None
-            levels = np.arange(grid.quant_min, grid.quant_max + 1, dtype=np.float64)
+            quantized = np.arange(grid.quant_min, grid.quant_max + 1, dtype=np.float64)
             used = int((self._codes > 0).sum())
             below, above = self._below / total, self._above / total
-        elif len(levels) <= 2**spec.num_bits:
-            used = len(levels)
+        elif len(quantized) <= 2**spec.num_bits:
+            used = len(quantized)
         else:
-            levels = np.empty(0)  # The levels differ from channel to channel.
+            quantized = np.empty(0)  # They differ from channel to channel.
         edges = np.linspace(*self._range, NUM_BINS + 1)
         unit = "steps" if grid is not None else "values"
-        return SiteHistogram(self._name, spec, unit, edges, self._counts.numpy(), levels, used, below, above)
+        return SiteHistogram(self._name, spec, unit, edges, self._counts.numpy(), quantized, used, below, above)
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def line_chart(
 
 
 def histogram_chart(histogram: SiteHistogram, *, title: str, caption: str, colour: str) -> str:
-    """Draws a small figure of the shares of values by bin, on a logarithmic axis, and the levels as lines."""
+    """Draws a small figure of the shares of values by bin, on a logarithmic axis, and the quantized values as lines."""
     shares = histogram.counts / max(int(histogram.counts.sum()), 1)
     floor = -5
     axes = _Axes(
@@ -162,13 +162,13 @@ def histogram_chart(histogram: SiteHistogram, *, title: str, caption: str, colou
     )
     unit = "value / step" if histogram.unit == "steps" else "value"
     if histogram.unit == "values" and histogram.spec.per_channel:
-        unit = "value / largest level of its channel"
+        unit = "value / largest quantized value of its channel"
     y_ticks = [(0.0, "100 %"), (-2.0, "1 %"), (-4.0, "0.01 %")]
     base = axes.y(floor)
-    levels = histogram.levels
-    if len(levels) > _MAX_LINES:
-        levels = levels[[0, -1]]
-    lines = "".join(f"M{axes.x(float(level))} {axes.top}V{base}" for level in levels)
+    quantized = histogram.quantized
+    if len(quantized) > _MAX_LINES:
+        quantized = quantized[[0, -1]]
+    lines = "".join(f"M{axes.x(float(value))} {axes.top}V{base}" for value in quantized)
     bars = []
     for share, start, end in zip(shares, histogram.edges[:-1], histogram.edges[1:], strict=True):
         if share > 0:
@@ -176,6 +176,6 @@ def histogram_chart(histogram: SiteHistogram, *, title: str, caption: str, colou
             bars.append(f"M{axes.x(float(start))} {base}V{top}H{axes.x(float(end))}V{base}")
     content = (
         axes.frame(ticks(*axes.x_range, 5), y_ticks, unit, "share of values")
-        + f'<path class="bars" fill="{colour}" d="{"".join(bars)}"/><path class="level" d="{lines}"/>'
+        + f'<path class="bars" fill="{colour}" d="{"".join(bars)}"/><path class="quantized" d="{lines}"/>'
     )
     return _figure(title, axes.wrap(title, content), caption)

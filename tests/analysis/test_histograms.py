@@ -48,7 +48,7 @@ def check(histogram, pairs, quant_min, quant_max):
     below, above, codes, bins = slowly(pairs, quant_min, quant_max)
     assert histogram.below == below / len(pairs) and histogram.above == above / len(pairs)
     assert histogram.used == sum(count > 0 for count in codes)
-    assert histogram.levels.tolist() == list(range(quant_min, quant_max + 1))
+    assert histogram.quantized.tolist() == list(range(quant_min, quant_max + 1))
     # A value within rounding of an edge may be in either bin.
     assert abs(histogram.counts - bins).sum() <= 0.02 * len(pairs) and histogram.counts.sum() == len(pairs)
     assert len(histogram.edges) == NUM_BINS + 1
@@ -79,13 +79,13 @@ def test_activations_of_two_forwards(signed, quant_min, quant_max):
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_a_method_without_a_grid_is_shown_on_its_own_levels(per_channel):
+def test_a_method_without_a_grid_is_shown_on_its_own_values(per_channel):
     model, _ = make_layer(weight=("dorefa", 3), per_channel=per_channel)
     histogram = weight_histograms(model)["0.weight_quantizer"]
     quantized = model[0].weight_quantizer(model[0].weight)
     largest = quantized.abs().flatten(1).amax(1).view(-1, 1, 1, 1) if per_channel else torch.ones(())
     distinct = sorted({round(v, 4) for v in (quantized / largest).flatten().tolist()})
-    assert histogram.levels.round(4).tolist() == pytest.approx(distinct, abs=2e-4)
+    assert histogram.quantized.round(4).tolist() == pytest.approx(distinct, abs=2e-4)
     assert histogram.unit == "values" and histogram.below is None and histogram.above is None
     assert histogram.used == len(distinct) <= 8 and histogram.counts.sum() == model[0].weight.numel()
 
@@ -97,8 +97,8 @@ def test_weights_are_shown_without_the_mean_that_is_subtracted():
         with torch.no_grad():
             model[0].weight += shift
         found.append(weight_histograms(model)["0.weight_quantizer"])
-    assert found[0].levels == pytest.approx([-1, -1 / 3, 1 / 3, 1], abs=1e-4)
-    assert found[1].levels == pytest.approx(found[0].levels, abs=1e-4)
+    assert found[0].quantized == pytest.approx([-1, -1 / 3, 1 / 3, 1], abs=1e-4)
+    assert found[1].quantized == pytest.approx(found[0].quantized, abs=1e-4)
     assert abs(found[1].counts - found[0].counts).sum() <= 4  # at the edges of bins, by rounding
     assert found[1].used == 4
 
@@ -111,7 +111,7 @@ def test_learned_levels_and_thresholds(method):
     model, x = nn.Sequential(stream), torch.randn(50)
     calibrate(model, lambda: model(x))
     histogram = activation_histograms(model.eval(), lambda: model(x))["0.quantizer"]
-    assert histogram.levels == pytest.approx(model(x).detach().unique().numpy(), abs=1e-4)
+    assert histogram.quantized == pytest.approx(model(x).detach().unique().numpy(), abs=1e-4)
     assert histogram.used == 4 and histogram.unit == "values" and histogram.counts.sum() == 50
 
 

@@ -54,20 +54,22 @@ def test_ranges_follow_the_data(values):
         assert 64 <= float(circle.get("cx")) <= 548 and 8 <= float(circle.get("cy")) <= 240
 
 
-def histogram(levels):
+def histogram(quantized):
     counts = np.zeros(NUM_BINS, dtype=int)
     counts[[10, 50]] = [900, 100]
     edges = np.linspace(-4, 20, NUM_BINS + 1)
-    return SiteHistogram("p", QuantSpec("lsq", 4, "input", signed=False), "steps", edges, counts, levels, 2, 0.0, 0.1)
+    return SiteHistogram(
+        "p", QuantSpec("lsq", 4, "input", signed=False), "steps", edges, counts, quantized, 2, 0.0, 0.1
+    )
 
 
-@pytest.mark.parametrize("num_levels, drawn", [(16, 16), (256, 2)])
-def test_bars_and_levels(num_levels, drawn):
-    figure = svg.histogram_chart(histogram(np.arange(num_levels)), title="t", caption="c", colour="#123456")
+@pytest.mark.parametrize("number, drawn", [(16, 16), (256, 2)])
+def test_bars_and_quantized_values(number, drawn):
+    figure = svg.histogram_chart(histogram(np.arange(number)), title="t", caption="c", colour="#123456")
     root = parse(figure)
     paths = {element.get("class"): element.get("d") for element in root.iter("path")}
     bars = re.findall(r"M(\S+) \S+?V(\S+?)H(\S+?)V", paths["bars"])
-    assert len(bars) == 2 and paths["level"].count("M") == drawn
+    assert len(bars) == 2 and paths["quantized"].count("M") == drawn
     # The axis has five decades in 150 - 8 - 34 pixels.
     tops = [8 + 108 * -np.log10(share) / 5 for share in (0.9, 0.1)]
     assert [float(top) for _, top, _ in bars] == pytest.approx(tops, abs=0.02)

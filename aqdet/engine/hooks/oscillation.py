@@ -1,4 +1,4 @@
-"""The hook that measures, dampens and freezes weights that flip between two levels (Nagel et al., 2203.11086)."""
+"""The hook that measures, dampens and freezes weights that flip between two codes (Nagel et al., 2203.11086)."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ class OscillationHook(HookBase):
     oscillating weights is logged as ``oscillation/<layer>``, the mean share of codes that a step changes as
     ``flips/<layer>``, and with freezing ``frozen/<layer>``; ``.../all`` is over all weights.
 
-    Dampening adds the loss ``weight * |q(w) - clip(w)|^2``, summed over all weights, which pulls them to the
-    middle of their level; scales get no gradient of it. Its weight rises from 0 by a cosine, as in the paper.
-    A frozen weight keeps its code from then on: after each step it is set to its level on the current scale. The
+    Dampening adds the loss ``weight * |q(w) - clip(w)|^2``, summed over all weights, which pulls them to their
+    quantized values; scales get no gradient of it. Its weight rises from 0 by a cosine, as in the paper.
+    A frozen weight keeps its code from then on: after each step it is set to that code times the current scale. The
     threshold falls by a cosine from ``threshold_start``.
 
     Args:
@@ -135,28 +135,28 @@ class OscillationHook(HookBase):
     @torch.no_grad()
     def before_train(self) -> None:
         """Starts from the codes after calibration, or from the history of the resumed run."""
-        for path, layer in self._layers.items():
+        for name, layer in self._layers.items():
             device = layer.weight.device
-            if path in self._history:
-                history = self._history[path]
+            if name in self._history:
+                history = self._history[name]
                 for field in dataclasses.fields(history):
                     setattr(history, field.name, getattr(history, field.name).to(device))
             else:
                 codes = layer.weight_quantizer.to_integer(layer.weight).codes
-                self._history[path] = WeightHistory.start(codes)
-            self._flips[path] = self._flips.get(path, torch.zeros(())).to(device)
+                self._history[name] = WeightHistory.start(codes)
+            self._flips[name] = self._flips.get(name, torch.zeros(())).to(device)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Updates the history, sets frozen weights to their level, and logs every 20 iterations."""
+        """Updates the history, sets frozen weights to their codes, and logs every 20 iterations."""
         end, start = self._threshold
         threshold = 0.0
         if end > 0:
             threshold = start + (end - start) * self._progress(self.trainer.iter + 1)
-        for path, layer in self._layers.items():
-            history = self._history[path]
+        for name, layer in self._layers.items():
+            history = self._history[name]
             integer = layer.weight_quantizer.to_integer(layer.weight)
-            self._flips[path] += history.update(integer.codes, self._momentum, threshold)
+            self._flips[name] += history.update(integer.codes, self._momentum, threshold)
             if end > 0:
                 layer.weight.copy_(torch.where(history.frozen, history.codes * integer.scale, layer.weight))
         self._num_steps += 1
@@ -165,24 +165,24 @@ class OscillationHook(HookBase):
 
     def _log(self) -> None:
         shares: dict[str, dict[str, float]] = {}
-        for path, history in self._history.items():
-            shares[path] = {
+        for name, history in self._history.items():
+            shares[name] = {
                 "oscillation": (history.frequency > OSCILLATING).float().mean().item(),
-                "flips": self._flips[path].item() / self._num_steps,
+                "flips": self._flips[name].item() / self._num_steps,
             }
             if self._threshold[0] > 0:
-                shares[path]["frozen"] = history.frozen.float().mean().item()
-            self._flips[path].zero_()
+                shares[name]["frozen"] = history.frozen.float().mean().item()
+            self._flips[name].zero_()
         self._num_steps = 0
-        sizes = {path: history.codes.numel() for path, history in self._history.items()}
+        sizes = {name: history.codes.numel() for name, history in self._history.items()}
         total = sum(sizes.values())
         shares["all"] = {
-            name: sum(shares[path][name] * size for path, size in sizes.items()) / total
-            for name in next(iter(shares.values()))
+            kind: sum(shares[name][kind] * size for name, size in sizes.items()) / total
+            for kind in next(iter(shares.values()))
         }
-        for path, values in shares.items():
-            for name, value in values.items():
-                self.trainer.storage.put_scalar(f"{name}/{path}", value, smoothing_hint=False)
+        for name, values in shares.items():
+            for kind, value in values.items():
+                self.trainer.storage.put_scalar(f"{kind}/{name}", value, smoothing_hint=False)
 
     def after_train(self) -> None:
         """Removes the dampening loss from the model."""
@@ -192,17 +192,17 @@ class OscillationHook(HookBase):
     def state_dict(self) -> dict[str, Any]:
         """Returns the history of every layer, and the counts since the last log."""
         fields = [field.name for field in dataclasses.fields(WeightHistory)]
-        history = {path: {name: getattr(h, name) for name in fields} for path, h in self._history.items()}
+        history = {name: {field: getattr(h, field) for field in fields} for name, h in self._history.items()}
         return {"history": history, "flips": dict(self._flips), "num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self._history = {
-            path: WeightHistory(**{name: value.clone() for name, value in values.items()})
-            for path, values in state["history"].items()
-            if path in self._layers
+            name: WeightHistory(**{field: value.clone() for field, value in values.items()})
+            for name, values in state["history"].items()
+            if name in self._layers
         }
-        self._flips = {path: value.clone() for path, value in state["flips"].items() if path in self._layers}
+        self._flips = {name: value.clone() for name, value in state["flips"].items() if name in self._layers}
         self._num_steps = state["num_steps"]
 
 
@@ -222,15 +222,15 @@ def dampening_loss(weight: Tensor, quantizer: Quantizer) -> Tensor:
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Returns the layers of the detector, by name, whose weight is on a uniform grid of few bits."""
     layers, left_out = {}, []
-    for path, module in model.named_modules():
+    for name, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
-        if path.startswith(SCAFFOLD_PREFIXES):
+        if name.startswith(SCAFFOLD_PREFIXES):
             continue
         if isinstance(quantizer, Quantizer) and quantizer.spec.num_bits <= MAX_BITS:
             if quantizer.grid() is None:
-                left_out.append(f"{path} ({quantizer.spec.quantizer})")
+                left_out.append(f"{name} ({quantizer.spec.quantizer})")
             else:
-                layers[path] = module
+                layers[name] = module
     if not layers:
         raise ValueError(
             "MODEL.QUANT.OSCILLATION is on, but no layer has weights on a uniform grid of at most "

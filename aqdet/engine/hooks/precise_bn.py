@@ -52,7 +52,7 @@ def _norms_in_training(model: nn.Module) -> list[_BatchNorm]:
 def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num_batches: int) -> None:
     """Replaces the running statistics of a detector's BNs by the statistics of its current weights.
 
-    When quantized weights flip between levels, running statistics are averages that belong to no set of weights
+    When quantized weights flip between codes, running statistics are averages that belong to no set of weights
     (Nagel et al., 2203.11086). Every BN in training mode gets the population mean and variance over the batches and
     over all ranks; where there is one BN per pyramid level, each is estimated by itself. The auxiliary path, the loss
     normalizer and the random states do not change.

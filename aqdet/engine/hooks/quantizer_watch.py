@@ -20,9 +20,9 @@ _MAX_LISTED = 5
 class QuantizerWatchHook(HookBase):
     """Warns once of each quantizer that does not learn as it should, and names it.
 
-    The warnings are for scales at their floor, layers whose weights are all on one level, and scales or clipping ranges
-    that have changed by more than a factor of ``MAX_FACTOR`` or not at all since this process began to train. The hook
-    looks every ``period`` iterations and after the last one.
+    The warnings are for scales at their floor, layers whose weights all have one quantized value, and scales or
+    clipping ranges that have changed by more than a factor of ``MAX_FACTOR`` or not at all since this process began to
+    train. The hook looks every ``period`` iterations and after the last one.
 
     Args:
         period: The number of iterations between two looks; a look costs about as much as quantizing the weights once.
@@ -50,8 +50,8 @@ class QuantizerWatchHook(HookBase):
                 "quantizers have a scale at its floor, below which it cannot shrink",
             )
             self._warn(
-                [name for name, module in model.named_modules() if _is_on_one_level(module)],
-                "layers have all their weights on one level, and so no function",
+                [name for name, module in model.named_modules() if _has_one_value(module)],
+                "layers have one quantized value for all their weights, and so no function",
             )
             moved = {
                 name: torch.maximum(size / self._started[name], self._started[name] / size).max().item()
@@ -100,7 +100,7 @@ def _is_at_floor(quantizer: Quantizer) -> bool:
 
 
 @torch.no_grad()
-def _is_on_one_level(module: nn.Module) -> bool:
+def _has_one_value(module: nn.Module) -> bool:
     quantizer = getattr(module, "weight_quantizer", None)
     if not isinstance(quantizer, Quantizer) or not quantizer.is_active:
         return False

@@ -23,7 +23,7 @@ class WeightAverageHook(HookBase):
     Averaged are latent weights, scales and every other float of the state dict but the auxiliary path, after each step:
     ``average <- d average + (1 - d) value`` with ``d = min(decay, (1 + n) / (10 + n))`` after n steps, so that
     the start is soon forgotten. Averaged latent weights do not take part in the flips of single weights between
-    two levels (2311.05109).
+    two codes (2311.05109).
 
     After the last step the model and the average change places: ``model_final.pth`` and the stripped file
     have the average as the model, and a training that is resumed to go further changes them back. In earlier

@@ -81,14 +81,14 @@ def prepared(x: Tensor, spec: QuantSpec) -> Tensor:
 class LSQOddQuantizer(Quantizer):
     """LSQ (1902.08153) with codes ``-(2^b - 1), ..., -3, -1, 1, 3, ..., 2^b - 1`` and half of ``scale`` as their step.
 
-    A symmetric grid without a level at zero: with two bits ``scale`` times -1.5, -0.5, 0.5 and 1.5, where LSQ has -2,
+    A symmetric grid without zero: with two bits ``scale`` times -1.5, -0.5, 0.5 and 1.5, where LSQ has -2,
     -1, 0 and 1. At the best scale its squared error on a Gaussian is 0.119 of the variance, LSQ's 0.149. AQD
-    (2007.06919) and ParetoQ (2502.02631) use this grid at 2 bits. With one bit the levels are plus and minus half of
+    (2007.06919) and ParetoQ (2502.02631) use this grid at 2 bits. With one bit the values are plus and minus half of
     ``scale``.
 
-    The value is ``odd_codes(w / scale) * scale / 2``; a weight on a threshold, zero for one, takes the level above. The
+    The value is ``odd_codes(w / scale) * scale / 2``; a weight on a threshold, such as zero, takes the code above. The
     gradient is LSQ's, straight through the rounding, for ``|w| < 2^(b - 1) scale``, where the interval of the outermost
-    code ends: half a step farther out than its level.
+    code ends: half a step farther out than its value.
 
     With ``spec.centered`` the mean of the weights that share a scale is subtracted first, and the gradient passes
     through that too, so that it sums to zero over them. That is half of AQD's standardisation.
@@ -109,9 +109,9 @@ class LSQOddQuantizer(Quantizer):
     def _set_range(self, statistics: Statistics, method: str) -> None:
         """Sets ``scale`` in place.
 
-        ``"mse"`` searches the outermost level for the least squared error; with ``"minmax"`` and ``"percentile"`` it is
-        the largest value, or its quantile; ``"mean"`` is LSQ's rule, ``2 mean|x| / sqrt(2^(b - 1))``. See
-        :func:`~aqdet.quantization.observer.initial_scale`. A channel of zeros, which no level is near, gets the
+        ``"mse"`` searches the outermost value for the least squared error; with ``"minmax"`` and ``"percentile"`` it is
+        the largest value, or its quantile; ``"mean"`` is LSQ's formula, ``2 mean|x| / sqrt(2^(b - 1))``. See
+        :func:`~aqdet.quantization.observer.initial_scale`. A channel of zeros, which no code is near, gets the
         smallest scale of the others.
         """
         if self.spec.centered:

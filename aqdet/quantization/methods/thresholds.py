@@ -1,4 +1,4 @@
-"""Sums and counts over the values between ascending thresholds, for methods whose levels are not evenly spaced.
+"""Sums and counts over the values between ascending thresholds, for methods whose values are not evenly spaced.
 
 A method with one step size needs neither: its codes are rounded quotients (:mod:`..functional`).
 """

@@ -49,7 +49,7 @@ def layers(runs: Sequence[Run], facts: Sequence[LayerFacts]) -> dict[str, Any] |
                 figures.append(Markup(chart))
             rows.append(Row(cells))
         blocks.append({"name": layer, "figures": figures, "columns": {1: 2, 3: 3}.get(len(shown), 4)})
-    header = cells_of("quantizer", *(text for _, entry in shown for text in (entry.name, "below", "above", "levels")))
+    header = cells_of("quantizer", *(text for _, entry in shown for text in (entry.name, "below", "above", "used")))
     return {
         "legend": [entry for _, entry in shown] if len(shown) == len(runs) else [],
         "num_images": shown[0][0].num_images,
@@ -82,7 +82,7 @@ def _caption(histogram: SiteHistogram) -> str:
     else:
         parts.append("no clipping range")
     if histogram.used is not None:
-        parts.append(f"{histogram.used} of {2**spec.num_bits} levels used")
+        parts.append(f"{histogram.used} of {2**spec.num_bits} values used")
     return "; ".join(parts)
 
 

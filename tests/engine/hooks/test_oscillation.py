@@ -1,4 +1,4 @@
-"""Weights that flip between two levels."""
+"""Weights that flip between two codes."""
 
 import math
 
@@ -81,7 +81,7 @@ def make_hook(model, max_iter=40, **values):
 
 
 def push(model, iteration):
-    """A step that takes every other weight across the threshold between two levels and back, and moves scales."""
+    """A step that takes every other weight across the threshold between two codes and back, and moves scales."""
     layer = model[0]
     quantizer = layer.weight_quantizer
     with torch.no_grad():

@@ -15,7 +15,7 @@ class StandIn:
         self.model, self.start_iter, self.iter, self.max_iter = model, 0, 99, 1000
 
 
-def test_scales_at_their_floor_and_weights_on_one_level_are_warned_about_once(caplog):
+def test_scales_at_their_floor_and_weights_of_one_value_are_warned_about_once(caplog):
     model = calibrated(make_model(*QUANT), make_batch())
     watch = QuantizerWatchHook(period=100)
     watch.trainer = StandIn(model)
@@ -42,7 +42,7 @@ def test_scales_at_their_floor_and_weights_on_one_level_are_warned_about_once(ca
             watch.after_step()
     assert warnings() == [
         "1 quantizers have a scale at its floor, below which it cannot shrink: backbone.fpn_output3.input_quantizer",
-        "1 layers have all their weights on one level, and so no function: head.cls_subnet.0",
+        "1 layers have one quantized value for all their weights, and so no function: head.cls_subnet.0",
     ]
 
 
