@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from helpers import ROOT
-from rehearsal_rule import FOLDERS, Form, Solver, families, own_solver, scaled
+from rehearsal_scaling import FOLDERS, Form, Solver, families, own_solver, scaled
 
 from aqdet.config import load_config
 from aqdet.engine import check_config, fit_to_machine

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
-from rehearsal_rule import CLASSIFIER, Family, Form, own_solver, scaled
+from rehearsal_scaling import CLASSIFIER, Family, Form, own_solver, scaled
 from torch import Tensor
 
 from aqdet.config import load_config

@@ -3,7 +3,7 @@
 
 Of a family both stages are trained with their own solver, and with the others of a small set, from the same start and
 for as long: full precision, low precision, and full precision for as long as low precision. How a config is scaled is
-in rehearsal_rule.py. The stand-ins are drawn scenes, and for ImageNet the objects cut out of them; the trunk of the
+in rehearsal_scaling.py. The stand-ins are drawn scenes, and for ImageNet the objects cut out of them; the trunk of the
 rehearsed classifier stands in for torchvision's weights. Stop it at any time and run it again: it goes on where it
 stopped. What finished runs gave is kept in tools/experiments/rehearsal_runs.json too. With --short nothing is measured:
 a few iterations of both stages of each family, with its own solver and ResNet, show that the loss falls and that scales
@@ -25,7 +25,7 @@ from aqdet.utils.console import run_console
 
 if TYPE_CHECKING:
     from jobs import Job
-    from rehearsal_rule import Family, Form, Solver
+    from rehearsal_scaling import Family, Form, Solver
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))  # jobs.py
@@ -96,7 +96,7 @@ class Row:
 
 def form_of(family: Family) -> Form:
     """Returns what a family's stages are scaled down to."""
-    from rehearsal_rule import CLASSIFIER, Form
+    from rehearsal_scaling import CLASSIFIER, Form
 
     from aqdet.config import load_config
 
@@ -110,7 +110,7 @@ def rows_of(family: Family, bits: int = 0) -> list[Row]:
     SGD's rates are one, three and ten times that of the literature: of full precision's own config, and for low
     precision a fifth of that in AQD's detectors (2007.06919), elsewhere a tenth, as reproductions of LSQ have it.
     """
-    from rehearsal_rule import CLASSIFIER, Solver, own_solver
+    from rehearsal_scaling import CLASSIFIER, Solver, own_solver
 
     from aqdet.config import load_config
 
@@ -148,7 +148,7 @@ def rows_of(family: Family, bits: int = 0) -> list[Row]:
 
 def start_of(family: Family) -> Run:
     """Returns the run that all runs of low precision start from, and a detector's of full precision."""
-    from rehearsal_rule import CLASSIFIER, Solver
+    from rehearsal_scaling import CLASSIFIER, Solver
 
     from aqdet.config import load_config
 
@@ -164,7 +164,7 @@ def planned() -> list[tuple[Family, int]]:
 
     RetinaNet is rehearsed at 2 bits too, which configs/README.md gives as overrides.
     """
-    from rehearsal_rule import families
+    from rehearsal_scaling import families
 
     full = [family for family in families() if family.low.stem not in SHORT_ALONE]
     two_bits = [(family, 2) for family in full if family.low.stem == "retinanet_R_18_FPN_1x_lsq_w4a4_aux"]
@@ -174,7 +174,7 @@ def planned() -> list[tuple[Family, int]]:
 def make_jobs(args: argparse.Namespace, chosen: Sequence[tuple[Family, int]]) -> dict[Run, Job]:
     """Returns the runs in their order: what tells most of each family first, and before it what it starts from."""
     from jobs import Job
-    from rehearsal_rule import CLASSIFIER, scaled
+    from rehearsal_scaling import CLASSIFIER, scaled
 
     from aqdet.config import load_config
 
@@ -310,7 +310,7 @@ def main() -> None:
     args = parse_args()
     from jobs import grid_ends_in_one_line, print_commands, run_jobs  # late, so that --help opens at once
     from kept_runs import recall_runs
-    from rehearsal_rule import families
+    from rehearsal_scaling import families
     from rehearsal_short import rehearse_shortly
 
     with grid_ends_in_one_line():

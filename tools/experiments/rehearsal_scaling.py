@@ -1,4 +1,4 @@
-"""How a config for COCO or ImageNet is scaled down to minutes on a processor, by one rule for all of them."""
+"""The scaling of a config for COCO or ImageNet down to minutes on a processor, the same for all of them."""
 
 from __future__ import annotations
 
