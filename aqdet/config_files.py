@@ -15,7 +15,7 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from fvcore.common.config import BASE_KEY
 
 from .utils.arithmetic import evaluate
-from .utils.configs import shipped_configs
+from .utils.configs import shipped_configs, yaml_files
 from .utils.plain_yaml import PlainLoader
 
 EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
@@ -102,8 +102,7 @@ def _zoo() -> dict[str, Path]:
     """Returns the YAML files of Detectron2's model zoo by their names."""
     from detectron2 import model_zoo  # imported only to look up a name, since it imports Detectron2's models
 
-    folder = Path(model_zoo.__file__).parent / "configs"
-    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+    return yaml_files(Path(model_zoo.__file__).parent / "configs")
 
 
 def _read(path: str, above: tuple[str, ...]) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import itertools
-import os
-import platform
 import statistics
 import sys
 import time
@@ -16,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from machine import Machine
 from peers import MakeConv, convert, peers, start_learning
 from tabulate import tabulate
 from torch import nn
@@ -193,8 +192,8 @@ def train(args: argparse.Namespace) -> None:
     largest = largest_integer_weight(255)
     integer = "in float32" if not largest else "in int8" if largest == 128 else "in int8 without VNNI"
     print(
-        f"RetinaNet, ResNet-18, BN; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; forward of quantized convs {integer}, median of {args.rounds} rounds (range)"
+        f"RetinaNet, ResNet-18, BN; {Machine.here()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"forward of quantized convs {integer}, median of {args.rounds} rounds (range)"
     )
     others = peers() if args.peers else {}
     for fpn_channels, size, num_images in itertools.product(args.fpn_channels, args.size, args.batch):

@@ -14,4 +14,9 @@ def shipped_configs() -> dict[str, Path]:
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
     if folder is None:
         return {}
+    return yaml_files(folder)
+
+
+def yaml_files(folder: Path) -> dict[str, Path]:
+    """Returns the YAML files below a folder: name, relative to the folder -> path."""
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
