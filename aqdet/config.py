@@ -21,52 +21,54 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     """Adds aqdet's keys to a Detectron2 config; Detectron2's own defaults are not changed."""
     # --- Quantization of the low-precision trunk and head ---
     cfg.MODEL.QUANT = CfgNode()
-    # Off: plain Detectron2 layers, bit for bit.
+    # Whether the detector is quantized. If not, it computes what Detectron2's layers do, bit for bit.
     cfg.MODEL.QUANT.ENABLED = False
     cfg.MODEL.QUANT.WEIGHT = CfgNode()
-    # "lsq", "pact", "dorefa", "lqnet" (non-uniform: trains and evaluates, is not exported), or "lsqplus", whose
-    # weights are LSQ's; or "lsqodd", LSQ on a symmetric grid without zero for 1 to 4 bits (layers of more bits, as the
-    # boundary's, have LSQ's then).
+    # Method for weights: "lsq", "pact" or "dorefa"; "lqnet", which is not uniform: it trains and evaluates, and is not
+    # exported; "lsqplus", whose weights are LSQ's; or "lsqodd", which is LSQ on a symmetric grid without zero, for 1 to
+    # 4 bits (layers with more bits, such as the predictions, have LSQ's).
     cfg.MODEL.QUANT.WEIGHT.QUANTIZER = "lsq"
-    # 2 to 8; 1 with "lsqodd" too.
+    # Bits of most weights: 2 to 8, with "lsqodd" also 1.
     cfg.MODEL.QUANT.WEIGHT.NUM_BITS = 4
-    # One scale for each output channel instead of one for the tensor.
+    # Whether each output channel has a scale of its own, or the whole tensor one.
     cfg.MODEL.QUANT.WEIGHT.PER_CHANNEL = True
-    # "lsqodd" alone: subtract the mean of the weights that share a scale first.
+    # Whether "lsqodd" first subtracts the mean of the weights that share a scale.
     cfg.MODEL.QUANT.WEIGHT.CENTERED = False
     cfg.MODEL.QUANT.INPUT = CfgNode()
-    # "lsq", "pact", "dorefa", "lsqplus" (LSQ with an offset where the input can be negative; experimental, not measured
-    # here), "lqnet" (non-uniform) or "n2uq" (learned thresholds, uniform values); the last two train and evaluate, and
-    # are not exported. Activations always have one scale for the tensor.
+    # Method for activations: "lsq", "pact" or "dorefa"; "lsqplus", LSQ with an offset where the input can be negative
+    # (experimental, not measured here); "lqnet" (not uniform) or "n2uq" (learned thresholds, uniform values), which
+    # train and evaluate, and are not exported. Activations always have one scale for the tensor.
     cfg.MODEL.QUANT.INPUT.QUANTIZER = "lsq"
+    # Bits of most inputs: 2 to 8.
     cfg.MODEL.QUANT.INPUT.NUM_BITS = 4
-    # Weights of the stem, weights and inputs of the prediction convs. The stem reads the uint8 image.
+    # Bits of the stem's weights and of the prediction convs' weights and inputs. The stem reads the uint8 image.
     cfg.MODEL.QUANT.BOUNDARY_NUM_BITS = 8
     # [[regex on the name of a layer, {key: value, ...}], ...]; the first rule that matches a layer wins, and a rule
     # that wins nowhere is an error. Keys: WEIGHT.QUANTIZER, WEIGHT.NUM_BITS, WEIGHT.PER_CHANNEL, WEIGHT.CENTERED,
     # INPUT.QUANTIZER, INPUT.NUM_BITS, and ENABLED: False to leave the layer in float.
     cfg.MODEL.QUANT.RULES = []
-    # Tensors that more than one layer reads: the residual stream, the top-down sums, the pyramid levels.
+    # Bits of the tensors that more than one layer reads: the residual stream, the top-down sums, the pyramid levels.
     cfg.MODEL.QUANT.RESIDUAL_NUM_BITS = 8
-    # "pact" needs one byte an element for backward where "lsq" keeps the whole sum.
+    # Method for these tensors; "pact" keeps one byte an element for backward, where "lsq" keeps the whole sum.
     cfg.MODEL.QUANT.RESIDUAL_QUANTIZER = "pact"
-    # First ranges, from training batches, before the first step. Skipped if the checkpoint has them.
+    # Calibration gives quantizers their first ranges from training batches, before the first step. It is skipped if
+    # the checkpoint has them.
     cfg.MODEL.QUANT.CALIBRATION = CfgNode()
     cfg.MODEL.QUANT.CALIBRATION.NUM_BATCHES = 8
-    # "mse", "minmax", "percentile" or "mean"
+    # Choice of a range from the values that were observed: "mse", "minmax", "percentile" or "mean".
     cfg.MODEL.QUANT.CALIBRATION.METHOD = "mse"
     # Largest share by which an iteration changes a scale, clipping range, offset or threshold, at the peak of the
     # schedule of SOLVER, with either optimizer and whatever SOLVER.BASE_LR. They get no weight decay.
     cfg.MODEL.QUANT.SCALE_LR = 0.002
-    # Factor of that share for what activations are quantized by, shared tensors included.
+    # Factor of that share for the quantizers of activations, shared tensors included.
     cfg.MODEL.QUANT.INPUT.SCALE_LR_FACTOR = 1.0
     cfg.register_deprecated_key("MODEL.QUANT.SCALE_LR_FACTOR")
-    # The L2 term of PACT's alpha.
+    # Weight decay of PACT's alpha, the paper's L2 term.
     cfg.MODEL.QUANT.PACT_ALPHA_DECAY = 1e-4
     # Experimental, not measured here: weights that flip between two codes (2203.11086); for lsq, lsqplus and pact
     # weights of at most 4 bits.
     cfg.MODEL.QUANT.OSCILLATION = CfgNode()
-    # Log each layer's share of oscillating weights. On with either of the remedies below.
+    # Whether each layer's share of oscillating weights is logged; it always is with one of the remedies below.
     cfg.MODEL.QUANT.OSCILLATION.TRACK = False
     # Weight at the end of training, rising from 0, of a loss that pulls weights to their quantized values; 0 for none.
     cfg.MODEL.QUANT.OSCILLATION.DAMPENING = 0.0
@@ -140,7 +142,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.NORM = "GN"
     # Foreground probability that the class logits start with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # Which points learn an object. "fcos": those near its centre, on a level chosen by its size. "atss"
+    # Choice of the points that learn an object. "fcos": those near its centre, on a level chosen by its size. "atss"
     # (1912.02424): of the points nearest to its centre on every level, those whose square overlaps it more than
     # most do.
     cfg.MODEL.FCOS.ASSIGNMENT = "fcos"
