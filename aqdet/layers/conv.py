@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec
-from ..quantization.kernels import has_free_norms, replaceable
-from ..quantization.precision import autocast_dtype, in_own_precision, own_precision
+from ..quantization.kernels import replaceable
+from ..quantization.precision import in_own_precision
 from .from_float import take_over
 
 
@@ -79,36 +78,16 @@ class QuantConv2d(Conv2d):
         return x
 
 
+@replaceable("shared_weights")
 @contextlib.contextmanager
 def shared_weights(module: nn.Module) -> Iterator[None]:
-    """Quantizes the weights of the convolutions below ``module`` once for several calls, as over pyramid levels.
-
-    So are the grids of their inputs computed. Under autocast the weights are those of its precision, as it has them
-    for a layer in float.
-    """
+    """Quantizes the weights of the convolutions below ``module`` once for several calls, as over pyramid levels."""
     layers = [layer for layer in module.modules() if isinstance(layer, QuantConv2d)]
-    floats = [
-        layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and not isinstance(layer, QuantConv2d)
-    ]
     try:
-        for layer in floats if has_free_norms() else []:  # for kernels, which autocast's own cache is not for
-            dtype = autocast_dtype(layer.weight)
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            layer.__dict__["shared_operands"] = layer.weight.to(dtype), bias
-        # Not by setattr, which would register the Parameter that a quantizer returns when it is switched off.
         for layer in layers:
-            weight = layer.weight_quantizer(layer.weight)
-            device, quantizer = weight.device.type, layer.input_quantizer
-            is_coarse = torch.is_autocast_enabled(device) and own_precision(quantizer, device, weight.dtype) is None
-            if layer.weight_quantizer.is_active and is_coarse:
-                weight = weight.to(torch.get_autocast_dtype(device))
-            layer.__dict__["shared_weight"] = weight
-            if quantizer is not None and quantizer.is_active and quantizer.gradient is not None:
-                quantizer.__dict__["shared_grid"] = quantizer.grid()
+            # Not by setattr, which would register the Parameter that a quantizer returns when it is switched off.
+            layer.__dict__["shared_weight"] = layer.weight_quantizer(layer.weight)
         yield
     finally:
-        for float_layer in floats:
-            float_layer.__dict__.pop("shared_operands", None)
         for layer in layers:
             layer.__dict__.pop("shared_weight", None)
-            vars(layer.input_quantizer or layer).pop("shared_grid", None)

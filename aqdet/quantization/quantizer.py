@@ -47,7 +47,6 @@ class Quantizer(nn.Module):
         gradient: one of :data:`aqdet.quantization.functional.GRADIENTS` if all that the quantizer does is
             :func:`aqdet.quantization.fake_quantize` on its grid; None if it does something else.
         quant_min: smallest code, of a quantizer that has a ``gradient``.
-        shared_grid: the grid of a quantizer that is called several times, see :func:`aqdet.layers.shared_weights`.
         enabled: False lets the quantizer return its input unchanged.
         frozen: True keeps the state as it is calibrated in a training forward, for methods that change it there.
             Parameters are frozen by ``requires_grad_(False)``.
@@ -57,7 +56,6 @@ class Quantizer(nn.Module):
     _version = 2
     gradient: str | None = None
     quant_min: int
-    shared_grid: AffineGrid | None = None
     calibrated: Tensor
 
     def __init__(self, spec: QuantSpec, num_channels: int = 1) -> None:
@@ -126,7 +124,7 @@ class Quantizer(nn.Module):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantizes and dequantizes ``x``; differentiable."""
-        grid = self.shared_grid or self.grid()
+        grid = self.grid()
         assert grid is not None and self.gradient is not None
         scale = broadcast_scale(grid.scale, x)
         return fake_quantize(x, scale, grid.quant_min, grid.quant_max, gradient=self.gradient)

@@ -10,6 +10,7 @@
   (:mod:`.activation`).
 - A synchronized norm weighs processes by their numbers of images, and no host waits to leave one out; all levels of a
   head exchange what they need of the others at once (:mod:`.moments`, :mod:`.norm`).
+- What the calls of a layer on several pyramid levels have in common is computed once (:mod:`.sharing`).
 - Element-wise arithmetic runs on parts of a tensor that stay in a CPU's cache (:mod:`.parts`).
 
 Nothing depends on this folder but one line of :mod:`aqdet.quantization`, which registers :data:`KERNELS`. Outputs and
@@ -24,6 +25,7 @@ from .activation import chain, chains, relu_before, stream
 from .conv import conv2d
 from .elementwise import fake_quantize
 from .pool import max_pool2d
+from .sharing import shared_weights
 from .weight import dorefa_weight
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -34,5 +36,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "fake_quantize": fake_quantize,
     "max_pool2d": max_pool2d,
     "relu_before": relu_before,
+    "shared_weights": shared_weights,
     "stream": stream,
 }

@@ -17,6 +17,7 @@ from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack
 from .moments import Moments, norm_gradients, normalized, quantized_norm_gradients
 from .norm import Activation, Deferred, computed, defer
 from .recipe import Recipe, recipe_of, summed, terms_of
+from .sharing import operands_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
 
 
@@ -233,7 +234,7 @@ def can_recompute(layer: nn.Module | None, with_norm: bool = False) -> bool:
 
 def recomputing_conv2d(layer: Any, x: Deferred) -> Tensor:
     """Computes a convolution in float of the ReLU of a norm's output, of which neither is kept."""
-    weight, bias = vars(layer).get("shared_operands") or (layer.weight, layer.bias)
+    weight, bias = operands_of(layer)
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
     inputs = (x.x, x.weight, x.bias) if x.token is None else (x.token, None, None)
     assert x.token is None or x.reader is not None

@@ -15,6 +15,7 @@ from ..quantizer import AffineGrid, Quantizer
 from .elementwise import fake_quantized, scale_gradients
 from .integer import IntegerWeight
 from .parts import join_sums, split_parts
+from .sharing import grid_of
 
 
 class WeightRecipe(NamedTuple):
@@ -32,7 +33,7 @@ class WeightRecipe(NamedTuple):
 
 def usable_grid(quantizer: Quantizer | None) -> AffineGrid | None:
     """Returns the grid of a quantizer that runs, if fake quantization on it is all that the quantizer does."""
-    return (quantizer.shared_grid or quantizer.grid()) if quantizer is not None and is_usable(quantizer) else None
+    return grid_of(quantizer) if quantizer is not None and is_usable(quantizer) else None
 
 
 def is_usable(quantizer: Quantizer | None) -> bool:
