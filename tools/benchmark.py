@@ -128,6 +128,9 @@ def parse_args() -> argparse.Namespace:
         default=["fp32"],
         help="precisions of autocast (default: %(default)s)",
     )
+    sub.add_argument(
+        "--compile", action="store_true", help="also with trunk and heads compiled by torch.compile (minutes)"
+    )
     sub.add_argument("--rounds", type=positive, default=20, help="measured steps of each (default: %(default)s)")
     add_overrides(sub)
     sub.set_defaults(run=run_step)

@@ -63,8 +63,19 @@ class Variant:
         self.seconds.append(time.perf_counter() - start)
 
 
-def build(cfg: CfgNode, precision: str, batch: list[dict[str, Any]]) -> Variant:
-    """Returns a calibrated detector in training."""
+def compile_networks(model: nn.Module) -> None:
+    """Compiles the parts of a detector that are networks: trunk and head, of the auxiliary path too.
+
+    The rest, as the matching of anchors, is Detectron2's Python code, whose graph no compiler keeps in one piece.
+    """
+    path = getattr(model, "auxiliary", None)
+    for network in (model.backbone, getattr(model, "head", None), getattr(path, "head", None)):
+        if network is not None:
+            network.compile()
+
+
+def build(cfg: CfgNode, precision: str, batch: list[dict[str, Any]], compiled: bool = False) -> Variant:
+    """Returns a calibrated detector in training, its networks compiled on demand."""
     torch.manual_seed(0)
     cfg = cfg.clone()
     cfg.defrost()
@@ -78,6 +89,8 @@ def build(cfg: CfgNode, precision: str, batch: list[dict[str, Any]]) -> Variant:
     if cfg.MODEL.QUANT.ENABLED:
         calibrate(model, run, method="minmax")
     optimizer = build_optimizer(cfg, model)
+    if compiled:
+        compile_networks(model)
     return Variant(distribute(model), optimizer, batch, cfg.MODEL.DEVICE, PRECISIONS[precision])
 
 
@@ -96,7 +109,10 @@ def step(args: argparse.Namespace) -> None:
     for file in args.config_file:
         cfg = load_config(file, ["MODEL.DEVICE", device, *args.opts])
         name = os.path.splitext(os.path.basename(file))[0]
-        variants.update({(name, precision): build(cfg, precision, batch) for precision in args.precision})
+        for precision in args.precision:
+            variants[name, precision] = build(cfg, precision, batch)
+            if args.compile:
+                variants[f"{name}, compiled", precision] = build(cfg, precision, batch, compiled=True)
     for number in range(-WARM_UP, args.rounds):
         for variant in variants.values():
             variant.step()

@@ -6,6 +6,7 @@ import sys
 import benchmark
 import benchmark_step
 import pytest
+import torch
 from helpers import ROOT
 
 CONFIG = str(ROOT / "configs" / "quickstart" / "retinanet_r18_")
@@ -25,6 +26,19 @@ def test_configs_are_measured_side_by_side(monkeypatch, capsys):
     rows = re.findall(r"^(retinanet_r18_\w+) +bf16 +([\d.]+) +([\d.]+)x", out, re.MULTILINE)
     assert [row[0] for row in rows] == ["retinanet_r18_fp_bn", "retinanet_r18_lsq_w4a4_aux"]
     assert float(rows[0][2]) == 1 and all(float(row[1]) > 0 for row in rows)
+
+
+def test_compiled_networks_are_measured_beside_eager_ones(monkeypatch, capsys):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    small = ("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.RETINANET.NUM_CONVS", "1")
+    run(monkeypatch, "--compile", "--config-file", f"{CONFIG}lsq_w4a4_aux.yaml", *small)
+    names = re.findall(r"^(retinanet_r18_lsq_w4a4_aux(?:, compiled)?) +fp32 ", capsys.readouterr().out, re.MULTILINE)
+    assert names == ["retinanet_r18_lsq_w4a4_aux", "retinanet_r18_lsq_w4a4_aux, compiled"]
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_float16_needs_a_gpu(monkeypatch):
