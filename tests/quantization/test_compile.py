@@ -41,3 +41,17 @@ def test_a_block_is_one_graph(weight, input):
         )
     for compiled, plain in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_is_compiled_before_it_is_calibrated():
+    torch.manual_seed(0)
+    block, x = Block("lsq", "lsq"), torch.randn(2, 4, 8, 8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    block.compile(backend="aot_eager")
+    calibrate(block, lambda: block(x), method="minmax")
+    assert not torch._dynamo.utils.counters["frames"]  # calibration runs as it is written
+    block(x).backward()
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert all(p.grad is not None for p in block.parameters())
