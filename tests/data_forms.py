@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from aqdet.data.check.cache import check_declaration
-from aqdet.data.declaration import parse_declared
+from aqdet.data.declared import parse_declared
 
 CLASSES = ("cat", "dog")
 # name: size as the reader sees it, objects (class, x, y, width, height). One turned by EXIF, one in a folder, one

@@ -23,7 +23,8 @@ import yaml
 from aqdet.data.check.cache import check_declaration
 from aqdet.data.check.findings import Report, reports_as_json
 from aqdet.data.check.records import find_shared_images
-from aqdet.data.declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
+from aqdet.data.declaration import IMAGE_FOLDER, Declaration
+from aqdet.data.declared import parse_declared, parse_image_folders
 from aqdet.data.formats import FORMATS
 from aqdet.data.formats.guess import file_of, guess_entries
 from aqdet.data.formats.yolo import SPLITS, is_list_of_names, named_splits

@@ -21,7 +21,8 @@ from .check.advice import advise
 from .check.cache import checked
 from .check.findings import Report, reports_as_json
 from .check.records import find_shared_images
-from .declaration import IMAGE_FOLDER, Declaration, parse_declared, parse_image_folders
+from .declaration import IMAGE_FOLDER, Declaration
+from .declared import parse_declared, parse_image_folders
 from .embedded.register import set_cache_dir
 from .formats.folders import read_folders
 from .outlines import reads_masks

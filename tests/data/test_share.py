@@ -12,7 +12,7 @@ from tiny_data import write_dataset, write_image_folder, write_yolo
 
 from aqdet.data import register_declared
 from aqdet.data.check.cache import check_declaration
-from aqdet.data.declaration import parse_declared
+from aqdet.data.declared import parse_declared
 from aqdet.data.share import Share
 
 NAMES = [f"{index}.png" for index in range(10000)]

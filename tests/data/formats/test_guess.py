@@ -5,7 +5,7 @@ import pytest
 from data_forms import FORMS, IMAGES, check_entry, write_form, write_images
 from tiny_data import write_yolo
 
-from aqdet.data.declaration import parse_declared
+from aqdet.data.declared import parse_declared
 from aqdet.data.formats import FORMATS
 from aqdet.data.formats.guess import guess_entries, guess_entry, guess_format
 

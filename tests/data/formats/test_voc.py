@@ -8,7 +8,8 @@ from PIL import Image
 
 from aqdet.data.check.cache import check_declaration
 from aqdet.data.check.records import find_shared_images
-from aqdet.data.declaration import Declaration, parse_declared
+from aqdet.data.declaration import Declaration
+from aqdet.data.declared import parse_declared
 
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 
