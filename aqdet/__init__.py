@@ -2,8 +2,8 @@
 
 An import of the package registers its backbones, meta-architectures and embedded dataset with Detectron2 when
 Detectron2 is imported, whether before or after. The package imports neither PyTorch nor Detectron2 itself: a machine
-that only runs exported detectors needs neither for ``aqdet.runtime``, and any other name raises an error that says what
-is missing.
+that only runs exported detectors needs neither for ``aqdet.runtime``, and any other name raises an error that names
+the missing package.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What a training step would take of a GPU, counted without one; run by ``benchmark.py count``."""
+"""Counts what a training step would take of a GPU, without one; run by ``benchmark.py count``."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 
 @dataclasses.dataclass
 class Count:
-    """What the network of one training step takes, from the image to the predictions and back.
+    """The cost of the network in one training step, from the image to the predictions and back.
 
     Attributes:
         launches: kernels.

@@ -1,5 +1,5 @@
 """
-What an installation of Detectron2's Python part changes in its files, and the build files that it gets.
+Changes that an installation of Detectron2's Python part makes in its files, and the build files that it gets.
 
 Detectron2 0.6 is of 2021: :data:`CHANGES` lets it run with today's NumPy, Pillow and setuptools. Its main branch needs
 less, :data:`MAIN_CHANGES`. Compiled ops are in neither; a call of one names it. Used by ``install_detectron2.py``.

@@ -53,7 +53,7 @@ class DeviceMismatch(RuntimeError):
 
 @dataclasses.dataclass
 class Ledger:
-    """What a GPU would have done.
+    """The work that a GPU would have done.
 
     Attributes:
         launches, bytes: kernels and the bytes that they read and write, by operation.

@@ -1,4 +1,4 @@
-"""Evaluation through an exported folder: what is measured is what ships."""
+"""Evaluation through an exported folder, of the very files that ship."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExportedDetector(nn.Module):
-    """An exported detector that takes and gives what a Detectron2 model does in evaluation.
+    """An exported detector with the inputs and outputs of a Detectron2 model in evaluation.
 
     Only ``file_name`` of an input is used: the runtime decodes, resizes and pads the image itself.
 

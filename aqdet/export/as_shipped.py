@@ -142,7 +142,7 @@ def make_batch(
 
 
 class AsShipped(nn.Module):
-    """A trained detector that takes and gives what it does in evaluation, in the arithmetic that ships.
+    """A trained detector with its usual inputs and outputs in evaluation, computed in the arithmetic that ships.
 
     Args:
         model: see :func:`~aqdet.export.extract.extract`; its preprocessing and decoding, Detectron2's, stay.

@@ -17,7 +17,7 @@ from .extract_regions import extract_two_stage
 
 
 class AsShippedRegions(nn.Module):
-    """A trained two-stage detector that takes and gives what it does in evaluation, in the arithmetic that ships.
+    """A trained two-stage detector with its usual inputs and outputs in evaluation, in the arithmetic that ships.
 
     Args:
         model: A :class:`~aqdet.modeling.QuantGeneralizedRCNN`; its proposals, RoIAlign and decoding are Detectron2's.

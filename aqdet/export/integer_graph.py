@@ -25,7 +25,7 @@ INTEGER_KINDS = frozenset(
 def check_integer(graph: onnx.ModelProto, allow_float: Sequence[str] = ()) -> dict[str, int]:
     """Counts the operators of the graph that ONNX Runtime executes.
 
-    What depends on the image's size alone, as the places that a Gather reads, is not computed from its values.
+    Operations on the image's size alone, such as the indices that a Gather reads, do not count: they read no values.
 
     Raises:
         ValueError: Naming the operations that compute in float although they do not come after a prediction.

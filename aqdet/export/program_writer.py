@@ -19,11 +19,11 @@ class ProgramWriter(abc.ABC):
     """Writes a program node by node. A form of its own overrides the methods of the operations.
 
     Args:
-        program: what to write.
+        program: the program to write.
 
     Attributes:
-        grids: of the integer values, by name.
-        nodes: what is written, in order.
+        grids: the grids of the integer values, by name.
+        nodes: the nodes written so far, in order.
         initializers: the constants, by name.
     """
 

@@ -51,7 +51,7 @@ def build_region_graph(
         levels: The levels, from high to low resolution.
         resolution: The side of a pooled region.
         sampling_ratio: The number of samples of a bin along each side; 0 for as many as it has pixels, rounded up.
-        metadata: What the file says of itself.
+        metadata: The metadata of the file.
 
     Returns:
         A checked model. For each level, its inputs are the codes ``(N, C, h, w)`` uint8, regions ``(R, 4)`` float32 in

@@ -48,7 +48,7 @@ def forget_sites(module: nn.Module) -> None:
 def weighted_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields every layer below ``module`` that multiplies by a weight, of any class, with its dotted name.
 
-    That is what owns a parameter of two or more axes; norms' are vectors, and quantizers' belong to their layer.
+    Such a layer owns a parameter with two or more axes. Norms own vectors, and quantizers belong to their layer.
     """
     for name, layer in module.named_modules():
         if any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False)):

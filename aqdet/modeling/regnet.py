@@ -1,8 +1,8 @@
 """RegNetX ("Designing Network Design Spaces", 2003.13678): a small trunk of plain and grouped convolutions.
 
 Its block is a bottleneck block whose width stays the same and whose 3x3 convolution has groups, so that it is built
-as Detectron2's ResNet of such blocks: what reads a ResNet, the auxiliary path, the integer form and the programs
-included, reads it. Parameters have a ResNet's names (``res2.0.conv1.weight``), not those of Detectron2's ``RegNet``;
+as Detectron2's ResNet of such blocks. All code that reads a ResNet reads it, too: the auxiliary path, the integer form
+and the programs. Parameters have a ResNet's names (``res2.0.conv1.weight``), not those of Detectron2's ``RegNet``;
 ``tools/convert_torchvision.py`` renames torchvision's.
 """
 

@@ -1,6 +1,6 @@
 """Heads for regions whose layers can be quantized: boxes, masks, keypoints.
 
-RoIAlign averages what it reads, so that what these heads read has the sign of the pyramid's levels.
+RoIAlign averages values, so that the inputs of these heads have the sign of the pyramid's levels.
 
 Shape legend: R regions of all images, C channels, S side of a pooled region.
 """
@@ -206,7 +206,7 @@ class QuantStandardROIHeads(StandardROIHeads):
 
         Args:
             features: levels by name, ``(N, C, H, W)`` each.
-            sampled: what the training forward of others returned, with a ``StandardROIHeads``' fields.
+            sampled: the regions that the training forward of other heads returned, with a ``StandardROIHeads``' fields.
         """
         losses: dict[str, Tensor] = {}
         if self.box_on:

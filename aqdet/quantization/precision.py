@@ -12,7 +12,7 @@ from .quantizer import Quantizer
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype:
-    """Returns the precision that a layer in float computes in: that of autocast, or without it that of its weight."""
+    """Returns the precision that a layer in float computes in: autocast's, or without autocast its weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

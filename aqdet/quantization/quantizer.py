@@ -1,4 +1,4 @@
-"""The quantizer module: what every method shares.
+"""The quantizer module, the base of all methods.
 
 A new quantizer refuses to run. :func:`aqdet.quantization.calibrate` gives it its first range by
 :meth:`Quantizer.set_range`; from then on it fake-quantizes. The state is in the checkpoint, so that a reload never

@@ -22,7 +22,7 @@ PYRAMID_CHANNELS, ANCHOR_FACTOR = 64, 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a stage of a recipe is scaled down to.
+    """The size that a stage of a recipe is scaled down to.
 
     Attributes:
         iterations: The length of the stage.

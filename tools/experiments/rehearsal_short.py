@@ -87,7 +87,7 @@ class Watch(HookBase):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage of a short rehearsal showed.
+    """The findings of a stage of a short rehearsal.
 
     Attributes:
         config: The config.

@@ -60,7 +60,7 @@ class Run:
     Attributes:
         config: The name of the config, with its folder.
         kind: ``"start"``, ``"full"``, ``"low"``, or ``"continued"``: full precision in the place of ``"low"``.
-        bits: What is set instead of the config's bits, or 0.
+        bits: The bits in place of the config's, or 0.
         solver: The optimizer with its settings.
     """
 
@@ -77,11 +77,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A config's row of the table: its own solver's run and what that is compared with.
+    """A config's row of the table: the run with its own solver, and the runs that it is compared with.
 
     Attributes:
         config: The name of the config, with its folder.
-        bits: What is set instead of the config's bits, or 0.
+        bits: The bits in place of the config's, or 0.
         own: The run with the config's own solver.
         others: Runs with the other solvers, the most telling first.
         continued: Full precision for as long from the same start, with the config's own solver; None for a first stage.
@@ -172,7 +172,7 @@ def planned() -> list[tuple[Family, int]]:
 
 
 def make_jobs(args: argparse.Namespace, chosen: Sequence[tuple[Family, int]]) -> dict[Run, Job]:
-    """Returns the runs in their order: what tells most of each family first, and before it what it starts from."""
+    """Returns the runs in order: the most telling ones of a family first, each after the run that it starts from."""
     from jobs import Job
     from rehearsal_scaling import CLASSIFIER, scaled
 

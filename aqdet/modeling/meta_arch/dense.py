@@ -149,7 +149,7 @@ class LowPrecisionDense(Scaffolded, DenseDetector):
 
         Args:
             anchors: boxes of each level.
-            gt_labels, gt_boxes: what Detectron2's ``label_anchors`` returns, for each image.
+            gt_labels, gt_boxes: the results of Detectron2's ``label_anchors``, for each image.
             heads: predictions of each head, see :meth:`by_anchor`.
         """
         losses: list[dict[str, Tensor]] = []

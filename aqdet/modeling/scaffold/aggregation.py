@@ -50,7 +50,7 @@ class AggregationBlock(nn.Module):
     """One step of the aggregation: ``h_i = ReLU(D(h_{i-1}) + A_i(o_i))``.
 
     Args:
-        in_channels, out_channels, stride: those of the trunk's block. ``D`` is the identity where they change
+        in_channels, out_channels, stride: geometry of the trunk's block. ``D`` is the identity where they change
             nothing, a strided 1x1 convolution and norm otherwise.
         norm: norm of ``D`` and ``A``, see :func:`detectron2.layers.get_norm`.
         share: see :class:`Adaptor`.

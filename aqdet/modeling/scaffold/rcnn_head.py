@@ -51,7 +51,7 @@ class AuxiliaryRCNNHead(nn.Module):
     def losses(self, levels: list[Tensor], anchors: SampledAnchors, regions: list[Instances]) -> dict[str, Tensor]:
         """Computes the losses of Detectron2's two-stage detectors on the path's levels.
 
-        What Detectron2 logs beside them, such as the accuracy, is logged under ``aux/``.
+        Detectron2's other scalars, such as the accuracy, are logged under ``aux/``.
 
         Args:
             levels: ``(N, C, H, W)`` each, in the order of the names given.

@@ -1,4 +1,4 @@
-"""Kernels for GPUs: those of :mod:`aqdet.quantization.lean`, whose element-wise arithmetic is one pass each way.
+"""Kernels for GPUs: the kernels of :mod:`aqdet.quantization.lean`, with element-wise arithmetic in one pass each way.
 
 A chain of operations reads and writes a tensor of a GPU's memory once for each of them. Here quantization is one kernel
 (:mod:`.programs`), and so are its gradients, which compute the input again from its recipe on the way. A batch norm
@@ -6,8 +6,8 @@ with a ReLU and a quantizer behind it is one pass forward, and two backward (:mo
 written in Triton, which comes with PyTorch on Linux. The set is in use by default where there are a CUDA device and
 Triton; tensors of a CPU pass it on to the lean set.
 
-Outputs and gradients equal those of the plain operations exactly, but for the rounding of sums: those that are a
-scale's gradient and those of a batch norm.
+Outputs and gradients equal those of the plain operations exactly, but for the rounding of sums, in the
+gradients of scales and in batch norms.
 """
 
 from collections.abc import Callable

@@ -53,7 +53,7 @@ def stream(module: Any, x: Activation) -> Tensor:
 
 
 def _first_quantizer(layer: nn.Module | None) -> Quantizer | None:
-    """Returns the quantizer that a layer applies to its input first: that of a convolution, a sum or a stream."""
+    """Returns the quantizer that a convolution, a sum or a stream applies first; None for another layer."""
     for key in ("input_quantizer", "x_quantizer", "quantizer"):
         if isinstance(getattr(layer, key, None), Quantizer):
             return getattr(layer, key)
@@ -61,7 +61,7 @@ def _first_quantizer(layer: nn.Module | None) -> Quantizer | None:
 
 
 def _add(layer: Any, x: Activation, y: Tensor, is_tapped: bool) -> Tensor:
-    """Computes the forward of a :class:`aqdet.layers.QuantAdd`; what taps the sum can keep the operands' codes."""
+    """Computes the forward of a :class:`aqdet.layers.QuantAdd`; readers of a tapped sum can keep operands' codes."""
     is_tapped &= not torch.is_autocast_enabled(y.device.type)
     x = computed(x) if layer.x_quantizer is None else quantized(layer.x_quantizer, x, note_codes=is_tapped)
     y = y if layer.y_quantizer is None else quantized(layer.y_quantizer, y, note_codes=is_tapped)

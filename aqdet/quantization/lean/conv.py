@@ -149,11 +149,11 @@ def quantized_conv2d(
     Args:
         x: ``(N, C, H, W)``; where it is deferred it is computed while it is quantized.
         grid: of ``x``, with one scale.
-        weight: what the quantized weight, ``(O, C / groups, kH, kW)``, is computed from.
+        weight: the recipe of the quantized weight, ``(O, C / groups, kH, kW)``.
         bias: ``(O,)`` or None.
         geometry: stride, padding, dilation and groups.
-        gradient: ``"lsq"`` or ``"pact"``, that of the scale.
-        dtype: in which the convolution runs; that of ``weight`` if None, unless it is too coarse for the grid.
+        gradient: the gradient of the scale, ``"lsq"`` or ``"pact"``.
+        dtype: the precision of the convolution; the weight's if None, unless it is too coarse for the grid.
         packed: the quantized weight from :func:`~.integer.pack_weight`, for a float32 convolution in integer
             arithmetic; equal to the float one but for its rounding.
 

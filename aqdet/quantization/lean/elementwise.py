@@ -75,7 +75,7 @@ def quantize_to_bytes(recipe: Recipe, scale: Tensor, quant_min: int, quant_max: 
 def scale_gradients(
     grad: Tensor, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, gradient: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Computes :func:`aqdet.quantization.functional.scale_gradients` in parts, that of ``x`` in ``dtype``."""
+    """Computes :func:`aqdet.quantization.functional.scale_gradients` in parts; the gradient of ``x`` has ``dtype``."""
     grad = grad.float()
     dx = torch.empty_like(grad)
     sums = [
@@ -170,7 +170,7 @@ def region_quantized(
 def region_gradients(
     grad: Tensor, region: Tensor, scale: Tensor, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Computes PACT's gradients from where the values lay, see :func:`region_quantized`; that of them in ``dtype``."""
+    """Computes PACT's gradients from the regions of :func:`region_quantized`; the input's gradient has ``dtype``."""
     grad = grad.float()
     dx = torch.empty_like(grad)
     sums = []

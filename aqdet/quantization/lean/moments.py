@@ -1,7 +1,7 @@
 """Arithmetic of batch norm in training: moments of a batch, its output and its gradients.
 
-A synchronized norm's batch is that of all processes of a group. What it needs of the others is one exchange each way,
-which several norms can share (:mod:`.norm`).
+A synchronized norm has the batch of all processes of a group. It takes one exchange with the others each way, which
+several norms can share (:mod:`.norm`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Moments(NamedTuple):
 
     Attributes:
         mean, inverse: mean, and one over the standard deviation.
-        scale, shift: what the output is computed with.
-        num_values: 0-dim, how many values a channel has over all processes; None where they are those of this one.
+        scale, shift: factor and offset that give the output.
+        num_values: 0-dim, number of values of a channel over all processes; None where this process has them all.
     """
 
     mean: Tensor
@@ -104,7 +104,7 @@ def norm_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of a batch norm's input, weight and bias from that of its output, or of the ReLU's.
 
-    Those of the parameters are this process's, as those of any other parameter are before they are averaged.
+    The gradients of weight and bias are this process's, to be averaged over processes as any parameter's.
     """
     grad = laid_out_as(grad, x)
     if relu:

@@ -43,7 +43,7 @@ class Deferred(NamedTuple):
         group: processes whose batch is one, for a synchronized norm; else None.
         token: stands in autograd for the output, where several norms have their gradients computed together, or for
             what ``reader`` makes of it: of the shape of ``x``, without values; else None.
-        reader: what alone reads the output, whose gradient is computed with the norm's; None if that is not known.
+        reader: the one reader of the output, whose gradient is computed with the norm's; None if it is not known.
         relu: whether it is the ReLU of the output that stands here, for a convolution that computes it again.
     """
 
@@ -285,7 +285,7 @@ def defer_all(norm: nn.Module, xs: Sequence[Tensor], reader: Reader | None = Non
     Args:
         norm: any module.
         xs: each ``(N, C, H, W)``.
-        reader: what alone reads all that is deferred: a ReLU, or the quantizer of a convolution.
+        reader: the one reader of every deferred output: a ReLU, or the quantizer of a convolution.
     """
     owners = [_owner(norm, later) for later in range(len(xs))]
     if not all(owner.group is not None and _can_defer(owner, x) for owner, x in zip(owners, xs, strict=True)):

@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
         base: tensor of the shape of ``x`` and any dtype.
         scale: None for 1, 0-dim, or broadcastable against ``base``; ``(C,)`` if there is a shift.
         shift: None for 0, or ``(C,)``, one for each channel of ``base (N, C, H, W)``.
-        dtype: that of ``x``, to which it is rounded where it is computed.
+        dtype: precision of ``x``, to which a computed value is rounded.
     """
 
     base: Tensor

@@ -39,8 +39,8 @@ class LQNetQuantizer(Quantizer):
     ranks, and over the calls of an iteration where a layer runs on several pyramid levels, so that an iteration moves
     the basis by a tenth of the way whatever the number of calls. Weights have no value at zero.
 
-    Activation checkpointing computes a forward once more in backward: with the basis that it had, which does not
-    move again. That of several forwards since the last backward is not known, and is refused.
+    Activation checkpointing computes a forward once more in backward, with the basis of that forward, which does not
+    move again. With several forwards since the last backward, that basis is not known, and an error is raised.
 
     The values are not equidistant, so that there is no integer form.
     """
