@@ -39,9 +39,9 @@ class Count:
         launches: kernels.
         moved: bytes that they read and write.
         moved_by_products: the part of it of convolutions and matrix products.
-        flops: of convolutions and matrix products.
+        flops: operations of convolutions and matrix products.
         kept: bytes that backward needs, beside parameters.
-        collectives: of synchronized batch norms.
+        collectives: exchanges of synchronized batch norms.
         waits: for the GPU, of these.
         by_operation: operation to launches and bytes.
     """

@@ -57,7 +57,7 @@ class Ledger:
 
     Attributes:
         launches, bytes: kernels and the bytes that they read and write, by operation.
-        flops: of convolutions and matrix products, two for a multiplication and its addition.
+        flops: operations of convolutions and matrix products, two for a multiplication and its addition.
         waits: (operation, place in the source) where the host waits for the GPU.
         copies: (operation, place in the source) of copies from memory that is not pinned.
         collectives: (operation, place in the source) of what all processes do together.

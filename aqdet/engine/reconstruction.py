@@ -32,7 +32,7 @@ def round_weights(weight: Tensor, moments: Tensor, grid: AffineGrid, damping: fl
     Args:
         weight: ``(O, K)``, in full precision.
         moments: ``(K, K)``, sums of products of inputs.
-        grid: of the weights, ``(1,)`` or ``(O,)`` scales.
+        grid: the grid of the weights, ``(1,)`` or ``(O,)`` scales.
         damping: see :data:`DAMPING`.
 
     Returns:

@@ -39,7 +39,7 @@ def check_evaluator(cfg: CfgNode, dataset_name: str) -> None:
     """Checks that a dataset can be evaluated, before a training that would end with it.
 
     Args:
-        cfg: of the detector.
+        cfg: config of the detector.
         dataset_name: one of ``DATASETS.TEST``.
 
     Raises:
@@ -75,7 +75,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     ``metrics.json``.
 
     Args:
-        cfg: of the detector.
+        cfg: config of the detector.
         dataset_name: one of ``DATASETS.TEST``.
         output_dir: folder of the results.
 

@@ -56,7 +56,7 @@ def fill_in(truth: COCO, name: str) -> None:
 
     Args:
         truth: annotations.
-        name: of the dataset, for the warning.
+        name: the dataset's name, for the warning.
     """
     counts = {"iscrowd": 0, "area": 0}
     for annotation in truth.dataset.get("annotations", ()):

@@ -24,7 +24,7 @@ class ExportedDetector(nn.Module):
     Only ``file_name`` of an input is used: the runtime decodes, resizes and pads the image itself.
 
     Args:
-        detector: from :class:`aqdet.runtime.Detector`.
+        detector: an exported detector that is loaded.
     """
 
     def __init__(self, detector: Detector) -> None:

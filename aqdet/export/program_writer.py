@@ -136,10 +136,10 @@ class ProgramWriter(abc.ABC):
         """Returns the model of what is written.
 
         Args:
-            inputs, outputs: of the graph.
+            inputs, outputs: values that the graph reads and gives.
             opsets: versions of operators by domain.
-            ir_version: of ONNX's file format.
-            description: of graph and model.
+            ir_version: version of ONNX's file format.
+            description: text for graph and model.
         """
         graph = helper.make_graph(
             self.nodes, "aqdet", inputs, outputs, list(self.initializers.values()), doc_string=description or None

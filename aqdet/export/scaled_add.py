@@ -14,7 +14,7 @@ class ScaledAdd(QuantAdd):
 
     Args:
         add: the sum, whose quantizers it takes over.
-        gains: of the two operands.
+        gains: the constants of the two operands.
     """
 
     def __init__(self, add: nn.Module, gains: Sequence[float]) -> None:

@@ -29,10 +29,10 @@ def atss_overlaps(points: Sequence[Tensor], objects: Tensor, *, candidates: int,
     distance the first in the order of the level are taken, so that the result is the same on every device.
 
     Args:
-        points: of each level, ``(R_l, 4)``: squares as large as the level's stride, in pixels.
+        points: the points of each level, ``(R_l, 4)``, as squares as large as the level's stride, in pixels.
         objects: boxes ``(G, 4)`` in pixels.
         candidates: points of each level that an object considers; 9 in the paper.
-        side: of the square at each point, in strides; 8 in the paper.
+        side: length of a side of the square at each point, in strides; 8 in the paper.
     """
     all_points = torch.cat(list(points))
     centres = (all_points[:, :2] + all_points[:, 2:]) / 2

@@ -51,7 +51,7 @@ class QuantSimpleStem(_FreezesQuantizers):
     """3x3 conv of stride 2, norm and ReLU, without a pooling: RegNet's stem. It reads the uint8 image.
 
     Args:
-        in_channels, out_channels: of the convolution.
+        in_channels, out_channels: channels of the convolution.
         norm: see :func:`detectron2.layers.get_norm`.
     """
 

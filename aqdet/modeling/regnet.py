@@ -43,10 +43,10 @@ def build_regnetx(size: str, *, in_channels: int, norm: str, out_features: Seque
     """Builds a RegNetX in float with declared sites; ``res2`` to ``res5`` have strides 4 to 32.
 
     Args:
-        size: of :data:`SIZES`.
-        in_channels: of the image.
+        size: a key of :data:`SIZES`.
+        in_channels: channels of the image.
         norm: see :func:`detectron2.layers.get_norm`.
-        out_features: of ``stem``, ``res2`` to ``res5``.
+        out_features: some of ``stem``, ``res2`` to ``res5``.
 
     Raises:
         ValueError: for an unknown size, naming the key.

@@ -21,7 +21,7 @@ def own_precision(quantizer: Quantizer | None, device: str, dtype: torch.dtype) 
     """Returns the precision that a layer needs where that around it is too coarse for its input; else None.
 
     Args:
-        quantizer: of the layer's input; None if that is exact.
+        quantizer: quantizer of the layer's input; None if the input is exact.
         device: type of the device, whose autocast counts.
         dtype: precision of the layer outside of autocast.
     """

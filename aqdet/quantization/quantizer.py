@@ -104,7 +104,7 @@ class Quantizer(nn.Module):
         """Sets the first range, in place; the quantizer is calibrated from then on.
 
         Args:
-            statistics: of the values that it is to quantize.
+            statistics: statistics of the values that it is to quantize.
             method: see :func:`aqdet.quantization.observer.initial_scale`.
         """
         self._set_range(statistics, method)

@@ -62,7 +62,7 @@ def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> l
 
     Args:
         paths: paths of the files.
-        depths: what to look at in each file: ``"stat"``, its length; ``"header"``, its size and mode too;
+        depths: the depth of the look at each file: ``"stat"``, its length; ``"header"``, its size and mode too;
             ``"pixels"``, also whether it decodes.
         title: text in front of the progress bar.
 

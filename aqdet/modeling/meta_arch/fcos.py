@@ -200,11 +200,11 @@ class QuantFCOS(LowPrecisionDense, FCOS):
         """Computes the losses of a head's predictions: Detectron2's, or those of the keys of ``MODEL.FCOS``.
 
         Args:
-            anchors: of each level, the points as squares as large as its stride.
-            pred_logits, pred_anchor_deltas, pred_centerness: of each level, ``(N, R_l, K)``, ``(N, R_l, 4)`` and, with
+            anchors: the points of each level, as squares as large as its stride.
+            pred_logits, pred_anchor_deltas, pred_centerness: predictions of each level, ``(N, R_l, K)``, ``(N, R_l, 4)`` and, with
                 the focal loss, ``(N, R_l, 1)``.
-            gt_labels: of each image, ``(R,)``, K for background.
-            gt_boxes: of each image, the boxes of its points' objects, ``(R, 4)``.
+            gt_labels: classes of each image's points, ``(R,)``, K for background.
+            gt_boxes: boxes of the objects of each image's points, ``(R, 4)``.
         """
         if self.class_loss == "focal":
             losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, *pred_centerness)
@@ -240,9 +240,9 @@ class QuantFCOS(LowPrecisionDense, FCOS):
         Args:
             logits: ``(N, R, K)``.
             positive: mask ``(N, R)`` of the P positive points.
-            classes: of their objects, ``(P,)``.
+            classes: classes of their objects, ``(P,)``.
             boxes, objects: predicted for them, and to be predicted, ``(P, 4)``.
-            overlap: of the two, ``(P,)``.
+            overlap: IoU of the two, ``(P,)``.
         """
         number = int(positive.sum())
         get_event_storage().put_scalar("num_pos_anchors", number / len(positive))

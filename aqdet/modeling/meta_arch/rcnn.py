@@ -174,7 +174,7 @@ class QuantGeneralizedRCNN(Scaffolded, GeneralizedRCNN):
         auxiliary path, the regions sampled from an image in training.
 
         Args:
-            features: of the backbone, from one image.
+            features: the backbone's features of one image.
         """
         proposals = self.proposal_generator.post_nms_topk[False]
         detections = self.roi_heads.box_predictor.test_topk_per_image

@@ -74,11 +74,11 @@ def box_losses(
     """Computes the sum of the box losses of each head, 0-dim, each of which reaches its own head alone.
 
     Args:
-        anchors, gt_boxes: of the positive anchors, ``(P, 4)``.
+        anchors, gt_boxes: the positive anchors and the boxes of their objects, ``(P, 4)``.
         deltas: predictions of each head at these, ``(P, 4)``.
         transform: Detectron2's, between boxes and deltas.
         kind: ``"smooth_l1"`` or one of :data:`IOU_LOSSES`.
-        beta: of ``"smooth_l1"``.
+        beta: the parameter of ``"smooth_l1"``.
     """
     if kind == "smooth_l1":
         target = transform.get_deltas(anchors, gt_boxes)

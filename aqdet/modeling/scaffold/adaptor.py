@@ -22,7 +22,7 @@ class Adaptor(nn.Module):
     and pre-trains the path in full precision first.
 
     Args:
-        channels: of input and output.
+        channels: number of channels of input and output.
         norm: see :func:`detectron2.layers.get_norm`.
         share: how much of ``o`` the aligned sum is to be.
 

@@ -148,7 +148,7 @@ def quantized_conv2d(
 
     Args:
         x: ``(N, C, H, W)``; where it is deferred it is computed while it is quantized.
-        grid: of ``x``, with one scale.
+        grid: the grid of ``x``, with one scale.
         weight: the recipe of the quantized weight, ``(O, C / groups, kH, kW)``.
         bias: ``(O,)`` or None.
         geometry: stride, padding, dilation and groups.

@@ -98,7 +98,7 @@ def integer_conv2d(
     Args:
         codes: uint8 ``(N, C, H, W)``; a padded value is ``zero_point``.
         scale: 0-dim.
-        weight: from :func:`pack_weight`.
+        weight: a result of :func:`pack_weight`.
         bias: float32 ``(O,)`` or None.
 
     Returns:

@@ -38,7 +38,7 @@ class Deferred(NamedTuple):
     Attributes:
         x: input, ``(N, C, H, W)``.
         weight, bias: parameters, float32 ``(C,)``.
-        moments: of ``x``.
+        moments: the moments of ``x``.
         eps: added to the variance.
         group: processes whose batch is one, for a synchronized norm; else None.
         token: stands in autograd for the output, where several norms have their gradients computed together, or for

@@ -141,7 +141,7 @@ def integer_weight(quantizer: Quantizer, weight: Tensor, largest: int = 128) -> 
     """Returns ``quantizer(weight)`` as int8 codes for integer kernels; None if it has no such form.
 
     Args:
-        quantizer: of the weight.
+        quantizer: the weight's quantizer.
         weight: ``(O, ...)``.
         largest: largest magnitude that a code may have.
     """

@@ -98,7 +98,7 @@ class LSQOddQuantizer(Quantizer):
     learns the scale of each channel.
 
     Args:
-        spec: of a weight with :data:`~aqdet.quantization.spec.ODD_MAX_BITS` bits at most.
+        spec: spec of a weight with :data:`~aqdet.quantization.spec.ODD_MAX_BITS` bits at most.
         num_channels: see :class:`Quantizer`.
     """
 
