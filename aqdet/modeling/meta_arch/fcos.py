@@ -201,8 +201,8 @@ class QuantFCOS(LowPrecisionDense, FCOS):
 
         Args:
             anchors: the points of each level, as squares as large as its stride.
-            pred_logits, pred_anchor_deltas, pred_centerness: predictions of each level, ``(N, R_l, K)``, ``(N, R_l, 4)`` and, with
-                the focal loss, ``(N, R_l, 1)``.
+            pred_logits, pred_anchor_deltas, pred_centerness: predictions of each level, ``(N, R_l, K)``,
+                ``(N, R_l, 4)`` and, with the focal loss, ``(N, R_l, 1)``.
             gt_labels: classes of each image's points, ``(R,)``, K for background.
             gt_boxes: boxes of the objects of each image's points, ``(R, 4)``.
         """
