@@ -38,8 +38,8 @@ def size_in_bytes(text: str) -> float:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="config that the new one is based on")
-    parser.add_argument("--sensitivity", type=file_to_read, required=True, metavar="FILE")
-    parser.add_argument("--output", type=file_to_write, required=True, metavar="YAML")
+    parser.add_argument("--sensitivity", type=file_to_read, required=True, metavar="FILE", help="sensitivity.json")
+    parser.add_argument("--output", type=file_to_write, required=True, metavar="YAML", help="config to write")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--budget-bits", type=number(2, 8), help="average bits, by bit operations")
     budget.add_argument("--budget-size", type=size_in_bytes, metavar="1.5MB", help="size of the packed weights")

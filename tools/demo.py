@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the detector")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="images, videos, folders of them, glob patterns, URLs of streams")
     source.add_argument("--video-input", type=file_to_read, metavar="FILE", help="a video")

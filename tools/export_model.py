@@ -12,7 +12,7 @@ from aqdet.utils.console import errors_in_one_line, run_console, timed_lines
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, help="config of the quantized training")
     parser.add_argument("--weights", help="checkpoint of quantized training (default: MODEL.WEIGHTS)")
     add_export_options(parser)
     # Each may be given several times: what follows the last option is KEY VALUE pairs.

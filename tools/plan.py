@@ -12,7 +12,7 @@ from aqdet.utils.files import write_json
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, help="config of the detector")
     add_plan_size(parser, "image in pixels")
     parser.add_argument("--json", type=file_to_write, help="also write the rows and totals to this file")
     add_overrides(parser)

@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
         "--bits",
         type=integer(2, 8),
         default=8,
-        help="of weights and inputs of all but the first and last layers (default: 8, whose weights have 7: 8 would "
-        "be twice the file and the time; MODEL.QUANT.WEIGHT.NUM_BITS 8 asks for them)",
+        help="bits of weights and inputs of all but the first and last layers (default: 8; weights have 7 then, since "
+        "8 take twice the file and the time, unless MODEL.QUANT.WEIGHT.NUM_BITS 8 is given)",
     )
     parser.add_argument(
         "--images",

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Measures what few bits cost in each part of a detector, without training.
 
-One group of layers after another is quantized, weights and inputs, in an otherwise full-precision detector: by how much
-does the loss on some training batches rise, or, with --metric ap, the AP on DATASETS.TEST fall? Writes
-sensitivity.json, which tools/allocate_bits.py reads, and a picture.
+The program quantizes one group of layers after another, weights and inputs, in an otherwise full-precision detector.
+The cost is the rise of the loss on some training batches or, with --metric ap, the fall of AP on DATASETS.TEST. The
+program writes sensitivity.json, which tools/allocate_bits.py reads, and a picture.
 
     python tools/sensitivity.py --config-file configs/quickstart/retinanet_r18_lsq_w4a4.yaml --output output/sensitivity
 """
@@ -30,12 +30,25 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config-file", required=True, help="config of a quantized detector; MODEL.WEIGHTS: full precision"
+        "--config-file",
+        required=True,
+        help="config of a quantized detector, whose MODEL.WEIGHTS are a full-precision detector's",
     )
     parser.add_argument("--output", type=folder_to_write, required=True, help="folder for sensitivity.json and .png")
-    parser.add_argument("--bits", type=integer(2, 8), nargs="+", action=Distinct, default=[2, 3, 4, 8])
-    parser.add_argument("--by", choices=("layer", "block", "part"), default="layer", help="(default: %(default)s)")
-    parser.add_argument("--metric", choices=("loss", "ap"), default="loss", help="(default: %(default)s)")
+    parser.add_argument(
+        "--bits",
+        type=integer(2, 8),
+        nargs="+",
+        action=Distinct,
+        default=[2, 3, 4, 8],
+        help="bit widths (default: 2 3 4 8)",
+    )
+    parser.add_argument(
+        "--by", choices=("layer", "block", "part"), default="layer", help="size of a group (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--metric", choices=("loss", "ap"), default="loss", help="measure of the cost (default: %(default)s)"
+    )
     parser.add_argument(
         "--batches", type=integer(1), default=8, help="number of batches of training data (default: %(default)s)"
     )

@@ -40,11 +40,21 @@ sys.path.insert(0, str(ROOT / "tools"))  # jobs.py
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=LENGTHS, default="shapes")
+    parser.add_argument("--dataset", choices=LENGTHS, default="shapes", help="shapes are the drawn scenes")
     parser.add_argument("--bccd-root", default="BCCD", help="folder of BCCD in VOC's layout (default: %(default)s)")
     parser.add_argument("--output", type=folder_to_write, default="output/ablation", help="folder of all runs")
-    parser.add_argument("--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2])
-    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, action=Distinct, default=list(BITS))
+    parser.add_argument(
+        "--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2], help="seeds (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        choices=BITS,
+        action=Distinct,
+        default=list(BITS),
+        help="bit widths (default: both)",
+    )
     part = "train these alone; they get a table of their own"
     listed = "train these alone; others are in the table if they have run before"
     parser.add_argument("--detectors", nargs="+", choices=("retinanet", "fcos"), help=part)

@@ -57,8 +57,10 @@ ROWS = (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=folder_to_write, default="output/mask_rcnn")
-    parser.add_argument("--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2])
+    parser.add_argument("--output", type=folder_to_write, default="output/mask_rcnn", help="folder of all runs")
+    parser.add_argument(
+        "--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2], help="seeds (default: 0 1 2)"
+    )
     names = [row.name for row in (START, *ROWS)]
     parser.add_argument(
         "--rows", nargs="+", choices=names, action=Distinct, help="train these alone, from their starts"

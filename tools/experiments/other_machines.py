@@ -16,10 +16,11 @@ self-test on them on processors that QEMU emulates. It runs the same with ONNX R
     node, web    onnxruntime-node, and onnxruntime-web, which is WebAssembly
     c, c-arm     detector.c of export_model.py --c, compiled for this machine, and for 32-bit ARM with NEON
 
-Needs qemu-user-static; for aarch64 also Debian's apt-get and dpkg, and for JavaScript Node.js and npm, all with their
-registries; for C gcc, and gcc-arm-linux-gnueabihf with libc6-dev-armhf-cross. What is missing leaves its machines out,
-with a line that says why. The aarch64 system and the npm packages stay in the cache folder. Takes about half a minute a
-machine and folder. The exit status is 1 if something differs and 2 if the request cannot be met.
+The program needs qemu-user-static; for aarch64 also Debian's apt-get and dpkg, and for JavaScript Node.js and npm, all
+with their registries; for C gcc, and gcc-arm-linux-gnueabihf with libc6-dev-armhf-cross. Machines whose programs are
+missing are left out, with a line that says why. The aarch64 system and the npm packages stay in the cache folder. Each
+machine and folder takes about half a minute. The exit status is 1 if something differs and 2 if the request cannot be
+met.
 """
 
 from __future__ import annotations

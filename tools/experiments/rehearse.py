@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Trains each family of configs/COCO-* and configs/ImageNet scaled down to minutes, and puts its table into a file.
 
-Of a family both stages are trained with their own solver, and with the others of a small set, from the same start and
-for as long: full precision, low precision, and full precision for as long as low precision. How a config is scaled is
-in rehearsal_scaling.py. The stand-ins are drawn scenes, and for ImageNet the objects cut out of them; the trunk of the
-rehearsed classifier stands in for torchvision's weights. Stop it at any time and run it again: it goes on where it
-stopped. What finished runs gave is kept in tools/experiments/rehearsal_runs.json too. With --short nothing is measured:
-a few iterations of both stages of each family, with its own solver and ResNet, show that the loss falls and that scales
-move.
+Both stages of a family are trained with their own solver, and with the others of a small set, from the same start and
+for as long: full precision, low precision, and full precision for as long as low precision. rehearsal_scaling.py says
+how a config is scaled. Drawn scenes stand in for COCO, the objects cut out of them for ImageNet, and the trunk of the
+rehearsed classifier for torchvision's weights. The program can be stopped at any time; run again, it goes on where it
+stopped. Results of finished runs are kept in tools/experiments/rehearsal_runs.json, too. With --short nothing is
+measured: a few iterations of both stages of each family, with its own solver and ResNet, show that the loss falls and
+that scales move.
 """
 
 from __future__ import annotations
@@ -295,8 +295,8 @@ Command: `python tools/experiments/rehearse.py --seed {args.seed}`. {" to ".join
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=folder_to_write, default="output/rehearsal")
-    parser.add_argument("--seed", type=integer(0), default=1)
+    parser.add_argument("--output", type=folder_to_write, default="output/rehearsal", help="folder of all runs")
+    parser.add_argument("--seed", type=integer(0), default=1, help="seed of all runs (default: %(default)s)")
     named = "low-precision configs with their folder, as ImageNet/resnet_R_18_lsq_w4a4_aux; all by default"
     parser.add_argument("--families", nargs="+", action=Distinct, help=f"run these alone: {named}")
     parser.add_argument("--short", action="store_true", help="a few iterations only, to see that both stages learn")
