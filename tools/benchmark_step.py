@@ -70,7 +70,7 @@ def compile_networks(model: nn.Module) -> None:
     """
     path = getattr(model, "auxiliary", None)
     for network in (model.backbone, getattr(model, "head", None), getattr(path, "head", None)):
-        if network is not None:
+        if isinstance(network, nn.Module):
             network.compile()
 
 
