@@ -241,7 +241,7 @@ def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, A
 
 def masks_of(cfg: Any) -> bool:
     """Returns whether a training with this config reads masks."""
-    from aqdet.data.outlines import reads_masks
+    from aqdet.data.mask_check import reads_masks
 
     return reads_masks(cfg)
 

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from ..modeling.requests import CHECKPOINTER_KEYS, acknowledge
+from ..modeling.config_requests import CHECKPOINTER_KEYS, acknowledge
 from ..modeling.scaffold import AUXILIARY_PREFIX, strip, without_scaffold
 from ..utils.files import open_replacing
 from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically

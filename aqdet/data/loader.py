@@ -29,7 +29,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .outlines import check_outlines
+from .mask_check import check_masks
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
 
     Raises:
         ValueError: naming ``SOLVER.IMS_PER_BATCH``, if the processes cannot share the batch evenly; also as
-            :func:`~aqdet.data.outlines.check_outlines` does.
+            :func:`~aqdet.data.mask_check.check_masks` does.
     """
     world_size = comm.get_world_size()
     batch_size = cfg.SOLVER.IMS_PER_BATCH
@@ -230,7 +230,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any] | N
             f"SOLVER.IMS_PER_BATCH must be a positive multiple of {world_size} processes, got {batch_size}"
         )
     arguments = build_detection_train_loader.from_config(cfg, mapper=mapper)
-    check_outlines(cfg, arguments["dataset"])
+    check_masks(cfg, arguments["dataset"])
     mapper = arguments["mapper"]
     group_of = None
     if arguments["aspect_ratio_grouping"]:

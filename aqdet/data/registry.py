@@ -25,7 +25,7 @@ from .declaration import IMAGE_FOLDER, Declaration
 from .declared import parse_declared, parse_image_folders
 from .embedded.register import set_cache_dir
 from .formats.folders import read_folders
-from .outlines import reads_masks
+from .mask_check import reads_masks
 
 __all__ = [
     "EVALUATOR_TYPE",

@@ -19,11 +19,11 @@ from torch import nn
 
 from ..checkpoint import AqdetCheckpointer, build_checkpointer, check_calibrated
 from ..modeling.architecture import check_architecture
+from ..modeling.config_requests import HOOK_KEYS, acknowledge
 from ..modeling.exportable import export_obstacles
-from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from ..utils.distributed import unwrap
-from ..utils.precision import exact_products
+from ..utils.exact_products import exact_products
 from .hooks.calibration import CalibrationHook
 from .hooks.freeze_bn import FreezeBNHook
 from .hooks.oscillation import build_oscillation_hook

@@ -11,7 +11,7 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.solver.build import _create_gradient_clipper, get_default_optimizer_params
 from torch import Tensor, nn
 
-from ..modeling.requests import OPTIMIZER_KEYS, acknowledge
+from ..modeling.config_requests import OPTIMIZER_KEYS, acknowledge
 from ..quantization import quantizers
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}

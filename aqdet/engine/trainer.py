@@ -27,11 +27,11 @@ from ..checkpoint import AqdetCheckpointer, build_checkpointer, check_calibrated
 from ..data import build_mapper
 from ..data.loader import OtherLoader, TrainLoader, as_train_loader, build_train_loader, seed_generators, start_worker
 from ..evaluation import build_evaluator, check_evaluator
+from ..modeling.config_requests import HOOK_KEYS, acknowledge
 from ..modeling.exportable import export_obstacles
-from ..modeling.requests import HOOK_KEYS, acknowledge
 from ..modeling.scaffold import without_scaffold
 from ..utils.distributed import distribute, unwrap
-from ..utils.precision import exact_products
+from ..utils.exact_products import exact_products
 from .checked_trainer import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss
 from .diagnosis import describe_single_value, explain_non_finite
 from .forward_state import ForwardState, loss_normalizers, set_loss_normalizers

@@ -14,7 +14,7 @@ from tiny_data import train_cfg, write_dataset
 import aqdet
 from aqdet.engine import Trainer, build_checkpointer, build_optimizer
 from aqdet.engine.solver import RelativeStep
-from aqdet.modeling.requests import Requests
+from aqdet.modeling.config_requests import Requests
 from aqdet.quantization import calibrate, quantizers
 
 RELU = ("MODEL.FPN.RELU", "True")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...layers import declare_site
 from ...quantization import name_quantizers
+from ..config_requests import Requests
 from ..policy import quantize_head
-from ..requests import Requests
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary
 
 FEATURE = "res5"

@@ -16,8 +16,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...quantization import name_quantizers
+from ..config_requests import Requests
 from ..policy import quantize_head
-from ..requests import Requests
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary, build_extra_head
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...quantization import name_quantizers
 from ..architecture import check_architecture
+from ..config_requests import Requests
 from ..policy import QuantPolicy
-from ..requests import Requests
 from ..roi_heads import QuantStandardROIHeads
 from ..rpn import QuantRPN
 from ..scaffold import AuxiliaryPath, Scaffold, Scaffolded, build_auxiliary

@@ -14,7 +14,7 @@ from aqdet.data.check.cache import check_declaration, checked
 from aqdet.data.check.findings import KINDS, Report
 from aqdet.data.check.segmentations import check_segmentation, crosses_itself, run_lengths
 from aqdet.data.declaration import Declaration
-from aqdet.data.outlines import reads_masks
+from aqdet.data.mask_check import reads_masks
 
 SIZE, BOX = (40, 30), [10.0, 5, 20, 16]
 SQUARE = [10, 5, 30, 5, 30, 21, 10, 21]

@@ -13,7 +13,7 @@ def reads_masks(cfg: CfgNode) -> bool:
     return bool(cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE.endswith("GeneralizedRCNN"))
 
 
-def check_outlines(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> None:
+def check_masks(cfg: CfgNode, records: Iterable[Mapping[str, Any]]) -> None:
     """Checks that every object has an outline of the form that the config reads, where masks are trained.
 
     Detectron2 would stop in the middle of the training, or in the loss, without saying which object lacks it.

@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import torch
-from aqdet.utils.precision import exact_products
+from aqdet.utils.exact_products import exact_products
 
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 
