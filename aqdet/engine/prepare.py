@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -148,13 +149,24 @@ def prepare(
     prepared.iter = prepared.start_iter
     prepared.storage = EventStorage(prepared.start_iter)
     calibration = cfg.MODEL.QUANT.CALIBRATION
-    first = CalibrationHook(lambda: batches, calibration.NUM_BATCHES, calibration.METHOD)
+    first = CalibrationHook(lambda: _read_apart(batches), calibration.NUM_BATCHES, calibration.METHOD)
     first.trainer = weakref.proxy(prepared)
     first.before_train()
     check_calibrated(bare, "prepare")
     with prepared.storage:
         prepared.before_train()
     return prepared
+
+
+def _read_apart(batches: Iterable[Any]) -> Iterable[Any]:
+    """Returns batches that can be left half-read without a trace in the loop's own.
+
+    Detectron2's loader keeps the images of the batch that it last gave until the next one is asked for. In 0.6, a loop
+    that begins after another iterator was left finds a bucket that is fuller than a batch, and never gets one.
+    """
+    if type(batches) is AspectRatioGroupedDataset:
+        return AspectRatioGroupedDataset(batches.dataset, batches.batch_size)
+    return batches
 
 
 def prepare_trainer(trainer: DefaultTrainer) -> None:

@@ -191,6 +191,36 @@ def test_a_subclass_of_ours_with_detectron2s_loader(tmp_path, entry, weights, ca
     assert final["trainer"]["seed"] == 1 and final["trainer"]["iteration"] == 1
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_detectron2s_loader_goes_on_after_the_calibration(tmp_path, entry, weights, grouped):
+    fast = (*FAST, "DATALOADER.ASPECT_RATIO_GROUPING", str(grouped))
+    cfg = train_cfg(entry, tmp_path / "out", *QUANT, *RELU, *fast, "MODEL.WEIGHTS", weights, max_iter=3)
+    loader = build_detection_train_loader(cfg)
+    handed_out = []
+
+    def counted():
+        for image in grouped_from:
+            handed_out.append(image)
+            assert len(handed_out) < 20, "the loop waits for a batch that never comes"
+            yield image
+
+    if grouped:
+        grouped_from, loader.dataset = loader.dataset, Counted(counted)
+    prepared = aqdet.prepare(cfg, build_model(cfg), loader)
+    sizes = [len(batch) for _, batch in zip(range(prepared.start_iter, prepared.max_iter), loader, strict=False)]
+    assert sizes == [cfg.SOLVER.IMS_PER_BATCH] * 3
+
+
+class Counted(torch.utils.data.IterableDataset):
+    """Images from the iterators that a function makes."""
+
+    def __init__(self, make):
+        self._make = make
+
+    def __iter__(self):
+        return self._make()
+
+
 @pytest.mark.parametrize("enabled", [QUANT, AUX])
 def test_detectron2s_architecture_over_our_backbone_is_refused_everywhere(enabled):
     cfg = make_cfg(*enabled, "MODEL.META_ARCHITECTURE", "RetinaNet")
