@@ -125,7 +125,7 @@ def _add_records(
     source: Source,
     declaration: Declaration,
     paths: Mapping[str, str],
-    annotations: Mapping[str, _Annotation],
+    annotations: Mapping[str, _Annotation | None],
     names: list[str],
     report: Report,
 ) -> None:
@@ -136,6 +136,9 @@ def _add_records(
     for image_id, (stem, annotation) in enumerate(annotations.items(), 1):
         path = paths[stem]
         source.inputs.add(path)
+        if annotation is None:  # reported by its file alone
+            used.update(name.rpartition("/")[2] for name in images.of_stem(stem))
+            continue
         name = images.of_record(stem, annotation.filename, path, report)
         used.add(name.replace("\\", "/").rpartition("/")[2])
         entry: dict[str, Any] = {"id": image_id, "file_name": name}
@@ -174,6 +177,10 @@ class _Images:
             stem = name[: -len(PurePosixPath(name).suffix)]
             self._by_stem[stem].append(name)
             self._by_base[stem.rpartition("/")[2]].append(name)
+
+    def of_stem(self, stem: str) -> list[str]:
+        """Returns the images that have the name of an XML file, which is given without its ending."""
+        return self._by_stem.get(stem) or self._by_base.get(stem.rpartition("/")[2], [])
 
     def of_record(self, stem: str, filename: str, path: str, report: Report) -> str:
         """Returns the name of a record's image, relative to the folder, or a name that does not exist."""
@@ -256,9 +263,9 @@ def _read_split(path: str, folder: str, report: Report) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _class_names(annotations: Mapping[str, _Annotation], others: Iterable[str], report: Report) -> list[str]:
+def _class_names(annotations: Mapping[str, _Annotation | None], others: Iterable[str], report: Report) -> list[str]:
     """Returns the sorted class names in a folder's annotations; `others` are the paths of those outside the split."""
-    names = {item.name for annotation in annotations.values() for item in annotation.objects}
+    names = {item.name for annotation in annotations.values() if annotation for item in annotation.objects}
     for path in others:
         try:
             names.update((item.findtext("name") or "").strip() for item in parse_xml(path).findall("object"))
@@ -267,19 +274,19 @@ def _class_names(annotations: Mapping[str, _Annotation], others: Iterable[str], 
     return sorted(names - {""})
 
 
-def _read_file(path: str, report: Report) -> _Annotation:
-    """Reads an XML file; the report receives findings on what cannot be read."""
+def _read_file(path: str, report: Report) -> _Annotation | None:
+    """Reads an XML file; the report receives findings on what cannot be read; None if all of it."""
     try:
         tree = parse_xml(path)
     except OSError as error:
         report.add("file-unreadable", path, value=error.strerror or str(error))
-        return _Annotation()
+        return None
     except ValueError as error:
         report.add("file-unreadable", path, value=str(error))
-        return _Annotation()
+        return None
     if tree.tag != "annotation":
         report.add("file-format", path, value=f"no annotation of VOC: it is a <{tree.tag}>")
-        return _Annotation()
+        return None
     objects = []
     for index, item in enumerate(tree.findall("object")):
         try:
