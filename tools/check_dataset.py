@@ -26,8 +26,8 @@ from aqdet.data.check.records import find_shared_images
 from aqdet.data.declaration import IMAGE_FOLDER, Declaration
 from aqdet.data.declared import parse_declared, parse_image_folders
 from aqdet.data.formats import FORMATS
+from aqdet.data.formats.data_yaml import SPLITS, is_list_of_names, named_splits
 from aqdet.data.formats.guess import file_of, guess_entries
-from aqdet.data.formats.yolo import SPLITS, is_list_of_names, named_splits
 from aqdet.utils.arguments import file_to_write, integer
 from aqdet.utils.console import run_console
 from aqdet.utils.files import write_json, write_text

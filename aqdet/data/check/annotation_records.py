@@ -90,6 +90,7 @@ class AnnotationRecords:
                 self.report.add("annotation-nowhere", *place, "image_id", raw.get("image_id"))
             return None
         category = self._category(place, raw.get("category_id"))
+        image.refused |= category is None
         segmentation = self._segmentation(place, raw)
         box = self._box(place, raw, segmentation, image.size)
         crowd = self._crowd(place, raw)

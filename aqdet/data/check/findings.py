@@ -132,6 +132,7 @@ KINDS: dict[str, Kind] = {
         label_shared="a label file that two images share",
         image_of_other_name="a VOC annotation whose <filename> is another image: the image of its own name used",
         label_without_image="a YOLO label file without an image",
+        split_unread="a key of a data.yaml that names images, and none of train, val, test: not read",
         file_skipped="a VOC annotation outside the split that cannot be parsed: not searched for classes",
         polygon_crossing="masks: a polygon that crosses itself: used as it is",
         segmentation_box="masks: a segmentation whose box has a side more than 2 pixels and a tenth off the object's",

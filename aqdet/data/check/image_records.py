@@ -17,11 +17,16 @@ __all__ = ["ImageRecords", "UsableImage"]
 
 @dataclasses.dataclass
 class UsableImage:
-    """An image that can be used; `size` is (width, height), or None if it is not known."""
+    """
+    An image that can be used; `size` is (width, height), or None if it is not known.
+
+    `refused` says whether an object of it is of a class that is an error.
+    """
 
     name: str
     size: tuple[int, int] | None
     boxes: int = 0
+    refused: bool = False
 
 
 class ImageRecords:

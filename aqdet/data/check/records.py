@@ -40,13 +40,13 @@ def check_source(source: Source, report: Report, *, pixels: bool, masks: bool = 
     annotations = AnnotationRecords(source, report, images.known, masks=masks)
     usable_annotations = annotations.check()
     for key, image in images.known.items():
-        if not image.boxes and image.size is not None:
+        if not image.boxes and image.size is not None and not image.refused:
             report.add("image-without-boxes", source.file, f"image {key}", "file_name", image.name)
     for key, name in source.categories.items():
         if not annotations.of_class[key]:
             report.add("class-without-boxes", source.file, f"category {key}", "name", name)
     _find_alike_classes(source, report)
-    if images.known and not annotations.of_class:
+    if images.known and not annotations.of_class and not any(image.refused for image in images.known.values()):
         report.add("no-boxes", source.file)
     annotations.check_whole()
     report.categories = dict(sorted(source.categories.items()))

@@ -11,11 +11,11 @@ from ...utils.files import is_image, is_junk
 from ..check.findings import Report
 from ..declaration import Declaration
 from .csv_table import columns_of
+from .data_yaml import is_list_of_names
 from .labelme import is_labelme
 from .other_tools import what_else
 from .text import parse_xml, read_text
 from .via import is_via, is_via_csv
-from .yolo import is_list_of_names
 
 __all__ = ["file_of", "guess_entries", "guess_entry", "guess_format"]
 
@@ -149,7 +149,7 @@ def _of_file(path: str) -> str:
     if {"names", "train"} <= keys or {"names", "valid"} <= keys:
         return "darknet"
     if ending in (".yaml", ".yml"):
-        return "yolo" if any(line.startswith("names") for line in text.splitlines()) else ""
+        return "yolo" if any(line.lower().startswith("names") for line in text.splitlines()) else ""
     if is_via_csv(text):
         return "via"
     try:

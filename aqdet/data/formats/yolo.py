@@ -15,31 +15,22 @@ missing or empty is a negative.
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 from typing import Any
 
-import yaml
-
 from ...utils.files import is_image
-from ...utils.plain_yaml import load_yaml
 from ..check.findings import Report
 from ..check.images import ImageFolder, without_junk
-from ..check.values import whole_number
 from ..declaration import Declaration
+from .data_yaml import is_list_of_names, keys_of_split, read_categories, read_yaml, splits_of
 from .source import Source
 from .text import read_text
 
-__all__ = ["SPLITS", "is_list_of_names", "named_splits", "read_images", "read_yolo"]
+__all__ = ["read_images", "read_yolo"]
 
-SPLITS = ("train", "val", "test")
-# Files with the names of classes, a line each: labelImg's and Label Studio's, and Roboflow's.
-_LISTS_OF_NAMES = ("classes.txt", "_darknet.labels")
 # What Label Studio and Roboflow write beside the images.
 _BESIDE = ("notes.json", "README.dataset.txt", "README.roboflow.txt")
-# Other names that a split may have.
-_ALIASES = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
 
 
 def read_yolo(declaration: Declaration, report: Report) -> Source:
@@ -56,11 +47,12 @@ def read_yolo(declaration: Declaration, report: Report) -> Source:
     """
     yaml_file = declaration.file
     source = Source("yolo", yaml_file, declaration.image_root, inputs={yaml_file}, normalised=True)
-    content = _read_yaml(yaml_file, report)
+    content = read_yaml(yaml_file, report)
     if content is None:
         return source
-    _read_categories(source, content, report)
+    read_categories(source, content, report)
     reader = _Reader(source, content, report)
+    reader.find_unread_splits()
     reader.read_images(reader.images_of(declaration.split))
     return source
 
@@ -75,70 +67,6 @@ def read_images(source: Source, names: list[str], report: Report) -> None:
         report: receives the findings.
     """
     _Reader(source, {}, report).read_images(names)
-
-
-def is_list_of_names(path: str) -> bool:
-    """Returns whether a file is a list of the names of classes by its own name."""
-    return os.path.basename(path).lower() in _LISTS_OF_NAMES
-
-
-def named_splits(yaml_file: str) -> list[str]:
-    """Returns the splits of :data:`SPLITS` that a ``data.yaml`` has; none if it cannot be read."""
-    content = _read_yaml(yaml_file, Report(""))
-    return [] if content is None else _splits_of(content)
-
-
-def _splits_of(content: dict[str, Any]) -> list[str]:
-    return [split for split in SPLITS if any(content.get(key) for key in (split, *_ALIASES[split]))]
-
-
-def _read_yaml(yaml_file: str, report: Report) -> dict[str, Any] | None:
-    text = read_text(yaml_file, report)
-    if text is None:
-        return None
-    if is_list_of_names(yaml_file):
-        return {"names": [line.strip() for line in text.rstrip().splitlines()]}
-    try:
-        content = load_yaml(text)
-    except (ValueError, yaml.YAMLError) as error:
-        report.add("file-unreadable", yaml_file, value=f"not plain YAML: {error}")
-        return None
-    if not isinstance(content, dict) or "names" not in content:
-        report.add("file-format", yaml_file, field="names", value="not a YOLO data.yaml: it has no 'names'")
-        return None
-    return content
-
-
-def _read_categories(source: Source, content: dict[str, Any], report: Report) -> None:
-    names, yaml_file = content["names"], source.file
-    pairs = list(names.items()) if isinstance(names, dict) else list(enumerate(names if names is not None else ()))
-    if not isinstance(names, list | dict) or not pairs:
-        value = "empty: it needs the names of the classes, as [cat, dog]"
-        if names:
-            value = f"{names}: it must be a list of the names of the classes, as [{names}]"
-        report.add("file-format", yaml_file, field="names", value=value)
-        return
-    for key, name in pairs:
-        record = f"class {key}"
-        if isinstance(name, int | float) and not isinstance(name, bool):
-            report.add("category-name-type", yaml_file, record, "name", name)
-            name = str(name)
-        number = whole_number(key)
-        if number is not None and type(key) is not int:
-            report.add("category-id-type", yaml_file, record, "id", key)
-        if isinstance(name, bool | None | datetime.date):
-            value = f"{name}: YAML does not take it for text; quote it in names, as 'no'"
-            report.add("category-malformed", yaml_file, record, "name", value)
-        elif number is None or not isinstance(name, str) or not name.strip() or name in source.categories.values():
-            report.add("category-malformed", yaml_file, record, "name", name)
-        else:
-            source.categories[number] = name
-            continue
-        if number is not None:
-            source.refused_categories.add(number)
-    count = content.get("nc", len(pairs))
-    if count != len(pairs):
-        report.add("file-format", yaml_file, field="nc", value=f"{count}, but there are {len(pairs)} names")
 
 
 class _Reader:
@@ -167,18 +95,17 @@ class _Reader:
                 return []
             return self._in_folder(self.source.image_root)
         if not split:
-            every = [name for key in _splits_of(self.content) for name in self.images_of(key)]
+            every = [name for key in splits_of(self.content) for name in self.images_of(key)]
             if not every and not self.report.refused(strict=False):
                 self.report.add("file-format", self.source.file, value="it has none of train, val, test")
             return list(dict.fromkeys(every))
-        value: Any = self.content.get(split)
-        for alias in _ALIASES.get(split, ()):
-            if value is None and self.content.get(alias):
-                value = self.content[alias]
-                self.report.add("split-alias", self.source.file, field=alias, value=f"read as {split}")
+        key = next(iter(keys_of_split(self.content, split)), split)
+        value: Any = self.content.get(key)
+        if key != split:
+            self.report.add("split-alias", self.source.file, field=key, value=f"read as {split}")
         parts = value if isinstance(value, list) else [value]
         if value is None or not all(isinstance(part, str) and part for part in parts):
-            there = ", ".join(_splits_of(self.content)) or "none"
+            there = ", ".join(splits_of(self.content)) or "none"
             text = f"no split {split!r}, splits there: {there}" if value is None else value
             self.report.add("file-format", self.source.file, field=split, value=text)
             return []
@@ -195,6 +122,16 @@ class _Reader:
             else:
                 names += self._in_list(place)
         return self._once(names)
+
+    def find_unread_splits(self) -> None:
+        """Adds findings on keys that name images as a split does, and are not read."""
+        read = {key for split in splits_of(self.content) for key in keys_of_split(self.content, split)[:1]}
+        for key, value in self.content.items():
+            parts = value if isinstance(value, list) else [value]
+            if key not in read and key != "path" and parts and all(isinstance(part, str) and part for part in parts):
+                places = [self._find(part) for part in parts]
+                if all(place is not None and _names_images(place) for place in places):
+                    self.report.add("split-unread", self.source.file, field=str(key), value=value)
 
     def _find(self, part: str) -> str | None:
         """Returns a file or folder of the YAML that lies in the image root."""
@@ -362,3 +299,10 @@ def _label_names(image: str) -> list[str]:
         if found:
             place = f"{head}{labels}{tail}"
     return [f"{place[1:]}{ending}" for ending in (".txt", ".TXT")]
+
+
+def _names_images(place: str) -> bool:
+    """Returns whether a place is a folder with images, or a list of files."""
+    if os.path.isfile(place):
+        return place.lower().endswith(".txt")
+    return any(is_image(file) for _, _, files in os.walk(place) for file in files)

@@ -159,7 +159,7 @@ VARIANTS = {
     "results instead of annotations": (text(lambda b: b"[]"), {"file-format": 1}),
     "no categories": (
         replace("categories", []),
-        {"file-format": 1, "class-unknown": 6, "no-boxes": 1, "image-without-boxes": 4},
+        {"file-format": 1, "class-unknown": 6},
     ),
     "no annotations": (replace("annotations", None), {"file-format": 1}),
     "no images": (both(replace("images", []), replace("annotations", [])), {"no-images": 1, "class-without-boxes": 2}),
@@ -178,7 +178,7 @@ VARIANTS = {
     ),
     "two used categories of a name": (
         both(add("categories", id=9), box(category_id=9)),
-        {"category-malformed": 1, "image-without-boxes": 1},
+        {"category-malformed": 1},
     ),
     "category given twice": (add("categories"), {"category-unused": 1}),
     "category with text as id": (
@@ -191,7 +191,7 @@ VARIANTS = {
     ),
     "category with a name as id": (
         both(add("categories", id="x9", name="cow"), box(category_id="x9")),
-        {"category-malformed": 1, "image-without-boxes": 1},
+        {"category-malformed": 1},
     ),
     "categories that differ by case": (
         add("categories", id=9, name="Cat"),
@@ -336,12 +336,12 @@ VARIANTS = {
     "annotation of no image": (add("annotations", id=9, image_id=99), {"annotation-nowhere": 1}),
     "annotation without an image": (add("annotations", id=9, image_id=None), {"annotation-nowhere": 1}),
     "image id of a box as text": (box(image_id="1"), {}),
-    "class out of range": (box(category_id=4), {"class-unknown": 1, "image-without-boxes": 1}),
-    "class missing": (box(category_id=None), {"class-unknown": 1, "image-without-boxes": 1}),
+    "class out of range": (box(category_id=4), {"class-unknown": 1}),
+    "class missing": (box(category_id=None), {"class-unknown": 1}),
     "class as text": (box(category_id="3"), {"class-type": 1}),
     "class as float": (box(category_id=3.0), {"class-type": 1}),
     "class by its name": (box(category_id="cat"), {"class-type": 1}),
-    "class by the name of none": (box(category_id="cow"), {"class-unknown": 1, "image-without-boxes": 1}),
+    "class by the name of none": (box(category_id="cow"), {"class-unknown": 1}),
     "class without boxes": (add("categories", id=9, name="cow"), {"class-without-boxes": 1}),
     "object given twice": (add("annotations", id=9), {"box-twice": 1}),
     # Boxes

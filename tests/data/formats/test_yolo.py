@@ -9,7 +9,7 @@ from tiny_data import write_yolo
 from aqdet.data import check_num_classes, register_declared
 from aqdet.data.check.cache import check_declaration
 from aqdet.data.declaration import Declaration
-from aqdet.data.formats.yolo import named_splits
+from aqdet.data.formats.data_yaml import named_splits
 from aqdet.engine import Trainer
 
 
@@ -183,7 +183,40 @@ def test_names_that_yaml_takes_for_something_else(tmp_path):
     assert report.counts == {"category-id-type": 2} and [c["id"] for c in usable["categories"]] == [0, 1]
 
 
-@pytest.mark.parametrize("key", ["val", "valid", "validation"])
+def test_numbers_in_names_are_text_as_it_is_written(tmp_path):
+    write_yolo(tmp_path)
+    for names in ("[010, 0x10, 12:30, 1_0, 7]", "{0: 010, 1: 0x10, 2: 12:30, 3: 1_0, 4: 7}"):
+        (tmp_path / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
+        report, usable = check(tmp_path)
+        assert [c["name"] for c in usable["categories"]] == ["010", "0x10", "12:30", "1_0", "7"]
+        assert report.counts["category-name-type"] == 5 and report.number("error") == 0
+
+
+def test_objects_of_a_refused_class_do_not_make_their_images_empty(tmp_path):
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [no, yes]\n")
+    assert check(tmp_path)[0].counts == {"category-malformed": 2}
+    (tmp_path / "labels/train/bild ü 0.txt").write_text("")
+    assert check(tmp_path)[0].counts == {"category-malformed": 2, "image-without-boxes": 1}
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [a]\n")
+    (tmp_path / "labels/train/bild ü 1.txt").write_text("5 0.5 0.5 0.2 0.2\n")
+    assert check(tmp_path)[0].counts == {"class-unknown": 1, "image-without-boxes": 1, "class-without-boxes": 1}
+
+
+@pytest.mark.parametrize("key", ["minival", "trian", "valid", "Val"])
+def test_a_key_that_names_images_and_is_not_read_is_told(tmp_path, key):
+    write_yolo(tmp_path, val="images/train", **{key: "images/train", "label_dir": "labels/train", "license": "MIT"})
+    report, _ = check(tmp_path)
+    assert report.counts == {"split-unread": 1}
+    assert (report.findings[0].field, report.findings[0].value) == (key, "images/train")
+    write_yolo(tmp_path, val=None, test=["list.txt"], **{key: ["images/train", "list.txt"]})
+    (tmp_path / "list.txt").write_text("images/train/bild ü 0.png\n")
+    splits = {"minival": ["train", "test"], "trian": ["train", "test"]}.get(key, ["train", "val", "test"])
+    assert named_splits(str(tmp_path / "data.yaml")) == splits
+    assert check(tmp_path)[0].counts["split-unread"] == (len(splits) == 2)
+
+
+@pytest.mark.parametrize("key", ["val", "valid", "validation", "Val", "VALID", "eval", "dev"])
 def test_other_names_of_the_validation_split(tmp_path, key):
     write_yolo(tmp_path, **{key: "images/train"})
     report, usable = check(tmp_path, "val")
