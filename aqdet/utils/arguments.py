@@ -52,6 +52,8 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 def regex(text: str) -> str:
     """Checks a regular expression and returns it as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty regular expression matches every name: write '.*' if that is meant")
     try:
         re.compile(text)
     except re.error as error:

@@ -90,6 +90,7 @@ KINDS: dict[str, Kind] = {
         image_path="a file name with backslashes or spaces, absolute, or in another Unicode form: the file's used",
         image_elsewhere="a file name that is not there: the only file of its base name, or with an ending, used",
         split_elsewhere="a split's file or folder as on another machine: the one with the last parts of its path used",
+        line_name="a line of a VOC split with an ending or a folder: the record of its name used",
         image_size_absent="an image without a usable width and height: the file's used",
         image_size_type="a width or height as text or as a float: made an integer",
         annotation_id="an annotation whose id is absent, no integer, or 0, which COCO's code takes for none: a new one",

@@ -65,7 +65,9 @@ def read_yaml(yaml_file: str, report: Report) -> dict[str, Any] | None:
     if isinstance(content, dict) and "names" in content:
         content["names"] = _with_numbers_as_written(content["names"], text)
     else:
-        report.add("file-format", yaml_file, field="names", value="not a YOLO data.yaml: it has no 'names'")
+        other = next((key for key in content or () if str(key).lower() == "names"), "")
+        value = f"not a YOLO data.yaml: it has no 'names'{f', but {other!r}: write it in lower case' if other else ''}"
+        report.add("file-format", yaml_file, field="names", value=value)
         return None
     return content
 

@@ -175,11 +175,13 @@ def _of_folder(folder: str) -> list[tuple[str, str]]:
     """Returns the format and the file or folder of each dataset in a folder."""
     if os.path.isdir(os.path.join(folder, "ImageSets", "Main")):
         return [("voc", folder)]
-    files = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not is_junk(name)]
-    for ending, name in ((".data", "darknet"), (".yaml", "yolo"), (".yml", "yolo")):
-        for path in files:
-            if path.lower().endswith(ending) and os.path.isfile(path) and _of_file(path) == name:
-                return [(name, path)]
+    configs = _configs_in(folder)
+    if configs:
+        return configs[:1]
+    # Darknet's own tree has obj.data in data or cfg.
+    configs = [config for below in _entries(folder) if below.is_dir() for config in _configs_in(below.path)[:1]]
+    if configs:
+        return [config for config in configs if config[0] == configs[0][0]]
     found: list[tuple[str, str]] = []
     for number, path in enumerate(_annotations_below(folder)):
         if number >= _LOOKED_AT:
@@ -190,6 +192,21 @@ def _of_folder(folder: str) -> list[tuple[str, str]]:
         if name and (not found or name == found[0][0]):
             found.append((name, path))
     return found or [("yolo", path) for path in _lists_of_names_below(folder)]
+
+
+def _configs_in(folder: str) -> list[tuple[str, str]]:
+    """Returns the format and the path of each file of a folder that says where a dataset's images are."""
+    files = [entry.path for entry in _entries(folder) if entry.is_file()]
+    return [
+        (name, path)
+        for ending, name in ((".data", "darknet"), (".yaml", "yolo"), (".yml", "yolo"))
+        for path in files
+        if path.lower().endswith(ending) and _of_file(path) == name
+    ]
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    return sorted((entry for entry in os.scandir(folder) if not is_junk(entry.name)), key=lambda entry: entry.name)
 
 
 def _annotations_below(folder: str) -> Iterator[str]:

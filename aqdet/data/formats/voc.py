@@ -102,7 +102,7 @@ def read_voc(declaration: Declaration, report: Report) -> Source:
     if split:
         source.file = os.path.join(declaration.file, "ImageSets", "Main", f"{split}.txt")
         source.inputs.add(source.file)
-        stems = _read_split(source.file, folder, report)
+        stems = _read_split(source.file, folder, found, report)
     else:
         stems = list(found)
         if not stems:
@@ -235,11 +235,11 @@ def _files_below(folder: str, endings: tuple[str, ...], source: Source, report: 
     return dict(found)
 
 
-def _read_split(path: str, folder: str, report: Report) -> list[str]:
-    """Returns the names of the split's records, without their ending, each once."""
+def _read_split(path: str, folder: str, there: Mapping[str, list[str]], report: Report) -> list[str]:
+    """Returns the names of the split's records, without their ending, each once; `there` has those of the folder."""
     if not os.path.isfile(path):
-        there = os.path.dirname(path)
-        names = sorted(os.listdir(there)) if os.path.isdir(there) else []
+        home = os.path.dirname(path)
+        names = sorted(os.listdir(home)) if os.path.isdir(home) else []
         found = ", ".join(name.removesuffix(".txt") for name in names if name.endswith(".txt") and not is_junk(name))
         value = f"no split file; splits there: {found or 'none'}; a share as 0.8 needs none"
         report.add("file-unreadable", path, value=value)
@@ -253,14 +253,27 @@ def _read_split(path: str, folder: str, report: Report) -> list[str]:
         value = "it marks the images of one class (name and -1, 0 or 1 a line): name a split that lists images alone"
         report.add("file-unreadable", path, value=value)
         return []
-    outside = [line for line in lines if PurePosixPath(line).is_absolute() or ".." in PurePosixPath(line).parts]
+    stems = {line: _stem_of_line(line, there) for line in lines}
+    outside = [
+        stem for stem in stems.values() if PurePosixPath(stem).is_absolute() or ".." in PurePosixPath(stem).parts
+    ]
     if outside:
         report.add("file-unreadable", path, value=f"it names files outside of the folder: {', '.join(outside)}")
         return []
     for line, count in collections.Counter(lines).items():
         for _ in range(count - 1):
             report.add("line-repeated", path, value=line)
-    return list(dict.fromkeys(lines))
+    for line, stem in stems.items():
+        if stem != line:
+            report.add("line-name", path, value=f"{line}; used: {stem}")
+    return list(dict.fromkeys(stems.values()))
+
+
+def _stem_of_line(line: str, there: Mapping[str, list[str]]) -> str:
+    """Returns the name of the record that a line of a split means: the line's own, or that of its file or path."""
+    name = PurePosixPath(line.replace("\\", "/"))
+    whole = name.with_suffix("") if is_image(name.name) or name.suffix.lower() == ".xml" else name
+    return next((stem for stem in (line, whole.as_posix(), whole.name) if stem in there), line)
 
 
 def _class_names(annotations: Mapping[str, _Annotation | None], others: Iterable[str], report: Report) -> list[str]:

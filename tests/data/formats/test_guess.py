@@ -84,6 +84,17 @@ def test_a_folder_with_several_files_of_annotations_is_all_of_them(tmp_path):
         guess_entry(str(tmp_path / "d"))
 
 
+def test_files_that_say_where_the_images_are_one_folder_below(tmp_path):
+    write_form(tmp_path / "darknet" / "data", "darknet")
+    entry = guess_entry(str(tmp_path / "darknet"))
+    assert entry["data"] == str(tmp_path / "darknet/data/obj.data") and entry["image_root"].endswith("darknet/data")
+    assert len(check_entry(entry)[1]["images"]) == len(IMAGES)
+    for name in ("a", "b"):
+        write_yolo(tmp_path / "two" / name)
+    found = guess_entries(str(tmp_path / "two"))
+    assert [entry["yaml"] for entry in found] == [str(tmp_path / f"two/{name}/data.yaml") for name in "ab"]
+
+
 def test_a_yolo_folder_without_a_data_yaml(tmp_path):
     write_yolo(tmp_path)
     (tmp_path / "data.yaml").unlink()

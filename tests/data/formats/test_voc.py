@@ -131,7 +131,8 @@ def test_a_doctype_in_another_encoding_is_refused(tmp_path):
     "content, words",
     [
         (b"a  1\nb -1\n", "marks the images of one class"),
-        (b"../a\n", "names files outside of the folder: ../a"),
+        (b"../q\n", "names files outside of the folder: ../q"),
+        (b"a\n/etc/passwd\n", "names files outside of the folder: /etc/passwd"),
         (b"\n", "it is empty"),
         (b"\xff\xfea", "not text in UTF-8"),
         ("a".encode("utf-16-le"), "UTF-16"),
@@ -143,6 +144,19 @@ def test_bad_split_files(tmp_path, content, words):
     report, _ = check_voc(tmp_path)
     assert report.counts == {"file-unreadable": 1}
     assert report.findings[0].file.endswith("train.txt") and words in report.findings[0].value
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a.jpg", "a.xml", "JPEGImages/a.jpg", "./a", "..\\JPEGImages\\a.JPG", "/home/me/VOC/JPEGImages/a.jpg", "x/a"],
+)
+def test_lines_of_a_split_with_endings_and_folders(tmp_path, line):
+    add(tmp_path, "a", [("dog", (1, 1, 10, 5))])
+    add(tmp_path, "b.jpg", [("dog", (1, 1, 10, 5))])  # a record that has such a name
+    (tmp_path / "ImageSets/Main/train.txt").write_text(f"{line}\nb.jpg\n")
+    report, usable = check_voc(tmp_path)
+    assert report.counts == {"line-name": 1} and report.findings[0].value == f"{line}; used: a"
+    assert [image["file_name"] for image in usable["images"]] == ["a.jpg", "b.jpg.jpg"]
 
 
 def test_a_split_file_in_utf_16_is_read(tmp_path):
