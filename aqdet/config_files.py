@@ -68,7 +68,7 @@ def find_config_file(name: str, beside: str = "") -> str:
 
     Raises:
         FileNotFoundError: In one line, if there is none.
-        ValueError: In one line, if it is a folder.
+        ValueError: In one line, if it is a folder, a pipe or a device.
     """
     source = f" (a {BASE_KEY} of {beside})" if beside else ""
     if name.startswith(_REMOTE):
@@ -81,6 +81,8 @@ def find_config_file(name: str, beside: str = "") -> str:
         raise ValueError(f"config file {path!r}{source} is a folder: name a file in it")
     if path and os.path.isfile(path):
         return path
+    if path and os.path.exists(path):
+        raise ValueError(f"config file {path!r}{source} is a pipe or a device: write it to a file first")
     if not os.path.isabs(name):
         shipped = shipped_configs() if path else {}
         own = os.path.normpath(name).replace(os.sep, "/").removeprefix("configs/")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_the_nearest_base_wins(tmp_path):
         ("_BASE_: detectron2://COCO-Detection/none_R_50.yaml", "'COCO-Detection/none_R_50.yaml' .* does not exist"),
         ("_BASE_: /none/c.yaml", "'/none/c.yaml' .* does not exist$"),
         ("_BASE_: .", r"is a folder: name a file in it"),
+        (f"_BASE_: {os.devnull}", r"is a pipe or a device: write it to a file first"),
         ("_BASE_: c.yaml", "it is a _BASE_ of itself, by way of"),
         ("_BASE_: [[a]]", "_BASE_ must be a file name or a list of them"),
         ("_BASE_: b.yaml\nMODEL: {MASK_ON: {A: 1}}", "c.yaml: MODEL.MASK_ON has keys below it, and is a value in"),

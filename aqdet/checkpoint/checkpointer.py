@@ -236,8 +236,9 @@ class AqdetCheckpointer(DetectionCheckpointer):
         broken = not_finite(checkpoint["model"])
         if broken:
             raise ValueError(
-                f"checkpoint {self._path!r} has values that are not finite, in {broken[0]} and {len(broken) - 1} other "
-                "keys: the training that wrote it has diverged, start from an earlier checkpoint"
+                f"checkpoint {self._path!r} has values that are not finite, {'; '.join(broken[:3])}"
+                f"{f' and {len(broken) - 3} more keys' if len(broken) > 3 else ''}: the training that wrote it has "
+                "diverged, start from an earlier checkpoint"
             )
         scope = self._scope(checkpoint)
         if checkpoint.pop("matching_heuristics", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -216,17 +217,23 @@ def without_wrapper(state: dict[str, Any], model: nn.Module) -> tuple[dict[str, 
 
 
 def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """Returns the keys of a state dict, of tensors or arrays, with NaN or an infinite value.
+    """Returns a text for each key of a state dict, of tensors or arrays, with NaN or an infinite value.
 
-    Quantizers are left out: without a range yet, their scale is NaN.
+    It is for example ``conv1.weight has nan (1 of 64 values)``. Quantizers are left out: without a range yet, their
+    scale is NaN.
     """
-    return [key for key, value in state.items() if "quantizer." not in key and not _is_finite(value)]
+    wrong = {key: _not_finite_in(value) for key, value in state.items() if "quantizer." not in key}
+    return [
+        f"{key} has {values[0]:g} ({len(values)} of {math.prod(state[key].shape)} values)"
+        for key, values in wrong.items()
+        if values
+    ]
 
 
-def _is_finite(value: Tensor | np.ndarray) -> bool:
+def _not_finite_in(value: Tensor | np.ndarray) -> list[float]:
     if isinstance(value, np.ndarray):
-        return not np.issubdtype(value.dtype, np.inexact) or bool(np.isfinite(value).all())
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+        return value[~np.isfinite(value)].tolist() if np.issubdtype(value.dtype, np.inexact) else []
+    return value[~torch.isfinite(value)].tolist() if value.is_floating_point() else []
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -158,7 +158,7 @@ def prepare(
     return prepared
 
 
-def _read_apart(batches: Iterable[Any]) -> Iterable[Any]:
+def _read_apart(batches: Any) -> Iterable[Any]:
     """Returns batches that can be left half-read without a trace in the loop's own.
 
     Detectron2's loader keeps the images of the batch that it last gave until the next one is asked for. In 0.6, a loop

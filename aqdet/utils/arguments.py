@@ -53,7 +53,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 def regex(text: str) -> str:
     """Checks a regular expression and returns it as it is."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty regular expression matches every name: write '.*' if that is meant")
+        raise argparse.ArgumentTypeError("'' matches every name: write '.*' if that is meant")
     try:
         re.compile(text)
     except re.error as error:
@@ -178,9 +178,11 @@ def detectron2_parser(description: str | None = None) -> argparse.ArgumentParser
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the model and its training")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and do not train")
-    parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs of each machine (default: %(default)s)")
-    parser.add_argument("--num-machines", type=int, default=1, help="number of machines (default: %(default)s)")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument(
+        "--num-gpus", type=integer(0), default=1, help="number of GPUs of each machine (default: %(default)s)"
+    )
+    parser.add_argument("--num-machines", type=integer(1), default=1, help="number of machines (default: %(default)s)")
+    parser.add_argument("--machine-rank", type=integer(0), default=0, help="number of this machine, from 0")
     # The port depends on the user, and is the same in every run: if it is taken, processes have been left behind.
     user = os.getuid() if sys.platform != "win32" else 1
     parser.add_argument(

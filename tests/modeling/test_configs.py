@@ -85,6 +85,9 @@ def test_unsafe_and_wrong_configs_are_refused_in_one_line(tmp_path):
         "DATASETS: {TRAIN: mine}", [], r"DATASETS.TRAIN takes several values, got mine: write \('mine',\), in a shell"
     )
     check("SEED: 1", ["DATASETS.TEST", "mine"], r"DATASETS.TEST takes several values, got mine: write \('mine',\)")
+    for text in ("[mine]", "mine,", "('mine')", '"mine"'):
+        check("SEED: 1", ["DATASETS.TEST", text], r"DATASETS.TEST takes several values, got .*: write \('mine',\), in")
+    check("SEED: 1", ["DATASETS.TEST", "a, b"], r"got a, b: write \('a', 'b'\), in a shell \"\('a', 'b'\)\"")
     check("SEED: 1", ["SOLVER.STEPS", "100"], r"SOLVER.STEPS takes several values, got 100: write \(100,\), in a shell")
     check("SEED: [", [], "not valid YAML")
     check("SEED: 1", ["MODEL.QUANT.BITS", "4"], "override: Non-existent key: MODEL.QUANT.BITS")

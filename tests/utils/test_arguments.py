@@ -174,3 +174,10 @@ def test_help_imports_nothing_slow(tool):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") and done.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize("flag, value", [("--num-gpus", "-1"), ("--num-machines", "0"), ("--machine-rank", "x")])
+def test_numbers_of_processes_are_refused_when_they_are_parsed(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        arguments.detectron2_parser().parse_args([flag, value])
+    assert f"argument {flag}: must be a whole number of at least" in capsys.readouterr().err

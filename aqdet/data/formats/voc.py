@@ -132,7 +132,7 @@ def _add_records(
     source.categories = dict(enumerate(names, 1))
     ids = {name: key for key, name in source.categories.items()}
     images = _Images(_files_below(source.image_root, IMAGE_ENDINGS, source, report))
-    used = set()
+    used: set[str] = set()
     for image_id, (stem, annotation) in enumerate(annotations.items(), 1):
         path = paths[stem]
         source.inputs.add(path)
