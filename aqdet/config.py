@@ -374,8 +374,8 @@ def _explained(cfg: CfgNode, error: Exception) -> str:
         return f"{' '.join(text.split())}; write the number with a decimal point, as 2.0"
     single = re.search(r"<class 'tuple'> vs. <class '(str|int|float)'>.* vs\. (.*)\) for config key: ([\w.]+)", text)
     if single is not None:
-        names = [name.strip(" \"'") for name in single[2].strip(" ()[]{},").split(",")]
-        value = ", ".join(map(repr, names)) if single[1] == "str" else single[2]
-        value = f"({value}{',' if len(names) == 1 else ''})"
+        given = [name.strip(" \"'") for name in single[2].strip(" ()[]{},").split(",")]
+        value = ", ".join(map(repr, given)) if single[1] == "str" else single[2]
+        value = f"({value}{',' if len(given) == 1 else ''})"
         return f'{single[3]} takes several values, got {single[2]}: write {value}, in a shell "{value}"'
     return text
