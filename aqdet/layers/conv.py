@@ -69,8 +69,9 @@ class QuantConv2d(Conv2d):
         """Maps ``(N, C, H, W)`` to ``(N, O, H', W')``, with norm and activation where the layer has them."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
+        weight = self.quantized_weight()
         geometry = self.stride, self.padding, self.dilation, self.groups
-        x = in_own_precision(F.conv2d, self.input_quantizer, x, self.quantized_weight(), self.bias, *geometry)
+        x = in_own_precision(F.conv2d, self.input_quantizer, x, weight, self.bias, *geometry)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
