@@ -192,3 +192,10 @@ def test_outlines_rasterize_to_the_drawn_pixels():
             shares.append((mask & item.mask).sum() / (mask | item.mask).sum())
     # Drawing covers the pixels that the outline touches, COCO those whose centres lie inside.
     assert len(shares) > 5 and min(shares) > 0.8 and np.mean(shares) > 0.9
+
+
+def test_progress_is_short_where_the_output_is_no_terminal(tmp_path, capsys):
+    make_shapes(tmp_path / "drawn", num_images=30, seed=5, size=96)
+    shown = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert any("30/30" in line for line in shown)
+    assert len([line for line in shown if "drawing" in line]) <= 2  # at the start and at the end

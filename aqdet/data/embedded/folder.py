@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
         (part / "images").mkdir()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        progress = tqdm(range(num_images), desc=f"drawing {folder.name}", unit="image")
+        seconds = 0.1 if sys.stderr.isatty() else 30  # between two updates
+        progress = tqdm(range(num_images), desc=f"drawing {folder.name}", unit="image", mininterval=seconds)
         for index in progress:
             image, objects = draw_scene(seed, index, size)
             name = f"{index:06d}.png"
