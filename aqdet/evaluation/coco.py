@@ -90,9 +90,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         max_dets_per_image: how many detections of an image and class count, the best first. Figures with another
             limit than COCO's 100 are not comparable with published ones.
         masks: whether masks are evaluated too, as task ``"segm"``; not where the dataset has objects without one.
-        keypoint_sigmas: a standard deviation for each keypoint, as a share of an object's size, which a distance from
-            it is measured in (1405.0312's dataset has them for people); keypoints are then evaluated too, as task
-            ``"keypoints"``, but not where the dataset has objects without, or with another number of them.
+        keypoint_sigmas: a standard deviation for each keypoint, as a share of an object's size, in which distances are
+            measured (1405.0312's dataset has them for people). With them keypoints are evaluated too, as task
+            ``"keypoints"``, unless the dataset has objects without keypoints or with another number of them.
     """
 
     metrics: tuple[str, ...] = METRICS

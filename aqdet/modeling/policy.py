@@ -187,9 +187,9 @@ class QuantPolicy:
         """Checks that every rule wins for at least one layer of the whole model, and that rules reach all of it.
 
         Raises:
-            ValueError: in one line, naming the rule and the earlier ones that decide for all that it matches, or
-                listing the layers that rules can match; naming a rule for the input of nothing but the stem; or
-                naming a layer that has no site, as those of a backbone that is not ours.
+            ValueError: in one line, for a rule that decides for no layer, with the earlier ones that decide for all
+                that it matches or the layers that rules can match; for a rule on the input of the stem alone; or for a
+                layer without a site, such as one of a backbone that is not ours.
         """
         sites: dict[str, Site | None] = {}
         for name, layer in weighted_layers(model):

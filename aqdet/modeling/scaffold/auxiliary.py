@@ -37,10 +37,10 @@ class AuxiliaryPath(nn.Module):
     """Adaptors over the low-precision trunk and a full-precision head.
 
     ``TAPS: fpn`` adapts the pyramid levels, which the head reads. ``TAPS: backbone`` aggregates the blocks'
-    sums and ends in a float pyramid of its own, which the head reads. ``TAPS: both`` has one head too: it reads
-    the mean of the two, so that it sees features of the size that it was trained on, its losses weigh as much
-    as those of either, and it costs little more than ``backbone`` (RetinaNet R18, 640x640: 55.6, 61.6 and 62.2 GMACs;
-    with a head for each it would be 117). For classification, ``backbone`` without a pyramid.
+    sums and ends in a float pyramid of its own, which the head reads. ``TAPS: both`` has one head, too, which
+    reads the mean of the two: it sees features of the size that it was trained on, and its losses weigh as much as with
+    either. It costs little more than ``backbone`` (RetinaNet R18, 640x640: ``fpn`` 55.6 GMACs, ``backbone`` 61.6 and
+    ``both`` 62.2; with two heads it would be 117). An image classifier has ``backbone``, without a pyramid.
 
     Args:
         adaptors: one for each level of ``features``; empty for ``backbone``.

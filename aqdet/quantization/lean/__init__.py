@@ -3,10 +3,10 @@
 - A convolution of quantized operands keeps the operands before quantization for backward, which are kept anyway, and
   quantizes them again there (:mod:`.conv`). On a CPU that has instructions for it, its forward multiplies integers
   (:mod:`.integer`).
-- What an activation can be computed from again stands in for it: the convolution's output for the batch norm's, a byte
-  for a quantized value (:mod:`.recipe`, :mod:`.norm`, :mod:`.pool`).
+- Instead of an activation, backward keeps what it can be computed from again: the convolution's output for the batch
+  norm's, a byte for a quantized value (:mod:`.recipe`, :mod:`.norm`, :mod:`.pool`).
 - Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
-- A quantizer that clips at zero is the ReLU before it, and in a chain of layers it also computes the norm before it
+- A quantizer that clips at zero also acts as the ReLU before it, and in a chain of layers it also computes the norm before it
   (:mod:`.activation`).
 - A synchronized norm weighs processes by their numbers of images, and no host waits to leave one out; all levels of a
   head exchange what they need of the others at once (:mod:`.moments`, :mod:`.norm`).

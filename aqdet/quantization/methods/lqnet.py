@@ -32,12 +32,15 @@ class LQNetQuantizer(Quantizer):
     authors' code a little of the present basis is added, ``(B'B + eI)^-1 (B'x + ev)``, which leaves what
     the data does not determine as it is.
 
-    Deviations: that term for activations too; signed activation sites start from two's complement,
-    ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a value there too; the first basis is, whatever the
-    calibration method, the best with equidistant values, refined by ten of the paper's alternations, of
-    which the last takes all calibration values and the others a sample; activation statistics are summed over
-    ranks, and over the calls of an iteration where a layer runs on several pyramid levels, so that an iteration moves
-    the basis by a tenth of the way whatever the number of calls. Weights have no value at zero.
+    Deviations:
+
+    - That term is added for activations, too.
+    - Signed activation sites start from two's complement, ``v = s (1, 2, ..., -2^(b-1))``, so that zero is a value.
+      Weights have no value at zero.
+    - The calibration method makes no difference: the first basis is the best one with equidistant values, refined by
+      ten of the paper's alternations. The last of them takes all calibration values, the others a sample.
+    - Activation statistics are summed over ranks, and over the calls of an iteration where a layer runs on several
+      pyramid levels. So an iteration moves the basis by a tenth of the way, whatever the number of calls.
 
     Activation checkpointing computes a forward once more in backward, with the basis of that forward, which does not
     move again. With several forwards since the last backward, that basis is not known, and an error is raised.

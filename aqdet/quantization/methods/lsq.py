@@ -14,11 +14,14 @@ from ..spec import QuantSpec
 class LSQQuantizer(Quantizer):
     """LSQ: ``scale * round(clamp(x / scale, quant_min, quant_max))`` with a learned ``scale``.
 
-    The gradient of the scale is the paper's equation 3. Deviations: the paper's factor ``1 / sqrt(N quant_max)``, which
-    is to balance the steps of scales and weights under SGD, is left out: the optimizer steps scales by a share of their
-    size (:class:`aqdet.engine.solver.RelativeStep`), and a factor makes no difference to it. The first scale may come
-    from any calibration method, not only ``2 mean|x| / sqrt(quant_max)``; it acts as ``SCALE_EPS`` where training
-    drove it lower; scales may be per channel.
+    The gradient of the scale is the paper's equation 3. Deviations:
+
+    - The paper's factor ``1 / sqrt(N quant_max)``, which balances the steps of scales and weights under SGD, is left
+      out. The optimizer steps scales by a share of their size (:class:`aqdet.engine.solver.RelativeStep`), to which a
+      factor makes no difference.
+    - The first scale may come from any calibration method, not only from ``2 mean|x| / sqrt(quant_max)``.
+    - A scale that training drives below ``SCALE_EPS`` acts as this number.
+    - Each channel may have a scale of its own.
     """
 
     gradient: str | None = "lsq"

@@ -93,9 +93,9 @@ class LSQOddQuantizer(Quantizer):
     With ``spec.centered`` the mean of the weights that share a scale is subtracted first, and the gradient passes
     through that too, so that it sums to zero over them. That is half of AQD's standardisation.
 
-    Deviations: as LSQ's (:class:`~.lsq.LSQQuantizer`) no gradient factor, the first scale from any calibration method.
-    AQD learns a clip of weights that it standardises over the whole tensor, divided by their deviation too, where this
-    learns the scale of each channel.
+    Deviations: as in LSQ (:class:`~.lsq.LSQQuantizer`) there is no gradient factor, and the first scale comes from any
+    calibration method. AQD standardises weights over the whole tensor and learns where to clip them; here each channel
+    learns its scale.
 
     Args:
         spec: spec of a weight with :data:`~aqdet.quantization.spec.ODD_MAX_BITS` bits at most.

@@ -80,10 +80,13 @@ class N2UQQuantizer(Quantizer):
     The gradient is that of the piecewise linear function through the interval ends (G-STE): for x
     ``scale / interval``, and accordingly for the interval lengths and the start; for the scale it is the code.
 
-    Deviations: the paper also learns a factor of the input, which thresholds with a free start and free
-    lengths make redundant; it initialises to [0, 2], here calibration gives a uniform start; the floor of a length
-    passes the gradient on; signed sites use the two's complement codes, unsigned ones include the ReLU. Its weight
-    quantizer and its biases around PReLU are left out.
+    Deviations:
+
+    - The paper also learns a factor of the input, which thresholds with a free start and free lengths make redundant.
+    - The paper starts from the range [0, 2]; here calibration gives a uniform start.
+    - The floor of a length passes the gradient on.
+    - Signed sites use the two's complement codes; unsigned ones include the ReLU.
+    - The paper's weight quantizer and its biases around PReLU are left out.
 
     An output is ``scale`` times an integer with zero point 0, so that the convolution after it is an integer
     one. But a code is not ``round(x / scale)``: a runtime has to compare with :meth:`thresholds`.

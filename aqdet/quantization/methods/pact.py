@@ -17,10 +17,12 @@ class PACTQuantizer(Quantizer):
     ``d y / d alpha`` is 1 where ``x >= alpha`` and 0 elsewhere. The optimizer gives ``alpha`` a weight decay
     of its own (``MODEL.QUANT.PACT_ALPHA_DECAY``), the paper's L2 term.
 
-    Deviations: the paper's method is for activations after ReLU. Signed sites and weights clip to
-    ``[-alpha, alpha]`` with step ``alpha / (2^(b-1) - 1)``, where the gradient is -1 at ``x <= -alpha``; the
-    first alpha comes from calibration; alpha may be per channel for weights; the decay is decoupled from the
-    gradient, where the paper's L2 term is part of it.
+    Deviations:
+
+    - The paper's method is for activations after ReLU. Signed sites and weights clip to ``[-alpha, alpha]`` with step
+      ``alpha / (2^(b-1) - 1)``, and the gradient is -1 at ``x <= -alpha``.
+    - The first alpha comes from calibration, and weights may have one for each channel.
+    - The decay is decoupled from the gradient; the paper's L2 term is part of it.
     """
 
     gradient: str | None = "pact"
