@@ -6,11 +6,11 @@
 - Instead of an activation, backward keeps what it can be computed from again: the convolution's output for the batch
   norm's, a byte for a quantized value (:mod:`.recipe`, :mod:`.norm`, :mod:`.pool`).
 - Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
-- A quantizer that clips at zero also acts as the ReLU before it, and in a chain of layers it also computes the norm before it
-  (:mod:`.activation`).
+- A quantizer that clips at zero also acts as the ReLU before it, and in a chain of layers it computes the norm before
+  it, too (:mod:`.activation`).
 - A synchronized norm weighs processes by their numbers of images, and no host waits to leave one out; all levels of a
   head exchange what they need of the others at once (:mod:`.moments`, :mod:`.norm`).
-- What the calls of a layer on several pyramid levels have in common is computed once (:mod:`.sharing`).
+- Operands that the calls of a layer on several pyramid levels share are converted once (:mod:`.sharing`).
 - Element-wise arithmetic runs on parts of a tensor that stay in a CPU's cache (:mod:`.parts`).
 
 Nothing depends on this folder but one line of :mod:`aqdet.quantization`, which registers :data:`KERNELS`. Outputs and
