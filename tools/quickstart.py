@@ -38,8 +38,6 @@ ratios alone.
 """
 OVERHEAD = {START: 20.0, "fp_bn": 25.0, "lsq_w4a4": 45.0, "lsq_w4a4_aux": 45.0}
 """Seconds of processor time of start-up, calibration and evaluation together, on the same cores."""
-PICTURE_SECONDS = 20
-"""Seconds for the dataset, the table and the picture."""
 MEANING = """\
 One seed, {start} + {run} iterations and 200 images cannot tell rows apart that differ by less than about 2 AP.
 RESULTS.md has the same comparison over three seeds, with 600 + 400 iterations and 2000 images: full precision 58.3,
