@@ -122,7 +122,8 @@ def prepare(
 
     Args:
         cfg: The config that the model was built from.
-        model: The result of Detectron2's ``build_model``, on its device; it may be in a ``DistributedDataParallel``.
+        model: The result of Detectron2's ``build_model``, on its device; it may be in a
+            ``DistributedDataParallel`` or compiled by ``torch.compile``.
         batches: Training batches; calibration reads ``MODEL.QUANT.CALIBRATION.NUM_BATCHES`` of them from an iterator
             of its own.
         weights: The checkpoint to start from, ``""`` for the model as it is; by default ``MODEL.WEIGHTS``.

@@ -24,8 +24,12 @@ def distribute(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside a ``DistributedDataParallel``, or the model itself where it is in none."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Returns the model inside a ``DistributedDataParallel`` or what ``torch.compile`` made of it, or else itself."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
 
 
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:

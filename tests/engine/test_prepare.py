@@ -15,6 +15,7 @@ import aqdet
 from aqdet.engine import Trainer, build_checkpointer, build_optimizer
 from aqdet.engine.solver import RelativeStep
 from aqdet.modeling.config_requests import Requests
+from aqdet.modeling.scaffold import strip
 from aqdet.quantization import calibrate, quantizers
 
 RELU = ("MODEL.FPN.RELU", "True")
@@ -84,6 +85,22 @@ def test_a_plain_loop(tmp_path, weights, caplog):
     prepared.save_stripped()
     stripped = torch.load(tmp_path / "model_final_stripped.pth", weights_only=True)["model"]
     assert set(stripped) == {key for key in model.state_dict() if not key.startswith("auxiliary.")}
+
+
+def test_a_plain_loop_of_a_compiled_model(tmp_path, weights):
+    cfg = make_cfg(*QUANT, *AUX, *RELU, *FAST, "OUTPUT_DIR", str(tmp_path))
+    cfg.MODEL.WEIGHTS, cfg.SOLVER.MAX_ITER = weights, 1
+    batches = [make_batch()]
+    model = build_model(cfg)
+    with torch.compiler.set_stance("force_eager"):  # compiling it takes a minute
+        prepared = aqdet.prepare(cfg, torch.compile(model), batches)
+        loop(cfg, prepared, batches)
+        with prepared.evaluating() as detector, torch.no_grad():
+            assert model.auxiliary is None and len(detector(batches[0])) == 2
+    assert model.auxiliary is not None
+    prepared.save_stripped()
+    saved = torch.load(tmp_path / "model_final_stripped.pth", weights_only=True)["model"]
+    assert saved.keys() == strip(model.state_dict()).keys()
 
 
 def test_a_plain_loop_from_the_model_as_it_is(weights):
