@@ -35,7 +35,7 @@ def is_image(path: StrPath) -> bool:
 def is_junk(name: str) -> bool:
     """Returns whether a file or folder is left behind by a system or a tool: hidden, ``Thumbs.db``, a cache."""
     lower = os.path.basename(name).lower()
-    return lower.startswith(".") or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
+    return lower.startswith((".", "~$")) or lower in (*_JUNK_NAMES, *_JUNK_FOLDERS) or lower.endswith(".cache")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 
 from ...utils.files import IMAGE_ENDINGS, is_image, is_junk
 from ..check.findings import Report
-from ..check.images import without_junk
+from ..check.images import ImageFolder, without_junk
 from ..declaration import Declaration
 from .source import Source
 from .text import parse_xml, read_text
@@ -137,10 +137,9 @@ def _add_records(
         path = paths[stem]
         source.inputs.add(path)
         if annotation is None:  # reported by its file alone
-            used.update(name.rpartition("/")[2] for name in images.of_stem(stem))
+            used.update(images.of_stem(stem))
             continue
         name = images.of_record(stem, annotation.filename, path, report)
-        used.add(name.replace("\\", "/").rpartition("/")[2])
         entry: dict[str, Any] = {"id": image_id, "file_name": name}
         entry["width"], entry["height"] = (int(text) if text.isdecimal() else text for text in annotation.size)
         source.images.append(entry)
@@ -161,8 +160,10 @@ def _add_records(
             )
             source.annotation_places.append(place)
     if not declaration.split:
+        found = ImageFolder(source.image_root).find_all([image["file_name"] for image in source.images])
+        used.update(name for name, _ in found)
         for name in images.names:
-            if name.rpartition("/")[2] not in used:
+            if name not in used:
                 report.add("image-unlabelled", os.path.join(source.image_root, name))
 
 
@@ -195,10 +196,16 @@ class _Images:
         if named:
             report.add("image-by-filename", path, field="filename", value=named)
             return named
-        below = self._by_base.get(stem.rpartition("/")[2], [])
+        # Some tools write a.jpg.xml.
+        below = self._by_base.get(stem.rpartition("/")[2], []) or self._of_whole_name(stem)
         if len(below) == 1:
             return below[0]
-        return filename or f"{stem}.jpg"
+        return filename or (stem if is_image(stem) else f"{stem}.jpg")
+
+    def _of_whole_name(self, name: str) -> list[str]:
+        base = name.rpartition("/")[2]
+        same = self._by_base.get(os.path.splitext(base)[0], []) if is_image(base) else []
+        return [other for other in same if other.rpartition("/")[2] == base]
 
     def _named(self, stem: str, filename: str) -> str:
         """Returns the file that ``<filename>`` names: as it is, with another image's ending, or beside the record."""

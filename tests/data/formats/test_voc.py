@@ -302,14 +302,40 @@ def test_the_filename_counts_where_the_own_name_has_no_image(tmp_path):
     assert report.counts["image-missing"] == 1 and "gone.jpg" in report.text()
 
 
+def test_xml_that_is_named_by_the_whole_name_of_its_image(tmp_path):
+    entry = flat(tmp_path)
+    (tmp_path / "annotations/a.xml").rename(tmp_path / "annotations/a.jpg.xml")
+    report, usable = check_entry(entry)
+    assert not report.counts and "a.jpg" in [image["file_name"] for image in usable["images"]]
+    (tmp_path / "images/a.jpg").rename(tmp_path / "images/z.jpg")
+    report, _ = check_entry(entry)
+    assert report.counts == {"image-missing": 1, "image-unlabelled": 1} and "file_name = a.jpg" in report.text()
+
+
+@pytest.mark.parametrize("filename", ["a%20b.jpg", "http://host/data/a%20b.jpg?x=1", "/data/local-files/?d=up/a b.jpg"])
+def test_an_image_under_another_name_is_not_called_unlabelled(tmp_path, filename):
+    entry = flat(tmp_path)
+    (tmp_path / "images/a.jpg").rename(tmp_path / "images/a b.jpg")
+    xml = tmp_path / "annotations/a.xml"
+    xml.write_text(xml.read_text().replace("<size>", f"<filename>{filename}</filename><size>"))
+    report, usable = check_entry(entry)
+    assert report.counts == {"image-elsewhere": 1} and len(usable["images"]) == 6, report.text()
+
+
 def test_what_lies_beside_is_counted(tmp_path):
     entry = flat(tmp_path)
-    for name in ("images/._a.jpg", "images/Thumbs.db", "annotations/._a.xml", "annotations/.DS_Store"):
+    for name in (
+        "images/._a.jpg",
+        "images/Thumbs.db",
+        "annotations/._a.xml",
+        "annotations/.DS_Store",
+        "images/~$a.jpg",
+    ):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "annotations/classes.txt").write_text("dog")
     (tmp_path / "annotations/f.xml").unlink()
     report, usable = check_entry(entry)
-    assert report.counts == {"file-junk": 4, "image-unlabelled": 1}, report.text()
+    assert report.counts == {"file-junk": 5, "image-unlabelled": 1}, report.text()
     assert len(usable["images"]) == 5
     for path in (tmp_path / "annotations").glob("*.xml"):
         path.unlink()
