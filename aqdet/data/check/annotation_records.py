@@ -110,6 +110,9 @@ class AnnotationRecords:
 
     def _category(self, place: tuple[str, str], value: Any) -> int | None:
         refused = self.source.refused_categories
+        if not self.source.categories and self.report.number("error"):
+            # There is no class at all, which is a finding already.
+            return None
         if isinstance(value, int | float | str) and (value in refused or whole_number(value) in refused):
             # The category was refused, which is a finding already.
             return None

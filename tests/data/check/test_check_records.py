@@ -159,8 +159,9 @@ VARIANTS = {
     "results instead of annotations": (text(lambda b: b"[]"), {"file-format": 1}),
     "no categories": (
         replace("categories", []),
-        {"file-format": 1, "class-unknown": 6},
+        {"file-format": 1},
     ),
+    "categories without ids": (replace("categories", ["cat", "dog"]), {"category-malformed": 2}),
     "no annotations": (replace("annotations", None), {"file-format": 1}),
     "no images": (both(replace("images", []), replace("annotations", [])), {"no-images": 1, "class-without-boxes": 2}),
     "no boxes": (replace("annotations", []), {"no-boxes": 1, "class-without-boxes": 2, "image-without-boxes": 4}),
