@@ -116,6 +116,9 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
         columns = _named(first)
         lacking = _lacking(columns)
         if not lacking:
+            twice = [first[index] for index in columns.values() if first.count(first[index]) > 1]
+            if twice:
+                raise ValueError(f"two columns {twice[0]!r}: rename the one that does not count")
             return columns, rows[1:], separator
         if len(first) > 1:
             missing = lacking

@@ -115,6 +115,11 @@ FILES = {
     "UTF-16": (GOOD.encode("utf-16"), {"file-encoding": 1}, ""),
     "Latin-1": (GOOD.replace("cat", "kätzchen").encode("latin-1"), {"file-unreadable": 1}, "save it as such"),
     "no class": (GOOD.replace("class", "kind"), {"file-format": 1}, "no column class; got 'filename,width,height,kind"),
+    "two classes": (
+        GOOD.replace("width", "class"),
+        {"file-format": 1},
+        "two columns 'class': rename the one that does",
+    ),
     "no xmax": (GOOD.replace("xmax", "q"), {"file-format": 1}, "no column xmax; got"),
     "a text": ("hello\nworld\n", {"file-format": 1}, "no table; got 'hello', wanted a header with filename, class"),
     "YOLO": ("0 0.5 0.5 0.1 0.1\n", {"file-format": 1}, "path,x1,y1,x2,y2,class"),
