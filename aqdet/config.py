@@ -151,7 +151,7 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # "atss": points of each level that are considered, and the side of the square at a point, in strides.
     cfg.MODEL.FCOS.ATSS_CANDIDATES = 9
     cfg.MODEL.FCOS.ATSS_SIDE = 8.0
-    # What the class scores learn. "focal": 1 at positive points. "quality" (2006.04388; not measured here): the overlap
+    # Target of the class scores. "focal": 1 at positive points. "quality" (2006.04388; not measured here): the overlap
     # of the predicted box; there is no centerness then, FOCAL_LOSS_GAMMA is the exponent and FOCAL_LOSS_ALPHA has no
     # part in it.
     cfg.MODEL.FCOS.CLASS_LOSS = "focal"

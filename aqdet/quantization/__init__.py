@@ -3,7 +3,7 @@
 from . import fused, lean
 from .build import QUANTIZER_REGISTRY, build_quantizer
 from .calibration import calibrate
-from .functional import dequantize, integer_range, quantize, round_ste
+from .functional import dequantize, integer_range, quantize
 from .kernels import KERNELS, fake_quantize, register_kernels, set_kernels, use_kernels
 from .observer import CALIBRATION_METHODS
 from .quantizer import AffineGrid, Quantizer, name_quantizers, quantizers, set_quantization
@@ -31,7 +31,6 @@ __all__ = [
     "quantize",
     "quantizers",
     "register_kernels",
-    "round_ste",
     "set_kernels",
     "set_quantization",
     "use_kernels",

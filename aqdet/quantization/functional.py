@@ -92,24 +92,6 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
-class _RoundSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def round_ste(x: Tensor) -> Tensor:
-    """Rounds half to even; the gradient passes unchanged (straight-through, 1308.3432).
-
-    Example: forward of ``[0.4, 1.5, 2.5]`` is ``[0, 2, 2]``; a gradient ``[1, 2, 3]`` returns as it is.
-    """
-    return apply(_RoundSTE, x)
-
-
 class _ReplaceSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
@@ -122,6 +104,8 @@ class _ReplaceSTE(torch.autograd.Function):
 
 def replace_ste(x: Tensor, value: Tensor) -> Tensor:
     """Returns ``value``, of the shape and dtype of ``x``, to the bit; the gradient goes to ``x`` unchanged.
+
+    That is the straight-through estimator (1308.3432).
 
     Example: ``x = [0.4, 1.5]``, ``value = [0, 2]`` gives ``[0, 2]``; a gradient ``[1, 2]`` returns as it is.
     """

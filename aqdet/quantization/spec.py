@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .functional import dequantize
+
 MIN_BITS, MAX_BITS = 2, 8
 ODD = "lsqodd"
 """The method without a level at zero, which takes one bit too, and makes no difference where there are many."""
@@ -90,4 +92,4 @@ class IntegerTensor(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """Returns the float32 tensor that these integers stand for."""
-        return (self.codes - self.zero_point).float() * self.scale
+        return dequantize(self.codes - self.zero_point, self.scale)

@@ -17,7 +17,7 @@ from .other_tools import what_else
 from .text import parse_xml, read_text
 from .via import is_via, is_via_csv
 
-__all__ = ["file_of", "guess_entries", "guess_entry", "guess_format"]
+__all__ = ["file_of", "guess_entries", "guess_format"]
 
 # Number of files of a folder that are opened; a labelling tool writes one beside each image.
 _LOOKED_AT = 50
@@ -37,27 +37,6 @@ def guess_format(path: str) -> str:
         ValueError: in one line, with the layout of each format, if it has none of them.
     """
     return guess_entries(path)[0]["format"]
-
-
-def guess_entry(path: str, images: str = "") -> dict[str, Any]:
-    """
-    Makes the entry of ``DATASETS.DECLARED`` for a file of annotations, or for a folder that has one such file.
-
-    Args:
-        path: path of the file or folder.
-        images: folder of the images, as for :func:`guess_entries`.
-
-    Returns:
-        the entry without a name.
-
-    Raises:
-        ValueError: in one line, as :func:`guess_entries`, or with the files if there are several.
-    """
-    entries = guess_entries(path, images)
-    if len(entries) > 1:
-        files = ", ".join(str(file_of(entry)) for entry in entries)
-        raise ValueError(f"{path}: it has several files of annotations, name one of them: {files}")
-    return entries[0]
 
 
 def guess_entries(path: str, images: str = "") -> list[dict[str, Any]]:
