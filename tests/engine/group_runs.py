@@ -24,8 +24,7 @@ from aqdet.engine.checked_trainer import CheckedTrainer
 from aqdet.layers import LevelNorms, QuantConv2d, run_chains
 from aqdet.quantization import QuantSpec, calibrate
 from aqdet.quantization.kernels import free_norms
-from aqdet.quantization.lean.norm import defer as deferred
-from aqdet.quantization.lean.norm import normalize, quantize_deferred
+from aqdet.quantization.lean.norm import computed, defer, quantize_deferred
 
 CASES = ("fine", "loss", "gradient")
 NORMS = (CycleBatchNormList, LevelNorms)
@@ -65,7 +64,8 @@ def norm_of(kind):
 def step(norm, x, grad, quantizes):
     """Output, gradients and running statistics."""
     x, scale = x.clone().requires_grad_(), torch.tensor(0.25, requires_grad=True)
-    y = quantize_deferred(deferred(norm, x), scale, 0, 15, gradient="lsq") if quantizes else normalize(norm, x)
+    deferred = defer(norm, x)
+    y = quantize_deferred(deferred, scale, 0, 15, gradient="lsq") if quantizes else computed(deferred)
     y.backward(grad)
     own = {"y": y.detach(), "x": x.grad}
     shared = {"weight": norm.weight.grad, "bias": norm.bias.grad, "scale": scale.grad}

@@ -302,8 +302,3 @@ def defer_all(norm: nn.Module, xs: Sequence[Tensor], reader: Reader | None = Non
         Deferred(x, owner.weight, owner.bias, moments, owner.norm.eps, owner.group, token, reader)
         for x, owner, moments, token in zip(xs, owners, found, tokens, strict=True)
     ]
-
-
-def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """Computes ``norm(x)``, which in training is not kept where a quantizer reads it; see :func:`defer`."""
-    return computed(defer(norm, x))

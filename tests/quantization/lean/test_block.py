@@ -14,7 +14,7 @@ from aqdet.layers import LevelNorms, QuantAdd, QuantConv2d, StreamQuantizer, max
 from aqdet.quantization import QuantSpec, calibrate, fake_quantize, use_kernels
 from aqdet.quantization.kernels import free_norms
 from aqdet.quantization.lean import conv
-from aqdet.quantization.lean.norm import normalize
+from aqdet.quantization.lean.norm import computed, defer
 from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of, summed, terms_of
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -22,6 +22,10 @@ SHAPES = {"small": (2, 6, 5, 7), "in parts": (3, 16, 90, 80)}
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 all_shapes = pytest.mark.parametrize("shape", SHAPES)
 METHODS = ("lsq", "pact", "dorefa")
+
+
+def normalize(norm, x):
+    return computed(defer(norm, x))
 
 
 def batch_norm(channels, levels=None, **kwargs):
