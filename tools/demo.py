@@ -67,8 +67,6 @@ def main() -> None:
         summary = run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
     where = f" to {args.output}" if args.output else ""
     print(
         f"{summary.detections} detections in {summary.images} images and {summary.videos} videos "

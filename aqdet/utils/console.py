@@ -12,12 +12,16 @@ from typing import TextIO
 
 USER_ERROR = 2
 STANDARD_ERROR = 2
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C, the signal SIGINT (2), has ended: 128 + 2."""
 OUTPUT_CLOSED = 141
 """Exit status of a program that the signal SIGPIPE (13) would have ended: 128 + 13."""
 
 
 def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
-    """Runs a program; it ends without a traceback when nobody reads its output any more.
+    """Runs a program; it ends without a traceback on Ctrl-C, and when nobody reads its output any more.
+
+    On Ctrl-C it says that it is stopped, with status 130; ``AQDET_DEBUG`` keeps the traceback.
 
     Programs catch ``OSError`` around their work and would report a closed pipe as an error of a file. Therefore the
     streams themselves end the process, with status 141.
@@ -30,6 +34,11 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
     sys.stdout, sys.stderr = (_ending_with_its_reader(stream, goes_on) for stream in streams)
     try:
         main()
+    except KeyboardInterrupt:
+        if os.environ.get("AQDET_DEBUG"):
+            raise
+        print("stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     finally:
         # Buffered output is written here: at the interpreter's own end it would be too late to choose the exit status.
         try:

@@ -89,6 +89,19 @@ def test_every_program_is_run_so():
     assert others == {"install_detectron2.py"}
 
 
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("AQDET_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run_console(main)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
+    monkeypatch.setenv("AQDET_DEBUG", "1")
+    with pytest.raises(KeyboardInterrupt):
+        run_console(main)
+
+
 def test_a_stream_without_a_descriptor_is_left_alone(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
