@@ -35,6 +35,7 @@ def select_share(source: Source, share: Share, found: Report, report: Report) ->
         value = f"none of {len(source.images)} images are in the share {share}: choose another seed"
         report.add("no-images", source.file, value=value)
     foreign = _label_files(source, set(range(len(source.images))) - set(kept)) - _label_files(source, set(kept))
+    foreign.update(file for file, names in source.unread_files.items() if not any(map(share.takes, names)))
     ids_kept = {_key(source.images[index].get("id")) for index in kept if isinstance(source.images[index], dict)}
     ids_outside = {_key(raw.get("id")) for raw in named if id(raw) in outside} - ids_kept
     source.images = [source.images[index] for index in kept]

@@ -23,6 +23,7 @@ class Source:
         refused_categories: ids of categories that the reader has refused; their objects are no further findings.
         image_places, annotation_places: (file, record) of each entry, unless they are `file` and the id.
         label_files: the annotation file of each image, where each image has one that `image_places` does not name.
+        unread_files: annotation file of one image that could not be read, and has no entry -> images of its name.
         inputs: files and folders that were read, for the cache's fingerprint.
         normalised: whether boxes are relative to the size of the image.
         states_sizes: whether the format states the sizes of images, so that a missing one is a fault.
@@ -39,6 +40,7 @@ class Source:
     image_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     annotation_places: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     label_files: list[str] = dataclasses.field(default_factory=list)
+    unread_files: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     inputs: set[str] = dataclasses.field(default_factory=set)
     normalised: bool = False
     states_sizes: bool = True

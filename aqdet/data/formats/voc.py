@@ -137,7 +137,8 @@ def _add_records(
         path = paths[stem]
         source.inputs.add(path)
         if annotation is None:  # reported by its file alone
-            used.update(images.of_stem(stem))
+            source.unread_files[path] = images.of_stem(stem) or [stem]
+            used.update(source.unread_files[path])
             continue
         name = images.of_record(stem, annotation.filename, path, report)
         entry: dict[str, Any] = {"id": image_id, "file_name": name}
