@@ -116,7 +116,8 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
         columns = _named(first)
         lacking = _lacking(columns)
         if not lacking:
-            twice = [first[index] for index in columns.values() if first.count(first[index]) > 1]
+            plain = [_plain(field) for field in first]
+            twice = [first[index] for index in columns.values() if plain.count(plain[index]) > 1]
             if twice:
                 raise ValueError(f"two columns {twice[0]!r}: rename the one that does not count")
             return columns, rows[1:], separator
@@ -132,9 +133,13 @@ def rows_start(text: str) -> str:
     return line if len(line) <= 120 else f"{line[:117]}..."
 
 
+def _plain(field: str) -> str:
+    return "".join(c for c in field.lower() if c not in " _-.")
+
+
 def _named(header: list[str]) -> dict[str, int]:
     columns: dict[str, int] = {}
-    names = ["".join(c for c in field.lower() if c not in " _-.") for field in header]
+    names = [_plain(field) for field in header]
     for column, spellings in _SPELLINGS.items():
         found = next((names.index(spelling) for spelling in spellings if spelling in names), None)
         if found is not None:

@@ -115,6 +115,7 @@ FILES = {
     "UTF-16": (GOOD.encode("utf-16"), {"file-encoding": 1}, ""),
     "Latin-1": (GOOD.replace("cat", "kätzchen").encode("latin-1"), {"file-unreadable": 1}, "save it as such"),
     "no class": (GOOD.replace("class", "kind"), {"file-format": 1}, "no column class; got 'filename,width,height,kind"),
+    "two spellings": (GOOD.replace("width", "Class"), {"file-format": 1}, "two columns 'Class': rename the one that"),
     "two classes": (
         GOOD.replace("width", "class"),
         {"file-format": 1},
