@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TextIO
 
 USER_ERROR = 2
@@ -16,12 +19,19 @@ INTERRUPTED = 130
 """Exit status of a program that Ctrl-C, the signal SIGINT (2), has ended: 128 + 2."""
 OUTPUT_CLOSED = 141
 """Exit status of a program that the signal SIGPIPE (13) would have ended: 128 + 13."""
+TERMINATED = 143
+"""Exit status of a program that the signal SIGTERM (15) has ended, as a cluster's end of a job does: 128 + 15."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Ends a program as Ctrl-C does, where SIGTERM has arrived."""
 
 
 def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
-    """Runs a program; it ends without a traceback on Ctrl-C, and when nobody reads its output any more.
+    """Runs a program; it ends without a traceback on Ctrl-C or SIGTERM, and when nobody reads its output any more.
 
-    On Ctrl-C it says that it is stopped, with status 130; ``AQDET_DEBUG`` keeps the traceback.
+    On Ctrl-C it says that it is stopped, with status 130, and on SIGTERM with status 143; ``AQDET_DEBUG`` keeps the
+    traceback. Files that it was writing aside are gone in both cases.
 
     Programs catch ``OSError`` around their work and would report a closed pipe as an error of a file. Therefore the
     streams themselves end the process, with status 141.
@@ -33,12 +43,13 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_ending_with_its_reader(stream, goes_on) for stream in streams)
     try:
-        main()
-    except KeyboardInterrupt:
+        with _sigterm_as_interrupt():
+            main()
+    except KeyboardInterrupt as interrupt:
         if os.environ.get("AQDET_DEBUG"):
             raise
         print("stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     finally:
         # Buffered output is written here: at the interpreter's own end it would be too late to choose the exit status.
         try:
@@ -46,6 +57,27 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
             sys.stderr.flush()
         finally:
             sys.stdout, sys.stderr = streams
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Ends the work inside the context by :class:`Terminated` on SIGTERM; a process forked from it ends at once."""
+    process = os.getpid()
+
+    def end(number: int, _: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python has signals in the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A program whose output nobody reads any more ends in silence; a training goes on."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -100,6 +101,34 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     monkeypatch.setenv("AQDET_DEBUG", "1")
     with pytest.raises(KeyboardInterrupt):
         run_console(main)
+
+
+SIGTERM_ARRIVES = """
+import multiprocessing, os, signal, sys, time
+from aqdet.utils.console import run_console
+from aqdet.utils.files import replacing
+
+def main():
+    pool = multiprocessing.get_context("fork").Pool(1)
+    pool.apply(abs, (1,))
+    pool.terminate()  # whose process ends by the same signal
+    pool.join()
+    with replacing(sys.argv[1]) as aside:
+        aside.write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+
+run_console(main)
+"""
+
+
+def test_sigterm_is_one_line_and_leaves_no_half_written_file(tmp_path):
+    command = [sys.executable, "-c", SIGTERM_ARRIVES, str(tmp_path / "file.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n" and os.listdir(tmp_path)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err == "stopped\n" and not os.listdir(tmp_path)
 
 
 def test_a_stream_without_a_descriptor_is_left_alone(monkeypatch):
