@@ -105,8 +105,9 @@ def _groups(cfg: CfgNode) -> Iterator[str]:
             if specs is not None and all(spec is not None and spec.num_bits == MAX_BITS for spec in specs):
                 names.append(name)
     if names:
+        others = f" and {len(names) - 1} more have" if len(names) > 1 else " has"
         yield (
-            f"layer {names[0]} and {len(names) - 1} more have groups, and weights and inputs of {MAX_BITS} bits, which "
+            f"layer {names[0]}{others} groups, and weights and inputs of {MAX_BITS} bits, which "
             "are not exact on every x86: use 7 bits there, as MODEL.QUANT.RULES [['bottom_up.res.*conv2', "
             "{'WEIGHT.NUM_BITS': 7}]]"
         )
