@@ -13,11 +13,12 @@ may be for some devices, methods or layers alone::
 
 Operations: ``fake_quantize``, ``dorefa_weight``, ``conv2d`` (quantized convolution with its norm and activation),
 ``chain`` (a sequence of layers), ``chains`` (the same for several tensors), ``stream`` (ReLU and quantization of a
-tensor that several layers read), ``relu_before`` (ReLU of a tensor that a quantizer reads), ``max_pool2d`` and
-``shared_weights`` (quantized weights of a layer's calls on several tensors). The element-wise arithmetic of the lean
-kernels is replaceable too: ``fake_quantized``, ``recipe_quantized``, ``recipe_codes``, ``region_quantized`` and their
-gradients (``scale_gradients``, ``recipe_gradients``, ``region_gradients``), and that of batch norms:
-``batch_moments``, ``normalized``, ``norm_gradients``, ``quantized_norm_gradients``, ``norm_sums`` and ``norm_input``.
+tensor that several layers read), ``relu_before`` (ReLU of a tensor that a quantizer reads), ``adapt`` (an adaptor of
+the auxiliary path), ``max_pool2d`` and ``shared_weights`` (quantized weights of a layer's calls on several tensors).
+The element-wise arithmetic of the lean kernels is replaceable too: ``fake_quantized``, ``recipe_quantized``,
+``recipe_codes``, ``region_quantized`` and their gradients (``scale_gradients``, ``recipe_gradients``,
+``region_gradients``), and that of batch norms: ``batch_moments``, ``normalized``, ``norm_gradients``,
+``quantized_norm_gradients``, ``norm_sums`` and ``norm_input``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
 from ...layers import run_chain
+from ...quantization.kernels import replaceable
 
 _RELU = nn.ReLU()
 
@@ -40,6 +41,7 @@ class Adaptor(nn.Module):
             nn.init.zeros_(self.conv.bias)
         self.needs_alignment = False
 
+    @replaceable("adapt")
     def forward(self, x: Tensor, carried: Tensor | None = None) -> Tensor:
         """Maps ``(N, C, H, W)``, and another to add or None, to the same."""
         if carried is None:

@@ -5,6 +5,8 @@
   (:mod:`.integer`).
 - Instead of an activation, backward keeps what it can be computed from again: the convolution's output for the batch
   norm's, a byte for a quantized value (:mod:`.recipe`, :mod:`.norm`, :mod:`.pool`).
+- An adaptor of the auxiliary path keeps the codes of what it reads and a byte for its ReLU, and convolves again in
+  backward (:mod:`.adaptor`).
 - Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
 - A quantizer that clips at zero also acts as the ReLU before it, and in a chain of layers it computes the norm before
   it, too (:mod:`.activation`).
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .activation import chain, chains, relu_before, stream
+from .adaptor import adapt
 from .conv import conv2d
 from .elementwise import fake_quantize
 from .pool import max_pool2d
@@ -29,6 +32,7 @@ from .sharing import shared_weights
 from .weight import dorefa_weight
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "adapt": adapt,
     "chain": chain,
     "chains": chains,
     "conv2d": conv2d,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import has_free_norms, plain
 from ..quantizer import Quantizer
-from .conv import can_recompute, deferred_conv2d, float_conv2d, recomputing_conv2d
+from .conv import can_recompute, deferred_conv2d, recomputing_conv2d
 from .elementwise import fake_quantize
 from .moments import Reader
 from .norm import Activation, Deferred, computed, computed_relu, defer, defer_all, is_synchronized, quantize_deferred
@@ -70,7 +70,7 @@ def _add(layer: Any, x: Activation, y: Tensor, is_tapped: bool) -> Tensor:
 
 def _float_conv2d(layer: Any, x: Tensor) -> Activation:
     """Computes the forward of Detectron2's ``Conv2d`` but for the last step of its norm."""
-    out = defer(layer.norm, float_conv2d(layer, x))
+    out = defer(layer.norm, layer._conv_forward(x, layer.weight, layer.bias))
     return out if layer.activation is None else layer.activation(computed(out))
 
 

@@ -16,7 +16,7 @@ from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, re
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
 from .moments import Moments, norm_gradients, normalized, quantized_norm_gradients
 from .norm import Activation, Deferred, computed, defer
-from .recipe import Recipe, recipe_of, summed, terms_of
+from .recipe import Recipe, recipe_of
 from .sharing import operands_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
 
@@ -239,42 +239,6 @@ def recomputing_conv2d(layer: Any, x: Deferred) -> Tensor:
     inputs = (x.x, x.weight, x.bias) if x.token is None else (x.token, None, None)
     assert x.token is None or x.reader is not None
     return _RecomputingConv2d.apply(*inputs, weight, bias, x, geometry, autocast_dtype(layer.weight))
-
-
-class _SumConv2d(torch.autograd.Function):
-    """A convolution in float of a sum of quantized tensors: keeps their codes, and adds them again in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        terms: tuple[Recipe, Recipe],
-        geometry: Geometry,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, *(value for term in terms for value in term[:2]))
-        ctx.geometry, ctx.bias_size = geometry, None if bias is None else list(bias.shape)
-        return torch.conv2d(x, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *values = ctx.saved_tensors
-        x = summed(Recipe(*values[:2]), Recipe(*values[2:]))
-        stride, padding, dilation, groups = ctx.geometry
-        places = list(stride), list(padding), list(dilation), False, [0, 0], groups
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias_size is not None]
-        grads = torch.ops.aten.convolution_backward(grad, x, weight, ctx.bias_size, *places, needs)
-        return *grads, None, None
-
-
-def float_conv2d(layer: Any, x: Tensor) -> Tensor:
-    """Computes a layer's convolution in float, and keeps the terms of its input, see :func:`~.recipe.note_terms`."""
-    terms = terms_of(x)
-    if terms is None or torch.is_autocast_enabled(x.device.type) or not can_recompute(layer, with_norm=True):
-        return layer._conv_forward(x, layer.weight, layer.bias)
-    geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _SumConv2d.apply(x, layer.weight, layer.bias, terms, geometry)
 
 
 def conv2d(layer: Any, x: Tensor) -> Tensor:

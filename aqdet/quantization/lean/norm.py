@@ -218,7 +218,7 @@ def _cycle(norm: nn.Module) -> Any:
     return norm if isinstance(norm, nn.ModuleList) and hasattr(norm, "_pos") else None
 
 
-def _owner(norm: nn.Module, later: int = 0) -> _Owner:
+def norm_of_call(norm: nn.Module, later: int = 0) -> _Owner:
     """Returns whose statistics and affine the next call uses, or one that is so many calls later."""
     cycle = _cycle(norm)
     own = norm if cycle is None else cycle[(cycle._pos + later) % len(cycle)]
@@ -226,7 +226,8 @@ def _owner(norm: nn.Module, later: int = 0) -> _Owner:
     return _Owner(own, getattr(affine, "weight", None), getattr(affine, "bias", None), _group(own))
 
 
-def _can_defer(owner: _Owner, x: Tensor) -> bool:
+def defers(owner: _Owner, x: Tensor) -> bool:
+    """Returns whether a call of a norm is known here; ``x`` is what it reads, or what its convolution reads."""
     norm, weight, bias, group = owner
     return (
         type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -243,7 +244,7 @@ def _can_defer(owner: _Owner, x: Tensor) -> bool:
     )
 
 
-def _starts_call(norm: nn.Module, calls: int = 1) -> bool:
+def starts_call(norm: nn.Module, calls: int = 1) -> bool:
     """Returns whether this is the first forward, and not one that is computed once more; moves a list's position."""
     is_first = not is_recomputing()
     cycle = _cycle(norm)
@@ -264,11 +265,11 @@ def defer(norm: nn.Module, x: Tensor) -> Activation:
         norm: any module.
         x: ``(N, C, H, W)``.
     """
-    owner = _owner(norm)
-    if not _can_defer(owner, x):
+    owner = norm_of_call(norm)
+    if not defers(owner, x):
         return norm(x)
     own, weight, bias, group = owner
-    is_first = _starts_call(norm)
+    is_first = starts_call(norm)
     with torch.no_grad():
         moments = batch_moments(x, own, weight, bias, group, is_first)
     return Deferred(x, weight, bias, moments, own.eps, group)
@@ -276,7 +277,7 @@ def defer(norm: nn.Module, x: Tensor) -> Activation:
 
 def is_synchronized(norm: nn.Module) -> bool:
     """Returns whether a norm shares its batch with other processes."""
-    return _owner(norm).group is not None
+    return norm_of_call(norm).group is not None
 
 
 def defer_all(norm: nn.Module, xs: Sequence[Tensor], reader: Reader | None = None) -> list[Activation]:
@@ -287,11 +288,11 @@ def defer_all(norm: nn.Module, xs: Sequence[Tensor], reader: Reader | None = Non
         xs: each ``(N, C, H, W)``.
         reader: the one reader of every deferred output: a ReLU, or the quantizer of a convolution.
     """
-    owners = [_owner(norm, later) for later in range(len(xs))]
-    if not all(owner.group is not None and _can_defer(owner, x) for owner, x in zip(owners, xs, strict=True)):
+    owners = [norm_of_call(norm, later) for later in range(len(xs))]
+    if not all(owner.group is not None and defers(owner, x) for owner, x in zip(owners, xs, strict=True)):
         return [defer(norm, x) for x in xs]
     norms, weights, biases, groups = zip(*owners, strict=True)
-    is_first = _starts_call(norm, len(xs))
+    is_first = starts_call(norm, len(xs))
     with torch.no_grad():
         found = joint_moments(xs, norms, list(zip(weights, biases, strict=True)), groups[0], is_first)
     step = None if reader is None else reader.step

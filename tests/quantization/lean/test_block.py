@@ -10,12 +10,12 @@ from detectron2.layers import Conv2d, CycleBatchNormList
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aqdet.layers import LevelNorms, QuantAdd, QuantConv2d, StreamQuantizer, max_pool2d, relu_before, run_chain
+from aqdet.layers import LevelNorms, QuantConv2d, StreamQuantizer, max_pool2d, relu_before, run_chain
 from aqdet.quantization import QuantSpec, calibrate, fake_quantize, use_kernels
 from aqdet.quantization.kernels import free_norms
 from aqdet.quantization.lean import conv
 from aqdet.quantization.lean.norm import computed, defer
-from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of, summed, terms_of
+from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 SHAPES = {"small": (2, 6, 5, 7), "in parts": (3, 16, 90, 80)}
@@ -286,54 +286,3 @@ def test_a_float_convolution_behind_a_norm_computes_its_input_again():
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
     assert kept[1] < 0.8 * kept[0]
-
-
-def tapped_sum(x, y, add, stream):
-    """A block's sum, which a hook of the stream behind it reads, and the output of the stream."""
-    taps = []
-    handle = stream.register_forward_pre_hook(lambda _, inputs: taps.append(inputs[0]))
-    out = run_chain([add, stream], x, lambda: y)
-    handle.remove()
-    return taps[0], out
-
-
-@all_layouts
-@all_shapes
-def test_what_reads_a_tapped_sum_keeps_the_codes_of_its_operands(layout, shape):
-    """As an adaptor of the auxiliary path: the same values and gradients as from the sum itself."""
-    add, stream, norm = QuantAdd(signed=(True, True)), StreamQuantizer(relu=True), batch_norm(SHAPES[shape][1])
-    add.quantize("pact", 8), stream.quantize("pact", 8)
-    channels = SHAPES[shape][1]
-    adaptor = Conv2d(channels, channels, 1, bias=False, norm=norm)
-    modules = nn.ModuleList([add, stream, adaptor])
-    calibrate(modules, lambda: tapped_sum(activation(shape, layout, 1), activation(shape, layout, 2), add, stream))
-    found, kept = [], []
-    for is_noted in (False, True):
-        x, y, saved = activation(shape, layout, 1), activation(shape, layout, 2), {}
-        modules.zero_grad()
-        total, out = tapped_sum(x * 1, y * 1, add, stream)
-        assert torch.equal(summed(*terms_of(total)), total) and summed(*terms_of(total)).stride() == total.stride()
-        if not is_noted:
-            total.detach().add_(0)  # a change in place ends the note
-            assert terms_of(total) is None
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.update({t.data_ptr(): t.nbytes}) or t, lambda t: t)  # fmt: skip  # noqa: E501
-        with free_norms(), hooks:
-            read = run_chain([adaptor], total)
-        assert (total.data_ptr() in saved) != is_noted
-        # Not alike at all places, of which a norm has no gradient.
-        ((read.square() + out) * torch.linspace(0, 1, read.numel()).view(read.shape)).sum().backward()
-        found.append([total.detach(), read.detach(), x.grad, y.grad, *(p.grad for p in modules.parameters())])
-        kept.append(sum(saved.values()))
-    assert kept[1] < 0.8 * kept[0]
-    for theirs, ours in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_a_sum_that_nothing_taps_has_no_codes_made_for_it():
-    add, stream = QuantAdd(signed=(True, True)), StreamQuantizer(relu=True)
-    add.quantize("pact", 8), stream.quantize("pact", 8)
-    x, y = activation("small", "contiguous", 1), activation("small", "contiguous", 2)
-    calibrate(nn.ModuleList([add, stream]), lambda: run_chain([add, stream], x, lambda: y))
-    assert terms_of(run_chain([add], x, lambda: y)) is None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert terms_of(tapped_sum(x, y, add, stream)[0]) is None
