@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from typing import NoReturn
 
@@ -25,6 +24,7 @@ from ..config_files import find_config_file
 from ..data import check_datasets, check_num_classes, register_declared
 from ..data.registry import DatasetCheck
 from ..evaluation import check_coco_eval
+from ..utils.console import SIGNALLED, signal_of
 from .checked_trainer import NonFiniteLoss
 from .config_check import check_config, fit_to_machine
 from .hooks.interrupt import Interrupted
@@ -140,10 +140,11 @@ def main(args: argparse.Namespace) -> None:
             way_on = f"; continue with: {continuing_command()}" if stop.can_resume else ""
             print(f"{stop}{way_on}", file=sys.stderr)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        signum = signal_of(interrupt)
         if comm.is_main_process():
-            print("stopped by SIGINT", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+            print(f"stopped by {signum.name}", file=sys.stderr)
+        sys.exit(SIGNALLED + signum)
     except NonFiniteLoss as error:
         if comm.is_main_process():
             print(f"error: {error}", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import weakref
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from ..evaluation import build_evaluator, check_evaluator
 from ..modeling.config_requests import HOOK_KEYS, acknowledge
 from ..modeling.exportable import export_obstacles
 from ..modeling.scaffold import without_scaffold
+from ..utils.console import signal_of
 from ..utils.distributed import distribute, unwrap
 from ..utils.exact_products import exact_products
 from .checked_trainer import CheckedAMPTrainer, CheckedTrainer, NonFiniteLoss
@@ -204,10 +204,11 @@ class Trainer(DefaultTrainer):
         with self.started(), errors_in_one_line(OSError, NonFiniteLoss):
             try:
                 return super().train()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as interrupt:
                 is_done = self.iter >= self.max_iter
                 can_resume = self.checkpointer.has_checkpoint()
-                raise Interrupted(signal.SIGINT, self.iter - 1, saved=is_done, can_resume=can_resume) from None
+                signum = signal_of(interrupt)
+                raise Interrupted(signum, self.iter - 1, saved=is_done, can_resume=can_resume) from None
             except ValueError as error:
                 if single := describe_single_value(model, error):
                     raise ValueError(single) from error

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 UNREADABLE = 1
 USER_ERROR = 2
-STOPPED = 130
 DEFAULT_THRESHOLD = 0.5
 
 
@@ -99,9 +98,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m aqdet.ru
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(STOPPED)
     if status:
         sys.exit(status)
 

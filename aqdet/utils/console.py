@@ -15,16 +15,19 @@ from typing import TextIO
 
 USER_ERROR = 2
 STANDARD_ERROR = 2
-INTERRUPTED = 130
-"""Exit status of a program that Ctrl-C, the signal SIGINT (2), has ended: 128 + 2."""
+SIGNALLED = 128
+"""Exit status of a program that a signal has ended, less the signal's number: as shells have it."""
 OUTPUT_CLOSED = 141
 """Exit status of a program that the signal SIGPIPE (13) would have ended: 128 + 13."""
-TERMINATED = 143
-"""Exit status of a program that the signal SIGTERM (15) has ended, as a cluster's end of a job does: 128 + 15."""
 
 
 class Terminated(KeyboardInterrupt):
     """Ends a program as Ctrl-C does, where SIGTERM has arrived."""
+
+
+def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """Returns the signal that has raised an interrupt."""
+    return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
 
 
 def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
@@ -49,7 +52,7 @@ def run_console(main: Callable[[], object], *, goes_on: bool = False) -> None:
         if os.environ.get("AQDET_DEBUG"):
             raise
         print("stopped", file=sys.stderr)
-        sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
+        sys.exit(SIGNALLED + signal_of(interrupt))
     finally:
         # Buffered output is written here: at the interpreter's own end it would be too late to choose the exit status.
         try:

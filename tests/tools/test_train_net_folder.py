@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from aqdet.checkpoint import files as checkpoint_files
 from aqdet.engine import command as job
 from aqdet.engine.hooks import calibration
 from aqdet.engine.output_folder import LOCK
+from aqdet.utils.console import Terminated
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +195,15 @@ def test_no_step_is_post_training_quantization(entry, config_file, tmp_path, cap
 
 
 @pytest.mark.parametrize("max_iter", [0, 2])
-def test_ctrl_c_while_calibrating(entry, config_file, tmp_path, monkeypatch, max_iter):
+@pytest.mark.parametrize(("interrupt", "name"), [(KeyboardInterrupt, "SIGINT"), (Terminated, "SIGTERM")])
+def test_a_signal_while_calibrating(entry, config_file, tmp_path, monkeypatch, max_iter, interrupt, name):
     def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise interrupt
 
     monkeypatch.setattr(calibration, "calibrate", interrupted)
     status, printed = call(config_file, *train_overrides(entry, tmp_path, max_iter=max_iter))
-    assert status == 130
-    assert printed.splitlines()[-1] == "stopped by SIGINT before the first iteration: nothing is saved"
+    assert status == 128 + signal.Signals[name]
+    assert printed.splitlines()[-1] == f"stopped by {name} before the first iteration: nothing is saved"
     assert not list(tmp_path.glob("*.pth")) and not (tmp_path / LOCK).exists()
 
 
