@@ -342,9 +342,10 @@ def grid_ends_in_one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Lets SIGTERM end the program by an exception, which stops the trainings too."""
+    """Lets SIGTERM end the program by an exception, which stops the trainings too, in a line."""
 
     def stop(number: int, _: FrameType | None) -> None:
+        print("stopped; run the same command again to continue", file=sys.stderr)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)

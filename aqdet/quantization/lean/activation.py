@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import has_free_norms, plain
 from ..quantizer import Quantizer
-from .conv import can_recompute, deferred_conv2d, recomputing_conv2d
+from .conv import can_recompute, deferred_conv2d, has_hooks, recomputing_conv2d
 from .elementwise import fake_quantize
 from .moments import Reader
 from .norm import Activation, Deferred, computed, computed_relu, defer, defer_all, is_synchronized, quantize_deferred
@@ -28,14 +28,10 @@ def relu_before(quantizer: Quantizer | None, x: Tensor, inplace: bool = False) -
     return x if clips_at_zero(quantizer) else plain("relu_before")(quantizer, x, inplace)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def quantized(quantizer: Quantizer, x: Activation, note_codes: bool = False) -> Tensor:
     """Computes ``quantizer(x)``; see :func:`~.elementwise.fake_quantize` for ``note_codes``."""
     grid, gradient = usable_grid(quantizer), quantizer.gradient
-    if grid is None or gradient is None or _has_hooks(quantizer):
+    if grid is None or gradient is None or has_hooks(quantizer):
         return quantizer(computed(x))
     options = grid.scale.reshape(()), grid.quant_min, grid.quant_max
     if isinstance(x, Deferred):
@@ -86,7 +82,7 @@ class _Link(NamedTuple):
         """Whether the layer is one by itself that is left to what follows, if it is a batch norm."""
         is_other = isinstance(self.layer, nn.Conv2d | nn.ReLU) or hasattr(self.layer, "x_quantizer")
         is_stream = hasattr(self.layer, "quantizer") or hasattr(self.layer, "relu")
-        return (self.after_quantized or has_free_norms()) and not (is_other or is_stream or _has_hooks(self.layer))
+        return (self.after_quantized or has_free_norms()) and not (is_other or is_stream or has_hooks(self.layer))
 
 
 def _is_quantized(layer: nn.Module) -> bool:
@@ -104,19 +100,19 @@ def _apply(link: _Link, state: Activation, other: Callable[[], Tensor] | None) -
     is_free = has_free_norms()
     if hasattr(layer, "x_quantizer"):
         assert other is not None
-        if _has_hooks(layer):
+        if has_hooks(layer):
             return layer(computed(state), other())
-        return _add(layer, state, other(), following is not None and _has_hooks(following))
+        return _add(layer, state, other(), following is not None and has_hooks(following))
     if link.is_norm:
         return defer(layer, computed(state))
-    if _has_hooks(layer):
+    if has_hooks(layer):
         return layer(computed(state))
     if isinstance(layer, nn.ReLU):
         if clips_at_zero(_first_quantizer(following)):
             return state
         if not isinstance(state, Deferred):
             return layer(state)
-        if is_free and following is not None and can_recompute(following) and not _has_hooks(following):
+        if is_free and following is not None and can_recompute(following) and not has_hooks(following):
             return state._replace(relu=True)
         return computed_relu(state)
     if isinstance(getattr(layer, "quantizer", None), Quantizer):
@@ -142,12 +138,12 @@ def chain(layers: Sequence[nn.Module], x: Tensor, other: Callable[[], Tensor] | 
 
 def _reader(links: Sequence[_Link]) -> Reader | None:
     """Returns the ReLU or the quantizer of a convolution that comes first, or after a ReLU that is the quantizer's."""
-    if links and isinstance(links[0].layer, nn.ReLU) and not _has_hooks(links[0].layer):
+    if links and isinstance(links[0].layer, nn.ReLU) and not has_hooks(links[0].layer):
         if not clips_at_zero(_first_quantizer(links[0].following)):
             return Reader(None)
         links = links[1:]
     layer = links[0].layer if links else None
-    if not isinstance(layer, nn.Conv2d) or not _is_quantized(layer) or _has_hooks(layer):
+    if not isinstance(layer, nn.Conv2d) or not _is_quantized(layer) or has_hooks(layer):
         return None
     quantizer: Any = layer.input_quantizer
     grid = usable_grid(quantizer)

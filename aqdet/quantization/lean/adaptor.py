@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import has_free_norms, plain
-from .conv import Geometry, can_recompute
+from .conv import has_hooks
 from .moments import Moments, batch_moments, norm_gradients, normalized
 from .norm import defers, norm_of_call, starts_call
 from .parts import laid_out_as
@@ -19,7 +19,6 @@ class _Options(NamedTuple):
     norm: Any
     group: Any
     is_first: bool
-    geometry: Geometry
     sources: tuple[Recipe, ...]
 
 
@@ -40,8 +39,8 @@ class _Adaptor(torch.autograd.Function):
         norm_bias: Tensor,
         options: _Options,
     ) -> Tensor:
-        norm, group, is_first, geometry, sources = options
-        y = torch.conv2d(x, weight, None, *geometry)
+        norm, group, is_first, sources = options
+        y = torch.conv2d(x, weight)
         moments = batch_moments(y, norm, norm_weight, norm_bias, group, is_first)
         out = normalized(y, moments, carried is None)
         if carried is not None:
@@ -49,53 +48,37 @@ class _Adaptor(torch.autograd.Function):
         ctx.save_for_backward(
             weight, norm_weight, out > 0, *moments, *(value for each in sources for value in each[:3])
         )
-        ctx.options = norm.eps, group, geometry, [each.dtype for each in sources]
+        ctx.options = norm.eps, group, [each.dtype for each in sources]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, norm_weight, is_positive, *values = ctx.saved_tensors
-        eps, group, geometry, dtypes = ctx.options
+        eps, group, dtypes = ctx.options
         moments, values = Moments(*values[:5]), values[5:]
         bases, scales, shifts = values[::3], values[1::3], values[2::3]
         sources = [Recipe(*each) for each in zip(bases, scales, shifts, dtypes, strict=True)]
-        x = summed(*sources) if len(sources) == 2 else _computed(sources[0])
+        x = summed(*sources)
         # A third of the time of torch.where on a CPU.
         grad = torch.ops.aten.threshold_backward(grad, is_positive.to(grad.dtype), 0)
-        y = torch.conv2d(x, weight, None, *geometry)
+        y = torch.conv2d(x, weight)
         dy, dnorm_weight, dnorm_bias = norm_gradients(laid_out_as(grad, y), y, norm_weight, moments, eps, group, False)
         del y
-        stride, padding, dilation, groups = geometry
-        places = list(stride), list(padding), list(dilation), False, [0, 0], groups
+        places = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
         dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *places, needs)
         return dx, grad if ctx.needs_input_grad[1] else None, dweight, dnorm_weight, dnorm_bias, None
-
-
-def _computed(recipe: Recipe) -> Tensor:
-    """Returns what a recipe is of."""
-    if recipe.scale is None:
-        return recipe.base
-    out = torch.empty_like(recipe.base, dtype=recipe.dtype)
-    for part, (out_part,) in recipe.parts(out):
-        part.compute(out_part)
-    return out
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def adapt(module: Any, x: Tensor, carried: Tensor | None = None) -> Tensor:
     """Computes the forward of an :class:`aqdet.modeling.scaffold.adaptor.Adaptor`."""
     conv = module.conv
     is_plain = torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32 or conv.bias is not None
-    if is_plain or not has_free_norms() or not can_recompute(conv, with_norm=True) or _has_hooks(conv):
+    if is_plain or not has_free_norms() or has_hooks(conv):
         return plain("adapt")(module, x, carried)
     owner = norm_of_call(conv.norm)
-    if not defers(owner, x) or _has_hooks(conv.norm):
+    if not defers(owner, x) or has_hooks(conv.norm):
         return plain("adapt")(module, x, carried)
     sources = terms_of(x) or (recipe_of(x),)
-    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-    options = _Options(owner.norm, owner.group, starts_call(conv.norm), geometry, sources)
+    options = _Options(owner.norm, owner.group, starts_call(conv.norm), sources)
     return _Adaptor.apply(x, carried, conv.weight, owner.weight, owner.bias, options)

@@ -218,15 +218,18 @@ class _RecomputingConv2d(torch.autograd.Function):
         return *norm_gradients(dy, x, norm_weight, moments, eps, group, True), *rest
 
 
-def can_recompute(layer: nn.Module | None, with_norm: bool = False) -> bool:
-    """Returns whether a layer is a convolution in float whose input can be computed again in backward.
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether somebody reads what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
-    Nothing may be behind it, but for a norm and an activation if ``with_norm``.
-    """
+
+def can_recompute(layer: nn.Module | None) -> bool:
+    """Returns whether a layer is a convolution in float, without a norm, whose input backward can compute again."""
     return (
         isinstance(layer, nn.Conv2d)
         and not hasattr(layer, "weight_quantizer")
-        and (with_norm or (getattr(layer, "norm", None) is None and getattr(layer, "activation", None) is None))
+        and getattr(layer, "norm", None) is None
+        and getattr(layer, "activation", None) is None
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
     )

@@ -92,9 +92,14 @@ def terms_of(x: Tensor) -> tuple[Recipe, Recipe] | None:
     return noted[:2] if noted is not None and noted[2] == x._version else None
 
 
-def summed(first: Recipe, second: Recipe) -> Tensor:
-    """Computes the tensor whose terms :func:`note_terms` has noted."""
+def summed(first: Recipe, second: Recipe | None = None) -> Tensor:
+    """Computes the tensor, float32, whose terms :func:`note_terms` has noted, or that one recipe is of."""
+    if second is None and first.scale is None:
+        return first.base
     out = torch.empty_like(first.base, dtype=torch.float32)
-    for part, (out_part, base) in first.parts(out, second.base):
-        part.compute(out_part).add_(Recipe(base, second.scale).compute())
+    for part, (out_part, *bases) in first.parts(out, *([] if second is None else [second.base])):
+        part.compute(out_part)
+        for base in bases:
+            assert second is not None
+            out_part.add_(Recipe(base, second.scale).compute())
     return out

@@ -109,8 +109,8 @@ def test_it_reads_the_codes_of_a_stream(layout):
 
 @pytest.mark.parametrize("case", ["eval", "GN", "none", "half", "hook", "not free"])
 def test_elsewhere_it_is_the_plain_form(case):
-    adaptor = Adaptor(8, {"GN": "GN", "none": ""}.get(case, "BN")) if case != "GN" else Adaptor(32, "GN")
-    x = torch.randn(2, adaptor.conv.in_channels, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    adaptor = Adaptor(32, {"GN": "GN", "none": ""}.get(case, "BN"))
+    x = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     if case == "eval":
         adaptor.eval()
     calls = []
