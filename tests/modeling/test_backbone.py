@@ -165,12 +165,23 @@ def test_streams_and_sums_have_the_residual_bits():
     assert all(len(f.unique()) <= 64 for f in model(IMAGE).values())
 
 
+def test_a_resnet18_can_be_narrower_than_detectron2s():
+    """Its stages double the channels that ``RES2_OUT_CHANNELS`` starts with."""
+    narrow = ("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.RESNETS.STEM_OUT_CHANNELS", "12")
+    model = ready(make_backbone(*QUANT, *narrow, "MODEL.RESNETS.OUT_FEATURES", "['res2', 'res3', 'res4', 'res5']"))
+    shapes = {n: s.channels for n, s in model.bottom_up.output_shape().items()}
+    assert shapes == {"res2": 16, "res3": 32, "res4": 64, "res5": 128}
+    assert model.bottom_up.stem.conv1.out_channels == 12
+    assert {n: f.shape[1] for n, f in model.bottom_up(IMAGE).items()} == shapes
+
+
 @pytest.mark.parametrize(
     "overrides, words",
     [
         (("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, False, True]"), "DEFORM_ON_PER_STAGE"),
         (("MODEL.RESNETS.RES5_DILATION", "2"), "RES5_DILATION must be 1, got 2"),
-        (("MODEL.RESNETS.RES2_OUT_CHANNELS", "256"), "must be 64 for depth 18, got 256"),
+        (("MODEL.RESNETS.RES2_OUT_CHANNELS", "256"), "must be 64, or fewer for a narrower network.*18, got 256"),
+        (("MODEL.RESNETS.RES2_OUT_CHANNELS", "0"), "RES2_OUT_CHANNELS must be 64.*got 0"),
         (("MODEL.RESNETS.OUT_FEATURES", "['res3','res4']"), r"RESNETS.OUT_FEATURES must have 'res5'.*'res4'\]"),
         (
             ("MODEL.FPN.TOP_BLOCK_IN_FEATURE", "p5", "MODEL.FPN.IN_FEATURES", "['res3','res4']"),
