@@ -6,9 +6,9 @@ import ablation
 import ablation_table
 import kept_runs
 import pytest
-from ablation_grid import BASELINE, FLOAT, LENGTHS, START, Cell, chosen, part_of_grid, planned
+from ablation_grid import BASELINE, FLOAT, LENGTHS, START, Cell, chosen, part_name, part_of_grid, planned
 from ablation_jobs import estimate, evaluations, make_jobs, prune
-from ablation_table import write_results
+from ablation_table import command_line, write_results
 from detectron2.modeling import META_ARCH_REGISTRY
 from kept_runs import recall_runs
 
@@ -42,7 +42,7 @@ def finish(job, ap):
 
 def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start(parse):
     seen = set()
-    for dataset, count in (("shapes", 37), ("bccd", 16)):
+    for dataset, count in (("shapes", 37), ("bccd", 16), ("cards", 14)):
         args = parse("--dataset", dataset, "--seeds", "3", "--taps", "fpn")
         cells = planned(dataset, "fpn", ())
         jobs = make_jobs(args, cells)
@@ -76,7 +76,19 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own_from_its_seeds_start
             seen.add(job.output_dir)
         order = [cell for _, cell in jobs]
         assert all(order.index(Cell(d, START, 32, BASELINE)) == 0 or d == "fcos" for d in detectors)
-    assert len(seen) == 37 + 3 + 16 + 2
+    assert len(seen) == 37 + 3 + 16 + 2 + 14 + 2
+
+
+def test_a_narrower_network_has_runs_and_a_table_of_its_own(parse):
+    usual, narrow = (parse("--dataset", "cards", *more) for more in ((), ("--width", "16")))
+    cells = planned("cards", "backbone")
+    job, other = (make_jobs(args, cells)[0, cells[0]] for args in (usual, narrow))
+    assert other.name == f"{job.name}_width16" and other.output_dir == f"{job.output_dir}_width16"
+    models = [load_config(j.config, j.overrides).MODEL for j in (job, other)]
+    widths = [(m.RESNETS.STEM_OUT_CHANNELS, m.RESNETS.RES2_OUT_CHANNELS, m.FPN.OUT_CHANNELS) for m in models]
+    assert widths == [(64, 64, 64), (16, 16, 32)] and {m.RETINANET.NUM_CLASSES for m in models} == {6}
+    assert part_name(usual) == "cards" and part_name(narrow) == "cards width16"
+    assert command_line(narrow).endswith("--cards-root cards --width 16 --taps backbone")
 
 
 def test_options_leave_out_but_never_full_precision(parse):

@@ -5,9 +5,9 @@ Each seed has one full-precision start, and runs of equal length from it: full p
 loss, distillation from the full-precision run of the same start, the auxiliary path by its taps, and combinations
 ("aux_both+distill"). With "two_stage" the start is trained with the auxiliary path, too. A grid that was stopped goes
 on where it stopped when it is started again. --split test evaluates the trained detectors on images that the grid has
-not seen, 2000 of the embedded dataset or 72 of BCCD, for a table of its own. KEY VALUE pairs after -- go to every run,
-as for train_net.py. Results are kept in tools/experiments/ablation_runs.json, so that a grid can go on in another
-checkout; a run whose config, start or teacher has changed is trained anew.
+not seen, 2000 of the embedded dataset, 72 of BCCD or 67 of the cards, for a table of its own. KEY VALUE pairs after --
+go to every run, as for train_net.py. Results are kept in tools/experiments/ablation_runs.json, so that a grid can go on
+in another checkout; a run whose config, start or teacher has changed is trained anew.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ablation_grid import (
     PARTS,
     TAPS,
     WEIGHTS_ALONE,
+    WIDTH,
     Cell,
     chosen,
     part_of_grid,
@@ -40,8 +41,17 @@ sys.path.insert(0, str(ROOT / "tools"))  # jobs.py
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=LENGTHS, default="shapes", help="shapes are the drawn scenes")
+    parser.add_argument(
+        "--dataset", choices=LENGTHS, default="shapes", help="shapes are drawn scenes, cards playing cards"
+    )
     parser.add_argument("--bccd-root", default="BCCD", help="folder of BCCD in VOC's layout (default: %(default)s)")
+    parser.add_argument("--cards-root", default="cards", help="likewise, of the playing cards (default: %(default)s)")
+    parser.add_argument(
+        "--width",
+        type=integer(4, WIDTH),
+        default=WIDTH,
+        help="channels of the network's first stage, and half of the pyramid's if there are fewer than %(default)s",
+    )
     parser.add_argument("--output", type=folder_to_write, default="output/ablation", help="folder of all runs")
     parser.add_argument(
         "--seeds", type=integer(0), nargs="+", action=Distinct, default=[0, 1, 2], help="seeds (default: 0 1 2)"

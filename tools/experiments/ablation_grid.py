@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-LENGTHS = {"shapes": (600, 400), "bccd": (408, 306)}
+LENGTHS = {"shapes": (600, 400), "bccd": (408, 306), "cards": (900, 450)}
 """Iterations of a start and of each run from one; runs of another length have it in their name."""
+WIDTH = 64
+"""Channels of a ResNet-18's first stage; runs of a narrower one have its width in their name."""
 BITS = (2, 4)
 OTHERS = ("dorefa", "pact", "lqnet")
 WEIGHTS_ALONE = "lsqodd"
@@ -106,18 +108,20 @@ def planned(dataset: str, taps: str, methods: Sequence[str] = ()) -> list[Cell]:
     """Returns all rows of a dataset, 2 bits first.
 
     Args:
-        dataset: "shapes" or "bccd".
+        dataset: A key of ``LENGTHS``.
         taps: The taps of the form of the path that is combined with everything else.
         methods: Further methods, which are added to LSQ's rows.
     """
     best = f"aux_{taps}"
     rows = [BASELINE, "extra", "distill", *(f"aux_{name}" for name in TAPS), f"{best}+extra", f"{best}+distill"]
     rows += [TWO_STAGE, f"{best}+{TWO_STAGE}", f"{best}+distill+{TWO_STAGE}"]
-    if dataset == "bccd":
+    if dataset != "shapes":
         rows = [BASELINE, "distill", best, f"{best}+distill", f"{best}+{TWO_STAGE}", f"{best}+distill+{TWO_STAGE}"]
     rows += [method for method in methods if method not in rows]
     cells = [Cell("retinanet", FLOAT, 32, method) for method in (BASELINE, TWO_STAGE)]
     cells += [Cell("retinanet", "lsq", bits, method) for bits in BITS for method in rows]
+    if dataset == "cards":
+        return cells
     if dataset == "bccd":
         cells += [Cell("retinanet", "dorefa", 4, method) for method in (BASELINE, best)]
     else:
@@ -147,8 +151,9 @@ def is_usual(args: argparse.Namespace) -> bool:
 
 
 def part_name(args: argparse.Namespace) -> str:
-    """Returns the name of a part of the grid: dataset, detectors, quantizers, lengths and split, the usual left out."""
-    unusual = [] if is_usual(args) else [f"{args.start_iterations}+{args.iterations}"]
+    """Returns the name of a part of the grid: its dataset, and what it has that is unusual or is not the whole."""
+    unusual = [f"width{args.width}"] * (args.width != WIDTH)
+    unusual += [f"{args.start_iterations}+{args.iterations}"] * (not is_usual(args))
     unusual += [args.split] * (args.split != "val")
     return " ".join([args.dataset, *(args.detectors or ()), *(args.quantizers or ()), *unusual])
 

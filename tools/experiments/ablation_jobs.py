@@ -7,25 +7,43 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablation_grid import FLOAT, LENGTHS, START, Cell
+from ablation_grid import FLOAT, LENGTHS, START, WIDTH, Cell
 from jobs import Job
 from kept_runs import STATE, STRIPPED
 
 from aqdet.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"shapes": "quickstart", "bccd": "BCCD"}
+CONFIGS = {"shapes": "quickstart", "bccd": "BCCD", "cards": "BCCD"}
 """The folder of each dataset's configs."""
-SECONDS = {"shapes": 0.6, "bccd": 0.9}
+SECONDS = {"shapes": 0.6, "bccd": 0.9, "cards": 0.9}
 """Duration of an iteration on two quiet cores, in seconds; used until runs in the output folder tell it."""
 
 
 def declared(args: argparse.Namespace, *splits: str) -> list[str]:
-    """Returns the ``KEY VALUE`` that declares splits of BCCD; those of the embedded dataset need no declaration."""
-    if args.dataset != "bccd":
+    """Returns the ``KEY VALUE`` that declares splits of photographs; the embedded dataset needs no declaration."""
+    if args.dataset == "shapes":
         return []
-    entries = [{"name": f"bccd_{s}", "format": "voc", "root": args.bccd_root, "split": s} for s in splits]
+    root = {"bccd": args.bccd_root, "cards": args.cards_root}[args.dataset]
+    entries = [{"name": f"{args.dataset}_{s}", "format": "voc", "root": root, "split": s} for s in splits]
     return ["DATASETS.DECLARED", str(entries)]
+
+
+def fitted(args: argparse.Namespace) -> list[str]:
+    """Returns the ``KEY VALUE`` that fit a config to the dataset and to the width of the network."""
+    found = []
+    if args.dataset == "cards":  # with the config of the other photographs
+        found += ["DATASETS.TRAIN", "('cards_train',)", "DATASETS.TEST", "('cards_val',)"]
+        found += ["MODEL.RETINANET.NUM_CLASSES", "6"]
+    if args.width != WIDTH:
+        found += [
+            "MODEL.RESNETS.STEM_OUT_CHANNELS",
+            str(args.width),
+            "MODEL.RESNETS.RES2_OUT_CHANNELS",
+            str(args.width),
+        ]
+        found += ["MODEL.FPN.OUT_CHANNELS", str(2 * args.width)]
+    return found
 
 
 def config_of(dataset: str, cell: Cell) -> Path:
@@ -37,11 +55,12 @@ def config_of(dataset: str, cell: Cell) -> Path:
 
 def make_jobs(args: argparse.Namespace, cells: Sequence[Cell]) -> dict[tuple[int, Cell], Job]:
     """Returns the trainings by seed and row, each after the ones whose checkpoints it reads."""
-    data = declared(args, "train", "val")
+    data = [*declared(args, "train", "val"), *fitted(args)]
     usual_start, usual_run = LENGTHS[args.dataset]
 
     def name_of(cell: Cell) -> str:
-        length = "" if args.start_iterations == usual_start else f"_from{args.start_iterations}"
+        length = f"_width{args.width}" * (args.width != WIDTH)
+        length += "" if args.start_iterations == usual_start else f"_from{args.start_iterations}"
         if cell.quantizer != START and args.iterations != usual_run:
             length += f"_{args.iterations}"
         return f"{cell}{length}"
@@ -95,7 +114,7 @@ def evaluations(args: argparse.Namespace, jobs: dict[tuple[int, Cell], Job]) -> 
     """
     if args.split == "val":
         return {}
-    name = f"{'bccd' if args.dataset == 'bccd' else 'aqdet_shapes'}_{args.split}"
+    name = f"{'aqdet_shapes' if args.dataset == 'shapes' else args.dataset}_{args.split}"
     return {
         key: Job(
             name=f"{job.name} on {args.split}",

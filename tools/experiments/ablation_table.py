@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_grid import BASELINE, BITS, FLOAT, START, Cell, chosen, is_usual, part_name
+from ablation_grid import BASELINE, BITS, FLOAT, START, WIDTH, Cell, chosen, is_usual, part_name
 from ablation_jobs import evaluations, learning_rates
 from jobs import Job
 from kept_runs import keep_runs
@@ -23,8 +23,9 @@ PLOTS = "plots"
 TITLES = {
     "shapes": "the embedded dataset, 192x192",
     "bccd": "BCCD (205 images to train), 320x240",
+    "cards": "photographs of playing cards (236 to train), 320x240",
 }
-IMAGES = {"shapes": {"val": 200, "test": 2000}, "bccd": {"val": 87, "test": 72}}
+IMAGES = {"shapes": {"val": 200, "test": 2000}, "bccd": {"val": 87, "test": 72}, "cards": {"val": 60, "test": 67}}
 """Number of images of each split."""
 
 
@@ -133,7 +134,8 @@ def ap_of_starts(seeds: Sequence[int], done: dict[tuple[int, Cell], dict[str, An
 def command_line(args: argparse.Namespace) -> str:
     """Returns the command that makes the table."""
     command = f"python tools/experiments/ablation.py --dataset {args.dataset} --seeds {' '.join(map(str, args.seeds))}"
-    command += " --bccd-root BCCD" * (args.dataset == "bccd")
+    command += f" --{args.dataset}-root {'BCCD' if args.dataset == 'bccd' else 'cards'}" * (args.dataset != "shapes")
+    command += f" --width {args.width}" * (args.width != WIDTH)
     for option in ("detectors", "quantizers", "methods"):
         if getattr(args, option):
             command += " ".join([f" --{option}", *getattr(args, option)])
@@ -190,7 +192,8 @@ def write_results(args: argparse.Namespace, cells: Sequence[Cell], jobs: dict[tu
     ]
     seeds = " ".join(map(str, args.seeds))
     title = TITLES[args.dataset] + (f" ({part.partition(' ')[2]})" if " " in part else "")
-    text = f"""### What helps: ResNet-18 detectors on {title}
+    narrow = f" narrowed from {WIDTH} to {args.width} channels" * (args.width != WIDTH)
+    text = f"""### What helps: ResNet-18 detectors{narrow} on {title}
 
 For each seed one full-precision start of {args.start_iterations} iterations, and from it every run of
 {args.iterations}, full precision included. COCO AP of the detector alone, in percent, on
