@@ -220,6 +220,12 @@ def main() -> None:
     print(f"{MEANING.format(start=jobs[START].iterations, run=jobs['fp_bn_continued'].iterations)}\n")
     print(f"Picture: {picture}\nTable: {args.output}/results.md and results.json")
     print(f"Detectors and logs: {args.output}/{{start,{','.join(VARIANTS)}}}")
+    run = os.path.join(args.output, "lsq_w4a4_aux")
+    shipped = os.path.join(args.output, "shipped")
+    print(
+        f"To ship it: {os.path.relpath(sys.executable)} tools/export_model.py --config-file {run}/config.yaml "
+        f"--weights {run}/model_final_stripped.pth --output {shipped} --dataset aqdet_shapes_val"
+    )
     print(f"This run took {(time.monotonic() - start) / 60:.1f} minutes.")
 
 

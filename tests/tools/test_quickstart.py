@@ -64,5 +64,6 @@ def test_it_says_what_the_table_shows(tool, tmp_path, monkeypatch, capsys):
     tool.main()
     shown = capsys.readouterr().out
     assert "| lsq_w4a4_aux" in shown and "take 1/4.0 of the bytes" in shown
+    assert f"tools/export_model.py --config-file {tmp_path}/lsq_w4a4_aux/config.yaml" in shown
     assert "One seed, 4 + 4 iterations, a ResNet-18 of a quarter" in shown
     assert [row["detector"] for row in json.loads((tmp_path / "results.json").read_text())] == list(tool.VARIANTS)
