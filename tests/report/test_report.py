@@ -125,6 +125,12 @@ def test_two_runs(runs):
     # The table of results, to the decimal; the low run found nothing.
     assert '<td>AP, IoU 0.50 to 0.95</td><td class="best">12.9</td><td>0.0 <small>-12.9</small></td>' in text
     assert '<td>AP50, IoU 0.50</td><td class="best">12.5</td><td>0.0 <small>-12.5</small></td>' in text
+    # Draws of four images, one of which has the object that was found.
+    assert re.search(
+        r"<td>AP, 90 % of draws of the images</td><td>0\.0 to \d+\.\d</td><td>0\.0 to 0\.0 <small>-\d+\.\d to \+0\.0<",
+        text,
+    )
+    assert "Draws: as many images as the set has, drawn with replacement 300 times" in text
     assert "--config-file low.yaml SEED 1" in text
     # Curves: of AP, of the only loss of the float run, and of what the quantized one has too.
     assert "<figcaption>AP on the test set</figcaption>" in text and "<figcaption>aux_loss_cls</figcaption>" in text

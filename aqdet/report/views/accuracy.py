@@ -11,6 +11,7 @@ from ...evaluation.coco import COCO_LIMIT, LIMIT_KEY, METRICS
 from .. import svg
 from ..detections import precision_recall
 from ..evaluation_results import TestSet, limit_of
+from ..resampling import DRAWS, interval, resampled_ap
 from ..run_folder import Run
 from .table import Cell, Row, Table, cells_of, legend_of
 
@@ -37,6 +38,9 @@ def results(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | No
         keys.pop(LIMIT_KEY, None)
         apart = {next((key for key in keys if key not in METRICS), ""), *(f"{task} AP" for task in _TASK_TEXT)}
         rows = [Row(_cells(key, test_set.metrics), "apart" if key in apart else "") for key in keys]
+        resampled = _resampled(test_set)
+        if resampled is not None:
+            rows.insert(list(keys).index("AP") + 1 if "AP" in keys else 0, resampled)
         limits = {run.name: limit_of(metrics) for run, metrics in zip(runs, test_set.metrics, strict=True) if metrics}
         text = ", ".join(f"{limit} ({name})" for name, limit in limits.items())
         tables.append(
@@ -46,9 +50,30 @@ def results(runs: Sequence[Run], sets: Sequence[TestSet]) -> dict[str, Any] | No
                 "limits": ""
                 if set(limits.values()) == {COCO_LIMIT}
                 else f"Detections of an image that count, the best first: {text}.",
+                "resampled": resampled is not None,
             }
         )
-    return {"sets": tables, "reference": runs[0].name if len(runs) > 1 else ""} if tables else None
+    return {"sets": tables, "reference": runs[0].name if len(runs) > 1 else "", "draws": DRAWS} if tables else None
+
+
+def _resampled(test_set: TestSet) -> Row | None:
+    """Returns a row with the range of AP over draws of the images, and of the difference from the first run."""
+    known = [evaluation for evaluation in test_set.evaluations if evaluation is not None]
+    if not known:
+        return None
+    draws = iter(resampled_ap(known))
+    drawn = [None if evaluation is None else next(draws) for evaluation in test_set.evaluations]
+    cells = [Cell("AP, 90 % of draws of the images")]
+    for index, values in enumerate(drawn):
+        ends = None if values is None else interval(values)
+        if values is None or ends is None:
+            cells.append(Cell("-"))
+            continue
+        apart = interval(values - drawn[0]) if index and drawn[0] is not None else None
+        cells.append(
+            Cell(f"{ends[0]:.1f} to {ends[1]:.1f}", small=f"{apart[0]:+.1f} to {apart[1]:+.1f}" if apart else "")
+        )
+    return Row(cells)
 
 
 def _cells(key: str, metrics: Sequence[dict[str, float | None] | None]) -> list[Cell]:
