@@ -151,15 +151,15 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     # "atss": points of each level that are considered, and the side of the square at a point, in strides.
     cfg.MODEL.FCOS.ATSS_CANDIDATES = 9
     cfg.MODEL.FCOS.ATSS_SIDE = 8.0
-    # Target of the class scores. "focal": 1 at positive points. "quality" (2006.04388; not measured here): the overlap
-    # of the predicted box; there is no centerness then, FOCAL_LOSS_GAMMA is the exponent and FOCAL_LOSS_ALPHA has no
-    # part in it.
+    # Target of the class scores. "focal": 1 at positive points. "quality" (2006.04388; no gain here, RESULTS.md): the
+    # overlap of the predicted box; there is no centerness then, FOCAL_LOSS_GAMMA is the exponent and FOCAL_LOSS_ALPHA
+    # has no part in it.
     cfg.MODEL.FCOS.CLASS_LOSS = "focal"
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
-    # Experimental, not measured here: factors of the two losses that HQOD (2408.02561) adds at positive points, 1
-    # there, 0 for none: one that pulls boxes most that are nearly right, and one that pulls score and overlap up
-    # together.
+    # Factors of the two losses that HQOD (2408.02561) adds at positive points, 1 there, 0 for none: one that pulls
+    # boxes most that are nearly right, and one that pulls score and overlap up together. Both together gain AP in
+    # short trainings (RESULTS.md).
     cfg.MODEL.FCOS.HARMONIOUS_IOU_WEIGHT = 0.0
     cfg.MODEL.FCOS.TASK_CORRELATION_WEIGHT = 0.0
     # Thresholds in evaluation; scores are sqrt(class probability x centerness), or without a centerness the class's.
