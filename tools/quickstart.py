@@ -28,7 +28,7 @@ START, START_CONFIG = "start", "fp_bn_aux"
 START_ITERATIONS, ITERATIONS = 600, 300
 """Lengths of the start and of each run from it."""
 NARROW = {"MODEL.RESNETS.STEM_OUT_CHANNELS": 16, "MODEL.RESNETS.RES2_OUT_CHANNELS": 16, "MODEL.FPN.OUT_CHANNELS": 32}
-"""A quarter of ResNet-18's channels and half of the configs' pyramid, which train four times as fast."""
+"""A quarter of ResNet-18's channels and half of the configs' pyramid, which train three times as fast."""
 WARMUP_ITERS = 20
 TEST = "quickstart_test"
 DRAWN, SHORT_DRAWN = ("aqdet_shapes_test", 0.35), ("aqdet_shapes_val", 0.1)

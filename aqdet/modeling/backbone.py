@@ -158,13 +158,13 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         valid = ", ".join(map(str, BLOCKS_PER_STAGE))
         raise ValueError(f"MODEL.RESNETS.DEPTH must be one of {valid}, got {depth}")
     basic = depth < 50
+    if any(resnets.DEFORM_ON_PER_STAGE):
+        raise ValueError("MODEL.RESNETS.DEFORM_ON_PER_STAGE: deformable convs cannot be quantized")
     if basic and not 1 <= resnets.RES2_OUT_CHANNELS <= 64:
         raise ValueError(
             "MODEL.RESNETS.RES2_OUT_CHANNELS must be 64, or fewer for a narrower network, for depth "
             f"{depth}, got {resnets.RES2_OUT_CHANNELS}"
         )
-    if any(resnets.DEFORM_ON_PER_STAGE):
-        raise ValueError("MODEL.RESNETS.DEFORM_ON_PER_STAGE: deformable convs cannot be quantized")
     if resnets.RES5_DILATION != 1:
         raise ValueError(f"MODEL.RESNETS.RES5_DILATION must be 1, got {resnets.RES5_DILATION}")
     stem = QuantStem(in_channels=input_shape.channels, out_channels=resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)

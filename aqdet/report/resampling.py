@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 DRAWS = 300
 INTERVAL = (5.0, 95.0)
 """Percentiles between which 90 % of the draws lie."""
-_MIN_IMAGES = 2
+_MIN_DRAWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ def weighted_average_precision(
 def resampled_ap(evaluations: Sequence[COCOeval], *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64]:
     """Computes AP over images drawn with replacement, as many as there are (Efron's bootstrap, 1979).
 
-    Each draw has the same images for all evaluations, so that differences between rows are paired.
+    Each draw has the same images for all evaluations, so that differences between rows are paired. A draw has fewer
+    different images than the set, and more AP on average: the range is not centred on the set's AP.
 
     Args:
         evaluations: Accumulated evaluations of detections in the same images.
@@ -113,9 +114,9 @@ def resampled_ap(evaluations: Sequence[COCOeval], *, draws: int = DRAWS, seed: i
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Returns the ends between which 90 % of the draws lie; None if there are no finite ones."""
+    """Returns the ends between which 90 % of the finite draws lie; None if there are fewer than two of them."""
     known = values[np.isfinite(values)]
-    if known.size < _MIN_IMAGES:
+    if known.size < _MIN_DRAWS:
         return None
     low, high = np.percentile(known, INTERVAL)
     return float(low), float(high)

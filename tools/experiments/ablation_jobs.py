@@ -36,12 +36,8 @@ def fitted(args: argparse.Namespace) -> list[str]:
         found += ["DATASETS.TRAIN", "('cards_train',)", "DATASETS.TEST", "('cards_val',)"]
         found += ["MODEL.RETINANET.NUM_CLASSES", "6"]
     if args.width != WIDTH:
-        found += [
-            "MODEL.RESNETS.STEM_OUT_CHANNELS",
-            str(args.width),
-            "MODEL.RESNETS.RES2_OUT_CHANNELS",
-            str(args.width),
-        ]
+        for key in ("RESNETS.STEM_OUT_CHANNELS", "RESNETS.RES2_OUT_CHANNELS"):
+            found += [f"MODEL.{key}", str(args.width)]
         found += ["MODEL.FPN.OUT_CHANNELS", str(2 * args.width)]
     return found
 
