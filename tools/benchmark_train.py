@@ -1,6 +1,7 @@
 """Measurement of quantized training steps beside the float detector's, which ``benchmark.py train`` runs."""
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -22,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from aqdet.analysis.plan import make_plan
 from aqdet.config import load_config
-from aqdet.quantization import calibrate
+from aqdet.quantization import calibrate, use_kernels
 from aqdet.quantization.lean.integer import largest_integer_weight
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "BCCD"
@@ -56,16 +57,24 @@ def make_batch(num_images: int, height: int, width: int) -> list[dict[str, Any]]
 
 @dataclasses.dataclass
 class Variant:
-    """A detector, and the measurements of its steps."""
+    """A detector, and the measurements of its steps.
+
+    Attributes:
+        model, batch: the detector and the images of a step.
+        is_ours: whether it computes with our kernels; Detectron2's own detector and peers do not.
+        seconds, processor: time of each step, and of the processor in it.
+    """
 
     model: nn.Module
     batch: list[dict[str, Any]]
+    is_ours: bool = True
     seconds: list[float] = dataclasses.field(default_factory=list)
     processor: list[float] = dataclasses.field(default_factory=list)
 
     def loss(self) -> torch.Tensor:
         """Runs the forward pass alone."""
-        with EventStorage(0):
+        ours_or_plain = contextlib.nullcontext() if self.is_ours else use_kernels("plain")
+        with EventStorage(0), ours_or_plain:
             return sum(self.model(self.batch).values())
 
     def step(self) -> None:
@@ -97,7 +106,7 @@ def build(name: str, fpn_channels: int, batch: list[dict[str, Any]], make_conv: 
         model.backbone.register_forward_pre_hook(
             lambda _, images: images[0].contiguous(memory_format=torch.channels_last)
         )
-    variant = Variant(model, batch)
+    variant = Variant(model, batch, is_ours=make_conv is None and not name.startswith("float"))
 
     def run() -> None:
         with torch.no_grad():

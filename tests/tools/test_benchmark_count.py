@@ -21,10 +21,11 @@ def coco(name, *overrides):
     "name, amp, launches, gigabytes, kept, collectives",
     [
         # Ceilings: what is counted today. One that is undercut by much should be lowered.
-        ("lsq_w4a4", False, 1463, 19.8, 1.09, 72),
-        # The float detector: 1808 launches, 16.3 GB, 1.58 GB kept, 136 collectives and 204 waits in its norms.
-        ("lsq_w4a4", True, 1586, 10.6, 0.62, 72),
-        ("lsq_w4a4_aux", True, 2562, 17.0, 1.16, 128),
+        ("lsq_w4a4", False, 1467, 20.2, 0.94, 72),
+        # The float detector by plain operations: 1808 launches, 16.3 GB, 1.58 GB kept, 136 collectives and 204 waits in
+        # its norms.
+        ("lsq_w4a4", True, 1591, 10.8, 0.61, 72),
+        ("lsq_w4a4_aux", True, 2570, 17.3, 1.15, 128),
     ],
 )
 def test_the_network_keeps_its_budget(name, amp, launches, gigabytes, kept, collectives):
@@ -41,7 +42,8 @@ def test_a_float_step_moves_its_activations_only():
     small = (*TWO_BITS, "MODEL.FPN.OUT_CHANNELS", "64")
     found = count_network(coco("fp_bn", *small), (128, 128), 2, num_processes=8)
     quantized = count_network(coco("lsq_w4a4", *small), (128, 128), 2, num_processes=8)
-    assert found.flops == quantized.flops and (found.collectives, quantized.collectives) == (136, 72)
+    stem = 2 * 2 * 64 * 64 * (64 * 3 * 7 * 7)  # computed once more in backward
+    assert quantized.flops == found.flops + stem and (found.collectives, quantized.collectives) == (136, 72)
     # The float norms are torch's, whose synchronized form waits for the numbers of images.
     assert found.waits == 3 * 68 and quantized.waits == 0
     assert quantized.kept < 0.7 * found.kept

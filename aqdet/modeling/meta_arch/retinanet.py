@@ -11,12 +11,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
-from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
 from ..heads import QuantRetinaNetHead
 from .dense import LowPrecisionDense
-from .shared_losses import at, box_losses, by_level, places, positive_anchors, positive_places
+from .shared_losses import at, box_losses, by_level, focal_loss, places, positive_anchors, positive_places
 
 
 @META_ARCH_REGISTRY.register()
@@ -68,12 +67,6 @@ class QuantRetinaNet(LowPrecisionDense, RetinaNet):
         )
         losses = []
         for (logits, _), box_loss in zip(heads, boxes, strict=True):
-            class_loss = sigmoid_focal_loss_jit(
-                by_level(valid, logits),
-                one_hot.to(logits[0].dtype),
-                alpha=self.focal_loss_alpha,
-                gamma=self.focal_loss_gamma,
-                reduction="sum",
-            )
+            class_loss = focal_loss(by_level(valid, logits), one_hot, self.focal_loss_alpha, self.focal_loss_gamma)
             losses.append({"loss_cls": class_loss / normalizer, "loss_box_reg": box_loss / normalizer})
         return losses

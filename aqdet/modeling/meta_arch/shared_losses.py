@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.structures import Boxes
 from fvcore.nn import smooth_l1_loss
@@ -66,6 +67,47 @@ def positive_anchors(anchors: Sequence[Boxes], index: Tensor) -> Tensor:
     """Returns the boxes of anchors, which are the same in every image, ``(P, 4)``."""
     boxes = Boxes.cat(list(anchors)).tensor
     return boxes.index_select(0, index % len(boxes))
+
+
+class _FocalLoss(torch.autograd.Function):
+    """Computes the gradient along with the loss, and keeps it alone."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
+        x, target = logits.float(), one_hot.float()
+        p = torch.sigmoid(x)
+        entropy = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+        p_target = p * target + (1 - p) * (1 - target)
+        wrong = 1 - p_target
+        weight = wrong**gamma
+        loss = entropy * weight
+        grad = weight.mul_(p - target)
+        if gamma:
+            # The derivative of the weight: p_target grows with the logit where the target is 1, and falls elsewhere.
+            grad -= entropy.mul_(wrong ** (gamma - 1)).mul_(p * (1 - p)).mul_(2 * target - 1).mul_(gamma)
+        if alpha >= 0:
+            balance = alpha * target + (1 - alpha) * (1 - target)
+            loss, grad = balance * loss, grad.mul_(balance)
+        ctx.save_for_backward(grad.to(logits.dtype))
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (own,) = ctx.saved_tensors
+        return own * grad, None, None, None
+
+
+def focal_loss(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Computes the sum of fvcore's sigmoid focal loss (1708.02002), 0-dim.
+
+    Its gradient is kept for backward, where ten intermediates of its size would be.
+
+    Args:
+        logits: of any shape.
+        one_hot: 1 at the class of each anchor and 0 elsewhere, of the shape of ``logits``.
+        alpha, gamma: see fvcore's.
+    """
+    return _FocalLoss.apply(logits, one_hot, alpha, gamma)
 
 
 def box_losses(

@@ -13,7 +13,17 @@ from ..quantizer import Quantizer
 from .conv import can_recompute, deferred_conv2d, has_hooks, recomputing_conv2d
 from .elementwise import fake_quantize
 from .moments import Reader
-from .norm import Activation, Deferred, computed, computed_relu, defer, defer_all, is_synchronized, quantize_deferred
+from .norm import (
+    Activation,
+    Deferred,
+    computed,
+    computed_relu,
+    defer,
+    defer_all,
+    defer_behind,
+    is_synchronized,
+    quantize_deferred,
+)
 from .recipe import note_terms, recipe_of
 from .weight import is_usable, usable_grid
 
@@ -64,8 +74,27 @@ def _add(layer: Any, x: Activation, y: Tensor, is_tapped: bool) -> Tensor:
     return note_terms(x + y, recipe_of(x), recipe_of(y)) if is_tapped else x + y
 
 
+def _at_stride(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Returns the places that a 1x1 convolution with a stride reads, without the others in memory."""
+    if tuple(stride) == (1, 1):
+        return x
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    read = x[:, :, :: stride[0], :: stride[1]]
+    return read.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
 def _float_conv2d(layer: Any, x: Tensor) -> Activation:
-    """Computes the forward of Detectron2's ``Conv2d`` but for the last step of its norm."""
+    """Computes the forward of Detectron2's ``Conv2d`` but for the last step of its norm.
+
+    A 1x1 convolution costs less than to keep its output: backward computes it again, from the places that it reads.
+    """
+    is_pointwise = tuple(layer.kernel_size) == (1, 1) and tuple(layer.padding) == (0, 0)
+    if is_pointwise and layer.bias is None and layer.activation is None:
+        again = defer_behind(
+            layer.norm, _at_stride(x, layer.stride), layer.weight, ((1, 1), (0, 0), (1, 1), layer.groups)
+        )
+        if again is not None:
+            return again
     out = defer(layer.norm, layer._conv_forward(x, layer.weight, layer.bias))
     return out if layer.activation is None else layer.activation(computed(out))
 
@@ -98,6 +127,9 @@ def _links(layers: Sequence[nn.Module]) -> list[_Link]:
 def _apply(link: _Link, state: Activation, other: Callable[[], Tensor] | None) -> Activation:
     layer, following, _ = link
     is_free = has_free_norms()
+    has_source = isinstance(state, Deferred) and state.source is not None
+    if has_source and not isinstance(layer, nn.ReLU):
+        state = computed(state)
     if hasattr(layer, "x_quantizer"):
         assert other is not None
         if has_hooks(layer):
@@ -112,7 +144,8 @@ def _apply(link: _Link, state: Activation, other: Callable[[], Tensor] | None) -
             return state
         if not isinstance(state, Deferred):
             return layer(state)
-        if is_free and following is not None and can_recompute(following) and not has_hooks(following):
+        recomputes = following is not None and can_recompute(following) and not has_hooks(following)
+        if is_free and not has_source and recomputes:
             return state._replace(relu=True)
         return computed_relu(state)
     if isinstance(getattr(layer, "quantizer", None), Quantizer):

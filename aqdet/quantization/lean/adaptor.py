@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels import has_free_norms, plain
 from .conv import has_hooks
+from .convolved import conv_gradients
 from .moments import Moments, batch_moments, norm_gradients, normalized
 from .norm import defers, norm_of_call, starts_call
 from .parts import laid_out_as
@@ -64,9 +65,8 @@ class _Adaptor(torch.autograd.Function):
         y = torch.conv2d(x, weight)
         dy, dnorm_weight, dnorm_bias = norm_gradients(laid_out_as(grad, y), y, norm_weight, moments, eps, group, False)
         del y
-        places = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *places, needs)
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        dx, dweight = conv_gradients(dy, x, weight, ((1, 1), (0, 0), (1, 1), 1), needs)
         return dx, grad if ctx.needs_input_grad[1] else None, dweight, dnorm_weight, dnorm_bias, None
 
 

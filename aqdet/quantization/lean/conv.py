@@ -15,7 +15,7 @@ from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
 from .moments import Moments, norm_gradients, normalized, quantized_norm_gradients
-from .norm import Activation, Deferred, computed, defer
+from .norm import Activation, Deferred, computed, defer, defer_behind
 from .recipe import Recipe, recipe_of
 from .sharing import operands_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
@@ -223,7 +223,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def can_recompute(layer: nn.Module | None) -> bool:
+def can_recompute(layer: nn.Module) -> bool:
     """Returns whether a layer is a convolution in float, without a norm, whose input backward can compute again."""
     return (
         isinstance(layer, nn.Conv2d)
@@ -253,17 +253,34 @@ def deferred_conv2d(layer: Any, x: Activation) -> Activation:
     """Computes :func:`conv2d` but for the last step where the layer ends in a batch norm."""
     if not layer.weight_quantizer.is_active:
         return plain("conv2d")(layer, computed(x))
-    x = _convolve(layer, x)
-    if layer.norm is not None:
-        x = defer(layer.norm, x)
-    return x if layer.activation is None else layer.activation(computed(x))
+    out = _stem(layer, x)
+    if out is None:
+        out = _convolve(layer, x)
+        if layer.norm is not None:
+            out = defer(layer.norm, out)
+    return out if layer.activation is None else layer.activation(computed(out))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Returns ``x`` in the layout of the integer convolutions that follow; norms and pooling are faster in it, too."""
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
 
 
 def _float_conv2d(x: Tensor, *args: Any) -> Tensor:
-    if x.is_cpu:
-        # The layout of the integer convolutions that follow, in which norms and pooling are faster too.
-        x = x.contiguous(memory_format=torch.channels_last)
-    return torch.conv2d(x, *args)
+    return torch.conv2d(_laid_out(x), *args)
+
+
+def _stem(layer: Any, x: Activation) -> Activation | None:
+    """Computes a layer that reads the image but for the last step of its norm; None for any other layer.
+
+    The image has a fifth of the values of what is computed from it, and few channels: backward convolves it again.
+    """
+    if isinstance(x, Deferred) or x.requires_grad or layer.input_quantizer is not None:
+        return None
+    if layer.norm is None or layer.bias is not None:
+        return None
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    return defer_behind(layer.norm, _laid_out(x), layer.quantized_weight(), geometry)
 
 
 def _convolve(layer: Any, x: Activation) -> Tensor:

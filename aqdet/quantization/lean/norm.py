@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..functional import value_dtype
 from ..graph import is_recomputing
+from .convolved import Source, norm_behind
 from .elementwise import fake_quantize, recipe_codes, recipe_quantized
 from .moments import (
     Moments,
@@ -36,7 +37,7 @@ class Deferred(NamedTuple):
     """Output of a batch norm in training that is not computed yet.
 
     Attributes:
-        x: input, ``(N, C, H, W)``.
+        x: input, ``(N, C, H, W)``; outside of autograd where there is a ``source``.
         weight, bias: parameters, float32 ``(C,)``.
         moments: the moments of ``x``.
         eps: added to the variance.
@@ -45,6 +46,8 @@ class Deferred(NamedTuple):
             what ``reader`` makes of it: of the shape of ``x``, without values; else None.
         reader: the one reader of the output, whose gradient is computed with the norm's; None if it is not known.
         relu: whether it is the ReLU of the output that stands here, for a convolution that computes it again.
+        source: what ``x`` is the result of, if only :func:`computed` and :func:`computed_relu` may read the output;
+            else None.
     """
 
     x: Tensor
@@ -56,6 +59,7 @@ class Deferred(NamedTuple):
     token: Tensor | None = None
     reader: Reader | None = None
     relu: bool = False
+    source: Source | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -173,6 +177,8 @@ def quantize_deferred(
 
 
 def _output(x: Deferred, relu: bool) -> Tensor:
+    if x.source is not None:
+        return norm_behind(x.source, x.x, x.weight, x.bias, x.moments, (x.eps, x.group, relu))
     if x.token is not None:
         if relu and x.reader is None:
             return torch.relu(_output(x, False))
@@ -182,8 +188,10 @@ def _output(x: Deferred, relu: bool) -> Tensor:
 
 
 def computed(x: Activation) -> Tensor:
-    """Returns a tensor, computed where it was deferred, with its recipe noted."""
-    return note_recipe(_output(x, False), x.recipe) if isinstance(x, Deferred) else x
+    """Returns a tensor, computed where it was deferred, with its recipe noted unless it would keep what need not be."""
+    if not isinstance(x, Deferred):
+        return x
+    return _output(x, False) if x.source is not None else note_recipe(_output(x, False), x.recipe)
 
 
 def computed_relu(x: Activation) -> Tensor:
@@ -226,8 +234,14 @@ def norm_of_call(norm: nn.Module, later: int = 0) -> _Owner:
     return _Owner(own, getattr(affine, "weight", None), getattr(affine, "bias", None), _group(own))
 
 
-def defers(owner: _Owner, x: Tensor) -> bool:
-    """Returns whether a call of a norm is known here; ``x`` is what it reads, or what its convolution reads."""
+def defers(owner: _Owner, x: Tensor, *operands: Tensor) -> bool:
+    """Returns whether a call of a norm is known here; ``x`` is what it reads, or what its convolution reads.
+
+    Args:
+        owner: see :func:`norm_of_call`.
+        x: ``(N, C, H, W)``.
+        operands: what ``x`` stands for the result of, if ``x`` itself is outside of autograd.
+    """
     norm, weight, bias, group = owner
     return (
         type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -236,7 +250,7 @@ def defers(owner: _Owner, x: Tensor) -> bool:
         and norm.momentum is not None
         and weight is not None
         and bias is not None
-        and x.requires_grad
+        and any(t.requires_grad for t in (x, *operands))
         and torch.is_grad_enabled()
         and weight.dtype == torch.float32
         and _has_kernels(x)
@@ -273,6 +287,31 @@ def defer(norm: nn.Module, x: Tensor) -> Activation:
     with torch.no_grad():
         moments = batch_moments(x, own, weight, bias, group, is_first)
     return Deferred(x, weight, bias, moments, own.eps, group)
+
+
+def defer_behind(norm: nn.Module, x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Activation | None:
+    """Computes ``norm(conv2d(x, weight))`` but for the last step, for which backward is to convolve again.
+
+    Args:
+        norm: any module.
+        x: ``(N, C, H, W)``.
+        weight: ``(O, C / groups, kH, kW)``.
+        geometry: stride, padding, dilation and groups.
+
+    Returns:
+        None where the norm or the precision is not known here; nothing is computed then.
+    """
+    owner = norm_of_call(norm)
+    is_float = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    if not (is_float and defers(owner, x, weight)):
+        return None
+    with torch.no_grad():
+        y = torch.conv2d(x, weight, None, *geometry)
+        if owner.group is None and y.numel() <= y.shape[1]:
+            return None
+        moments = batch_moments(y, owner.norm, owner.weight, owner.bias, owner.group, starts_call(norm))
+    source = Source(x, weight, geometry)
+    return Deferred(y, owner.weight, owner.bias, moments, owner.norm.eps, owner.group, source=source)
 
 
 def is_synchronized(norm: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Max pooling whose input need not be kept."""
+"""Max pooling that keeps two bytes of each output."""
 
 from __future__ import annotations
 
@@ -7,30 +7,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recipe import recipe_of
+from ..kernels import plain
+
+_LARGEST = torch.iinfo(torch.int16).max
 
 
 class _MaxPool2d(torch.autograd.Function):
-    """Keeps a tensor like its input, for its shape alone, and four bytes for each output."""
+    """Keeps the place of each maximum, counted in the input's order from the first place of its window."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, like: Tensor, geometry: tuple[int, int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, geometry: tuple[int, int, int]) -> Tensor:
         y, indices = torch.ops.aten.max_pool2d_with_indices(x, *([size, size] for size in geometry))
-        ctx.save_for_backward(like, indices.int())
+        first = _first_places(y, x.shape[-1], geometry)
+        ctx.save_for_backward(indices.sub_(first).to(torch.int16), first)
         ctx.geometry = geometry
+        ctx.like = x.shape, x.stride(), x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        like, indices = ctx.saved_tensors
+        places, first = ctx.saved_tensors
+        shape, stride, dtype = ctx.like
+        indices = places.long().add_(first)
+        like = grad.new_empty_strided(shape, stride, dtype=dtype)  # its values are not read
         sizes = [[size, size] for size in ctx.geometry]
-        dx = torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *sizes, [1, 1], False, indices.long())
-        return dx, None, None
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *sizes, [1, 1], False, indices), None
+
+
+def _first_places(y: Tensor, width: int, geometry: tuple[int, int, int]) -> Tensor:
+    """Returns the index of each window's first place in an input of a width, ``(H, W)`` of the output ``y``."""
+    _, stride, padding = geometry
+    height, length = (size * stride for size in y.shape[2:])
+    top = torch.arange(-padding * width, (height - padding) * width, stride * width, device=y.device)
+    left = torch.arange(-padding, length - padding, stride, device=y.device)
+    return top[:, None] + left
 
 
 def max_pool2d(x: Tensor, *, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """Computes ``torch.max_pool2d`` of ``(N, C, H, W)`` and keeps the recipe of ``x`` in its place."""
-    like = recipe_of(x).base
-    if like is x:
-        return torch.max_pool2d(x, kernel_size, stride, padding)
-    return _MaxPool2d.apply(x, like, (kernel_size, stride, padding))
+    """Computes ``torch.max_pool2d`` of ``(N, C, H, W)`` and keeps nothing of ``x``."""
+    if kernel_size * (x.shape[-1] + 1) > _LARGEST:
+        return plain("max_pool2d")(x, kernel_size=kernel_size, stride=stride, padding=padding)
+    return _MaxPool2d.apply(x, (kernel_size, stride, padding))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from aqdet.layers import LevelNorms, QuantConv2d, StreamQuantizer, max_pool2d, relu_before, run_chain
 from aqdet.quantization import QuantSpec, calibrate, fake_quantize, use_kernels
 from aqdet.quantization.kernels import free_norms
-from aqdet.quantization.lean import conv
+from aqdet.quantization.lean import conv as lean_conv
 from aqdet.quantization.lean.norm import computed, defer
 from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of
 
@@ -140,21 +140,25 @@ def test_gradients_from_a_recipe_are_those_from_the_tensor(layout, shape, gradie
 
 
 @all_layouts
-def test_pooling_keeps_the_recipe_instead_of_its_input(layout):
-    z = activation("small", layout)
-    norm = batch_norm(6)
-    x = normalize(norm, z)
-    plain = x.detach().clone().requires_grad_()
-    kept = []
+@pytest.mark.parametrize("size, stride, padding", [(3, 2, 1), (2, 2, 0), (5, 1, 2), (3, 3, 1)])
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 3, 9, 8), (1, 2, 7, 2)])
+def test_pooling_keeps_two_bytes_of_each_output(layout, size, stride, padding, shape):
+    """With ties, of which the first place counts, and where the window is wider than the input."""
+    x = torch.randint(-3, 3, shape, generator=torch.Generator().manual_seed(0)).float()
+    x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    other, kept = x.detach().clone().requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = max_pool2d(x, kernel_size=3, stride=2, padding=1)
-    assert x.data_ptr() not in {t.data_ptr() for t in kept} and kept[-1].dtype == torch.int32
-    expected = F.max_pool2d(plain, 3, 2, 1)
-    grad = torch.randn_like(expected)
-    x.retain_grad()
+        y = max_pool2d(x, kernel_size=size, stride=stride, padding=padding)
+    assert [(t.dtype, t.shape) for t in kept] == [(torch.int16, y.shape), (torch.int64, y.shape[2:])]
+    expected = F.max_pool2d(other, size, stride, padding)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     y.backward(grad), expected.backward(grad)
-    assert torch.equal(y, expected) and torch.equal(x.grad, plain.grad)
-    assert torch.equal(max_pool2d(plain, kernel_size=3, stride=2, padding=1), expected)
+    assert torch.equal(y, expected) and torch.equal(x.grad, other.grad)
+
+
+def test_pooling_of_an_input_too_wide_for_two_bytes_is_as_ever():
+    y = max_pool2d(torch.randn(1, 1, 3, 12000, requires_grad=True), kernel_size=3, stride=2, padding=1)
+    assert "MaxPool2DWithIndices" in str(y.grad_fn)
 
 
 class Block(nn.Module):
@@ -202,7 +206,7 @@ def step(block, run, x, autocast=False):
 @pytest.mark.parametrize("through", ("plain", "checkpoint", "deepcopy", "pickle"))
 def test_a_block_has_the_gradients_of_its_parts(method, through, integer, monkeypatch):
     if not integer:
-        monkeypatch.setattr(conv, "largest_integer_weight", lambda _: 0)
+        monkeypatch.setattr(lean_conv, "largest_integer_weight", lambda _: 0)
     block, x = Block(method), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
     calibrate(block, lambda: block(x))
     expected = step(block, lambda x: plain_forward(block, x), x)
@@ -286,3 +290,57 @@ def test_a_float_convolution_behind_a_norm_computes_its_input_again():
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
     assert kept[1] < 0.8 * kept[0]
+
+
+@all_layouts
+@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize("then", ((), (nn.ReLU(),)), ids=("norm", "ReLU"))
+def test_a_float_1x1_convolution_is_computed_again(layout, stride, then):
+    """As the auxiliary path's projections: its output is not kept, and of its input the places that it reads."""
+    found, kept = [], []
+    for kernels in ("plain", "lean"):
+        torch.manual_seed(0)
+        conv = Conv2d(16, 16, 1, stride=stride, bias=False, norm=batch_norm(16))
+        x, saved = activation("in parts", layout), {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t)  # fmt: skip  # noqa: E501
+        with use_kernels(kernels), free_norms(), hooks:
+            y = run_chain([conv, *then], x * 1)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+        found.append([y.detach(), x.grad, *(p.grad for p in conv.parameters()), *conv.norm.buffers()])
+        kept.append(sum(saved.values()))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    assert kept[1] < (0.6 if stride == 1 else 0.3) * kept[0]
+
+
+@all_layouts
+def test_a_stem_is_computed_again_from_the_image(layout):
+    """The image is a tenth of what it gives, which neither the norm nor the pooling keeps."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 3, 64, 64, generator=generator).contiguous(memory_format=LAYOUTS[layout])
+    specs = QuantSpec("lsq", 8, "weight", per_channel=True), None
+    found, kept = [], []
+    stem = QuantConv2d.from_float(Conv2d(3, 16, 7, 2, 3, bias=False, norm=batch_norm(16)), *specs)
+    calibrate(stem, lambda: stem(image))
+    state = copy.deepcopy(stem.state_dict())
+    for kernels in ("plain", "lean"):
+        stem.load_state_dict(state), stem.zero_grad()
+        saved = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.update({t.data_ptr(): t.nbytes}) or t, lambda t: t)  # fmt: skip  # noqa: E501
+        with use_kernels(kernels), hooks:
+            y = max_pool2d(stem(image), kernel_size=3, stride=2, padding=1)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+        found.append([y.detach(), *(p.grad for p in stem.parameters()), *stem.norm.buffers()])
+        kept.append(sum(saved.values()))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    assert kept[1] < image.nbytes + 2 * y.numel() + 8 * y[0, 0].numel() + 4 * sum(p.nbytes for p in stem.parameters())
+
+
+@pytest.mark.parametrize("case", ["eval", "GN", "bias", "half"])
+def test_elsewhere_a_1x1_convolution_is_as_ever(case):
+    norm = {"GN": nn.GroupNorm(2, 16)}.get(case, batch_norm(16))
+    conv = Conv2d(16, 16, 1, bias=case == "bias", norm=norm).train(case != "eval")
+    with free_norms(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "half"):
+        y = run_chain([conv], activation("in parts", "contiguous"))
+    assert "_NormBehind" not in str(y.grad_fn)
