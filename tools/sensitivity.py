@@ -61,12 +61,11 @@ def measure(args: argparse.Namespace) -> Sensitivity:
     """Loads the detector and measures it."""
     import itertools
 
-    from tqdm import tqdm
-
     from aqdet.analysis.sensitivity import PartlyQuantized, measure_sensitivity
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes, register_declared
     from aqdet.engine import Trainer, check_config, fit_to_machine
+    from aqdet.utils.progress import progress_bar
 
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
@@ -88,7 +87,7 @@ def measure(args: argparse.Namespace) -> Sensitivity:
             logging.disable(logging.NOTSET)
 
     def progress(pairs: list[tuple[str, int]]) -> Iterable[tuple[str, int]]:
-        return tqdm(pairs, unit="measurement", mininterval=1 if sys.stderr.isatty() else 30)
+        return progress_bar(pairs, unit="measurement")
 
     metric = average_precision if args.metric == "ap" else None
     return measure_sensitivity(detector, by=args.by, size=tuple(args.size), metric=metric, progress=progress)

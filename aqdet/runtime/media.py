@@ -14,16 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..utils.files import replacing
+from ..utils.progress import progress_bar
 from .image import read_image
 from .sources import PictureSource
 
 DEFAULT_RATE = 25.0  # Frames a second of a video that does not state them.
 WINDOW = "aqdet"
 _ESCAPE = 27
-_SECONDS_BETWEEN_LINES = 30.0
 Draw = Callable[[np.ndarray, Any], np.ndarray]
 
 
@@ -120,9 +119,7 @@ class MediaLoop:
         total = None if None in frames else sum(count or 0 for count in frames)
         targets: list[Path | None] = [None] * len(sources) if outputs is None else list(outputs)
         pairs = list(zip(sources, targets, frames, strict=True))
-        # A terminal shows a bar; other outputs get a line now and then.
-        seconds = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-        with tqdm(total=total, unit="image", file=sys.stderr, mininterval=seconds) as self._bar:
+        with progress_bar(total=total, unit="image") as self._bar:
             for is_image, group in itertools.groupby(pairs, key=lambda pair: pair[0].kind == "image"):
                 if is_image:
                     self._do_images([(source, target) for source, target, _ in group])

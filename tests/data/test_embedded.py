@@ -17,6 +17,7 @@ from aqdet.data import SHAPE_CLASSES, make_shapes
 from aqdet.data.embedded.folder import SHAPE_SPLITS, shapes_folder
 from aqdet.data.embedded.register import set_cache_dir
 from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, _annotation, _place_items, draw_scene
+from aqdet.utils import progress
 
 NUM_SCENES = 40
 
@@ -194,8 +195,9 @@ def test_outlines_rasterize_to_the_drawn_pixels():
     assert len(shares) > 5 and min(shares) > 0.8 and np.mean(shares) > 0.9
 
 
-def test_progress_is_short_where_the_output_is_no_terminal(tmp_path, capsys):
+@pytest.mark.parametrize("pause, lines", [(0.0, 30), (30.0, 0)])
+def test_progress_is_lines_where_the_output_is_no_terminal(tmp_path, capsys, monkeypatch, pause, lines):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", pause)
     make_shapes(tmp_path / "drawn", num_images=30, seed=5, size=96)
-    shown = capsys.readouterr().err.replace("\r", "\n").split("\n")
-    assert any("30/30" in line for line in shown)
-    assert len([line for line in shown if "drawing" in line]) <= 2  # at the start and at the end
+    shown = capsys.readouterr().err
+    assert "\r" not in shown and shown.count("drawing drawn") >= lines and ("30/30" in shown) == bool(lines)

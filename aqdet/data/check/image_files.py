@@ -16,9 +16,9 @@ import os
 from collections.abc import Sequence
 
 from PIL import Image
-from tqdm import tqdm
 
 from ...runtime.image import EXIF_ORIENTATION, decode_image
+from ...utils.progress import progress_bar
 from .statistics import colours_of
 
 __all__ = ["ScannedImage", "scan_images"]
@@ -58,13 +58,13 @@ class ScannedImage:
 
 def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> list[ScannedImage]:
     """
-    Looks at image files in parallel, with a progress bar on a terminal.
+    Looks at image files in parallel, with progress on standard error.
 
     Args:
         paths: paths of the files.
         depths: the depth of the look at each file: ``"stat"``, its length; ``"header"``, its size and mode too;
             ``"pixels"``, also whether it decodes.
-        title: text in front of the progress bar.
+        title: text in front of the progress.
 
     Returns:
         a result for each file, in the order of `paths`.
@@ -75,8 +75,7 @@ def scan_images(paths: Sequence[str], depths: Sequence[str], *, title: str) -> l
     with concurrent.futures.ThreadPoolExecutor() as pool:
         found = pool.map(_scan, paths, depths)
         try:
-            # None shows no bar where the output is a file.
-            return list(tqdm(found, total=len(paths), desc=title, unit="image", disable=None))
+            return list(progress_bar(found, total=len(paths), unit="image", title=title))
         except BaseException:
             # An interrupt does not wait for the images that are left.
             pool.shutdown(cancel_futures=True)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 import cv2
 import numpy as np
 from iopath.common.file_io import file_lock
-from tqdm import tqdm
 
+from ...utils.progress import progress_bar
 from . import scenes
 from .scenes import IMAGE_SIZE, SHAPE_CLASSES, draw_scene
 
@@ -109,9 +108,7 @@ def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
         (part / "images").mkdir()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        seconds = 0.1 if sys.stderr.isatty() else 30  # between two updates
-        progress = tqdm(range(num_images), desc=f"drawing {folder.name}", unit="image", mininterval=seconds)
-        for index in progress:
+        for index in progress_bar(range(num_images), unit="image", title=f"drawing {folder.name}"):
             image, objects = draw_scene(seed, index, size)
             name = f"{index:06d}.png"
             if not cv2.imwrite(str(part / "images" / name), image):
