@@ -156,6 +156,7 @@ class QuantFCOS(LowPrecisionDense, FCOS):
         positive = positive_places(labels, self.num_classes)
         normalizer = self.normalizer(len(positive), len(gt_labels), 300)
         one_hot = F.one_hot(labels, num_classes=self.num_classes + 1)[:, :, :-1]
+        one_hot = one_hot.to(heads[0][0][0].dtype)
         own_anchors = positive_anchors(anchors, positive)
         tensors = [getattr(boxes, "tensor", boxes) for boxes in gt_boxes]
         own_boxes = at(positive, torch.stack(tensors))

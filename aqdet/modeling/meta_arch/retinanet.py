@@ -57,6 +57,7 @@ class QuantRetinaNet(LowPrecisionDense, RetinaNet):
         valid, positive = places(labels >= 0), positive_places(labels, self.num_classes)
         normalizer = self.normalizer(len(positive), len(gt_labels), 100)
         one_hot = F.one_hot(at(valid, labels), num_classes=self.num_classes + 1)[:, :-1]
+        one_hot = one_hot.to(heads[0][0][0].dtype)
         boxes = box_losses(
             positive_anchors(anchors, positive),
             at(positive, torch.stack(gt_boxes)),

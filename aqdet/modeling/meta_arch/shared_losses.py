@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.structures import Boxes
-from fvcore.nn import smooth_l1_loss
+from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
 from torch import Tensor
 
 IOU_EPS = 1e-7
@@ -70,44 +69,38 @@ def positive_anchors(anchors: Sequence[Boxes], index: Tensor) -> Tensor:
 
 
 class _FocalLoss(torch.autograd.Function):
-    """Computes the gradient along with the loss, and keeps it alone."""
+    """Computes the loss twice, both times with gradients: the script rounds otherwise without."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
-        x, target = logits.float(), one_hot.float()
-        p = torch.sigmoid(x)
-        entropy = F.binary_cross_entropy_with_logits(x, target, reduction="none")
-        p_target = p * target + (1 - p) * (1 - target)
-        wrong = 1 - p_target
-        weight = wrong**gamma
-        loss = entropy * weight
-        grad = weight.mul_(p - target)
-        if gamma:
-            # The derivative of the weight: p_target grows with the logit where the target is 1, and falls elsewhere.
-            grad -= entropy.mul_(wrong ** (gamma - 1)).mul_(p * (1 - p)).mul_(2 * target - 1).mul_(gamma)
-        if alpha >= 0:
-            balance = alpha * target + (1 - alpha) * (1 - target)
-            loss, grad = balance * loss, grad.mul_(balance)
-        ctx.save_for_backward(grad.to(logits.dtype))
-        return loss.sum()
+        ctx.save_for_backward(logits, one_hot)
+        ctx.options = alpha, gamma
+        return _loss_of(logits, one_hot, alpha, gamma)[1].detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (own,) = ctx.saved_tensors
-        return own * grad, None, None, None
+        leaf, loss = _loss_of(*ctx.saved_tensors, *ctx.options)
+        return *torch.autograd.grad(loss, leaf, grad), None, None, None
+
+
+def _loss_of(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        return leaf, sigmoid_focal_loss_jit(leaf, one_hot, alpha=alpha, gamma=gamma, reduction="sum")
 
 
 def focal_loss(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Computes the sum of fvcore's sigmoid focal loss (1708.02002), 0-dim.
+    """Computes the sum of fvcore's sigmoid focal loss (1708.02002), 0-dim, and once more in backward.
 
-    Its gradient is kept for backward, where ten intermediates of its size would be.
+    The logits are kept for it, where ten intermediates of their size would be. Values and gradients are to the bit
+    those of fvcore's script, which Detectron2's detectors compute.
 
     Args:
         logits: of any shape.
         one_hot: 1 at the class of each anchor and 0 elsewhere, of the shape of ``logits``.
         alpha, gamma: see fvcore's.
     """
-    return _FocalLoss.apply(logits, one_hot, alpha, gamma)
+    return _FocalLoss.apply(logits, one_hot.to(logits.dtype), alpha, gamma)
 
 
 def box_losses(
