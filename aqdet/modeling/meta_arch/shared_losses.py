@@ -78,6 +78,7 @@ class _FocalLoss(torch.autograd.Function):
         return _loss_of(logits, one_hot, alpha, gamma)[1].detach()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         leaf, loss = _loss_of(*ctx.saved_tensors, *ctx.options)
         return *torch.autograd.grad(loss, leaf, grad), None, None, None
@@ -92,15 +93,17 @@ def _loss_of(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> tup
 def focal_loss(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
     """Computes the sum of fvcore's sigmoid focal loss (1708.02002), 0-dim, and once more in backward.
 
-    The logits are kept for it, where ten intermediates of their size would be. Values and gradients are to the bit
-    those of fvcore's script, which Detectron2's detectors compute.
+    Its operands are kept for it, where six intermediates of their size would be, too. Values and gradients are to the
+    bit those of fvcore's script, which Detectron2's detectors compute.
 
     Args:
         logits: of any shape.
-        one_hot: 1 at the class of each anchor and 0 elsewhere, of the shape of ``logits``.
+        one_hot: 1 at the class of each anchor and 0 elsewhere, like ``logits``.
         alpha, gamma: see fvcore's.
     """
-    return _FocalLoss.apply(logits, one_hot.to(logits.dtype), alpha, gamma)
+    if torch.compiler.is_compiling():
+        return sigmoid_focal_loss_jit(logits, one_hot, alpha=alpha, gamma=gamma, reduction="sum")
+    return _FocalLoss.apply(logits, one_hot, alpha, gamma)
 
 
 def box_losses(

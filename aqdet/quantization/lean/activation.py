@@ -21,6 +21,7 @@ from .norm import (
     defer,
     defer_all,
     defer_behind,
+    defers_behind,
     is_synchronized,
     quantize_deferred,
 )
@@ -88,13 +89,10 @@ def _float_conv2d(layer: Any, x: Tensor) -> Activation:
 
     A 1x1 convolution costs less than to keep its output: backward computes it again, from the places that it reads.
     """
-    is_pointwise = tuple(layer.kernel_size) == (1, 1) and tuple(layer.padding) == (0, 0)
-    if is_pointwise and layer.bias is None and layer.activation is None:
-        again = defer_behind(
-            layer.norm, _at_stride(x, layer.stride), layer.weight, ((1, 1), (0, 0), (1, 1), layer.groups)
-        )
-        if again is not None:
-            return again
+    is_pointwise = tuple(layer.kernel_size) == (1, 1) and tuple(layer.padding) == (0, 0) and layer.bias is None
+    if is_pointwise and layer.activation is None and defers_behind(layer.norm, x, layer.weight):
+        geometry = (1, 1), (0, 0), (1, 1), layer.groups
+        return defer_behind(layer.norm, _at_stride(x, layer.stride), layer.weight, geometry)
     out = defer(layer.norm, layer._conv_forward(x, layer.weight, layer.bias))
     return out if layer.activation is None else layer.activation(computed(out))
 

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..kernels import has_free_norms, plain
 from .conv import has_hooks
-from .convolved import conv_gradients
+from .convolved import conv_gradients, convolved
 from .moments import Moments, batch_moments, norm_gradients, normalized
 from .norm import defers, norm_of_call, starts_call
 from .parts import laid_out_as
 from .recipe import Recipe, recipe_of, summed, terms_of
+
+_GEOMETRY = (1, 1), (0, 0), (1, 1), 1
 
 
 class _Options(NamedTuple):
@@ -62,11 +64,11 @@ class _Adaptor(torch.autograd.Function):
         x = summed(*sources)
         # A third of the time of torch.where on a CPU.
         grad = torch.ops.aten.threshold_backward(grad, is_positive.to(grad.dtype), 0)
-        y = torch.conv2d(x, weight)
+        y = convolved(x, weight, _GEOMETRY)
         dy, dnorm_weight, dnorm_bias = norm_gradients(laid_out_as(grad, y), y, norm_weight, moments, eps, group, False)
         del y
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        dx, dweight = conv_gradients(dy, x, weight, ((1, 1), (0, 0), (1, 1), 1), needs)
+        dx, dweight = conv_gradients(dy, x, weight, _GEOMETRY, needs)
         return dx, grad if ctx.needs_input_grad[1] else None, dweight, dnorm_weight, dnorm_bias, None
 
 

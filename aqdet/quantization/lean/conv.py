@@ -15,7 +15,7 @@ from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
 from .integer import IntegerWeight, integer_conv2d, largest_integer_weight, pack_weight
 from .moments import Moments, norm_gradients, normalized, quantized_norm_gradients
-from .norm import Activation, Deferred, computed, defer, defer_behind
+from .norm import Activation, Deferred, computed, defer, defer_behind, defers_behind
 from .recipe import Recipe, recipe_of
 from .sharing import operands_of
 from .weight import WeightRecipe, integer_weight, kept_weight, recipe_of_weight, usable_grid
@@ -273,11 +273,11 @@ def _float_conv2d(x: Tensor, *args: Any) -> Tensor:
 def _stem(layer: Any, x: Activation) -> Activation | None:
     """Computes a layer that reads the image but for the last step of its norm; None for any other layer.
 
-    The image has a fifth of the values of what is computed from it, and few channels: backward convolves it again.
+    The image has fewer values than what is computed from it, and few channels: backward convolves it again.
     """
     if isinstance(x, Deferred) or x.requires_grad or layer.input_quantizer is not None:
         return None
-    if layer.norm is None or layer.bias is not None:
+    if layer.norm is None or layer.bias is not None or not defers_behind(layer.norm, x, layer.weight):
         return None
     geometry = layer.stride, layer.padding, layer.dilation, layer.groups
     return defer_behind(layer.norm, _laid_out(x), layer.quantized_weight(), geometry)

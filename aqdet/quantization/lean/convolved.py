@@ -24,6 +24,12 @@ class Source(NamedTuple):
     geometry: tuple[Any, ...]
 
 
+def convolved(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Computes a convolution in the precision of its operands, also where backward runs under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.conv2d(x, weight, None, *geometry)
+
+
 def conv_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -60,7 +66,7 @@ class _NormBehind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, norm_weight, *moments = ctx.saved_tensors
-        y = torch.conv2d(x, weight, None, *ctx.geometry)
+        y = convolved(x, weight, ctx.geometry)
         dy, dnorm_weight, dnorm_bias = norm_gradients(grad, y, norm_weight, Moments(*moments), *ctx.options)
         del y
         dx, dweight = conv_gradients(dy, x, weight, ctx.geometry, ctx.needs_input_grad[:2])

@@ -289,26 +289,27 @@ def defer(norm: nn.Module, x: Tensor) -> Activation:
     return Deferred(x, weight, bias, moments, own.eps, group)
 
 
-def defer_behind(norm: nn.Module, x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Activation | None:
+def defers_behind(norm: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    """Returns whether :func:`defer_behind` knows a norm and the precision of its convolution's operands."""
+    is_float = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    return is_float and defers(norm_of_call(norm), x, weight)
+
+
+def defer_behind(norm: nn.Module, x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Activation:
     """Computes ``norm(conv2d(x, weight))`` but for the last step, for which backward is to convolve again.
 
     Args:
-        norm: any module.
+        norm: a norm for which :func:`defers_behind` holds.
         x: ``(N, C, H, W)``.
         weight: ``(O, C / groups, kH, kW)``.
         geometry: stride, padding, dilation and groups.
-
-    Returns:
-        None where the norm or the precision is not known here; nothing is computed then.
     """
     owner = norm_of_call(norm)
-    is_float = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if not (is_float and defers(owner, x, weight)):
-        return None
     with torch.no_grad():
         y = torch.conv2d(x, weight, None, *geometry)
-        if owner.group is None and y.numel() <= y.shape[1]:
-            return None
+    if owner.group is None and y.numel() <= y.shape[1]:
+        return norm(y)  # which refuses a single value
+    with torch.no_grad():
         moments = batch_moments(y, owner.norm, owner.weight, owner.bias, owner.group, starts_call(norm))
     source = Source(x, weight, geometry)
     return Deferred(y, owner.weight, owner.bias, moments, owner.norm.eps, owner.group, source=source)

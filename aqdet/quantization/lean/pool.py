@@ -45,6 +45,7 @@ def _first_places(y: Tensor, width: int, geometry: tuple[int, int, int]) -> Tens
 
 def max_pool2d(x: Tensor, *, kernel_size: int, stride: int, padding: int) -> Tensor:
     """Computes ``torch.max_pool2d`` of ``(N, C, H, W)`` and keeps nothing of ``x``."""
-    if kernel_size * (x.shape[-1] + 1) > _LARGEST:
+    needs_places = torch.is_grad_enabled() and x.requires_grad
+    if not needs_places or kernel_size * (x.shape[-1] + 1) > _LARGEST:
         return plain("max_pool2d")(x, kernel_size=kernel_size, stride=stride, padding=padding)
     return _MaxPool2d.apply(x, (kernel_size, stride, padding))

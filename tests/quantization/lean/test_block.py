@@ -156,6 +156,13 @@ def test_pooling_keeps_two_bytes_of_each_output(layout, size, stride, padding, s
     assert torch.equal(y, expected) and torch.equal(x.grad, other.grad)
 
 
+def test_pooling_without_gradients_looks_for_no_places():
+    with torch.no_grad():
+        y = max_pool2d(torch.randn(1, 1, 3, 8, requires_grad=True), kernel_size=3, stride=2, padding=1)
+    assert "_MaxPool2d" not in str(max_pool2d(torch.randn(1, 1, 3, 8), kernel_size=3, stride=2, padding=1).grad_fn)
+    assert y.shape == (1, 1, 2, 4)
+
+
 def test_pooling_of_an_input_too_wide_for_two_bytes_is_as_ever():
     y = max_pool2d(torch.randn(1, 1, 3, 12000, requires_grad=True), kernel_size=3, stride=2, padding=1)
     assert "MaxPool2DWithIndices" in str(y.grad_fn)
@@ -315,7 +322,7 @@ def test_a_float_1x1_convolution_is_computed_again(layout, stride, then):
 
 @all_layouts
 def test_a_stem_is_computed_again_from_the_image(layout):
-    """The image is a tenth of what it gives, which neither the norm nor the pooling keeps."""
+    """What the convolution gives is kept by neither the norm nor the pooling."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, 64, 64, generator=generator).contiguous(memory_format=LAYOUTS[layout])
     specs = QuantSpec("lsq", 8, "weight", per_channel=True), None
@@ -344,3 +351,38 @@ def test_elsewhere_a_1x1_convolution_is_as_ever(case):
     with free_norms(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "half"):
         y = run_chain([conv], activation("in parts", "contiguous"))
     assert "_NormBehind" not in str(y.grad_fn)
+
+
+@pytest.mark.parametrize("case", ["GN", "eval", "no_grad", "half"])
+def test_a_stem_that_is_not_computed_again_quantizes_its_weight_once(case):
+    """As LQ-Nets, whose basis moves with each quantization in training."""
+    norm = nn.GroupNorm(2, 8) if case == "GN" else batch_norm(8)
+    image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    specs = QuantSpec("lqnet", 3, "weight", per_channel=True), None
+    stem = QuantConv2d.from_float(Conv2d(3, 8, 3, 2, 1, bias=False, norm=norm), *specs)
+    calibrate(stem, lambda: stem(image))
+    stem.train(case != "eval")
+    calls = []
+    stem.weight_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "half"), torch.set_grad_enabled(case != "no_grad"):
+        stem(image)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kernel_size, quantized", [(1, False), (3, True)], ids=("1x1", "stem"))
+def test_a_backward_under_autocast_convolves_in_the_forwards_precision(kernel_size, quantized):
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=not quantized)
+    conv = Conv2d(3, 8, kernel_size, bias=False, norm=batch_norm(8))
+    if quantized:
+        conv = QuantConv2d.from_float(conv, QuantSpec("lsq", 8, "weight", per_channel=True), None)
+        calibrate(conv, lambda: conv(x))
+    found = []
+    for enabled in (False, True):
+        conv.zero_grad()
+        with free_norms():
+            y = run_chain([conv], x)
+        assert "_NormBehind" in str(y.grad_fn)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y.backward(torch.ones_like(y).tril())
+        found.append(conv.weight.grad.clone())
+    assert torch.equal(*found)
