@@ -118,6 +118,8 @@ def add_aqdet_config(cfg: CfgNode) -> None:
     cfg.MODEL.DISTILL.FEATURE_WEIGHT = 1.0
     # Factor of the divergence of the class (and centerness) probabilities, where the teacher sees objects; 0 for none.
     cfg.MODEL.DISTILL.LOGIT_WEIGHT = 1.0
+    # Factor of the distance of the box deltas, weighted likewise; 0 for none.
+    cfg.MODEL.DISTILL.BOX_WEIGHT = 0.0
 
     # --- Structure ---
     # A RegNetX (2003.13678; not measured here) in place of the ResNet: "200MF", "400MF", "600MF", "800MF", "1.6GF" or

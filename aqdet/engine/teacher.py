@@ -26,4 +26,9 @@ def build_distillation(cfg: CfgNode) -> Distillation:
         raise ValueError(f"MODEL.DISTILL.WEIGHTS must be {_ROLE}: {node.WEIGHTS!r} does not exist") from error
     except ValueError as error:
         raise ValueError(f"MODEL.DISTILL.WEIGHTS must be {_ROLE}: {error}") from error
-    return Distillation(laid_out(teacher, cfg), feature_weight=node.FEATURE_WEIGHT, logit_weight=node.LOGIT_WEIGHT)
+    return Distillation(
+        laid_out(teacher, cfg),
+        feature_weight=node.FEATURE_WEIGHT,
+        logit_weight=node.LOGIT_WEIGHT,
+        box_weight=node.BOX_WEIGHT,
+    )

@@ -73,11 +73,12 @@ def check_two_stage(cfg: CfgNode) -> None:
         )
     if model.EXTRA_LOSS.ENABLED:
         raise ValueError(f"MODEL.EXTRA_LOSS.ENABLED must be False: {model.META_ARCHITECTURE} has no extra head")
-    if model.DISTILL.ENABLED and model.DISTILL.LOGIT_WEIGHT:
-        raise ValueError(
-            f"MODEL.DISTILL.LOGIT_WEIGHT must be 0 for {model.META_ARCHITECTURE}, of which features are distilled, got "
-            f"{model.DISTILL.LOGIT_WEIGHT}"
-        )
+    for key in ("LOGIT_WEIGHT", "BOX_WEIGHT"):
+        if model.DISTILL.ENABLED and model.DISTILL[key]:
+            raise ValueError(
+                f"MODEL.DISTILL.{key} must be 0 for {model.META_ARCHITECTURE}, of which features are distilled, got "
+                f"{model.DISTILL[key]}"
+            )
 
 
 @META_ARCH_REGISTRY.register()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TERMS = ("FEATURE_WEIGHT", "LOGIT_WEIGHT")
+TERMS = ("FEATURE_WEIGHT", "LOGIT_WEIGHT", "BOX_WEIGHT")
 BOXES = 1
 """Index of the box deltas among a head's predictions, which are no logits."""
 DEAD = 1e-6
@@ -55,6 +55,21 @@ def logit_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Se
     return total
 
 
+def box_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Computes the distance of the box deltas from the teacher's, ``w |s - t|`` summed over all predictions: 0-dim.
+
+    As a teacher's boxes are regressed to by Chen et al. (NIPS 2017, "Learning Efficient Object Detection Models with
+    Knowledge Distillation"). Deviations: L1 as the detectors' own loss has it, at every anchor by its weight, and
+    without a bound by the distance of the teacher from the ground truth.
+
+    Args:
+        student, teacher: deltas, one ``(N, R, 4)`` for each level of R anchors.
+        weights: factors w, one ``(N, R, 1)`` for each level.
+    """
+    distances = [(w * (s.float() - t.float()).abs()).sum() for s, t, w in zip(student, teacher, weights, strict=True)]
+    return torch.stack(distances).sum()
+
+
 class Distillation:
     """A teacher and the losses that draw a dense detector to it.
 
@@ -63,21 +78,25 @@ class Distillation:
     Args:
         teacher: detector of the student's structure, all in full precision, which is put in evaluation mode without
             gradients: a :class:`~aqdet.modeling.meta_arch.dense.LowPrecisionDense`.
-        feature_weight, logit_weight: factors of the losses, 0 for none.
+        feature_weight, logit_weight, box_weight: factors of the losses, 0 for none.
 
     Raises:
-        ValueError: for a negative weight, or if both are 0.
+        ValueError: for a negative weight, or if all are 0.
     """
 
-    def __init__(self, teacher: nn.Module, *, feature_weight: float, logit_weight: float) -> None:
-        for key, weight in zip(TERMS, (feature_weight, logit_weight), strict=True):
+    def __init__(
+        self, teacher: nn.Module, *, feature_weight: float, logit_weight: float, box_weight: float = 0.0
+    ) -> None:
+        weights = feature_weight, logit_weight, box_weight
+        for key, weight in zip(TERMS, weights, strict=True):
             if not weight >= 0:
                 raise ValueError(f"MODEL.DISTILL.{key} must not be negative, got {weight}")
-        if not (feature_weight or logit_weight):
-            raise ValueError("MODEL.DISTILL.ENABLED is True, but FEATURE_WEIGHT and LOGIT_WEIGHT are both 0")
+        if not any(weights):
+            raise ValueError(f"MODEL.DISTILL.ENABLED is True, but {', '.join(TERMS)} are all 0")
         self.teacher: Any = teacher.eval().requires_grad_(False)
         self.feature_weight = feature_weight
         self.logit_weight = logit_weight
+        self.box_weight = box_weight
 
     def losses(
         self, images: Tensor, features: Sequence[Tensor], predictions: Sequence[Sequence[Tensor]], normalizer: float
@@ -89,23 +108,27 @@ class Distillation:
             features: features of the student, one ``(N, C, H, W)`` for each level.
             predictions: predictions of the student's head by anchor, ``(N, R, K)`` for each level: class logits,
                 box deltas and, for FCOS, centerness logits.
-            normalizer: divisor of the student's own losses, for the logits' sum.
+            normalizer: divisor of the student's own losses, for the sums over predictions.
 
         Returns:
-            ``"distill_loss_features"`` and ``"distill_loss_logits"``. An anchor counts as much as the teacher is sure
-            of an object there, by its largest class probability: background would have most of the gradient
-            otherwise, as in any dense detector, and a centerness means nothing there. Boxes are not distilled.
+            ``"distill_loss_features"``, ``"distill_loss_logits"``, ``"distill_loss_boxes"``. An anchor counts as much
+            as the teacher is sure of an object there, by its largest class probability: background would have most
+            of the gradient otherwise, as in any dense detector, and boxes and a centerness mean nothing there.
         """
+        needs_head = self.logit_weight or self.box_weight
         with torch.no_grad():
             levels = self.teacher.backbone(images)
             levels = [levels[name] for name in self.teacher.head_in_features]
-            targets = self.teacher.by_anchor(self.teacher.head(levels)) if self.logit_weight else []
+            targets = self.teacher.by_anchor(self.teacher.head(levels)) if needs_head else []
         losses = {}
         if self.feature_weight:
             losses["distill_loss_features"] = self.feature_weight * feature_loss(features, levels)
+        sure = [level.sigmoid().amax(dim=2, keepdim=True) for level in targets[0]] if needs_head else []
         if self.logit_weight:
-            sure = [level.sigmoid().amax(dim=2, keepdim=True) for level in targets[0]]
             logits = [index for index in range(len(targets)) if index != BOXES]
             total = torch.stack([logit_loss(predictions[index], targets[index], sure) for index in logits]).sum()
             losses["distill_loss_logits"] = self.logit_weight * total / normalizer
+        if self.box_weight:
+            total = box_loss(predictions[BOXES], targets[BOXES], sure)
+            losses["distill_loss_boxes"] = self.box_weight * total / normalizer
         return losses

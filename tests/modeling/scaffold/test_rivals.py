@@ -22,7 +22,7 @@ from aqdet.analysis.plan import make_plan, total
 from aqdet.config import detector_only
 from aqdet.layers import QuantConv2d
 from aqdet.modeling import quantizable_layers, strip, without_scaffold
-from aqdet.modeling.scaffold.distillation import Distillation, feature_loss, logit_loss
+from aqdet.modeling.scaffold.distillation import Distillation, box_loss, feature_loss, logit_loss
 from aqdet.quantization import quantizers
 
 BATCH = make_batch()
@@ -31,13 +31,14 @@ RELU = ("MODEL.FPN.RELU", "True")
 ARCHITECTURES = pytest.mark.parametrize("arch", [(), tuple(FCOS)], ids=["retinanet", "fcos"])
 
 
-def distilled(*overrides, weights=(1.0, 1.0)):
+def distilled(*overrides, weights=(1.0, 1.0, 0.0)):
     """A calibrated 4-bit detector and its teacher, of other weights."""
     model = calibrated(make_model(*QUANT, *RELU, *overrides), BATCH)
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
     floats = [part for pair in pairs if not pair[0].startswith(("MODEL.AUX.", "MODEL.EXTRA_LOSS.")) for part in pair]
     teacher = make_model(*RELU, *floats, seed=1)
-    model.distillation = Distillation(teacher, feature_weight=weights[0], logit_weight=weights[1])
+    keys = "feature_weight", "logit_weight", "box_weight"
+    model.distillation = Distillation(teacher, **dict(zip(keys, weights, strict=True)))
     return model
 
 
@@ -126,9 +127,47 @@ def test_the_logit_loss_is_the_sum_of_divergences_and_its_gradient_the_differenc
     assert logit_loss(teacher, teacher, weights).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_the_box_loss_is_the_sum_of_weighted_distances_and_its_gradient_their_signs():
+    generator = torch.Generator().manual_seed(0)
+    student = [torch.randn(2, r, 4, generator=generator, requires_grad=True) for r in (3, 1)]
+    teacher = [torch.randn(2, r, 4, generator=generator) for r in (3, 1)]
+    weights = [torch.rand(2, r, 1, generator=generator) for r in (3, 1)]
+    loss = box_loss(student, teacher, weights)
+    loss.backward()
+    slow = 0.0
+    for s, t, w in zip(student, teacher, weights, strict=True):
+        slow += sum(
+            w[n, r, 0].item() * abs(s[n, r, k].item() - t[n, r, k].item())
+            for n in range(2)
+            for r in range(s.shape[1])
+            for k in range(4)
+        )
+        torch.testing.assert_close(s.grad, w * (s.detach() - t).sign())
+    assert loss.item() == pytest.approx(slow, rel=1e-5)
+
+
+@ARCHITECTURES
+def test_boxes_are_distilled_where_the_teacher_is_sure(arch):
+    model = distilled(*arch, weights=(0.0, 0.0, 2.0))
+    kept = {}
+    handle = model.head.register_forward_hook(lambda _, inputs, out: kept.setdefault("head", out))
+    losses, grads = gradients(model, BATCH, keys={"distill_loss_boxes"})
+    handle.remove()
+    assert {k for k in losses if k.startswith("distill_")} == {"distill_loss_boxes"}
+    assert grads["head.bbox_pred.weight"].abs().max() > 0 and "head.cls_score.weight" not in grads
+    teacher, wanted = model.distillation.teacher, 0.0
+    with torch.no_grad():
+        levels = teacher.backbone(teacher.preprocess_image(BATCH).tensor)
+        targets = teacher.head([levels[n] for n in model.head_in_features])
+    for logits, s, t in zip(targets[0], kept["head"][1], targets[1], strict=True):
+        sure = logits.sigmoid().unflatten(1, (-1, 3)).amax(dim=2)
+        wanted += ((s - t).abs().unflatten(1, (-1, 4)) * sure.unsqueeze(2)).sum().item()
+    assert losses["distill_loss_boxes"].item() == pytest.approx(2 * wanted / model.loss_normalizer, rel=1e-4)
+
+
 @ARCHITECTURES
 def test_distillation_in_a_step(arch):
-    model = distilled(*arch, weights=(2.0, 3.0))
+    model = distilled(*arch, weights=(2.0, 3.0, 0.0))
     teacher = model.distillation.teacher
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     losses, _ = gradients(model, BATCH)
@@ -263,5 +302,5 @@ def test_wrong_values_are_one_line():
         build_model(make_cfg(*EXTRA, "MODEL.EXTRA_LOSS.LOSS_WEIGHT", "-1."))
     with pytest.raises(ValueError, match="DISTILL.FEATURE_WEIGHT must not be negative, got -2"):
         Distillation(torch.nn.Identity(), feature_weight=-2, logit_weight=1)
-    with pytest.raises(ValueError, match="FEATURE_WEIGHT and LOGIT_WEIGHT are both 0"):
+    with pytest.raises(ValueError, match="FEATURE_WEIGHT, LOGIT_WEIGHT, BOX_WEIGHT are all 0"):
         Distillation(torch.nn.Identity(), feature_weight=0, logit_weight=0)
