@@ -119,4 +119,23 @@ def has_free_norms() -> bool:
     return _free_norms
 
 
+_keeps_less = False
+
+
+@contextlib.contextmanager
+def keeping_less() -> Iterator[None]:
+    """Lets kernels keep less for backward, for more time, inside the context: where others need the memory."""
+    global _keeps_less
+    before, _keeps_less = _keeps_less, True
+    try:
+        yield
+    finally:
+        _keeps_less = before
+
+
+def keeps_less() -> bool:
+    """Returns whether this runs inside :func:`keeping_less`."""
+    return _keeps_less
+
+
 fake_quantize = replaceable("fake_quantize")(functional.fake_quantize)

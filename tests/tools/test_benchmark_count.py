@@ -21,7 +21,7 @@ def coco(name, *overrides):
     "name, amp, launches, gigabytes, kept, collectives",
     [
         # Ceilings: what is counted today. One that is undercut by much should be lowered.
-        ("lsq_w4a4", False, 1467, 20.2, 0.94, 72),
+        ("lsq_w4a4", False, 1466, 20.0, 1.08, 72),
         # The float detector by plain operations: 1808 launches, 16.3 GB, 1.58 GB kept, 136 collectives and 204 waits in
         # its norms.
         ("lsq_w4a4", True, 1589, 10.8, 0.61, 72),
@@ -42,8 +42,7 @@ def test_a_float_step_moves_its_activations_only():
     small = (*TWO_BITS, "MODEL.FPN.OUT_CHANNELS", "64")
     found = count_network(coco("fp_bn", *small), (128, 128), 2, num_processes=8)
     quantized = count_network(coco("lsq_w4a4", *small), (128, 128), 2, num_processes=8)
-    stem = 2 * 2 * 64 * 64 * (64 * 3 * 7 * 7)  # computed once more in backward
-    assert quantized.flops == found.flops + stem and (found.collectives, quantized.collectives) == (136, 72)
+    assert found.flops == quantized.flops and (found.collectives, quantized.collectives) == (136, 72)
     # The float norms are torch's, whose synchronized form waits for the numbers of images.
     assert found.waits == 3 * 68 and quantized.waits == 0
     assert quantized.kept < 0.7 * found.kept

@@ -23,7 +23,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
 from ...layers import forget_sites
-from ...quantization.kernels import free_norms
+from ...quantization.kernels import free_norms, keeping_less
 from ..backbone import BottomUp, QuantFPN, build_fpn
 from .adaptor import Adaptor, waiting_adaptors
 from .aggregation import Aggregation, AggregationBlock, tapped_sums
@@ -87,17 +87,20 @@ class AuxiliaryPath(nn.Module):
     def tapping(self, backbone: Any) -> Iterator[None]:
         """Reads the blocks of a backbone, whose forward pass is inside the context, where it aggregates them.
 
+        The backbone keeps less for backward there, since the path keeps activations of its own.
+
         Args:
             backbone: the trunk, with its ResNet in ``bottom_up``.
         """
-        if self.trunk is None:
-            yield
-            return
-        with tapped_sums(backbone.bottom_up) as self._taps:
-            try:
+        with keeping_less():
+            if self.trunk is None:
                 yield
-            finally:
-                self._taps = None
+                return
+            with tapped_sums(backbone.bottom_up) as self._taps:
+                try:
+                    yield
+                finally:
+                    self._taps = None
 
     def forward(self, features: Sequence[Tensor]) -> Any:
         """Computes the predictions of the head, see :meth:`read`."""

@@ -6,8 +6,9 @@
 - Instead of an activation, backward keeps what it can be computed from again: the convolution's output for the batch
   norm's, a byte for a quantized value (:mod:`.recipe`, :mod:`.norm`).
 - An adaptor of the auxiliary path keeps the codes of what it reads and a byte for its ReLU, and convolves again in
-  backward (:mod:`.adaptor`). So do its 1x1 convolutions, and the convolution that reads the image, whose output
-  nothing keeps (:mod:`.convolved`); the pooling behind the latter keeps two bytes of each output (:mod:`.pool`).
+  backward (:mod:`.adaptor`). So do the path's 1x1 convolutions and, beside the path, the one that reads the image
+  (:mod:`.convolved`).
+- Max pooling keeps two bytes of each output (:mod:`.pool`).
 - Fake quantization keeps its input, its recipe or a byte an element (:mod:`.elementwise`).
 - A quantizer that clips at zero also acts as the ReLU before it, and in a chain of layers it computes the norm before
   it, too (:mod:`.activation`).

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import value_dtype
-from ..kernels import plain
+from ..kernels import keeps_less, plain
 from ..precision import autocast_dtype, in_own_precision
 from ..quantizer import AffineGrid
 from .elementwise import fake_quantized, quantize_to_bytes, recipe_gradients, recipe_quantized
@@ -271,10 +271,12 @@ def _float_conv2d(x: Tensor, *args: Any) -> Tensor:
 
 
 def _stem(layer: Any, x: Activation) -> Activation | None:
-    """Computes a layer that reads the image but for the last step of its norm; None for any other layer.
+    """Computes a layer that reads the image but for the last step of its norm, if backward is to convolve it again.
 
-    The image has fewer values than what is computed from it, and few channels: backward convolves it again.
+    The image has fewer values than what is computed from it, and few channels. None for any other layer.
     """
+    if not keeps_less():
+        return None
     if isinstance(x, Deferred) or x.requires_grad or layer.input_quantizer is not None:
         return None
     if layer.norm is None or layer.bias is not None or not defers_behind(layer.norm, x, layer.weight):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aqdet.layers import LevelNorms, QuantConv2d, StreamQuantizer, max_pool2d, relu_before, run_chain
 from aqdet.quantization import QuantSpec, calibrate, fake_quantize, use_kernels
-from aqdet.quantization.kernels import free_norms
+from aqdet.quantization.kernels import free_norms, keeping_less
 from aqdet.quantization.lean import conv as lean_conv
 from aqdet.quantization.lean.norm import computed, defer
 from aqdet.quantization.lean.recipe import Recipe, note_recipe, recipe_of
@@ -334,7 +334,7 @@ def test_a_stem_is_computed_again_from_the_image(layout):
         stem.load_state_dict(state), stem.zero_grad()
         saved = {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.update({t.data_ptr(): t.nbytes}) or t, lambda t: t)  # fmt: skip  # noqa: E501
-        with use_kernels(kernels), hooks:
+        with use_kernels(kernels), keeping_less(), hooks:
             y = max_pool2d(stem(image), kernel_size=3, stride=2, padding=1)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
         found.append([y.detach(), *(p.grad for p in stem.parameters()), *stem.norm.buffers()])
@@ -364,7 +364,8 @@ def test_a_stem_that_is_not_computed_again_quantizes_its_weight_once(case):
     stem.train(case != "eval")
     calls = []
     stem.weight_quantizer.register_forward_hook(lambda *_: calls.append(1))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "half"), torch.set_grad_enabled(case != "no_grad"):
+    half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "half")
+    with half, keeping_less(), torch.set_grad_enabled(case != "no_grad"):
         stem(image)
     assert len(calls) == 1
 
@@ -379,7 +380,7 @@ def test_a_backward_under_autocast_convolves_in_the_forwards_precision(kernel_si
     found = []
     for enabled in (False, True):
         conv.zero_grad()
-        with free_norms():
+        with free_norms(), keeping_less():
             y = run_chain([conv], x)
         assert "_NormBehind" in str(y.grad_fn)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
