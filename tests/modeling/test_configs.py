@@ -20,14 +20,14 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.sta
 def test_config_builds_plans_and_steps(path):
     cfg = load_config(path, ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""])
     fit_to_machine(cfg)
-    match = re.search(r"_(?:fp(?:_bn(?:_continued)?)?|(lsq)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
+    match = re.search(r"_(?:fp(?:_bn(?:_continued)?)?|(lsq(?:odd)?)_w(\d)a(\d))(_aux)?(_distill)?$", path.stem)
     assert match, "configs are named ..._lsq_w4a4_aux"
     method, weight_bits, input_bits, aux, distill = match.groups()
     quant = cfg.MODEL.QUANT
     assert quant.ENABLED == (method is not None) and cfg.MODEL.AUX.ENABLED == (aux is not None)
     assert cfg.OUTPUT_DIR.endswith(path.stem) and cfg.MODEL.DISTILL.ENABLED == (distill is not None)
     if method:
-        assert (quant.WEIGHT.QUANTIZER, quant.INPUT.QUANTIZER) == (method, method)
+        assert (quant.WEIGHT.QUANTIZER, quant.INPUT.QUANTIZER) == (method, "lsq")
         assert (quant.WEIGHT.NUM_BITS, quant.INPUT.NUM_BITS) == (int(weight_bits), int(input_bits))
     model = build_model(cfg)
     rows = make_plan(model, (64, 64))
