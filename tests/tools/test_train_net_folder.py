@@ -45,7 +45,9 @@ def call(config_file, *arguments):
         patch.delenv("AQDET_DEBUG", raising=False)
         patch.setattr(sys, "argv", ["train_net.py", "--config-file", config_file, *map(str, arguments)])
         lines = []
-        patch.setattr(sys, "stderr", type("Lines", (), {"write": lines.append, "flush": lambda: None}))
+        patch.setattr(
+            sys, "stderr", type("Lines", (), {"write": lines.append, "flush": lambda: None, "isatty": lambda: False})
+        )
         status = 0
         try:
             tool.invoke_main()
