@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from fvcore.nn import giou_loss
+from fvcore.nn import giou_loss, sigmoid_focal_loss_jit
 from torch import Tensor
 
 from ...utils.distributed import average_over_processes
@@ -22,7 +22,7 @@ from ..assignment import atss_overlaps
 from ..heads import QuantFCOSHead
 from ..losses import harmonious_iou_loss, quality_focal_loss, task_correlation_loss
 from .dense import LowPrecisionDense
-from .shared_losses import at, box_losses, by_level, focal_loss, positive_anchors, positive_places
+from .shared_losses import at, box_losses, by_level, positive_anchors, positive_places
 
 ASSIGNMENTS = ("fcos", "atss")
 CLASS_LOSSES = ("focal", "quality")
@@ -156,7 +156,6 @@ class QuantFCOS(LowPrecisionDense, FCOS):
         positive = positive_places(labels, self.num_classes)
         normalizer = self.normalizer(len(positive), len(gt_labels), 300)
         one_hot = F.one_hot(labels, num_classes=self.num_classes + 1)[:, :, :-1]
-        one_hot = one_hot.to(heads[0][0][0].dtype)
         own_anchors = positive_anchors(anchors, positive)
         tensors = [getattr(boxes, "tensor", boxes) for boxes in gt_boxes]
         own_boxes = at(positive, torch.stack(tensors))
@@ -167,8 +166,13 @@ class QuantFCOS(LowPrecisionDense, FCOS):
         centerness = self.compute_ctrness_targets([Boxes(own_anchors)], [matched])[0]
         losses = []
         for (logits, _, centers), box_loss in zip(heads, boxes, strict=True):
-            joined = torch.cat(logits, dim=1)
-            class_loss = focal_loss(joined, one_hot, self.focal_loss_alpha, self.focal_loss_gamma)
+            class_loss = sigmoid_focal_loss_jit(
+                torch.cat(logits, dim=1),
+                one_hot.to(logits[0].dtype),
+                alpha=self.focal_loss_alpha,
+                gamma=self.focal_loss_gamma,
+                reduction="sum",
+            )
             predicted = by_level(positive, centers).squeeze(1)
             center_loss = F.binary_cross_entropy_with_logits(predicted, centerness, reduction="sum")
             found = {"loss_fcos_cls": class_loss, "loss_fcos_loc": box_loss, "loss_fcos_ctr": center_loss}

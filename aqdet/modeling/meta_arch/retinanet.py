@@ -11,11 +11,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
+from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
 from ..heads import QuantRetinaNetHead
 from .dense import LowPrecisionDense
-from .shared_losses import at, box_losses, by_level, focal_loss, places, positive_anchors, positive_places
+from .shared_losses import at, box_losses, by_level, places, positive_anchors, positive_places
 
 
 @META_ARCH_REGISTRY.register()
@@ -57,7 +58,6 @@ class QuantRetinaNet(LowPrecisionDense, RetinaNet):
         valid, positive = places(labels >= 0), positive_places(labels, self.num_classes)
         normalizer = self.normalizer(len(positive), len(gt_labels), 100)
         one_hot = F.one_hot(at(valid, labels), num_classes=self.num_classes + 1)[:, :-1]
-        one_hot = one_hot.to(heads[0][0][0].dtype)
         boxes = box_losses(
             positive_anchors(anchors, positive),
             at(positive, torch.stack(gt_boxes)),
@@ -68,6 +68,12 @@ class QuantRetinaNet(LowPrecisionDense, RetinaNet):
         )
         losses = []
         for (logits, _), box_loss in zip(heads, boxes, strict=True):
-            class_loss = focal_loss(by_level(valid, logits), one_hot, self.focal_loss_alpha, self.focal_loss_gamma)
+            class_loss = sigmoid_focal_loss_jit(
+                by_level(valid, logits),
+                one_hot.to(logits[0].dtype),
+                alpha=self.focal_loss_alpha,
+                gamma=self.focal_loss_gamma,
+                reduction="sum",
+            )
             losses.append({"loss_cls": class_loss / normalizer, "loss_box_reg": box_loss / normalizer})
         return losses

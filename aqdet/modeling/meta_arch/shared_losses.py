@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.structures import Boxes
-from fvcore.nn import sigmoid_focal_loss_jit, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 
 IOU_EPS = 1e-7
@@ -66,44 +66,6 @@ def positive_anchors(anchors: Sequence[Boxes], index: Tensor) -> Tensor:
     """Returns the boxes of anchors, which are the same in every image, ``(P, 4)``."""
     boxes = Boxes.cat(list(anchors)).tensor
     return boxes.index_select(0, index % len(boxes))
-
-
-class _FocalLoss(torch.autograd.Function):
-    """Computes the loss twice, both times with gradients: the script rounds otherwise without."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
-        ctx.save_for_backward(logits, one_hot)
-        ctx.options = alpha, gamma
-        return _loss_of(logits, one_hot, alpha, gamma)[1].detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        leaf, loss = _loss_of(*ctx.saved_tensors, *ctx.options)
-        return *torch.autograd.grad(loss, leaf, grad), None, None, None
-
-
-def _loss_of(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        return leaf, sigmoid_focal_loss_jit(leaf, one_hot, alpha=alpha, gamma=gamma, reduction="sum")
-
-
-def focal_loss(logits: Tensor, one_hot: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Computes the sum of fvcore's sigmoid focal loss (1708.02002), 0-dim, and once more in backward.
-
-    Its operands are kept for it, where six intermediates of their size would be, too. Values and gradients are to the
-    bit those of fvcore's script, which Detectron2's detectors compute.
-
-    Args:
-        logits: of any shape.
-        one_hot: 1 at the class of each anchor and 0 elsewhere, like ``logits``.
-        alpha, gamma: see fvcore's.
-    """
-    if torch.compiler.is_compiling():
-        return sigmoid_focal_loss_jit(logits, one_hot, alpha=alpha, gamma=gamma, reduction="sum")
-    return _FocalLoss.apply(logits, one_hot, alpha, gamma)
 
 
 def box_losses(
