@@ -7,6 +7,8 @@ from typing import Any
 from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
+from ..quantization.graph import refuse_recomputing
+
 
 class LevelNorms(CycleBatchNormList):
     """A batch norm for each pyramid level, each with an affine of its own (AQD, 2007.06919).
@@ -24,6 +26,15 @@ class LevelNorms(CycleBatchNormList):
         super().__init__(length, bn_class, affine=False, **kwargs)
         for level in range(length):
             self[level] = bn_class(**kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the next level's batch norm to ``(N, C, H, W)``.
+
+        Raises:
+            RuntimeError: see :func:`~aqdet.quantization.graph.refuse_recomputing`.
+        """
+        refuse_recomputing()
+        return super().forward(x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias"):

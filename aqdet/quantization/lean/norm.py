@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..functional import value_dtype
-from ..graph import is_recomputing
+from ..graph import is_recomputing, refuse_recomputing
 from .convolved import Source, norm_behind
 from .elementwise import fake_quantize, recipe_codes, recipe_quantized
 from .moments import (
@@ -227,11 +227,18 @@ def _cycle(norm: nn.Module) -> Any:
 
 
 def norm_of_call(norm: nn.Module, later: int = 0) -> _Owner:
-    """Returns whose statistics and affine the next call uses, or one that is so many calls later."""
+    """Returns whose statistics and affine the next call uses, or one that is so many calls later.
+
+    Raises:
+        RuntimeError: see :func:`~aqdet.quantization.graph.refuse_recomputing`.
+    """
     cycle = _cycle(norm)
     own = norm if cycle is None else cycle[(cycle._pos + later) % len(cycle)]
     affine = norm if getattr(norm, "weight", None) is not None else own
-    return _Owner(own, getattr(affine, "weight", None), getattr(affine, "bias", None), _group(own))
+    weight = getattr(affine, "weight", None)
+    if affine is not norm and weight is not None:
+        refuse_recomputing()
+    return _Owner(own, weight, getattr(affine, "bias", None), _group(own))
 
 
 def defers(owner: _Owner, x: Tensor, *operands: Tensor) -> bool:

@@ -228,7 +228,16 @@ def test_a_block_has_the_gradients_of_its_parts(method, through, integer, monkey
         torch.testing.assert_close(actual[name], want, rtol=1e-5, atol=1e-5 * want.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("levels", (None, CycleBatchNormList, LevelNorms))
+@pytest.mark.parametrize("is_lean", (True, False))
+def test_activation_checkpointing_of_an_affine_for_each_level_is_refused(is_lean):
+    """Which level is computed once more is not known."""
+    norm, x = batch_norm(6, LevelNorms), activation("small", "contiguous")
+    y = checkpoint(normalize if is_lean else norm, *([norm] * is_lean), x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="set MODEL.HEAD_LEVEL_AFFINE False"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("levels", (None, CycleBatchNormList))
 def test_activation_checkpointing_leaves_running_statistics_and_position_as_one_forward_does(levels):
     norms = [batch_norm(6, levels), batch_norm(6, levels)]
     for norm, through in zip(norms, (False, True), strict=True):
