@@ -35,22 +35,22 @@ def rcnn(*overrides, theirs=False, seed=0):
     return build_model(rcnn_cfg(*overrides, theirs=theirs))
 
 
-def with_shapes(batch):
-    """Adds a polygon, the box cut at a corner, and two keypoints to every object of a batch."""
+def with_shapes(batch, num_keypoints=2):
+    """Adds a polygon, the box cut at a corner, and keypoints on a diagonal to every object of a batch."""
     for record in batch:
         instances = record["instances"]
         boxes = instances.gt_boxes.tensor
         polygons = [[np.array([x0, y0, x1, y0, x1, y1, (x0 + x1) / 2, y1])] for x0, y0, x1, y1 in boxes.numpy()]
         instances.gt_masks = PolygonMasks(polygons)
-        corners = torch.cat([boxes[:, :2], boxes[:, 2:]], dim=1).view(-1, 2, 2)
-        middle = corners.mean(dim=1, keepdim=True)
-        points = torch.cat([(corners + middle) / 2, torch.full((len(boxes), 2, 1), 2.0)], dim=2)
+        shares = torch.linspace(0.25, 0.75, num_keypoints).view(1, -1, 1)
+        points = boxes[:, None, :2] * (1 - shares) + boxes[:, None, 2:] * shares
+        points = torch.cat([points, torch.full((len(boxes), num_keypoints, 1), 2.0)], dim=2)
         instances.gt_keypoints = Keypoints(points)
     return batch
 
 
-def shaped_batch(num_images=2, size=64, empty=()):
-    batch = with_shapes(make_batch(num_images, size, empty))
+def shaped_batch(num_images=2, size=64, empty=(), num_keypoints=2):
+    batch = with_shapes(make_batch(num_images, size, empty), num_keypoints)
     for index in empty:  # as Detectron2's mapper has them
         batch[index]["instances"].remove("gt_masks")
         batch[index]["instances"].remove("gt_keypoints")

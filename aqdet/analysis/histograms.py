@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..layers import output_first
 from ..quantization import Quantizer, QuantSpec, quantizers
 from ..quantization.functional import SCALE_EPS, broadcast_scale
 from ..quantization.methods.lsqodd import prepared
@@ -139,7 +140,7 @@ def weight_histograms(model: nn.Module) -> dict[str, SiteHistogram]:
         quantizer = getattr(module, "weight_quantizer", None)
         if isinstance(quantizer, Quantizer) and quantizer.is_active:
             counter = _Counter(quantizer, f"{name}.weight_quantizer")
-            counter.add(module.weight)  # type: ignore[arg-type]
+            counter.add(output_first(module))
             histogram = counter.result()
             if histogram is not None:
                 found[histogram.name] = histogram

@@ -9,19 +9,25 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import torch
 from detectron2.layers import CycleBatchNormList
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
 from ..quantization import quantizers
 
 
+def _dense(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the dense detectors; a keypoint head's ``loss_normalizer`` is a setting, not an average."""
+    return ((name, module) for name, module in modules if isinstance(module, DenseDetector))
+
+
 def loss_normalizers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:
     """Returns, by module, the moving averages that Detectron2's dense detectors keep in an attribute."""
-    return {name: float(vars(m)["loss_normalizer"]) for name, m in modules if "loss_normalizer" in vars(m)}
+    return {name: float(vars(m)["loss_normalizer"]) for name, m in _dense(modules) if "loss_normalizer" in vars(m)}
 
 
 def set_loss_normalizers(modules: Iterable[tuple[str, nn.Module]], values: Mapping[str, float]) -> None:
     """Restores the averages of :func:`loss_normalizers`; an average without a value starts anew."""
-    for name, module in modules:
+    for name, module in _dense(modules):
         vars(module).pop("loss_normalizer", None)
         if name in values:
             module.loss_normalizer = values[name]  # type: ignore[assignment]
@@ -65,7 +71,8 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, CycleBatchNormList):
             attributes.append((module, "_pos", module._pos))
-        attributes.append((module, "loss_normalizer", vars(module).get("loss_normalizer")))
+        if isinstance(module, DenseDetector):
+            attributes.append((module, "loss_normalizer", vars(module).get("loss_normalizer")))
     random_states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):

@@ -26,7 +26,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Of object areas in pixels, as COCO has them.
 SIZE_BANDS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, math.inf)}
 COCO_EVALS = ("pycocotools", "faster-coco-eval")
-COCO_LIMIT = 100
+COCO_LIMIT, KEYPOINT_LIMIT = 100, 20
 """Detections of an image that count, the best first, in COCO's own evaluation."""
 TASKS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
 """Kinds of evaluation, and what they are of."""
@@ -178,7 +178,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
                 "AP of %s by class of %s, of the best %d detections of an image:\n%s",
                 TASKS[task],
                 self._metadata.name,
-                self.limit,
+                KEYPOINT_LIMIT if task == "keypoints" else self.limit,
                 self._class_table(task, values, counts),
             )
         limit = {LIMIT_KEY: self.limit} if self.limit != COCO_LIMIT else {}

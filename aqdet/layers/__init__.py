@@ -3,7 +3,7 @@
 from .add import QuantAdd, StreamQuantizer, relu_before
 from .chain import RELU, run_chain, run_chains
 from .conv import QuantConv2d, shared_weights
-from .deconv import QuantConvTranspose2d
+from .deconv import QuantConvTranspose2d, output_first
 from .level_norm import LevelNorms
 from .linear import QuantLinear
 from .pool import max_pool2d
@@ -23,6 +23,7 @@ __all__ = [
     "declare_site",
     "forget_sites",
     "max_pool2d",
+    "output_first",
     "quantized_form",
     "relu_before",
     "run_chain",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantization import Quantizer, QuantSpec
 from ..quantization.precision import in_own_precision
 from .from_float import take_over
+
+
+def output_first(layer: Any) -> Tensor:
+    """Returns the weight of a layer as its quantizer reads it, with output channels for the first axis: a view."""
+    weight: Tensor = layer.weight
+    return weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
 
 
 class QuantConvTranspose2d(nn.ConvTranspose2d):
@@ -47,8 +55,8 @@ class QuantConvTranspose2d(nn.ConvTranspose2d):
         return take_over(layer, deconv, weight, input, deconv.out_channels)
 
     def quantized_weight(self) -> Tensor:
-        """Returns the fake-quantized weight, ``(C, O, kH, kW)``; quantizers take output channels for the first axis."""
-        return self.weight_quantizer(self.weight.transpose(0, 1)).transpose(0, 1)
+        """Returns the fake-quantized weight, ``(C, O, kH, kW)``."""
+        return self.weight_quantizer(output_first(self)).transpose(0, 1)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Maps ``(N, C, H, W)`` to ``(N, O, H', W')``.

@@ -9,7 +9,7 @@ from helpers import QUANT, calibrated, make_batch, make_model
 from torch import nn
 
 from aqdet.analysis.histograms import NUM_BINS, activation_histograms, weight_histograms
-from aqdet.layers import QuantAdd, QuantConv2d, StreamQuantizer
+from aqdet.layers import QuantAdd, QuantConv2d, QuantConvTranspose2d, StreamQuantizer
 from aqdet.quantization import QuantSpec, calibrate, quantizers
 
 
@@ -64,6 +64,17 @@ def test_weights(per_channel):
     pairs = [(v, scale[i]) for i, row in enumerate(model[0].weight) for v in row.flatten().tolist()]
     check(histogram, pairs, -8, 7)
     assert histogram.below > 0 and histogram.above > 0 and histogram.unit == "steps"
+
+
+def test_weights_of_a_transposed_convolution():
+    torch.manual_seed(0)
+    weight = QuantSpec("lsq", 4, "weight", per_channel=True)
+    layer = QuantConvTranspose2d.from_float(nn.ConvTranspose2d(3, 5, 2), weight, None)
+    model = nn.Sequential(layer)
+    calibrate(model, lambda: model(torch.rand(1, 3, 4, 4)))
+    scale = layer.weight_quantizer.scale.tolist()
+    pairs = [(v, scale[i]) for i in range(5) for v in layer.weight[:, i].flatten().tolist()]
+    check(weight_histograms(model)["0.weight_quantizer"], pairs, -8, 7)
 
 
 @pytest.mark.parametrize("signed, quant_min, quant_max", [(True, -4, 3), (False, 0, 7)])

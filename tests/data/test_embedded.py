@@ -16,7 +16,7 @@ import aqdet.data  # noqa: F401  (registers)
 from aqdet.data import SHAPE_CLASSES, make_shapes
 from aqdet.data.embedded.folder import SHAPE_SPLITS, shapes_folder
 from aqdet.data.embedded.register import set_cache_dir
-from aqdet.data.embedded.scenes import MIN_VISIBLE_PERCENT, _annotation, _place_items, draw_scene
+from aqdet.data.embedded.scenes import KEYPOINTS, MIN_VISIBLE_PERCENT, _annotation, _place_items, draw_scene
 from aqdet.utils import progress
 
 NUM_SCENES = 40
@@ -28,14 +28,16 @@ def scenes():
 
 
 def test_scenes_are_the_same_everywhere():
-    digest = hashlib.sha256()
+    digest, points = hashlib.sha256(), hashlib.sha256()
     found = []
     for split in ("train", "val", "test"):
         for index in range(4):
             image, objects = draw_scene(SHAPE_SPLITS[split].seed, index)
             digest.update(image.tobytes())
+            points.update(json.dumps([(o.pop("keypoints"), o.pop("num_keypoints")) for o in objects]).encode())
             digest.update(json.dumps(objects).encode())
         found.append(digest.hexdigest())
+    assert points.hexdigest() == "c9103202e01c1e2fc70458eaba81f7c55fb3a3adcb007b9852bc4271a0f7c5f9"
     assert found[1] == "50a963d3b86d917f11c157086eb9383305095eb6296e81521e32e292924716ff"
     assert found[2] == "a6c0e4162bae3addc6a2b8cc00218677a40a5727c0ae230dc2580428b8a9a499"
 
@@ -80,6 +82,30 @@ def test_objects_stay_visible():
                 assert visible >= MIN_VISIBLE_PERCENT / 100
                 overlapping += visible < 1
     assert overlapping > 5
+
+
+def test_keypoints_are_the_extremes_of_the_upright_shape_and_hidden_behind_others():
+    hidden = 0
+    for index in range(10):
+        items = _place_items(np.random.Generator(np.random.PCG64(index)), 192)
+        for position, item in enumerate(items):
+            if item.kind not in SHAPE_CLASSES:
+                continue
+            annotation = _annotation(item, items[position + 1 :])
+            points = np.array(annotation["keypoints"]).reshape(-1, 3)
+            assert len(points) == annotation["num_keypoints"] == len(KEYPOINTS)
+            centre, left, right, top, bottom = points[:, :2]
+            x, y, width, height = annotation["bbox"]
+            assert ((points[:, :2] >= (x - 1, y - 1)) & (points[:, :2] <= (x + width, y + height))).all()
+            # Turned by at most 12 degrees, an extreme is still near its side, and left and right are.
+            assert left[0] < centre[0] < right[0] and top[1] < centre[1] < bottom[1]
+            assert left[0] - x < width * 0.15 and x + width - right[0] < width * 0.15
+            assert top[1] - y < height * 0.25 and y + height - bottom[1] < height * 0.25
+            for px, py, visibility in points:
+                covered = any(other.mask[py, px] for other in items[position + 1 :])
+                assert visibility == (1 if covered else 2)
+                hidden += covered
+    assert hidden > 5
 
 
 def test_written_dataset_is_valid_coco(tmp_path):
@@ -188,7 +214,7 @@ def test_outlines_rasterize_to_the_drawn_pixels():
         for item in _place_items(np.random.Generator(np.random.PCG64(index)), 192):
             if item.kind not in SHAPE_CLASSES:
                 continue
-            runs = mask_util.merge(mask_util.frPyObjects(_annotation(item)["segmentation"], 192, 192))
+            runs = mask_util.merge(mask_util.frPyObjects(_annotation(item, [])["segmentation"], 192, 192))
             mask = mask_util.decode(runs).astype(bool)
             shares.append((mask & item.mask).sum() / (mask | item.mask).sum())
     # Drawing covers the pixels that the outline touches, COCO those whose centres lie inside.

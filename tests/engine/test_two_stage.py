@@ -1,4 +1,4 @@
-"""A Mask R-CNN trains, resumes to the bit and is evaluated, boxes and masks, without its auxiliary path."""
+"""Mask and Keypoint R-CNN train, resume to the bit and are evaluated without their auxiliary path."""
 
 import json
 import os
@@ -8,12 +8,13 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers import QUANT
 from tiny_data import train_overrides, write_dataset
-from two_stage import MASK, rcnn_cfg
+from two_stage import KEYPOINTS, MASK, rcnn_cfg
 
 from aqdet.data import register_declared
 from aqdet.engine import Trainer
 from aqdet.engine.no_detections import describe_nothing_found
 
+SIGMAS = ("TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]")
 AUX = ("MODEL.AUX.ENABLED", "True")
 SOLVER = ("SOLVER.BASE_LR", "0.001", "SOLVER.CHECKPOINT_PERIOD", "2", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.05")
 
@@ -26,36 +27,41 @@ def entry(tmp_path):
     for annotation in content["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x + w / 2, y + h]]
+        annotation["keypoints"] = [x + w // 4, y + h // 2, 2, x + 3 * w // 4, y + h // 2, 1]
+        annotation["num_keypoints"] = 2
     with open(entry["json"], "w") as file:
         json.dump(content, file)
     return entry
 
 
 def trainer(entry, folder, *overrides, max_iter=4):
-    cfg = rcnn_cfg(*MASK, *QUANT, *AUX, *train_overrides(entry, folder, max_iter), *SOLVER, *overrides)
+    cfg = rcnn_cfg(*QUANT, *AUX, *train_overrides(entry, folder, max_iter), *SOLVER, *overrides)
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(entry["name"], None)
     register_declared(cfg)
+    MetadataCatalog.get(entry["name"]).set(keypoint_names=["left", "right"], keypoint_flip_map=[("left", "right")])
     cfg.freeze()
     return Trainer(cfg)
 
 
-def test_a_training_evaluates_boxes_and_masks_and_a_resumed_one_is_the_same(entry, tmp_path):
-    whole = trainer(entry, tmp_path / "whole")
+@pytest.mark.parametrize("task, kind", [("segm", MASK), ("keypoints", (*KEYPOINTS, *SIGMAS))])
+def test_a_training_evaluates_boxes_and_more_and_a_resumed_one_is_the_same(entry, tmp_path, task, kind):
+    whole = trainer(entry, tmp_path / "whole", *kind)
     whole.resume_or_load(resume=False)
     whole.train()
     results = whole._last_eval_results
-    assert set(results) == {"bbox", "segm"} and "AP" in results["segm"]
+    assert set(results) == {"bbox", task} and "AP" in results[task]
     metrics = json.loads((tmp_path / "whole/inference/metrics.json").read_text())
-    assert "AP" in metrics and "AP" in metrics["segm"]
+    assert "AP" in metrics and "AP" in metrics[task]
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.json").read_text().splitlines()]
-    assert {"loss_mask", "aux_loss_mask", "aux_loss_rpn_cls"} <= set(lines[0])
+    loss = {"segm": "loss_mask", "keypoints": "loss_keypoint"}[task]
+    assert {loss, f"aux_{loss}", "aux_loss_rpn_cls"} <= set(lines[0])
 
     os.makedirs(tmp_path / "again")
     for name in ("model_0000001.pth", "last_checkpoint"):
         content = (tmp_path / "whole" / name).read_bytes()
         (tmp_path / "again" / name).write_bytes(b"model_0000001.pth" if name == "last_checkpoint" else content)
-    again = trainer(entry, tmp_path / "again")
+    again = trainer(entry, tmp_path / "again", *kind)
     again.resume_or_load(resume=True)
     assert again.start_iter == 2
     again.train()

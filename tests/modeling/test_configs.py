@@ -13,6 +13,7 @@ from aqdet.config import load_config
 from aqdet.engine import fit_to_machine
 
 STRUCTURE = "META_ARCHITECTURE RESNETS FPN RETINANET FCOS CLASSIFIER MASK_ON RPN ROI_HEADS ROI_BOX_HEAD ROI_MASK_HEAD"
+STRUCTURE += " KEYPOINT_ON ROI_KEYPOINT_HEAD"
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("Base"))
 
 
@@ -33,7 +34,7 @@ def test_config_builds_plans_and_steps(path):
     rows = make_plan(model, (64, 64))
     assert total(rows, "quantized" if method else "float").macs > 0
     assert (total(rows, "auxiliary").macs > 0) == (aux is not None)
-    batch = shaped_batch(2, 64)
+    batch = shaped_batch(2, 64, num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     model.train()
     if method:
         calibrated(model, batch)

@@ -19,7 +19,7 @@ from iopath.common.file_io import file_lock
 
 from ...utils.progress import progress_bar
 from . import scenes
-from .scenes import IMAGE_SIZE, SHAPE_CLASSES, draw_scene
+from .scenes import IMAGE_SIZE, KEYPOINTS, SHAPE_CLASSES, draw_scene
 
 __all__ = ["SHAPE_SPLITS", "make_shapes", "shapes_folder"]
 
@@ -122,7 +122,8 @@ def _write_folder(folder: Path, num_images: int, seed: int, size: int) -> None:
             "images": images,
             "annotations": annotations,
             "categories": [
-                {"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPE_CLASSES, 1)
+                {"id": i, "name": name, "supercategory": "shape", "keypoints": list(KEYPOINTS), "skeleton": []}
+                for i, name in enumerate(SHAPE_CLASSES, 1)
             ],
         }
         (part / "annotations.json").write_text(json.dumps(content))

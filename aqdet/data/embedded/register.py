@@ -10,7 +10,7 @@ from detectron2.data.datasets import load_coco_json
 
 from .. import cache_folder
 from .folder import SHAPE_SPLITS, make_shapes, shapes_folder
-from .scenes import SHAPE_CLASSES
+from .scenes import KEYPOINTS, SHAPE_CLASSES
 
 
 def set_cache_dir(path: str) -> None:
@@ -33,6 +33,8 @@ def _set_metadata(split: str) -> None:
         image_root=str(folder / "images"),
         evaluator_type="coco",
         thing_classes=list(SHAPE_CLASSES),
+        keypoint_names=list(KEYPOINTS),
+        keypoint_flip_map=[("left", "right")],
         thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(SHAPE_CLASSES))},
     )
 

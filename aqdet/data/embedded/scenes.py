@@ -18,11 +18,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-__all__ = ["IMAGE_SIZE", "SHAPE_CLASSES", "draw_scene"]
+__all__ = ["IMAGE_SIZE", "KEYPOINTS", "SHAPE_CLASSES", "draw_scene"]
 
 IMAGE_SIZE = 192
 SHAPE_CLASSES = ("circle", "ring", "square", "triangle", "cross", "star")
-
+KEYPOINTS = ("centre", "left", "right", "top", "bottom")
+"""Names of an object's keypoints; but for the first they are the extreme points of the upright shape."""
 
 # Difficulty. Ranges are inclusive.
 NUM_OBJECTS = (3, 7)
@@ -71,11 +72,13 @@ class _Item:
         kind: a class name, or the name of a distractor.
         polygons: outlines of int32 (P, 2) x, y vertices; the second one, if any, is a hole.
         mask: bool (H, W), the pixels that the shape covers.
+        keypoints: int32 (K, 2), x and y in the order of ``KEYPOINTS``.
     """
 
     kind: str
     polygons: list[np.ndarray]
     mask: np.ndarray
+    keypoints: np.ndarray
 
 
 def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -90,7 +93,8 @@ def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarra
     Returns:
         the image, uint8 (H, W, 3) in BGR, and its annotations: dicts with COCO's ``category_id``
         (from 1), ``bbox`` (x, y, width, height, of the whole shape), ``area``, ``segmentation``
-        (a hole is joined to the outline by a slit) and ``iscrowd``.
+        (a hole is joined to the outline by a slit), ``keypoints`` (invisible where another shape is in front),
+        ``num_keypoints`` and ``iscrowd``.
     """
     rng = np.random.Generator(np.random.PCG64([seed, index]))
     base = rng.integers(72, 184) + rng.integers(-HUE, HUE + 1, 3)
@@ -107,7 +111,9 @@ def draw_scene(seed: int, index: int, size: int = IMAGE_SIZE) -> tuple[np.ndarra
         _paint_line(rng, canvas, base)
     canvas += rng.integers(-PIXEL_NOISE, PIXEL_NOISE + 1, canvas.shape, dtype=np.int16)
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    return image, [_annotation(item) for item in items if item.kind in SHAPE_CLASSES]
+    return image, [
+        _annotation(item, items[number + 1 :]) for number, item in enumerate(items) if item.kind in SHAPE_CLASSES
+    ]
 
 
 def _draw(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
@@ -152,6 +158,17 @@ def _outline(kind: str, radius: int, rng: np.random.Generator) -> list[np.ndarra
     if kind == "splinter":
         return [_polar(rng.integers(radius // 3, radius + 1, 4), [0, 50, 180, 240])]
     return [_polar(rng.integers(radius // 2, radius + 1, 9), range(0, 360, 40))]
+
+
+def _keypoints(outline: np.ndarray) -> np.ndarray:
+    """Returns the keypoints (K, 2) of an upright outline (P, 2) around the origin; an edge's extreme is its middle."""
+    extremes = [
+        outline[outline[:, axis] == pick(outline[:, axis])].sum(axis=0)
+        // (outline[:, axis] == pick(outline[:, axis])).sum()
+        for axis in (0, 1)
+        for pick in (np.min, np.max)
+    ]
+    return np.stack([np.zeros(2, np.int64), *extremes])
 
 
 def _shoelace(points: np.ndarray) -> float:
@@ -215,12 +232,13 @@ def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item 
     angle = _draw(rng, TURN_DEGREES) % 360 if is_object else int(rng.integers(360))
     cos, sin = int(_COS[angle]), int(_COS[(angle - 90) % 360])
     radius = max(3, side * _REFERENCE_RADIUS // math.isqrt(_reference_area(kind)))
-    outlines = []
-    for points in _outline(kind, radius, rng):
+    upright, outlines = _outline(kind, radius, rng), []
+    for points in [*upright, _keypoints(upright[0])]:
         x = points[:, 0] * (100 + stretch) // 200
         y = points[:, 1] * 100 // ((100 + stretch) // 2)
         turned = np.stack([x * cos - y * sin, x * sin + y * cos], axis=1)
         outlines.append((turned + (_HALF << _SHIFT)) >> (2 * _SHIFT))
+    *outlines, keypoints = outlines
     low, high = outlines[0].min(axis=0), outlines[0].max(axis=0)
     room = size - 2 - (high - low)
     if (room < 1).any():
@@ -229,14 +247,16 @@ def _random_item(rng: np.random.Generator, size: int, is_object: bool) -> _Item 
     polygons = [(points + offset).astype(np.int32) for points in outlines]
     mask = np.zeros((size, size), np.uint8)
     cv2.fillPoly(mask, polygons, 1, lineType=cv2.LINE_8)
-    return _Item(kind, polygons, mask.astype(bool))
+    return _Item(kind, polygons, mask.astype(bool), (keypoints + offset).astype(np.int32))
 
 
-def _annotation(item: _Item) -> dict[str, Any]:
+def _annotation(item: _Item, in_front: list[_Item]) -> dict[str, Any]:
     rows, columns = np.nonzero(item.mask.any(axis=1))[0], np.nonzero(item.mask.any(axis=0))[0]
     outline = item.polygons[0]
     for hole in item.polygons[1:]:
         outline = np.concatenate([outline, outline[:1], hole[:1], hole[:0:-1], hole[:1]])
+    hidden = [any(other.mask[y, x] for other in in_front) for x, y in item.keypoints]
+    visibility = np.where(hidden, 1, 2)
     return {
         "category_id": SHAPE_CLASSES.index(item.kind) + 1,
         "bbox": [
@@ -248,6 +268,9 @@ def _annotation(item: _Item) -> dict[str, Any]:
         "area": _polygon_area(item.polygons),
         # Vertices are pixels; COCO counts from a pixel's corner.
         "segmentation": [[float(value) + 0.5 for value in outline.ravel()]],
+        # Keypoints are indices of pixels in COCO, too.
+        "keypoints": np.column_stack([item.keypoints, visibility]).ravel().tolist(),
+        "num_keypoints": len(KEYPOINTS),
         "iscrowd": 0,
     }
 

@@ -13,6 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ...layers import output_first
 from ...modeling.scaffold import SCAFFOLD_PREFIXES
 from ...quantization import Quantizer, quantize
 from ...quantization.functional import broadcast_scale
@@ -128,7 +129,7 @@ class OscillationHook(HookBase):
     def _add_loss(self, model: nn.Module, _: Any, losses: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return losses
-        loss = sum(dampening_loss(layer.weight, layer.weight_quantizer) for layer in self._layers.values())
+        loss = sum(dampening_loss(output_first(layer), layer.weight_quantizer) for layer in self._layers.values())
         factor = self._dampening * self._progress(get_event_storage().iter)
         return {**losses, "loss_dampening": factor * loss}
 
@@ -142,7 +143,7 @@ class OscillationHook(HookBase):
                 for field in dataclasses.fields(history):
                     setattr(history, field.name, getattr(history, field.name).to(device))
             else:
-                codes = layer.weight_quantizer.to_integer(layer.weight).codes
+                codes = layer.weight_quantizer.to_integer(output_first(layer)).codes
                 self._history[name] = WeightHistory.start(codes)
             self._flips[name] = self._flips.get(name, torch.zeros(())).to(device)
 
@@ -155,10 +156,11 @@ class OscillationHook(HookBase):
             threshold = start + (end - start) * self._progress(self.trainer.iter + 1)
         for name, layer in self._layers.items():
             history = self._history[name]
-            integer = layer.weight_quantizer.to_integer(layer.weight)
+            weight = output_first(layer)
+            integer = layer.weight_quantizer.to_integer(weight)
             self._flips[name] += history.update(integer.codes, self._momentum, threshold)
             if end > 0:
-                layer.weight.copy_(torch.where(history.frozen, history.codes * integer.scale, layer.weight))
+                weight.copy_(torch.where(history.frozen, history.codes * integer.scale, weight))
         self._num_steps += 1
         if (self.trainer.iter + 1) % LOG_PERIOD == 0 or self.trainer.iter + 1 == self.trainer.max_iter:
             self._log()

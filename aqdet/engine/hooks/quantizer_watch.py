@@ -9,6 +9,7 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
+from ...layers import output_first
 from ...quantization import Quantizer, quantizers
 from ...quantization.functional import SCALE_EPS
 
@@ -104,5 +105,5 @@ def _has_one_value(module: nn.Module) -> bool:
     quantizer = getattr(module, "weight_quantizer", None)
     if not isinstance(quantizer, Quantizer) or not quantizer.is_active:
         return False
-    weight = quantizer.fake_quantize(cast(Tensor, module.weight)).reshape(quantizer.num_scales, -1)
+    weight = quantizer.fake_quantize(output_first(module)).reshape(quantizer.num_scales, -1)
     return bool((weight == weight[:, :1]).all())

@@ -9,7 +9,7 @@ from helpers import make_cfg
 from torch import nn
 
 from aqdet.engine.hooks.oscillation import OscillationHook, WeightHistory, build_oscillation_hook, dampening_loss
-from aqdet.layers import QuantConv2d
+from aqdet.layers import QuantConv2d, QuantConvTranspose2d
 from aqdet.quantization import QuantSpec, calibrate
 
 DEFAULTS = {"dampening": 0.0, "threshold": 0.0, "threshold_start": 0.1, "momentum": 0.01}
@@ -112,6 +112,28 @@ def test_oscillating_weights_are_frozen_on_their_level_wherever_the_scale_goes()
     assert frozen.tolist() == [index % 2 == 0 for index in range(54)]
     values = {key: value for key, (value, _) in hook.trainer.storage.latest().items()}
     assert values["frozen/0"] == values["frozen/all"] == 0.5
+
+
+def test_a_transposed_convolution_is_frozen_on_the_levels_of_its_output_channels():
+    weight = QuantSpec("lsq", 2, "weight", per_channel=True)
+    torch.manual_seed(0)
+    layer = QuantConvTranspose2d.from_float(nn.ConvTranspose2d(3, 3, 2), weight, None)
+    model = nn.Sequential(layer)
+    calibrate(model, lambda: model(torch.rand(1, 3, 4, 4)))
+    with torch.no_grad():
+        layer.weight_quantizer.scale.mul_(torch.tensor([1.0, 1.5, 2.0]))
+    hook = make_hook(model, dampening=1.0, threshold=0.02, threshold_start=0.02, momentum=0.05)
+    hook.before_train()
+    for hook.trainer.iter in range(8):
+        with torch.no_grad():
+            middle = layer.weight_quantizer.scale.view(1, -1, 1, 1) * 0.5
+            layer.weight.copy_((middle * (1.2 if hook.trainer.iter % 2 else 0.8)).expand_as(layer.weight))
+        hook.after_step()
+    frozen = hook._history["0"].frozen
+    assert frozen.all()
+    torch.testing.assert_close(layer.weight, layer.quantized_weight())
+    with EventStorage(hook.trainer.max_iter):
+        assert hook._add_loss(model.train(), None, {})["loss_dampening"].item() < 1e-10
 
 
 def test_the_threshold_falls_by_a_cosine():

@@ -7,7 +7,8 @@ from helpers import QUANT, calibrated, make_batch, make_model
 from quantization.specs import ready
 
 from aqdet.engine.hooks.quantizer_watch import QuantizerWatchHook
-from aqdet.quantization import QuantSpec, name_quantizers, quantizers
+from aqdet.layers import QuantConvTranspose2d
+from aqdet.quantization import QuantSpec, calibrate, name_quantizers, quantizers
 
 
 class StandIn:
@@ -90,3 +91,22 @@ def test_scales_that_explode_or_stand_still_are_warned_about_once(caplog):
         f"1 quantizers have a scale that moved by more than x4 since training started (MODEL.QUANT.SCALE_LR, "
         f"SOLVER.BASE_LR): {grown}",
     ]
+
+
+def test_a_transposed_convolution_is_seen_by_its_output_channels(caplog):
+    """Three channels in and five out: its weight has output channels for the second axis."""
+    deconv = torch.nn.ConvTranspose2d(3, 5, 2)
+    layer = QuantConvTranspose2d.from_float(deconv, QuantSpec("lsq", 4, "weight", per_channel=True), None)
+    model = torch.nn.Sequential(layer)
+    calibrate(model, lambda: model(torch.rand(1, 3, 4, 4)))
+    name_quantizers(model)
+    watch = QuantizerWatchHook(period=100)
+    watch.trainer = StandIn(model)
+    with caplog.at_level(logging.WARNING):
+        watch.before_step()
+        for number_of_dead, said in ((0, 0), (4, 0), (5, 1)):
+            with torch.no_grad():
+                layer.weight_quantizer.scale.mul_(1.01)
+                layer.weight[:, :number_of_dead] = 0
+            watch.after_step()
+            assert sum("one quantized value" in record.getMessage() for record in caplog.records) == said
