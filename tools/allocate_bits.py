@@ -64,7 +64,7 @@ def read_sensitivity(path: str) -> Sensitivity:
 
 
 def rules_of(found: Sensitivity, bits: dict[str, int]) -> list[list[Any]]:
-    """Returns ``MODEL.QUANT.RULES``, a rule for the layers of each bit width."""
+    """Returns rules for ``MODEL.QUANT.RULES``, one for the layers of each bit width."""
     by_bits: dict[int, list[str]] = {}
     for group, width in bits.items():
         by_bits.setdefault(width, []).extend(found.layers[group])
@@ -97,11 +97,18 @@ def main() -> None:
         before = plan(args.config_file)
         found = read_sensitivity(args.sensitivity)
         bit_ops = None if args.budget_gbops is None else args.budget_gbops * 1e9
+        own = load_config(args.config_file, args.opts).MODEL.QUANT.RULES
+        allocated = [name for group in found.layers.values() for name in group]
+        if ruled := [name for name in allocated if any(re.search(pattern, name) for pattern, _ in own)]:
+            raise ValueError(
+                f"MODEL.QUANT.RULES of {args.config_file} decide for {ruled[0]}, which {args.sensitivity} has "
+                "measured: measure again with this config, or take one without rules"
+            )
         bits = allocate(found, Budget(args.budget_bits, args.budget_size, bit_ops, args.max_loss))
         name = os.path.splitext(os.path.basename(args.output))[0]
         content = {
             "_BASE_": os.path.abspath(args.config_file),
-            "MODEL": {"QUANT": {"ENABLED": True, "RULES": rules_of(found, bits)}},
+            "MODEL": {"QUANT": {"ENABLED": True, "RULES": [*own, *rules_of(found, bits)]}},
             "OUTPUT_DIR": f"output/{name}",
         }
         comment = (

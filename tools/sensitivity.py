@@ -78,6 +78,8 @@ def measure(args: argparse.Namespace) -> Sensitivity:
         raise ValueError("MODEL.WEIGHTS is empty: name the checkpoint of the full-precision detector")
     batches = list(itertools.islice(Trainer.build_train_loader(cfg), args.batches))
     detector = PartlyQuantized(cfg, cfg.MODEL.WEIGHTS, batches, args.bits)
+    if detector.kept:
+        print(f"{len(detector.kept)} layers are not measured, since MODEL.QUANT.RULES decide for them")
 
     def average_precision(model: nn.Module) -> float:
         logging.disable(logging.INFO)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import AqdetCheckpointer
 from ..config import detector_only
-from ..modeling import quantizable_layers
+from ..modeling import QuantPolicy, quantizable_layers
 from ..quantization import Quantizer, calibrate, set_quantization
 from .plan import make_plan
 
@@ -61,8 +61,8 @@ def group_of(name: str, by: str) -> str:
 class PartlyQuantized:
     """A full-precision detector whose layers can be quantized one by one to chosen bits, without training.
 
-    Only layers with the bits that ``MODEL.QUANT`` gives to most layers take part: the stem, the prediction layers and
-    the tensors that several layers read stay in full precision.
+    Only layers with the bits that ``MODEL.QUANT`` gives to most layers take part: the stem, the prediction layers, the
+    tensors that several layers read and the layers that a rule of ``MODEL.QUANT.RULES`` decides stay in full precision.
 
     Args:
         cfg: The config of the quantized detector; it is not changed.
@@ -71,7 +71,11 @@ class PartlyQuantized:
         bits: The bit widths to choose from.
 
     Raises:
-        ValueError: In one line, if the checkpoint does not fit or comes from a quantized training.
+        ValueError: In one line, if the checkpoint does not fit or comes from a quantized training, or no layer is left.
+
+    Attributes:
+        layers: Names of the layers that take part.
+        kept: Names of the layers that a rule decides.
     """
 
     def __init__(
@@ -82,7 +86,6 @@ class PartlyQuantized:
         for width in bits:
             own = detector_only(cfg)
             own.MODEL.QUANT.ENABLED = True
-            own.MODEL.QUANT.RULES = []
             own.MODEL.QUANT.WEIGHT.NUM_BITS = own.MODEL.QUANT.INPUT.NUM_BITS = width
             model = build_model(own)
             node = own.CHECKPOINT
@@ -95,11 +98,18 @@ class PartlyQuantized:
             set_quantization(model, False)
             self._models[width] = model
         any_model = next(iter(self._models.values()))
+        policy = QuantPolicy.from_config(cfg)
+        named = list(quantizable_layers(any_model))
+        self.kept = [name for name, _ in named if policy.winning_rule(name) is not None]
         self.layers = [
             name
-            for name, layer in quantizable_layers(any_model)
-            if layer.quant_site.role == "inner"  # type: ignore[union-attr]
+            for name, layer in named
+            if layer.quant_site.role == "inner" and name not in self.kept  # type: ignore[union-attr]
         ]
+        if not self.layers:
+            raise ValueError(
+                "MODEL.QUANT.RULES decide for all layers, so that there is none to measure: take a config without"
+            )
 
     @property
     def models(self) -> Mapping[int, nn.Module]:

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIER_KEY = "head.linear.weight"
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
+EARLIER = "old_"
+"""Prefix of the numbered checkpoints of an earlier run in the same folder."""
 
 
 def _distinct(lines: list[str]) -> list[str]:
@@ -118,9 +120,9 @@ class AqdetCheckpointer(DetectionCheckpointer):
             ValueError: As :meth:`file_to_resume` and :meth:`load` do.
         """
         chosen = self.file_to_resume() if resume else ""
-        return self.load(chosen) if chosen else self.load(path, checkpointables=[])
+        return self.resume(chosen) if chosen else self.load(path, checkpointables=[])
 
-    def resume(self, path: str) -> None:
+    def resume(self, path: str) -> dict[str, Any]:
         """Loads a checkpoint to go on from, which has to be of the same model.
 
         Unlike at a start, no key may differ, whatever ``allow_keys`` says, because the file's optimizer state belongs
@@ -129,12 +131,15 @@ class AqdetCheckpointer(DetectionCheckpointer):
         Args:
             path: The result of :meth:`file_to_resume`.
 
+        Returns:
+            What :meth:`load` does.
+
         Raises:
             ValueError: As :meth:`load` does.
         """
         self._exact = True
         try:
-            self.load(path)
+            return self.load(path)
         finally:
             self._exact = False
 
@@ -186,16 +191,20 @@ class AqdetCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def forget_last_checkpoint(self) -> None:
-        """Renames an earlier run's record in the same folder, so that no resume mixes the two runs."""
+        """Renames an earlier run's record and checkpoints in the same folder, so that no resume mixes the two runs."""
         if self.save_to_disk and self.has_checkpoint():
             path = os.path.join(self.save_dir, "last_checkpoint")
             logger.warning(
                 "%s holds an earlier run, last %s, which this one does not continue (--resume would): its note is "
-                "kept as last_checkpoint.old",
+                "kept as last_checkpoint.old, its numbered checkpoints as %s*",
                 self.save_dir,
                 os.path.basename(self.get_checkpoint_file()),
+                EARLIER,
             )
             os.replace(path, f"{path}.old")
+            for name in sorted(os.listdir(self.save_dir)):
+                if _NUMBERED.fullmatch(name):
+                    os.replace(os.path.join(self.save_dir, name), os.path.join(self.save_dir, f"{EARLIER}{name}"))
 
     def save_stripped(self, name: str) -> None:
         """Writes the detector, without auxiliary path and training state, as ``name.pth``."""

@@ -121,8 +121,8 @@ def quantize_detector(
     Args:
         cfg: The config of the quantized detector, see :func:`quantized_overrides`; it is not changed.
         weights: The full-precision checkpoint.
-        batches: Images in the form of Detectron2's detectors, without ground truth. Every fourth batch is held out; a
-            single batch serves for both purposes.
+        batches: Images in the form of Detectron2's detectors, without ground truth. Every fourth batch is held out, of
+            fewer than four the last; a single batch serves for both purposes.
         methods: Names from :data:`aqdet.quantization.CALIBRATION_METHODS`.
         reconstruct: Whether to try :mod:`~aqdet.engine.reconstruction` too.
         progress: A function that is called with lines of text.
@@ -136,6 +136,8 @@ def quantize_detector(
     num_classes: Any = float_model.num_classes
     held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[-1:])
     calibration = [batch for index, batch in enumerate(batches) if index % HELD_OUT != HELD_OUT - 1]
+    if 1 < len(batches) < HELD_OUT:
+        calibration = calibration[:-1]
     corrections = _corrections(float_model, model, reconstruct)
     rounds = len(calibration) * (1 + sum(len(name.split(", ")) for name in corrections))
     counter = _Counter(rounds + len(held) * (1 + len(methods) + len(corrections)), progress)

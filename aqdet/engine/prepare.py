@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -28,6 +29,7 @@ from ..utils.exact_products import exact_products
 from .hooks.calibration import CalibrationHook
 from .hooks.freeze_bn import FreezeBNHook
 from .hooks.oscillation import build_oscillation_hook
+from .hooks.precise_bn import PreciseBNHook
 from .hooks.stripped_checkpoint import StrippedCheckpointHook
 from .hooks.stripped_evaluation import StrippedEvalHook
 from .hooks.weight_average import WeightAverageHook
@@ -140,7 +142,7 @@ def prepare(
     prepared.checkpointer = build_checkpointer(cfg, bare, optimizer=prepared.optimizer, loop=weakref.proxy(prepared))
     path = prepared.checkpointer.file_to_resume() if resume else ""
     if path:
-        prepared.checkpointer.load(path)
+        prepared.checkpointer.resume(path)
         prepared.start_iter = prepared.iter + 1
     else:
         weights = cfg.MODEL.WEIGHTS if weights is None else weights
@@ -205,6 +207,9 @@ def prepare_trainer(trainer: DefaultTrainer) -> None:
             if comm.is_main_process():
                 theirs.append(StrippedCheckpointHook(trainer.checkpointer))
             theirs.append(StrippedEvalHook(cfg.TEST.EVAL_PERIOD, evaluate, trainer.checkpointer))
+        elif type(hook) is PreciseBN:
+            build_loader = functools.partial(trainer.build_train_loader, cfg)
+            theirs.append(PreciseBNHook(cfg.TEST.EVAL_PERIOD, build_loader, cfg.TEST.PRECISE_BN.NUM_ITER, average))
         else:
             if isinstance(hook, PeriodicCheckpointer):
                 hook.checkpointer = trainer.checkpointer

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.roi_heads import (
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
@@ -29,6 +29,7 @@ from detectron2.modeling.roi_heads.roi_heads import (
     select_proposals_with_visible_keypoints,
 )
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,11 +60,8 @@ def _norms_at_rest(module: nn.Module, x: Tensor) -> Iterator[None]:
     """Lets batch norms pass a batch without regions, which has no statistics; a SyncBN waits for other processes'."""
     norms = []
     if x.shape[0] == 0:
-        norms = [
-            m
-            for m in module.modules()
-            if isinstance(m, _BatchNorm) and m.training and not isinstance(m, nn.SyncBatchNorm)
-        ]
+        shared = (nn.SyncBatchNorm, NaiveSyncBatchNorm) if comm.get_world_size() > 1 else ()
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and not isinstance(m, shared)]
     for norm in norms:
         norm.training = False
     try:

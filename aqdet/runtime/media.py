@@ -24,6 +24,7 @@ DEFAULT_RATE = 25.0  # Frames a second of a video that does not state them.
 WINDOW = "aqdet"
 _ESCAPE = 27
 Draw = Callable[[np.ndarray, Any], np.ndarray]
+_Read = tuple[PictureSource, Path | None, np.ndarray]
 
 
 class Model(Protocol):
@@ -141,8 +142,7 @@ class MediaLoop:
                 except ValueError as error:
                     self._summary.unreadable.append(str(error))
                     self._bar.update()
-            found = self._detect([image for _, _, image in images])
-            for (source, target, image), detections in zip(images, found, strict=True):
+            for (source, target, image), detections in self._found(images):
                 self._summary.images += 1
                 drawn = self._use(source, None, image, detections, draw if target or self._show else None)
                 if target is not None and drawn is not None:
@@ -150,6 +150,20 @@ class MediaLoop:
                         Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1])).save(aside, quality=95)
                 if drawn is not None and not self._go_on(drawn, wait=0):
                     return
+
+    def _found(self, images: Sequence[_Read]) -> Iterator[tuple[_Read, Any]]:
+        """Yields images with their detections, and notes the ones in which a detector cannot detect."""
+        try:
+            found = self._detect([image for _, _, image in images])
+        except ValueError as error:
+            if len(images) > 1:
+                for one in images:
+                    yield from self._found([one])
+                return
+            self._summary.unreadable.append(f"{images[0][0].name}: {error}")
+            self._bar.update()
+            return
+        yield from zip(images, found, strict=True)
 
     def _do_video(self, source: PictureSource, target: Path | None, expected: int | None) -> None:
         cv2 = import_opencv()

@@ -72,6 +72,16 @@ def test_a_metric_of_which_more_is_better(detector):
     assert found.baseline == 50 and found.costs == {layers[0]: {2: 10.0, 8: 1.0}}
 
 
+def test_layers_that_a_rule_decides_are_not_measured(weights):
+    rules = ("MODEL.QUANT.RULES", "[['res4', {'WEIGHT.NUM_BITS': 4}], ['fpn_lateral3', {'ENABLED': False}]]")
+    detector = PartlyQuantized(make_cfg(*QUANT, *RELU, *rules), weights, [make_batch()], (2,))
+    assert not any("res4" in name or "fpn_lateral3" in name for name in detector.layers)
+    assert any("res4" in name for name in detector.kept)
+    everything = ("MODEL.QUANT.RULES", "[['.', {'WEIGHT.NUM_BITS': 4}]]")
+    with pytest.raises(ValueError, match="MODEL.QUANT.RULES decide for all layers"):
+        PartlyQuantized(make_cfg(*QUANT, *RELU, *everything), weights, [make_batch()], (2,))
+
+
 @pytest.mark.parametrize(
     "by, group",
     [("layer", "backbone.bottom_up.res4.1.conv2"), ("block", "res4.1"), ("part", "res4")],
@@ -83,7 +93,8 @@ def test_groups(by, group):
 def test_from_a_measurement_to_a_config_that_plans(weights, tmp_path, monkeypatch, capsys):
     entry = write_dataset(tmp_path / "data", "tiny_sensitivity")
     base = tmp_path / "base.yaml"
-    base.write_text(make_cfg(*QUANT, *RELU).dump())
+    own = ["fpn_lateral3", {"ENABLED": False}]
+    base.write_text(make_cfg(*QUANT, *RELU, "MODEL.QUANT.RULES", str([own])).dump())
     opts = [*train_overrides(entry, tmp_path / "run"), "MODEL.WEIGHTS", weights]
     argv = ["--config-file", str(base), "--size", "64", "64"]
     measured = ["--output", str(tmp_path / "found"), "--bits", "2", "4", "--by", "part", "--batches", "1"]
@@ -99,5 +110,10 @@ def test_from_a_measurement_to_a_config_that_plans(weights, tmp_path, monkeypatc
     load_tool("allocate_bits").main()
     assert "Train it: python tools/train_net.py --config-file" in capsys.readouterr().out
     rules = load_config(output).MODEL.QUANT.RULES
-    assert {rule[1]["WEIGHT.NUM_BITS"] for rule in rules} == {2, 4}
+    assert rules[0] == own and {rule[1]["WEIGHT.NUM_BITS"] for rule in rules[1:]} == {2, 4}
     assert yaml.safe_load(output.read_text())["_BASE_"] == str(base)
+
+    # A rule that came after the measurement would win over what is allocated.
+    base.write_text(make_cfg(*QUANT, *RELU, "MODEL.QUANT.RULES", "[['res3', {'WEIGHT.NUM_BITS': 8}]]").dump())
+    with pytest.raises(SystemExit, match="decide for backbone.bottom_up.res3.*measure again with this config"):
+        load_tool("allocate_bits").main()

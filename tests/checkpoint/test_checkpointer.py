@@ -507,11 +507,19 @@ def test_the_last_checkpoints_are_kept(tmp_path):
         saved(tmp_path, (), keep=-1)
 
 
-def test_a_run_that_starts_anew_puts_the_note_of_the_earlier_one_aside(tmp_path, caplog):
+def test_a_run_that_starts_anew_puts_the_note_and_the_files_of_the_earlier_one_aside(tmp_path, caplog):
+    saved(tmp_path, (2,))
     checkpointer = saved(tmp_path, (4,))
     checkpointer.forget_last_checkpoint()
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["old_model_0000002.pth", "old_model_0000004.pth"]
     assert not checkpointer.has_checkpoint() and (tmp_path / "last_checkpoint.old").read_text() == "model_0000004.pth"
     assert "holds an earlier run, last model_0000004.pth" in caplog.text
+    # A damaged file of the new run is not made up for by one of the earlier.
+    saved(tmp_path, (9,), keep=1)
+    truncate(tmp_path / "model_0000009.pth")
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        resume(tmp_path)
+    assert (tmp_path / "old_model_0000002.pth").exists()
 
 
 def linear(**changes):

@@ -174,6 +174,25 @@ def test_weights_are_reconstructed_first_if_that_is_asked_for(tmp_path, monkeypa
     assert made.attempts[-1].error == pytest.approx(made.attempts[-2].error)  # nothing was rounded here
 
 
+@pytest.mark.parametrize("number, calibrated_on", [(1, [0]), (2, [0]), (3, [0, 1]), (4, [0, 1, 2]), (5, [0, 1, 2, 4])])
+def test_what_is_held_out_is_not_calibrated_on(tmp_path, monkeypatch, number, calibrated_on):
+    torch.save({"model": lively().state_dict()}, tmp_path / "full.pth")
+    batches = [images(2, seed=seed) for seed in range(number)]
+    seen = []
+
+    def observe(model, run):
+        monkeypatch.setattr(
+            post_training, "predict", lambda _, batch: seen.append([id(b) for b in batches].index(id(batch)))
+        )
+        run()
+        raise StopIteration
+
+    monkeypatch.setattr(post_training, "observe", observe)
+    with pytest.raises(StopIteration):
+        quantize_detector(make_cfg(*STD, *QUANT), str(tmp_path / "full.pth"), batches, methods=("minmax",))
+    assert seen == calibrated_on
+
+
 def test_a_batch_too_small_for_bn_leaves_that_correction_out(tmp_path):
     torch.save({"model": lively().state_dict()}, tmp_path / "full.pth")
     lines = []

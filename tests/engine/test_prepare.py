@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2s_optimizer
 from helpers import AUX, FCOS, QUANT, losses_of, make_batch, make_cfg, make_model, warnings_in
@@ -13,6 +13,7 @@ from tiny_data import train_cfg, write_dataset
 
 import aqdet
 from aqdet.engine import Trainer, build_checkpointer, build_optimizer
+from aqdet.engine.hooks.precise_bn import PreciseBNHook
 from aqdet.engine.solver import RelativeStep
 from aqdet.modeling.config_requests import Requests
 from aqdet.modeling.scaffold import strip
@@ -176,6 +177,42 @@ def test_detectron2s_default_trainer(tmp_path, entry, weights, caplog):
     final = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)
     assert set(stripped) == {key for key in final["model"] if not key.startswith("auxiliary.")}
     assert "WeightAverageHook" in final["trainer"]["hooks"] and "bbox" in trainer._last_eval_results
+
+
+def test_detectron2s_default_trainer_estimates_bn_as_ours_does(tmp_path, entry, weights):
+    """Without the auxiliary path, which Detectron2's hook would run."""
+    overrides = (*QUANT, *AUX, *RELU, "TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2")
+    cfg = train_cfg(entry, tmp_path / "out", *overrides, "MODEL.WEIGHTS", weights, max_iter=1)
+    trainer = Theirs(cfg)
+    aqdet.prepare_trainer(trainer)
+    (hook,) = (hook for hook in trainer._hooks if "PreciseBN" in type(hook).__name__)
+    assert isinstance(hook, PreciseBNHook)
+    trainer.resume_or_load(resume=False)
+    runs = []
+
+    class Recorder(HookBase):
+        def before_step(self):  # after calibration, in which adaptors are aligned
+            trainer.model.auxiliary.register_forward_pre_hook(lambda *_: runs.append(trainer.iter))
+
+    trainer.register_hooks([Recorder()])
+    trainer.train()
+    assert runs == [0], "the step's alone"
+
+
+def test_a_resume_is_of_the_same_model_in_any_loop(tmp_path, entry, weights):
+    overrides = (*QUANT, *RELU, "MODEL.WEIGHTS", weights, "CHECKPOINT.ALLOW_KEYS", "['head.cls_score']")
+    cfg = train_cfg(entry, tmp_path / "out", *overrides, max_iter=1)
+    trainer = Theirs(cfg)
+    aqdet.prepare_trainer(trainer)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    cfg = train_cfg(entry, tmp_path / "out", *overrides, "MODEL.RETINANET.NUM_CLASSES", "2", max_iter=2)
+    with pytest.raises(ValueError, match="head.cls_score"):
+        aqdet.prepare(cfg, build_model(cfg), build_detection_train_loader(cfg), resume=True)
+    other = Theirs(cfg)
+    aqdet.prepare_trainer(other)
+    with pytest.raises(ValueError, match="head.cls_score"):
+        other.resume_or_load(resume=True)
 
 
 def test_a_trainer_with_an_optimizer_of_its_own_keeps_it_and_is_told(tmp_path, entry, weights, caplog):

@@ -14,7 +14,8 @@ def test_every_gradient_is_the_mean_over_the_processes_also_without_objects_in_o
     done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["statuses"] == [0, 0]
+    assert report["statuses"] == report["shared"] == [0, 0]
+    assert report["shapes"] == [[0, 3, 28, 28], [3, 3, 28, 28]] and report["shared_mean"]
     with_objects, without = report["losses"]
     assert with_objects["loss_mask"] > 0 and with_objects["aux_loss_mask"] > 0 and with_objects["aux_loss_rpn_loc"] > 0
     assert without["loss_mask"] == without["aux_loss_mask"] == 0 and without["loss_rpn_cls"] > 0

@@ -60,12 +60,26 @@ def steps(folder):
     write(folder / f"rank{comm.get_rank()}.pth", result)
 
 
+def without_regions(folder):
+    """A mask head whose norms share their batch, of which the first process has none."""
+    head = rcnn(*MASK, "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N").roi_heads.mask_head.train()
+    x = torch.rand(3 * comm.get_rank(), 16, 14, 14, generator=torch.Generator().manual_seed(0))
+    y = head.layers(x)
+    y.square().sum().backward()
+    write(folder / f"rank{comm.get_rank()}.pth", {"mean": head.mask_fcn1.norm.running_mean, "shape": y.shape})
+
+
 def main(folder):
     torch.set_num_threads(1)
     statuses, _ = together(folder / "two", steps)
     ranks = [torch.load(folder / "two" / f"rank{rank}.pth") for rank in range(2)]
     first, second = ranks
+    shared, _ = together(folder / "shared", without_regions)
+    heads = [torch.load(folder / "shared" / f"rank{rank}.pth") for rank in range(2)]
     report = {
+        "shared": shared,
+        "shapes": [list(head["shape"]) for head in heads],
+        "shared_mean": bool(torch.equal(heads[0]["mean"], heads[1]["mean"]) and heads[0]["mean"].abs().sum() > 0),
         "statuses": statuses,
         "losses": [rank["losses"] for rank in ranks],
         "names": list(first["reduced"]),

@@ -118,6 +118,21 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(folder, tmp_path):
     assert "1.png: not an image" in first and "film.avi: not a video" in second
 
 
+def test_an_image_that_the_detector_refuses_is_named_and_the_rest_is_done(folder, tmp_path):
+    """As one that is too narrow to be resized."""
+
+    class Choosy(Known):
+        def detect(self, images):
+            if any(image.shape[0] == 61 for image in images):
+                raise ValueError("too narrow")
+            return super().detect(images)
+
+    sources, _ = find_sources([str(folder / f"{index}.png") for index in range(3)])
+    summary = MediaLoop(Choosy(), threshold=0.5, batch=2).run(sources, output_paths(sources, str(tmp_path / "out")))
+    assert summary.images == 2 and written(tmp_path / "out") == ["0.png", "2.png"]
+    assert summary.unreadable == [f"{folder / '1.png'}: too narrow"]
+
+
 def test_a_video_that_breaks_off_is_noted(folder):
     write_video(folder / "film.avi", num_frames=40, codec="XVID")
     data = (folder / "film.avi").read_bytes()

@@ -11,7 +11,7 @@ from ..formats.source import Source
 from .findings import Report
 from .image_records import UsableImage
 from .segmentations import check_segmentation, is_polygons, is_rle
-from .values import box_of_polygons, four_numbers, integer_of, whole_number
+from .values import box_of_polygons, four_numbers, integer_of, polygon_of_box, whole_number
 
 __all__ = ["AnnotationRecords"]
 
@@ -101,8 +101,9 @@ class AnnotationRecords:
         if self.masks and raw.get("segmentation"):
             segmentation = check_segmentation(self.report, place, raw["segmentation"], box, image.size)
             if segmentation is None:
-                left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
-                segmentation, crowd = [[left, top, right, top, right, bottom, left, bottom]], 1
+                segmentation, crowd = [polygon_of_box(box)], 1
+        elif self.masks and crowd:  # without which the masks of the whole dataset could not be evaluated
+            segmentation = [polygon_of_box(box)]
         image.boxes += not crowd
         self.of_class[category] += 1
         fixed = {"id": key, "image_id": image_id, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}

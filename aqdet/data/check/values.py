@@ -71,6 +71,12 @@ def all_finite(values: list[Any]) -> bool:
         return False
 
 
+def polygon_of_box(box: Sequence[float]) -> list[float]:
+    """Returns the outline of a box ``(x, y, width, height)`` as COCO's polygon."""
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
 def box_of_polygons(polygons: Sequence[Sequence[float]]) -> list[float]:
     """Returns the box ``x, y, width, height`` around polygons ``x1, y1, x2, y2, ...``."""
     xs = [x for polygon in polygons for x in polygon[0::2]]

@@ -110,6 +110,8 @@ def columns_of(text: str) -> tuple[dict[str, int], list[tuple[int, list[str]]], 
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error
+        if not rows:  # a text of separators alone
+            continue
         first = [field.strip() for field in rows[0][1]]
         if len(first) == len(_HEADERLESS) and _is_box_or_empty(first[1:5]):
             return {name: index for index, name in enumerate(_HEADERLESS)}, rows, separator

@@ -124,5 +124,7 @@ def _outline(shape: ElementTree.Element, size: list) -> Outline:
     runs = [int(number(run)) for run in given["rle"].split(",")]
     if sum(runs) != width * height or min(runs) < 0 or sum(runs) > MAX_PIXELS:
         raise ValueError(f"rle covers {sum(runs)} pixels of {width}x{height}")
+    if not all(isinstance(side, int) for side in size[:2]):
+        raise ValueError("a mask needs the width and height of its image")
     values = np.arange(len(runs)) % 2
     return of_mask(np.repeat(values, runs).reshape(height, width), (left, top), (size[0], size[1]))

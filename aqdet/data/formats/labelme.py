@@ -21,6 +21,7 @@ from PIL import Image
 from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
 from ..check.images import ImageFolder
+from ..check.values import polygon_of_box
 from ..declaration import Declaration
 from .collector import Collector, says_yes
 from .outlines import Outline, of_corners, of_ellipse, of_mask, of_polygon, points_of
@@ -111,7 +112,7 @@ class _Reader:
             flags = shape.get("flags")
             flag = flags.get("difficult", False) if isinstance(flags, dict) else False
             difficult = says_yes(shape.get("difficult", False)) or says_yes(flag)
-            if group is None or not isinstance(outline.segmentation, list):
+            if group is None or isinstance(outline.segmentation, dict):  # a mask
                 self.collector.add_object(image_id, place, label, outline, difficult=difficult)
             else:
                 key = (json.dumps(label), json.dumps(group))
@@ -187,7 +188,11 @@ class _Reader:
 
 
 def _joined(outlines: list[Outline]) -> Outline:
-    polygons = [polygon for o in outlines if isinstance(o.segmentation, list) for polygon in o.segmentation]
+    polygons: list[list[float]] = []
+    if any(outline.segmentation for outline in outlines):
+        for outline in outlines:
+            own = outline.segmentation
+            polygons += own if isinstance(own, list) else [polygon_of_box(outline.box)]
     left, top = min(o.box[0] for o in outlines), min(o.box[1] for o in outlines)
     right, bottom = max(o.box[0] + o.box[2] for o in outlines), max(o.box[1] + o.box[3] for o in outlines)
-    return Outline([left, top, right - left, bottom - top], polygons)
+    return Outline([left, top, right - left, bottom - top], polygons or None)

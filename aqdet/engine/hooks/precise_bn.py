@@ -31,15 +31,19 @@ class _Moments:
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
+        if x.numel() == 0:  # a head's, of a batch without regions
+            return
         var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
         var, mean = var.double(), mean.double()
         self._sums += torch.stack([torch.ones_like(mean), mean, var + mean.square()]) * (x.numel() // x.shape[1])
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Returns mean and variance over all ranks."""
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Returns mean and variance over all ranks, None without any value."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)
         count, total, squares = self._sums
+        if not count.any():
+            return None
         mean = total / count
         return mean, (squares / count - mean.square()).clamp(min=0)
 
@@ -54,8 +58,8 @@ def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num
 
     When quantized weights flip between codes, running statistics are averages that belong to no set of weights
     (Nagel et al., 2203.11086). Every BN in training mode gets the population mean and variance over the batches and
-    over all ranks; where there is one BN per pyramid level, each is estimated by itself. The auxiliary path, the loss
-    normalizer and the random states do not change.
+    over all ranks; where there is one BN per pyramid level, each is estimated by itself. A BN that no value reaches
+    keeps its statistics. The auxiliary path, the loss normalizer and the random states do not change.
 
     Args:
         model: The model in training mode; it may be wrapped in ``DistributedDataParallel``.
@@ -73,7 +77,11 @@ def estimate_bn(model: nn.Module, build_loader: Callable[[], Iterable[Any]], num
             for handle in handles:
                 handle.remove()
     for norm, moment in moments:
-        mean, var = moment.statistics()
+        found = moment.statistics()
+        if found is None:
+            logger.warning("No batch reached a batch norm: its statistics stay as they are")
+            continue
+        mean, var = found
         assert norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)

@@ -197,6 +197,20 @@ def test_an_object_without_a_usable_segmentation_is_a_crowd_region_of_its_box_wh
     assert [a["iscrowd"] for a in usable["annotations"]] == [0, 0, 0]
 
 
+def test_a_crowd_region_without_a_segmentation_has_its_box_where_masks_are_read(declared):
+    """Otherwise the masks of the whole dataset could not be evaluated."""
+    declaration = declared([SQUARE], None)
+    with open(declaration.file) as file:
+        content = json.load(file)
+    content["annotations"][1]["iscrowd"] = 1
+    with open(declaration.file, "w") as file:
+        json.dump(content, file)
+    _, usable, _ = check_declaration(declaration, pixels=False, masks=True)
+    assert [(a["iscrowd"], a["segmentation"]) for a in usable["annotations"]] == [(0, [SQUARE]), (1, WHOLE_BOX)]
+    _, usable, _ = check_declaration(declaration, pixels=False)
+    assert "segmentation" not in usable["annotations"][1]
+
+
 def test_the_two_readings_of_one_file_are_kept_apart(declared, tmp_path):
     from aqdet.data.cache_folder import set_cache_dir
 

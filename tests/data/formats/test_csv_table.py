@@ -122,6 +122,7 @@ FILES = {
         "two columns 'class': rename the one that does",
     ),
     "no xmax": (GOOD.replace("xmax", "q"), {"file-format": 1}, "no column xmax; got"),
+    "separators": (",,,\n;;\n", {"file-format": 1}, "no table; got"),
     "a text": ("hello\nworld\n", {"file-format": 1}, "no table; got 'hello', wanted a header with filename, class"),
     "YOLO": ("0 0.5 0.5 0.1 0.1\n", {"file-format": 1}, "path,x1,y1,x2,y2,class"),
     "a header alone": (GOOD.splitlines()[0], {"no-images": 1}, ""),

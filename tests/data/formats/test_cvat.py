@@ -137,6 +137,14 @@ FILES = {
 }
 
 
+def test_a_mask_in_an_image_without_a_size_is_a_finding(tmp_path):
+    mask = '<mask label="cat" rle="0,15" left="1" top="1" width="5" height="3"/>'
+    text = cvat([("a.png", (64, 48), [mask])])
+    assert ' width="64" height="48"' in text
+    report, _ = check(tmp_path, text=text.replace(' width="64" height="48"', ""))
+    assert report.counts["object-malformed"] == 1 and "needs the width and height of its image" in report.text()
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_files_that_are_wrong(tmp_path, case):
     text, counts, words = FILES[case]

@@ -70,6 +70,21 @@ def test_parts_of_one_group_are_one_object(tmp_path):
     assert dog["bbox"] == [1, 1, 4, 4] and other["bbox"] == [20, 20, 10, 20]
 
 
+def test_rectangles_of_one_group_are_one_object_too(tmp_path):
+    shapes = [
+        ("cat", "rectangle", [[10, 10], [30, 20]], {"group_id": 1}),
+        ("cat", "rectangle", [[40, 10], [60, 30]], {"group_id": 1}),
+        ("cat", "polygon", [[1, 1], [5, 1], [5, 5]], {"group_id": 2}),
+        ("cat", "rectangle", [[2, 30], [8, 40]], {"group_id": 2}),
+    ]
+    report, usable = check(tmp_path, shapes)
+    expect(report, {"parts-joined": 2, "box-from-polygon": 1})
+    boxes, mixed = usable["annotations"]
+    assert boxes["bbox"] == [10, 10, 50, 20] and boxes.get("segmentation") is None
+    assert mixed["bbox"] == [1, 1, 7, 39]
+    assert mixed["segmentation"] == [[1, 1, 5, 1, 5, 5], [2, 30, 8, 30, 8, 40, 2, 40]]
+
+
 def test_difficult_and_order_of_classes(tmp_path):
     shapes = [
         ("cat", *BOX[1:], {"difficult": True}),

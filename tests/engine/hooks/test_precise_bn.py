@@ -86,6 +86,22 @@ def test_statistics_are_those_of_all_ranks(monkeypatch):
     torch.testing.assert_close(var, values.var(dim=1, correction=0), rtol=1e-5, atol=1e-6)
 
 
+def test_batches_without_regions_leave_no_trace_and_norms_without_any_stay(caplog):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm.eval()(x) if len(x) == 0 else self.norm.train()(x)
+
+    head, regions = Head().train(), torch.randn(6, 3, 5, 5)
+    before = head.unused.running_var.clone()
+    estimate_bn(head, lambda: iter([regions[:4], regions[:0], regions[4:]]), 3)
+    torch.testing.assert_close(head.norm.running_mean, regions.mean(dim=(0, 2, 3)))
+    assert torch.equal(head.unused.running_var, before) and "No batch reached a batch norm" in caplog.text
+
+
 def test_an_error_on_the_way_changes_nothing(model):
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
