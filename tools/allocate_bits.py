@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from aqdet.utils.arguments import add_overrides, add_plan_size, file_to_read, file_to_write, number
 from aqdet.utils.console import run_console
-from aqdet.utils.files import write_text
+from aqdet.utils.files import refuse_replacing, write_text
 
 if TYPE_CHECKING:
     from aqdet.analysis.sensitivity import Sensitivity
@@ -94,6 +94,7 @@ def main() -> None:
         return total(make_plan(build_model(cfg), tuple(args.size)), "float", "quantized")
 
     try:
+        refuse_replacing([("--output", args.output)], [args.config_file, args.sensitivity])
         before = plan(args.config_file)
         found = read_sensitivity(args.sensitivity)
         bit_ops = None if args.budget_gbops is None else args.budget_gbops * 1e9

@@ -30,7 +30,7 @@ from aqdet.data.formats.data_yaml import SPLITS, is_list_of_names, named_splits
 from aqdet.data.formats.guess import file_of, guess_entries
 from aqdet.utils.arguments import file_to_write, integer
 from aqdet.utils.console import run_console
-from aqdet.utils.files import write_json, write_text
+from aqdet.utils.files import refuse_replacing, write_json, write_text
 from aqdet.utils.plain_yaml import load_yaml
 
 EXAMPLES = """
@@ -221,6 +221,17 @@ def entries_of_dataset(text: str, index: int, images: str) -> list[dict[str, Any
     return [{"name": f"dataset{index}", **entry}]
 
 
+def outputs_of(args: argparse.Namespace, found: Sequence[Declaration]) -> list[tuple[str, str]]:
+    """Returns pairs of an option and a file that it writes."""
+    outputs = [output_for(args.output, declaration) for declaration in found] if args.output else []
+    return [("--json", args.json or ""), *(("--output", path) for path in outputs)]
+
+
+def output_for(output: str, declaration: Declaration) -> str:
+    """Returns the file that --output means for a dataset."""
+    return output.replace("{name}", declaration.name.replace(os.sep, "_"))
+
+
 def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, Any]]], strict: bool) -> list[str]:
     """Writes the datasets as COCO JSON if none of them is refused; returns a line for each."""
     if len(found) > 1 and "{name}" not in output:
@@ -233,7 +244,7 @@ def write_output(output: str, found: list[tuple[Declaration, Report, dict[str, A
         if report.refused(strict):
             return [f"nothing is written to {output}: {declaration.name} is refused"]
     for declaration, _, content in found:
-        path = output.replace("{name}", declaration.name.replace(os.sep, "_"))
+        path = output_for(output, declaration)
         write_json(path, content, indent=None)
         lines.append(f"written to {path}; file names in it are relative to {declaration.image_root}")
     return lines
@@ -262,11 +273,23 @@ def main() -> None:
         sys.exit(f"error: {error}")
     masks = args.masks or (cfg is not None and masks_of(cfg))
     checked: list[tuple[Declaration, Report, Any]] = []
+    read: list[str] = []
     for declaration in found:
-        report, content, _ = check_declaration(declaration, pixels=not args.no_images, masks=masks)
+        report, content, source = check_declaration(declaration, pixels=not args.no_images, masks=masks)
+        read += source.inputs
+        if declaration.image_root:
+            read += [
+                os.path.join(declaration.image_root, str(image.get("file_name")))
+                for image in source.images
+                if isinstance(image, dict)
+            ]
         for _, earlier, _ in checked:
             find_shared_images(earlier, report)
         checked.append((declaration, report, content))
+    try:
+        refuse_replacing(outputs_of(args, found), read)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     reports = [report for _, report, _ in checked]
     for report in reports:
         print(report.text(args.examples), end="\n\n")
@@ -283,7 +306,9 @@ def main() -> None:
     refused = sum(report.refused(strict) for report in reports)
     images = "not decoded" if args.no_images else "decoded"
     counts = ", ".join(f"{sum(r.number(s) for r in reports)} {s}" for s in ("error", "repaired", "dropped", "warning"))
-    verdict = "a training is refused" if refused else "a training would start"
+    empty = [report.name for report in reports if report.counts["no-boxes"]]
+    verdict = "a training would start" if not empty else f"{', '.join(empty)} has nothing to train on"
+    verdict = "a training is refused" if refused else verdict
     print(f"{counts}; images {images}; {time.monotonic() - start:.1f} s: {verdict}")
     sys.exit(1 if refused else 0)
 

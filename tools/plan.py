@@ -7,7 +7,7 @@ import sys
 
 from aqdet.utils.arguments import add_overrides, add_plan_size, file_to_write
 from aqdet.utils.console import run_console
-from aqdet.utils.files import write_json
+from aqdet.utils.files import refuse_replacing, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +33,7 @@ def main() -> None:
     from aqdet.modeling.exportable import export_obstacles
 
     try:
+        refuse_replacing([("--json", args.json)], [args.config_file])
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg)
         architecture, ours = cfg.MODEL.META_ARCHITECTURE, our_architectures()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 FEWER_BITS = RECONSTRUCTED = 4
+MARK = "# Written by tools/quantize.py."
 METHODS = ("mse", "minmax", "percentile", "mean")
 
 
@@ -114,7 +115,7 @@ def save(cfg: CfgNode, checkpoint: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with open_replacing(file, "wb") as target:
         target.write(checkpoint.read_bytes())
-    write_text(file.with_suffix(".yaml"), cfg.dump())
+    write_text(file.with_suffix(".yaml"), f"{MARK}\n{cfg.dump()}")
 
 
 def quantize(args: argparse.Namespace, say: Any) -> None:
@@ -127,8 +128,15 @@ def quantize(args: argparse.Namespace, say: Any) -> None:
     from aqdet.export.folder import export_detector
     from aqdet.export.gate import dataset_records
     from aqdet.export.post_training import advice, comparison, match_on_images, training_command
+    from aqdet.utils.files import refuse_replacing
 
     full = load_config(args.config_file, args.opts)
+    if args.save_checkpoint:
+        beside = Path(args.save_checkpoint).with_suffix(".yaml")
+        inputs = [args.weights or full.MODEL.WEIGHTS, args.config_file]
+        refuse_replacing([("--save-checkpoint", args.save_checkpoint), ("the config beside it", beside)], inputs)
+        if beside.exists() and not beside.read_text(errors="replace").startswith(MARK):
+            raise ValueError(f"--save-checkpoint would replace {beside}, which it has not written: name another file")
     pairs = quantized_overrides(full, args.bits)
     cfg = load_config(args.config_file, [*pairs, *args.opts])
     check_quantizable(cfg)

@@ -10,6 +10,7 @@ Start it where the trainings were started if their data was given by relative pa
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from aqdet.utils.arguments import file_to_read, file_to_write, integer, number
 from aqdet.utils.console import run_console
@@ -40,6 +41,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if not args.output.lower().endswith((".html", ".htm")) and Path(args.output).exists():
+        sys.exit(f"error: --output {args.output} would replace a file that is no report: name one that ends in .html")
     # Late, so that --help opens at once.
     from aqdet.engine import fit_to_machine
     from aqdet.report import load_runs, make_report

@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIER_KEY = "head.linear.weight"
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
+CLASSES_KEY = "classes"
+"""Key of the names of the classes in a checkpoint."""
 EARLIER = "old_"
 """Prefix of the numbered checkpoints of an earlier run in the same folder."""
 
@@ -64,6 +67,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         allow_pickle: Whether to read a model zoo's ``.pkl``, by :func:`load_pickled_arrays`;
             ``CHECKPOINT.ALLOW_PICKLE``.
         keep: The number of files ``model_<iteration>.pth`` that stay in ``save_dir``, ``CHECKPOINT.KEEP``; 0 for all.
+        classes: The names of the classes, in their order, which files then hold as ``"classes"``; None if not known.
 
     Raises:
         ValueError: If a regex or a number is not valid.
@@ -78,6 +82,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         aux_init: str = "random",
         allow_pickle: bool = False,
         keep: int = 0,
+        classes: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
@@ -90,13 +95,14 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._aux_init = aux_init
         self._allow_pickle = allow_pickle
         self._keep = keep
+        self._facts = {} if classes is None else {CLASSES_KEY: list(classes)}
         self._exact = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``name.pth`` into ``save_dir``, completely or not at all, and marks it as the last checkpoint."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
+        data = {"model": self.model.state_dict(), **self._facts}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()}, **kwargs)
         basename = f"{name}.pth"
         path = os.path.join(self.save_dir, basename)
@@ -210,7 +216,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         """Writes the detector, without auxiliary path and training state, as ``name.pth``."""
         if self.save_dir and self.save_to_disk:
             path = os.path.join(self.save_dir, f"{name}.pth")
-            save_atomically({"model": strip(self.model.state_dict())}, path)
+            save_atomically({"model": strip(self.model.state_dict()), **self._facts}, path)
             logger.info("Saved the stripped detector to %s", path)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -367,6 +373,7 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         checkpointables: Objects that are saved and resumed with it.
     """
     acknowledge(model, *CHECKPOINTER_KEYS)
+    trained = [MetadataCatalog.get(name).get("thing_classes") for name in cfg.DATASETS.TRAIN if name in DatasetCatalog]
     return AqdetCheckpointer(
         model,
         cfg.OUTPUT_DIR,
@@ -374,5 +381,6 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
         aux_init=cfg.MODEL.AUX.INIT,
         allow_pickle=cfg.CHECKPOINT.ALLOW_PICKLE,
         keep=cfg.CHECKPOINT.KEEP,
+        classes=trained[0] if trained else None,
         **checkpointables,
     )

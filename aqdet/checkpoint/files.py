@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import pickle
@@ -71,8 +72,10 @@ def load_weights_file(path: str) -> dict[str, Any]:
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which torch's reader makes of a file that ends too early
+            raise
+        raise ValueError(f"checkpoint {path!r} is refused, it is damaged: it ends too early") from error
     except Exception as error:  # Damaged input makes the unpickler raise almost anything.
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = _what_it_is(path) or "it is damaged or was not written by torch.save"

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from .mask_check import reads_masks
 __all__ = [
     "EVALUATOR_TYPE",
     "DatasetCheck",
+    "check_class_order",
     "check_datasets",
     "check_num_classes",
     "complete_num_classes",
@@ -150,6 +151,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
             for name in names
             if name in known
         }
+    if cfg.MODEL.KEYPOINT_ON:
+        _refuse_without_keypoints(names)
     for first, second in _train_and_test(cfg, reports):
         find_shared_images(first, second)
     for name in names:
@@ -163,6 +166,16 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
     for report in reports.values():
         _refuse(report, f"dataset {report.name}", cfg.DATASETS.STRICT)
     return DatasetCheck(tuple(reports.values()), tuple(advice), cfg.DATASETS.STRICT)
+
+
+def _refuse_without_keypoints(names: Iterable[str]) -> None:
+    for name in names:
+        if MetadataCatalog.get(name).get("keypoint_names") is None:
+            raise ValueError(
+                f"MODEL.KEYPOINT_ON is True, but dataset {name} has no keypoint_names: keypoints of declared datasets "
+                "are not read; register yours with Detectron2's register_coco_instances, whose metadata is given "
+                "keypoint_names and keypoint_flip_map"
+            )
 
 
 def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
@@ -209,6 +222,27 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
     if _lacks_num_classes(cfg):
         where = "DATASETS.TRAIN or TEST" if train else "DATASETS.TEST"
         raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in {where} names its classes")
+
+
+def check_class_order(cfg: CfgNode, trained: Sequence[str] | None, weights: str) -> None:
+    """
+    Checks that the datasets to test on have the classes that a checkpoint was trained with, in their order.
+
+    Args:
+        cfg: config whose datasets are registered.
+        trained: names of the classes that the checkpoint holds; None if it holds none, as older ones.
+        weights: the checkpoint, for the message.
+
+    Raises:
+        ValueError: in one line, naming a dataset that differs.
+    """
+    for name in cfg.DATASETS.TEST if trained is not None else ():
+        classes = _thing_classes(name)
+        if classes is not None and list(classes) != list(trained or ()):
+            raise ValueError(
+                f"DATASETS.TEST: {name} has other classes than {weights} was trained with, or another order: "
+                f"{_listed(classes)} and {_listed(list(trained or ()))}; 'classes' in its declaration gives an order"
+            )
 
 
 def complete_num_classes(cfg: CfgNode) -> None:

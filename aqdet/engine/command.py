@@ -18,11 +18,11 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import build_checkpointer
+from ..checkpoint import CLASSES_KEY, build_checkpointer
 from ..config import load_config
 from ..config_files import find_config_file
 from ..data import check_datasets, check_num_classes, register_declared
-from ..data.registry import DatasetCheck
+from ..data.registry import DatasetCheck, check_class_order
 from ..evaluation import check_coco_eval
 from ..utils.console import SIGNALLED, signal_of
 from .checked_trainer import NonFiniteLoss
@@ -104,7 +104,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace, check: DatasetCheck, log: R
         model = Trainer.build_model(cfg)
         checkpointer = build_checkpointer(cfg, model)
         weights = (checkpointer.file_to_resume() if args.resume else "") or cfg.MODEL.WEIGHTS
-        checkpointer.load(weights, checkpointables=[])
+        check_class_order(cfg, checkpointer.load(weights, checkpointables=[]).get(CLASSES_KEY), weights)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     log.write_to(folder)
     check.write(folder)

@@ -64,8 +64,7 @@ def check_config(cfg: CfgNode) -> None:
         )
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     check_architecture(cfg)
-    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise ValueError(f"INPUT.FORMAT must be BGR or RGB, got {cfg.INPUT.FORMAT!r}")
+    _check_input(cfg)
     if issubclass(architecture, QuantGeneralizedRCNN):
         check_two_stage(cfg)
     elif not issubclass(architecture, LowPrecisionDense):
@@ -83,6 +82,7 @@ def check_config(cfg: CfgNode) -> None:
             raise ValueError(
                 f"MODEL.{name}.NORM must be one of {', '.join(NORMS)} or '' for none, got {node.NORM!r}"
             ) from error
+    _check_anchors(cfg)
     _check_features(cfg, architecture)
     _check_group_norm(cfg, architecture)
     if issubclass(architecture, QuantClassifier):
@@ -93,6 +93,27 @@ def check_config(cfg: CfgNode) -> None:
             )
         if cfg.INPUT.CROP.ENABLED:
             logger.warning("INPUT.CROP is for boxes, and left out: INPUT.CLASSIFIER says how images are cropped")
+
+
+def _check_anchors(cfg: CfgNode) -> None:
+    """Checks anchors, where the detector has any, and the overlaps from which they are objects."""
+    if cfg.MODEL.META_ARCHITECTURE.removeprefix("Quant") not in ("RetinaNet", "GeneralizedRCNN"):
+        return
+    generator = cfg.MODEL.ANCHOR_GENERATOR
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        levels = generator[key]
+        if not levels or not all(level and all(value > 0 for value in level) for level in levels):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.{key} must have a list of numbers above 0 for each level, or one for all, got "
+                f"{list(levels)}"
+            )
+    for name in ("RETINANET", "RPN", "ROI_HEADS"):
+        node = cfg.MODEL[name]
+        thresholds, labels = list(node.IOU_THRESHOLDS), list(node.IOU_LABELS)
+        if thresholds != sorted(thresholds) or len(labels) != len(thresholds) + 1:
+            raise ValueError(
+                f"MODEL.{name}.IOU_THRESHOLDS must rise, with one more IOU_LABELS, got {thresholds} and {labels}"
+            )
 
 
 def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
@@ -115,6 +136,18 @@ def _check_group_norm(cfg: CfgNode, architecture: type) -> None:
             )
 
 
+def _check_input(cfg: CfgNode) -> None:
+    for key, valid in (("FORMAT", ("BGR", "RGB")), ("RANDOM_FLIP", ("none", "horizontal", "vertical"))):
+        if cfg.INPUT[key] not in valid:
+            raise ValueError(f"INPUT.{key} must be {' or '.join(valid)}, got {cfg.INPUT[key]!r}")
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        values = cfg.MODEL[key]
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"MODEL.{key} must have a number for each of 3 channels, got {list(values)}")
+    if not all(value > 0 for value in cfg.MODEL.PIXEL_STD):
+        raise ValueError(f"MODEL.PIXEL_STD must be above 0, got {list(cfg.MODEL.PIXEL_STD)}")
+
+
 def _check_test(cfg: CfgNode) -> None:
     if cfg.TEST.DETECTIONS_PER_IMAGE < 1:
         raise ValueError(f"TEST.DETECTIONS_PER_IMAGE must be at least 1, got {cfg.TEST.DETECTIONS_PER_IMAGE}")
@@ -135,6 +168,7 @@ def _check_numbers(cfg: CfgNode) -> None:
         ("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, 1),
         ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, 1),
         ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+        ("MODEL.FPN.OUT_CHANNELS", cfg.MODEL.FPN.OUT_CHANNELS, 1),
         # A size of 0 leaves the image as it is.
         *(("INPUT.MIN_SIZE_TRAIN", size, 0) for size in sizes.MIN_SIZE_TRAIN),
         ("INPUT.MAX_SIZE_TRAIN", sizes.MAX_SIZE_TRAIN, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import traceback
@@ -120,7 +121,8 @@ def find_non_finite(model: nn.Module, run: Callable[[], object]) -> NonFiniteTen
         handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: before(name)))
         handles.append(module.register_forward_hook(lambda _, inputs, outputs, name=name: after(name, outputs)))
     try:
-        run()
+        with contextlib.suppress(FloatingPointError):  # Detectron2 stops at boxes that are not finite
+            run()
     finally:
         for handle in handles:
             handle.remove()

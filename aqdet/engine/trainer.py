@@ -229,7 +229,10 @@ class Trainer(DefaultTrainer):
         try:
             with torch.jit.optimized_execution(not exact):
                 super().run_step()
-        except NonFiniteLoss as error:
+        except FloatingPointError as error:
+            if not isinstance(error, NonFiniteLoss) and comm.get_world_size() > 1:
+                # Detectron2's RPN raises its own, in one process: the others are not here to look for the origin.
+                raise NonFiniteLoss(f"not finite in iteration {self.iter}: {error}") from None
             self._forward_state.set(before)
             saved = self._save_from_before(unwrap(self.model))
             raise NonFiniteLoss(explain_non_finite(self, str(error)) + saved) from None

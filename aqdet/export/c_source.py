@@ -11,6 +11,7 @@ Values are ``(H, W, C)`` bytes, each a code plus its grid's zero point; predicti
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from .reference import conv_multiplier, execute
 PIXELS = 4
 """Number of output pixels of a row that are computed at once."""
 _ALIGNMENT = 16
+MAX_ARENA = 2**31 - 1
+"""Bytes of the values between operations, whose places are 32-bit integers in C."""
 Shape = tuple[int, int, int]
 
 
@@ -236,7 +239,7 @@ def _places(program: Program, shapes: Mapping[str, Shape], predictions: Sequence
         if name in predictions:
             continue
         live = [entry for entry in live if entry[2] >= step]
-        size = -(-int(np.prod(shapes[name])) // _ALIGNMENT) * _ALIGNMENT
+        size = -(-math.prod(shapes[name]) // _ALIGNMENT) * _ALIGNMENT
         begin = 0
         for start, end, _ in sorted(live):
             if start - begin >= size:
@@ -245,4 +248,8 @@ def _places(program: Program, shapes: Mapping[str, Shape], predictions: Sequence
         places[name] = begin
         live.append((begin, begin + size, last.get(name, step)))
         total = max(total, begin + size)
+    if total > MAX_ARENA:
+        raise ValueError(
+            f"--c: images of this size need {total:,} bytes of memory, at most {MAX_ARENA:,} are supported"
+        )
     return places, total

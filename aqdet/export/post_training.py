@@ -98,6 +98,11 @@ def advice(
     metrics = report.get("evaluation", {}).get("metrics", {})
     name = next(iter(metrics), "")
     values = metrics.get(name, {})
+    if values.get("float") == 0 and name:
+        return False, (
+            f"Nothing is known of the loss: the float detector itself has {name} 0 on this dataset. Check --weights "
+            "and --dataset, or train it longer"
+        )
     if values.get("float") is not None and values.get("exported") is not None:
         loss = values["float"] - values["exported"]
         found = f"{name} falls by {max(loss, 0.0):.1f}"

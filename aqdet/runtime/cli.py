@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..utils.arguments import file_to_read, file_to_write, integer, number
+from ..utils.files import refuse_replacing
 
 if TYPE_CHECKING:
     from .decode import Detections
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 UNREADABLE = 1
 USER_ERROR = 2
 DEFAULT_THRESHOLD = 0.5
+MAX_SIZE, MAX_THREADS = 65536, 1024
+_SHIPPED = ("detector.json", "report.json", "report.md", "README.md", "golden.npz", "*.onnx", "*.c", "*.h")
+"""Names of an exported folder's own files."""
 
 
 class DrawnDetector:
@@ -73,11 +77,16 @@ def make_parser(prog: str = "python -m aqdet.runtime") -> argparse.ArgumentParse
     how.add_argument("--nms-threshold", type=number(0, 1), metavar="IOU", help="overlap above which a box is left out")
     how.add_argument("--max-detections", type=integer(1), metavar="N", help="largest number in an image")
     how.add_argument(
-        "--size", type=integer(0), metavar="PIXELS", help="length of the shorter edge; 0 leaves images as they are"
+        "--size",
+        type=integer(0, MAX_SIZE),
+        metavar="PIXELS",
+        help="length of the shorter edge; 0 leaves images as they are",
     )
     run = parser.add_argument_group("execution")
     run.add_argument("--batch", type=integer(1), default=1, metavar="N", help="images at once (default: %(default)s)")
-    run.add_argument("--threads", type=integer(1), metavar="N", help="threads of the network (default: ONNX Runtime's)")
+    run.add_argument(
+        "--threads", type=integer(1, MAX_THREADS), metavar="N", help="threads of the network (default: ONNX Runtime's)"
+    )
     run.add_argument(
         "--provider",
         default="CPUExecutionProvider",
@@ -109,8 +118,6 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("nothing would come out: give --output, --show, --json or --csv")
     if args.annotations and not args.json:
         parser.error("--annotations has the image ids for --json, which is not given")
-    if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
-        parser.error(f"--json and --csv are both {args.csv}: name two files")
 
 
 def _self_test(args: argparse.Namespace) -> int:
@@ -132,10 +139,11 @@ def _detect(args: argparse.Namespace) -> int:
 
     sources, others = find_sources(args.inputs, args.output)
     outputs = output_paths(sources, args.output) if args.output else None
-    kept = {os.path.realpath(path) for path in (*(source.name for source in sources), args.annotations or "")}
-    for option, path in (("--json", args.json), ("--csv", args.csv)):
-        if path and os.path.realpath(path) in kept:
-            raise ValueError(f"{option} {path} would replace a file that is read: name another one")
+    own = [path for name in _SHIPPED for path in Path(args.folder).glob(name)]
+    refuse_replacing(
+        [("--json", args.json), ("--csv", args.csv), *(("--output", path) for path in outputs or ())],
+        [*(source.name for source in sources), args.annotations, *own],
+    )
     if args.show and not has_display():
         raise ValueError("--show: there is no display to open a window on")
     detector = _load(args)

@@ -7,7 +7,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -93,13 +93,25 @@ def _stream(text: str) -> PictureSource | None:
 def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]], int]:
     """Returns the images and videos below a folder with their paths in it, and the number of other files."""
     # A link to nothing is no picture either, and counted.
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    files = sorted(_files_below(folder))
     if output is not None and folder.resolve() in Path(output).resolve().parents:
         written = Path(output).resolve()
         files = [path for path in files if not path.resolve().is_relative_to(written)]
     named = [path for path in files if path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS)]
     media = [path for path in named if path.is_file() and not any(map(is_junk, path.relative_to(folder).parts))]
     return [(path, path.relative_to(folder)) for path in media], len(files) - len(media)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yields all files below a folder, links to folders followed, each folder once."""
+    seen: set[str] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        folders.sort()
+        yield from (Path(path, file) for file in files)
 
 
 def _file(path: Path, target: Path) -> PictureSource:
@@ -130,6 +142,10 @@ def output_paths(sources: Sequence[PictureSource], output: str) -> list[Path]:
             raise ValueError(f"--output {output!r} is one file, for {len(sources)} inputs: name a folder")
         if (sources[0].kind == "image") == (ending == WRITTEN_VIDEO):
             raise ValueError(f"--output {output!r}: {sources[0].name} is {_a(sources[0].kind)}")
+    above = target.parent if is_file else target
+    taken_by = next((place for place in (above, *above.parents) if place.exists()), above)
+    if not taken_by.is_dir():
+        raise ValueError(f"--output {output!r}: {str(taken_by)!r} is a file, not a folder")
     paths = [target] if is_file else [target / source.target for source in sources]
     taken: dict[Path, PictureSource] = {}
     for source, path in zip(sources, paths, strict=True):

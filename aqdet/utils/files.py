@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -153,6 +153,29 @@ def _without_non_finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_non_finite(entry) for entry in value]
     return value
+
+
+def refuse_replacing(outputs: Iterable[tuple[str, StrPath | None]], inputs: Iterable[StrPath | None] = ()) -> None:
+    """Refuses outputs of a program that would replace what it reads, or each other.
+
+    Args:
+        outputs: pairs of an option and its file, which is None or "" where the option is not given.
+        inputs: files that are read; None and "" are passed over.
+
+    Raises:
+        ValueError: in one line, naming the option and the file.
+    """
+    read = {os.path.realpath(path) for path in inputs if path}
+    written: dict[str, str] = {}
+    for option, path in outputs:
+        if not path:
+            continue
+        place = os.path.realpath(path)
+        if place in read:
+            raise ValueError(f"{option} {path} would replace a file that is read: name another one")
+        other = written.setdefault(place, option)
+        if other != option:
+            raise ValueError(f"{other} and {option} are both {path}: name two files")
 
 
 def sha256(path: StrPath) -> str:

@@ -113,6 +113,18 @@ def test_from_a_measurement_to_a_config_that_plans(weights, tmp_path, monkeypatc
     assert rules[0] == own and {rule[1]["WEIGHT.NUM_BITS"] for rule in rules[1:]} == {2, 4}
     assert yaml.safe_load(output.read_text())["_BASE_"] == str(base)
 
+    written = base.read_bytes()
+    for path in (base, tmp_path / "found" / "sensitivity.json"):
+        again = ["--sensitivity", str(tmp_path / "found" / "sensitivity.json"), "--output", str(path)]
+        monkeypatch.setattr(sys, "argv", ["allocate_bits.py", *argv, *again, "--budget-bits", "3"])
+        with pytest.raises(SystemExit, match="--output .* would replace a file that is read"):
+            load_tool("allocate_bits").main()
+    assert base.read_bytes() == written
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--config-file", str(base), "--json", str(base)])
+    with pytest.raises(SystemExit, match="--json .* would replace a file that is read"):
+        load_tool("plan").main()
+    monkeypatch.setattr(sys, "argv", ["allocate_bits.py", *argv, *allocated, "--budget-bits", "3"])
+
     # A rule that came after the measurement would win over what is allocated.
     base.write_text(make_cfg(*QUANT, *RELU, "MODEL.QUANT.RULES", "[['res3', {'WEIGHT.NUM_BITS': 8}]]").dump())
     with pytest.raises(SystemExit, match="decide for backbone.bottom_up.res3.*measure again with this config"):

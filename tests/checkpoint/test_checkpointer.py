@@ -11,7 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from helpers import AUX, QUANT, calibrated, make_batch, make_model, warnings_in
 
-from aqdet.checkpoint import AqdetCheckpointer, load_pickled_arrays
+from aqdet.checkpoint import CLASSES_KEY, AqdetCheckpointer, load_pickled_arrays
 from aqdet.modeling import strip
 from aqdet.modeling.scaffold.aggregation import EARLY_SHARE
 from aqdet.quantization import quantizers
@@ -243,6 +243,19 @@ def test_truncated_file(tmp_path, float_model, float_state):
     with open(path, "r+b") as file:
         file.truncate(os.path.getsize(path) // 2)
     assert "damaged" in error_of(float_model, path)
+    with open(path, "r+b") as file:
+        file.truncate(5000)
+    message = error_of(float_model, path)
+    assert "damaged" in message and str(path) in message
+
+
+def test_files_hold_the_names_of_the_classes(tmp_path):
+    checkpointer = AqdetCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), classes=("cat", "dog"))
+    checkpointer.save("whole")
+    checkpointer.save_stripped("stripped")
+    for name in ("whole", "stripped"):
+        other = AqdetCheckpointer(torch.nn.Linear(1, 1))
+        assert other.load(str(tmp_path / f"{name}.pth"))[CLASSES_KEY] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(

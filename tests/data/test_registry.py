@@ -8,6 +8,7 @@ from helpers import make_cfg
 from PIL import Image
 
 from aqdet.data import check_datasets, check_num_classes, register_declared
+from aqdet.data.registry import check_class_order
 
 
 def dataset(folder, names=("cat", "dog", "cow")):
@@ -179,3 +180,27 @@ def test_a_dataset_without_class_names_is_reported(caplog):
     finally:
         DatasetCatalog.remove(name)
     assert f"Dataset {name} does not name its classes" in caplog.text
+
+
+def test_an_evaluation_has_the_classes_of_the_training_in_their_order(tmp_path):
+    one, other = dataset(tmp_path / "one"), dataset(tmp_path / "other", ("dog", "cat", "cow"))
+    cfg = cfg_for(one, other, test=[one["name"]])
+    register_declared(cfg)
+    check_class_order(cfg, ["cat", "dog", "cow"], "model_final.pth")
+    check_class_order(cfg, None, "old.pth")
+    cfg.DATASETS.TEST = (one["name"], other["name"])
+    with pytest.raises(
+        ValueError, match="other classes than model_final.pth was trained with, or another order"
+    ) as error:
+        check_class_order(cfg, ["cat", "dog", "cow"], "model_final.pth")
+    assert other["name"] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_keypoints_of_declared_datasets_are_refused_in_one_line(tmp_path):
+    entry = dataset(tmp_path / "points")
+    cfg = cfg_for(entry, train=[entry["name"]])
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    register_declared(cfg)
+    with pytest.raises(ValueError, match="MODEL.KEYPOINT_ON is True, but dataset .*points has no keypoint_names"):
+        check_datasets(cfg)

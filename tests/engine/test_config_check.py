@@ -130,3 +130,24 @@ def test_an_architecture_that_would_ignore_our_keys_is_refused(key, architecture
 @pytest.mark.parametrize("norm", ["", *NORMS])
 def test_every_listed_norm_is_one(norm):
     check_config(make_cfg("MODEL.FPN.NORM", norm, "MODEL.FPN.OUT_CHANNELS", "32"))
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[]", "must have a list of numbers above 0 for each level"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[0]]", "must have a list of numbers above 0"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[]]", "must have a list of numbers above 0"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.0, 1.0]]", "must have a list of numbers above 0"),
+        ("MODEL.RETINANET.IOU_THRESHOLDS", "[0.5, 0.4]", "must rise, with one more IOU_LABELS"),
+        ("MODEL.RPN.IOU_LABELS", "[0, 1]", "must rise, with one more IOU_LABELS"),
+        ("MODEL.PIXEL_MEAN", "[1.0]", "must have a number for each of 3 channels"),
+        ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]", "must be above 0"),
+        ("MODEL.FPN.OUT_CHANNELS", "0", "must be at least 1"),
+        ("INPUT.RANDOM_FLIP", "foo", "must be none or horizontal or vertical"),
+    ],
+)
+def test_values_that_would_fail_in_the_middle_name_their_key(key, value, words):
+    with pytest.raises(ValueError, match=words) as error:
+        check_config(make_cfg(key, value))
+    assert str(error.value).startswith(key.rpartition(".")[0]) and "\n" not in str(error.value)

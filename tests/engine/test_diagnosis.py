@@ -167,6 +167,20 @@ def test_a_gradient_whose_norm_overflows(entry, tmp_path):
         trainer.train()
 
 
+def test_detectron2s_own_error_is_explained_too(entry, tmp_path, monkeypatch):
+    """Its RPN raises one for boxes that are not finite."""
+    trainer = Trainer(train_cfg(entry, tmp_path))
+    trainer.resume_or_load(resume=False)
+
+    def forward(batch):
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+
+    monkeypatch.setattr(trainer.model, "forward", forward)
+    with pytest.raises(NonFiniteLoss, match="Predicted boxes or scores contain Inf/NaN") as stop:
+        trainer.train()
+    assert "\n" not in str(stop.value)
+
+
 def test_weights_that_are_not_finite_are_not_saved(entry, tmp_path):
     trainer = Trainer(train_cfg(entry, tmp_path))
     trainer.resume_or_load(resume=False)

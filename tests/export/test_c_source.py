@@ -117,6 +117,8 @@ def test_sizes_and_layers_that_it_has_no_loops_for():
     for height, width in ((60, 64), (64, 0)):
         with pytest.raises(ValueError, match=f"must be multiples of 32, got {height}x{width}"):
             build_c(program, height, width)
+    with pytest.raises(ValueError, match="need [0-9,]+ bytes of memory, at most 2,147,483,647 are supported"):
+        build_c(program, 320000, 320000)
     conv = dataclasses.replace(make_conv(np.ones((2, 1, 1, 1)), groups=2, grid=None), input=IMAGE)
     grouped = Program(Grid(1.0, 0, 255), (conv,), (), 1)
     with pytest.raises(ValueError, match="layer conv is a grouped or dilated convolution"):

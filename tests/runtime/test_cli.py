@@ -122,6 +122,12 @@ def test_image_ids_of_an_annotation_file(command, photos, tmp_path):
     (tmp_path / "truth.json").write_text(json.dumps(content))
     status, _, err = command(*given, "--annotations", tmp_path / "truth.json")
     assert status == 2 and f"truth.json names no image {photos / 'one.png'}" in err.splitlines()[-1]
+    content["images"] = [{"id": 4, "file_name": "one.png"}]
+    (photos / "more" / "one.png").write_bytes((photos / "one.png").read_bytes())
+    (photos / "more" / "000017.JPG").unlink()
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    _, _, err = command(*given, "--annotations", tmp_path / "truth.json")
+    assert f"'one.png' is the name of both {photos / 'one.png'} and {photos / 'more/one.png'}" in err
     (tmp_path / "truth.json").write_text("[]")
     assert "not an annotation file in COCO's format" in command(*given, "--annotations", tmp_path / "truth.json")[2]
 
@@ -191,7 +197,7 @@ def test_self_test(command, folder, tmp_path):
         (["photos/one.png", "--output", "out.pdf"], "'out.pdf': pictures are written as"),
         (["photos/one.png", "--output", "out.mp4"], "is an image"),
         (["nowhere.png", "--output", "out.png"], "input 'nowhere.png': no such file"),
-        (["photos/one.png", "--output", "photos/notes.txt/out.png"], "File exists: 'photos/notes.txt'"),
+        (["photos/one.png", "--output", "photos/notes.txt/out.png"], "'photos/notes.txt' is a file, not a folder"),
         (["photos/one.png", "--output", "out.png", "--threshold", "7"], "--threshold: must be a number from 0 to 1"),
         (["photos/one.png", "--output", "out.png", "--nms-threshold", "nan"], "--nms-threshold: must be a number"),
         (["photos/one.png", "--output", "out.png", "--threads", "0"], "--threads: must be a whole number"),
@@ -202,6 +208,9 @@ def test_self_test(command, folder, tmp_path):
         (["photos/one.png", "--csv", "c.csv", "--annotations", "photos/notes.txt"], "which is not given"),
         (["photos/one.png", "--json", "a", "--csv", "./a"], "--json and --csv are both ./a"),
         (["photos/one.png", "--json", "photos/one.png"], "--json photos/one.png would replace a file that is read"),
+        (["photos/one.png", "--json", "x.png", "--output", "x.png"], "--json and --output are both x.png"),
+        (["photos/one.png", "--size", "100000000"], "--size: must be a whole number"),
+        (["photos/one.png", "--output", "out.png", "--threads", "100000000"], "--threads: must be a whole number"),
         (["photos", "--csv", "photos/film.avi"], "--csv photos/film.avi would replace a file that is read"),
         (["photos/one.png", "--json", "t.json", "--annotations", "t.json"], "argument --annotations: 't.json' does"),
         (["photos/one.png"], "nothing would come out"),
@@ -254,3 +263,10 @@ def test_as_a_module_without_torch_and_opencv(folder, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "out") == ["more/000017.JPG", "one.png"]
     assert "\r" not in done.stderr  # no bar where the output is no terminal
+
+
+def test_the_exported_detector_is_not_replaced(command, photos, folder):
+    before = (folder / "detector.json").read_bytes()
+    status, _, err = command(photos / "one.png", "--csv", folder / "detector.json")
+    assert status == 2 and "would replace a file that is read" in err
+    assert (folder / "detector.json").read_bytes() == before

@@ -119,3 +119,14 @@ def test_refusals(inputs, given, output, words):
     with pytest.raises(ValueError) as error:
         output_paths(find_sources(given, output)[0], output)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in").mkdir()
+    for path in (tmp_path / "elsewhere" / "a.png", tmp_path / "in" / "b.png"):
+        path.write_bytes(b"")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "around").symlink_to(tmp_path / "in")
+    sources, others = find_sources([str(tmp_path / "in")])
+    assert sorted(str(source.target) for source in sources) == ["b.png", "linked/a.png"] and others == 0

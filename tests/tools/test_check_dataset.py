@@ -1,6 +1,8 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import check_dataset
 import pytest
@@ -279,3 +281,36 @@ def test_yolo_with_a_list_of_names(run, tmp_path):
     status, printed = run("--yolo", tmp_path / "classes.txt", "--output", tmp_path / "mine.json")
     assert status == 0 and "2 images, 0 of them without boxes, 3 boxes" in printed
     assert len(COCO(str(tmp_path / "mine.json")).anns) == 3
+
+
+def test_outputs_that_would_replace_the_data_or_each_other_are_refused(run, tmp_path):
+    entry = write_dataset(tmp_path / "d", "mine")
+    arguments = ("--coco-json", entry["json"], "--image-root", entry["image_root"])
+    before = {path: path.read_bytes() for path in (tmp_path / "d").iterdir() if path.is_file()}
+    picture = next(path for path in before if path.suffix == ".png")
+    for more, words in (
+        (("--json", entry["json"]), "--json .* would replace a file that is read"),
+        (("--output", entry["json"]), "--output .* would replace a file that is read"),
+        (("--json", picture), "would replace a file that is read"),
+        (("--json", tmp_path / "x", "--output", tmp_path / "x"), "--json and --output are both"),
+    ):
+        assert re.search(words, str(run(*arguments, *more)[0]))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_dataset_of_crowd_regions_alone_has_nothing_to_train_on(run, tmp_path):
+    entry = write_dataset(tmp_path / "d", "mine")
+    path = tmp_path / "d/mine.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    status, printed = run("--coco-json", entry["json"], "--image-root", entry["image_root"])
+    assert status == 0 and "no-boxes: 1" in printed and printed.strip().endswith("has nothing to train on")
+
+
+def test_links_to_folders_are_named(run, tmp_path):
+    root = Path(write_image_folder(tmp_path / "a", "a")["root"])
+    (tmp_path / "more").mkdir()
+    (root / "ring" / "linked").symlink_to(tmp_path / "more")
+    assert "folder-link: 1" in run("--image-folders", root)[1]

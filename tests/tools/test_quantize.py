@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -66,6 +67,21 @@ def test_with_a_dataset(run, tmp_path, monkeypatch, capsys):
     from aqdet.config import load_config
 
     load_detector(load_config(tmp_path / "w8.yaml"), str(saved))
+
+
+def test_neither_weights_nor_a_config_of_others_is_replaced(run, tmp_path, monkeypatch, capsys):
+    weights = run / "model.pth"
+    before = weights.read_bytes()
+    (tmp_path / "mine.yaml").write_text("SEED: 1")
+    for saved, words in (
+        (weights, "--save-checkpoint .* would replace a file that is read"),
+        (run / "config.pth", "the config beside it .* would replace a file that is read"),
+        (tmp_path / "mine.pth", "mine.yaml, which it has not written: name another file"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, *ours(run), "--output", tmp_path / "w8", "--save-checkpoint", saved)
+        assert re.search(words, f"{stop.value} {capsys.readouterr().err}")
+    assert weights.read_bytes() == before and (tmp_path / "mine.yaml").read_text() == "SEED: 1"
 
 
 def test_detectron2s_config_and_zoo_file_and_images_alone(tmp_path, monkeypatch, capsys):

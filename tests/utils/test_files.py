@@ -104,3 +104,15 @@ def test_json_of_before_is_read(tmp_path):
     assert files.from_json('{"a": NaN, "b": [Infinity, -Infinity, 1.5]}') == {"a": None, "b": [None, None, 1.5]}
     with pytest.raises(ValueError):
         files.from_json('{"a": nan}')
+
+
+def test_outputs_that_would_replace_an_input_or_each_other_are_refused(tmp_path):
+    read = tmp_path / "read.json"
+    read.write_text("{}")
+    (tmp_path / "link.json").symlink_to(read)
+    files.refuse_replacing([("--json", tmp_path / "new.json"), ("--csv", None), ("--output", "")], [read, None, ""])
+    for path in (read, tmp_path / "link.json", tmp_path / "a" / ".." / "read.json"):
+        with pytest.raises(ValueError, match="^--json .* would replace a file that is read: name another one$"):
+            files.refuse_replacing([("--json", path)], [read])
+    with pytest.raises(ValueError, match="^--json and --csv are both x: name two files$"):
+        files.refuse_replacing([("--json", "x"), ("--csv", "x")])

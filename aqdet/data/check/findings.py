@@ -124,7 +124,7 @@ KINDS: dict[str, Kind] = {
     ),
     **_kinds(
         "warning",
-        no_boxes="a dataset without boxes",
+        no_boxes="a dataset without boxes, crowd regions aside: no training on it alone",
         class_alike="a class whose name differs from that of another one only by case, spaces or joints",
         image_listed_twice="an image file that another image of the dataset has too",
         image_twice="an image with the pixels of another one of the dataset",
@@ -138,6 +138,7 @@ KINDS: dict[str, Kind] = {
         polygon_crossing="masks: a polygon that crosses itself: used as it is",
         segmentation_box="masks: a segmentation whose box has a side more than 2 pixels and a tenth off the object's",
         file_ignored="a file among those of the dataset that is neither an image nor an annotation of its format",
+        folder_link="a link to a folder, which is not followed: put the folder itself there",
     ),
     **_kinds(
         "note",

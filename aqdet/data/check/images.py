@@ -27,13 +27,19 @@ _SHOWN_CANDIDATES = 3
 
 
 def without_junk(folder: str, names: Iterable[str], report: Report) -> list[str]:
-    """Returns the sorted names in a folder without junk (:func:`is_junk`), which is counted in the report."""
+    """Returns the sorted names in a folder without junk (:func:`is_junk`).
+
+    Junk, and links to folders, which are not followed, are counted in the report.
+    """
     kept = []
     for name in sorted(names):
         if is_junk(name):
             report.add("file-junk", os.path.join(folder, name))
-        else:
-            kept.append(name)
+            continue
+        path = os.path.join(folder, name)
+        if os.path.islink(path) and os.path.isdir(path):
+            report.add("folder-link", path)
+        kept.append(name)
     return kept
 
 

@@ -46,7 +46,8 @@ def check_source(source: Source, report: Report, *, pixels: bool, masks: bool = 
         if not annotations.of_class[key]:
             report.add("class-without-boxes", source.file, f"category {key}", "name", name)
     _find_alike_classes(source, report)
-    if images.known and not annotations.of_class and not any(image.refused for image in images.known.values()):
+    has_boxes = any(image.boxes or image.refused for image in images.known.values())
+    if images.known and not has_boxes:
         report.add("no-boxes", source.file)
     annotations.check_whole()
     report.categories = dict(sorted(source.categories.items()))

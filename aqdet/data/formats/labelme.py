@@ -20,7 +20,7 @@ from PIL import Image
 
 from ...utils.files import IMAGE_ENDINGS
 from ..check.findings import Report
-from ..check.images import ImageFolder
+from ..check.images import ImageFolder, without_junk
 from ..check.values import polygon_of_box
 from ..declaration import Declaration
 from .collector import Collector, says_yes
@@ -63,7 +63,7 @@ def is_labelme(content: Any) -> bool:
 def _json_files(folder: str, source: Source, report: Report) -> list[str]:
     found = []
     for path, folders, files in os.walk(folder):
-        folders.sort()
+        folders[:] = without_junk(path, folders, report)
         source.inputs.add(path)
         for file in sorted(files):
             if not file.lower().endswith(".json"):

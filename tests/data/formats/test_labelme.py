@@ -94,7 +94,7 @@ def test_difficult_and_order_of_classes(tmp_path):
     expect(report, {"difficult": 2})
     assert [a["category_id"] for a in usable["annotations"]] == [2, 1]
     report, usable = check(tmp_path, shapes, entry={"difficult_as_crowd": True})
-    expect(report, {"ignore-region": 2})
+    expect(report, {"ignore-region": 2, "no-boxes": 1})
     assert [a["iscrowd"] for a in usable["annotations"]] == [1, 1]
 
 
