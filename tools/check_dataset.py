@@ -276,7 +276,8 @@ def main() -> None:
     read: list[str] = []
     for declaration in found:
         report, content, source = check_declaration(declaration, pixels=not args.no_images, masks=masks)
-        read += source.inputs
+        # What is passed over may be what this program has written there before.
+        read += source.inputs - {finding.file for finding in report.findings if finding.kind == "file-ignored"}
         if declaration.image_root:
             read += [
                 os.path.join(declaration.image_root, str(image.get("file_name")))
@@ -306,8 +307,8 @@ def main() -> None:
     refused = sum(report.refused(strict) for report in reports)
     images = "not decoded" if args.no_images else "decoded"
     counts = ", ".join(f"{sum(r.number(s) for r in reports)} {s}" for s in ("error", "repaired", "dropped", "warning"))
-    empty = [report.name for report in reports if report.counts["no-boxes"]]
-    verdict = "a training would start" if not empty else f"{', '.join(empty)} has nothing to train on"
+    has_boxes = any(not report.counts["no-boxes"] for report in reports)
+    verdict = "a training would start" if has_boxes else "there is nothing to train on"
     verdict = "a training is refused" if refused else verdict
     print(f"{counts}; images {images}; {time.monotonic() - start:.1f} s: {verdict}")
     sys.exit(1 if refused else 0)

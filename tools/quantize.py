@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FEWER_BITS = RECONSTRUCTED = 4
 MARK = "# Written by tools/quantize.py."
+"""Beginning of the configs that it writes."""
 METHODS = ("mse", "minmax", "percentile", "mean")
 
 

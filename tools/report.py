@@ -41,8 +41,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if not args.output.lower().endswith((".html", ".htm")) and Path(args.output).exists():
-        sys.exit(f"error: --output {args.output} would replace a file that is no report: name one that ends in .html")
+    there = Path(args.output)
+    if there.exists() and not there.read_bytes()[:100].lstrip().lower().startswith(b"<!doctype html"):
+        sys.exit(f"error: --output {args.output} would replace a file that is no report: name another one")
     # Late, so that --help opens at once.
     from aqdet.engine import fit_to_machine
     from aqdet.report import load_runs, make_report

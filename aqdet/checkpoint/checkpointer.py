@@ -40,8 +40,8 @@ CLASSIFIER_KEY = "head.linear.weight"
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
 CLASSES_KEY = "classes"
 """Key of the names of the classes in a checkpoint."""
-EARLIER = "old_"
-"""Prefix of the numbered checkpoints of an earlier run in the same folder."""
+EARLIER = "earlier_checkpoints"
+"""File with the names of the numbered checkpoints that an earlier run has left in the folder."""
 
 
 def _distinct(lines: list[str]) -> list[str]:
@@ -95,7 +95,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
         self._aux_init = aux_init
         self._allow_pickle = allow_pickle
         self._keep = keep
-        self._facts = {} if classes is None else {CLASSES_KEY: list(classes)}
+        self._facts = {} if classes is None else {CLASSES_KEY: [str(name) for name in classes]}
         self._exact = False
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -108,6 +108,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, basename)
         logger.info("Saving checkpoint to %s", path)
         save_atomically(data, path)
+        if basename in (earlier := self._earlier()):
+            self._note_earlier([name for name in earlier if name != basename])
         self.tag_last_checkpoint(basename)
         if self._keep and _NUMBERED.fullmatch(basename):
             older = self._numbered_before(basename)
@@ -115,9 +117,27 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 os.remove(os.path.join(self.save_dir, outdated))
 
     def _numbered_before(self, basename: str) -> list[str]:
-        """Returns checkpoints of earlier iterations, oldest first; of all iterations if ``basename`` has no number."""
-        numbered = sorted(name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name))
+        """Returns checkpoints of earlier iterations, oldest first; of all iterations if ``basename`` has no number.
+
+        Those that an earlier run has left in the folder are no part of them.
+        """
+        others = set(self._earlier())
+        numbered = sorted(
+            name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name) and name not in others
+        )
         return [name for name in numbered if name < basename or not _NUMBERED.fullmatch(basename)]
+
+    def _earlier(self) -> list[str]:
+        """Returns the numbered checkpoints of an earlier run in the folder that this one has not replaced."""
+        path = os.path.join(self.save_dir, EARLIER)
+        if not os.path.isfile(path):
+            return []
+        with open(path, encoding="utf-8") as file:
+            return file.read().split()
+
+    def _note_earlier(self, names: Sequence[str]) -> None:
+        with open_replacing(os.path.join(self.save_dir, EARLIER), durable=True) as file:
+            file.write("\n".join(names))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """See Detectron2's method; a resume continues from :meth:`file_to_resume`.
@@ -197,20 +217,17 @@ class AqdetCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def forget_last_checkpoint(self) -> None:
-        """Renames an earlier run's record and checkpoints in the same folder, so that no resume mixes the two runs."""
+        """Renames an earlier run's record in the same folder and notes its files, so that no resume mixes the runs."""
         if self.save_to_disk and self.has_checkpoint():
             path = os.path.join(self.save_dir, "last_checkpoint")
             logger.warning(
                 "%s holds an earlier run, last %s, which this one does not continue (--resume would): its note is "
-                "kept as last_checkpoint.old, its numbered checkpoints as %s*",
+                "kept as last_checkpoint.old",
                 self.save_dir,
                 os.path.basename(self.get_checkpoint_file()),
-                EARLIER,
             )
+            self._note_earlier(sorted(name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name)))
             os.replace(path, f"{path}.old")
-            for name in sorted(os.listdir(self.save_dir)):
-                if _NUMBERED.fullmatch(name):
-                    os.replace(os.path.join(self.save_dir, name), os.path.join(self.save_dir, f"{EARLIER}{name}"))
 
     def save_stripped(self, name: str) -> None:
         """Writes the detector, without auxiliary path and training state, as ``name.pth``."""

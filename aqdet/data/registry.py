@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -152,7 +152,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> DatasetCheck:
             if name in known
         }
     if cfg.MODEL.KEYPOINT_ON:
-        _refuse_without_keypoints(names)
+        _refuse_without_keypoints([name for name in names if name in cfg.DATASETS.TRAIN or name in known])
     for first, second in _train_and_test(cfg, reports):
         find_shared_images(first, second)
     for name in names:
@@ -224,25 +224,31 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in {where} names its classes")
 
 
-def check_class_order(cfg: CfgNode, trained: Sequence[str] | None, weights: str) -> None:
+def check_class_order(cfg: CfgNode, trained: Any, weights: str) -> None:
     """
-    Checks that the datasets to test on have the classes that a checkpoint was trained with, in their order.
+    Checks that the datasets to test on have the classes of a checkpoint in their order; other names are a warning.
 
     Args:
         cfg: config whose datasets are registered.
-        trained: names of the classes that the checkpoint holds; None if it holds none, as older ones.
+        trained: names of the classes that the checkpoint holds; anything but a list of names is passed over, since
+            older checkpoints have none, and others' something else.
         weights: the checkpoint, for the message.
 
     Raises:
-        ValueError: in one line, naming a dataset that differs.
+        ValueError: in one line, naming a dataset that has the same classes in another order.
     """
-    for name in cfg.DATASETS.TEST if trained is not None else ():
+    if not (isinstance(trained, list | tuple) and all(isinstance(name, str) for name in trained)):
+        return
+    for name in cfg.DATASETS.TEST:
         classes = _thing_classes(name)
-        if classes is not None and list(classes) != list(trained or ()):
+        if classes is None or list(classes) == list(trained):
+            continue
+        if sorted(classes) == sorted(trained):
             raise ValueError(
-                f"DATASETS.TEST: {name} has other classes than {weights} was trained with, or another order: "
-                f"{_listed(classes)} and {_listed(list(trained or ()))}; 'classes' in its declaration gives an order"
+                f"DATASETS.TEST: {name} has the classes of {weights} in another order, {_listed(classes)}, where it "
+                f"was trained with {_listed(list(trained))}"
             )
+        logger.warning("%s has other classes than %s was trained with: %s", name, weights, _listed(list(trained)))
 
 
 def complete_num_classes(cfg: CfgNode) -> None:

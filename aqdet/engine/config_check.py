@@ -102,7 +102,13 @@ def _check_anchors(cfg: CfgNode) -> None:
     generator = cfg.MODEL.ANCHOR_GENERATOR
     for key in ("SIZES", "ASPECT_RATIOS"):
         levels = generator[key]
-        if not levels or not all(level and all(value > 0 for value in level) for level in levels):
+        if levels and not any(isinstance(level, list | tuple) for level in levels):
+            levels = [levels]  # one list for all levels, as Detectron2 has it, too
+        if (
+            not levels
+            or not all(isinstance(level, list | tuple) and level for level in levels)
+            or not all(value > 0 for level in levels for value in level)
+        ):
             raise ValueError(
                 f"MODEL.ANCHOR_GENERATOR.{key} must have a list of numbers above 0 for each level, or one for all, got "
                 f"{list(levels)}"

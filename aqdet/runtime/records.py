@@ -154,6 +154,7 @@ def read_image_ids(path: str, sources: Sequence[PictureSource]) -> dict[str, Any
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--annotations {path}: not an annotation file in COCO's format ({error!r})") from error
     ids: dict[str, Any] = {}
+    named: dict[str, str] = {}
     for source in sources:
         if source.kind != "image":
             continue
@@ -162,8 +163,8 @@ def read_image_ids(path: str, sources: Sequence[PictureSource]) -> dict[str, Any
         name = next((end for end in ends if end in by_name), None)
         if name is None:
             raise ValueError(f"--annotations {path} names no image {source.name}")
-        other = next((read for read, key in ids.items() if key == by_name[name]), None)
-        if other is not None:
+        other = named.setdefault(name, source.name)
+        if other != source.name:
             raise ValueError(f"--annotations {path}: {name!r} is the name of both {other} and {source.name}")
         ids[source.name] = by_name[name]
     return ids

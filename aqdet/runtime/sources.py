@@ -94,24 +94,31 @@ def _in_folder(folder: Path, output: str | None) -> tuple[list[tuple[Path, Path]
     """Returns the images and videos below a folder with their paths in it, and the number of other files."""
     # A link to nothing is no picture either, and counted.
     files = sorted(_files_below(folder))
-    if output is not None and folder.resolve() in Path(output).resolve().parents:
-        written = Path(output).resolve()
-        files = [path for path in files if not path.resolve().is_relative_to(written)]
+    if output is not None:
+        written, root = Path(output).resolve(), folder.resolve()
+        if root in written.parents:
+            files = [path for path in files if not path.resolve().is_relative_to(written)]
+        elif not root.is_relative_to(written):  # but a link in it may lead there
+            files = [path for path in files if root in path.resolve().parents or written not in path.resolve().parents]
     named = [path for path in files if path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS)]
     media = [path for path in named if path.is_file() and not any(map(is_junk, path.relative_to(folder).parts))]
     return [(path, path.relative_to(folder)) for path in media], len(files) - len(media)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yields all files below a folder, links to folders followed, each folder once."""
+    """Yields all files below a folder, links to folders followed, each once and by its own name if it has one."""
     seen: set[str] = set()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(path) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(path))
-        folders.sort()
-        yield from (Path(path, file) for file in files)
+    waiting = [str(folder)]
+    while waiting:
+        links = []
+        for path, folders, files in os.walk(waiting.pop(0)):
+            if os.path.realpath(path) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(path))
+            links += [os.path.join(path, name) for name in sorted(folders) if os.path.islink(os.path.join(path, name))]
+            yield from (Path(path, file) for file in files)
+        waiting += links
 
 
 def _file(path: Path, target: Path) -> PictureSource:

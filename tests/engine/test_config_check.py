@@ -151,3 +151,7 @@ def test_values_that_would_fail_in_the_middle_name_their_key(key, value, words):
     with pytest.raises(ValueError, match=words) as error:
         check_config(make_cfg(key, value))
     assert str(error.value).startswith(key.rpartition(".")[0]) and "\n" not in str(error.value)
+
+
+def test_one_list_of_anchors_for_all_levels_is_detectron2s_too():
+    check_config(make_cfg("MODEL.ANCHOR_GENERATOR.SIZES", "[16.0, 32.0]"))

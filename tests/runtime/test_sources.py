@@ -130,3 +130,9 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "in" / "around").symlink_to(tmp_path / "in")
     sources, others = find_sources([str(tmp_path / "in")])
     assert sorted(str(source.target) for source in sources) == ["b.png", "linked/a.png"] and others == 0
+    # A folder beside a link to it keeps its name, and what was written before is no input.
+    (tmp_path / "in" / "run").mkdir()
+    (tmp_path / "in" / "run" / "c.png").write_bytes(b"")
+    (tmp_path / "in" / "latest").symlink_to(tmp_path / "in" / "run")
+    sources, _ = find_sources([str(tmp_path / "in")], str(tmp_path / "elsewhere"))
+    assert sorted(str(source.target) for source in sources) == ["b.png", "run/c.png"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import check_dataset
 import pytest
-from data_forms import write_form
+from data_forms import labelme, write_form, write_images
 from detectron2.data.datasets import load_coco_json
 from helpers import ROOT, make_cfg
 from PIL import Image
@@ -306,7 +306,7 @@ def test_a_dataset_of_crowd_regions_alone_has_nothing_to_train_on(run, tmp_path)
         annotation["iscrowd"] = 1
     path.write_text(json.dumps(content))
     status, printed = run("--coco-json", entry["json"], "--image-root", entry["image_root"])
-    assert status == 0 and "no-boxes: 1" in printed and printed.strip().endswith("has nothing to train on")
+    assert status == 0 and "no-boxes: 1" in printed and printed.strip().endswith("there is nothing to train on")
 
 
 def test_links_to_folders_are_named(run, tmp_path):
@@ -314,3 +314,13 @@ def test_links_to_folders_are_named(run, tmp_path):
     (tmp_path / "more").mkdir()
     (root / "ring" / "linked").symlink_to(tmp_path / "more")
     assert "folder-link: 1" in run("--image-folders", root)[1]
+
+
+def test_what_it_has_written_among_the_data_is_written_again(run, tmp_path):
+    """A labelme folder is read for its JSON files, and this one is none of labelme's."""
+    folder = tmp_path / "lm"
+    write_images(folder, ["a.png"])
+    (folder / "a.json").write_text(labelme("a.png", (64, 48), [("cat", "rectangle", [[3, 4], [23, 14]])]))
+    for _ in range(2):
+        status, printed = run("--dataset", folder, "--json", folder / "found.json", "--output", folder / "coco.json")
+        assert status == 0 and "written to" in printed

@@ -138,7 +138,6 @@ KINDS: dict[str, Kind] = {
         polygon_crossing="masks: a polygon that crosses itself: used as it is",
         segmentation_box="masks: a segmentation whose box has a side more than 2 pixels and a tenth off the object's",
         file_ignored="a file among those of the dataset that is neither an image nor an annotation of its format",
-        folder_link="a link to a folder, which is not followed: put the folder itself there",
     ),
     **_kinds(
         "note",
@@ -157,6 +156,7 @@ KINDS: dict[str, Kind] = {
         box_thin="a box of at most one pixel in width or height, kept",
         split_alias="a split under another name, as valid for val",
         file_junk="a file that a system or a tool leaves beside others (._0.jpg, Thumbs.db): passed over",
+        folder_link="a link to a folder, which is not followed where images are looked for below a folder",
         label_file_absent="a YOLO image without a label file: a negative",
     ),
     **_kinds(

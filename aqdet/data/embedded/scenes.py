@@ -23,7 +23,10 @@ __all__ = ["IMAGE_SIZE", "KEYPOINTS", "SHAPE_CLASSES", "draw_scene"]
 IMAGE_SIZE = 192
 SHAPE_CLASSES = ("circle", "ring", "square", "triangle", "cross", "star")
 KEYPOINTS = ("centre", "left", "right", "top", "bottom")
-"""Names of an object's keypoints; but for the first they are the extreme points of the upright shape."""
+"""Names of an object's keypoints; but for the first they are the extreme points of the upright shape.
+
+Where an extreme has several points it is their middle, which for a star's top lies between its tips.
+"""
 
 # Difficulty. Ranges are inclusive.
 NUM_OBJECTS = (3, 7)

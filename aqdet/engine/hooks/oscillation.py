@@ -20,6 +20,8 @@ from ...quantization.functional import broadcast_scale
 from ...utils.distributed import unwrap
 
 logger = logging.getLogger(__name__)
+LAYOUT = "output channels first"
+"""Key of states since a transposed convolution's history has that order, as its quantizer has."""
 
 MAX_BITS = 4
 """Largest number of bits of a layer that is treated, as in the authors' code; with more bits, flips are small."""
@@ -195,7 +197,7 @@ class OscillationHook(HookBase):
         """Returns the history of every layer, and the counts since the last log."""
         fields = [field.name for field in dataclasses.fields(WeightHistory)]
         history = {name: {field: getattr(h, field) for field in fields} for name, h in self._history.items()}
-        return {"history": history, "flips": dict(self._flips), "num_steps": self._num_steps}
+        return {"history": history, "flips": dict(self._flips), "num_steps": self._num_steps, LAYOUT: True}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
@@ -204,6 +206,10 @@ class OscillationHook(HookBase):
             for name, values in state["history"].items()
             if name in self._layers
         }
+        for name, history in self._history.items():
+            if LAYOUT not in state and isinstance(self._layers[name], nn.ConvTranspose2d):
+                for field in dataclasses.fields(history):
+                    setattr(history, field.name, getattr(history, field.name).transpose(0, 1))
         self._flips = {name: value.clone() for name, value in state["flips"].items() if name in self._layers}
         self._num_steps = state["num_steps"]
 

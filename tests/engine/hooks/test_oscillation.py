@@ -266,3 +266,22 @@ def test_the_config_has_it_off():
     for key in ("TRACK", "DAMPENING", "FREEZE_THRESHOLD"):
         cfg = make_cfg(f"MODEL.QUANT.OSCILLATION.{key}", "True" if key == "TRACK" else "0.05")
         assert build_oscillation_hook(cfg, quantized_model()) is not None
+
+
+def test_an_older_state_of_a_transposed_convolution_is_turned():
+    """Its history had the weight's own order of axes."""
+    weight = QuantSpec("lsq", 2, "weight", per_channel=True)
+    layer = QuantConvTranspose2d.from_float(nn.ConvTranspose2d(3, 3, 2), weight, None)
+    model = nn.Sequential(layer)
+    calibrate(model, lambda: model(torch.rand(1, 3, 4, 4)))
+    hook = make_hook(model)
+    hook.before_train()
+    state = hook.state_dict()
+    codes = state["history"]["0"]["codes"].clone()
+    assert not torch.equal(codes, codes.transpose(0, 1))
+    again = make_hook(model)
+    again.load_state_dict(state)
+    assert torch.equal(again._history["0"].codes, codes)
+    del state["output channels first"]
+    again.load_state_dict(state)
+    assert torch.equal(again._history["0"].codes, codes.transpose(0, 1))
