@@ -8,13 +8,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from helpers import AUX, QUANT, make_batch, make_cfg, make_model, write_weights
 from tiny_data import train_cfg, write_dataset
 
+from aqdet.checkpoint import CLASSES_KEY
 from aqdet.data import register_declared
 from aqdet.engine import Trainer, build_checkpointer
 from aqdet.engine.forward_state import leaving_no_trace
@@ -115,7 +116,9 @@ def test_both_final_checkpoints_and_the_metrics_are_written(trained):
     assert all(torch.equal(whole["model"][key], value) for key, value in stripped["model"].items())
     assert whole["iteration"] == 3 and "optimizer" in whole["trainer"]["_trainer"]
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
-    assert set(stripped) == {"model"}
+    assert set(stripped) == {"model", CLASSES_KEY}
+    classes = MetadataCatalog.get(trained[0].cfg.DATASETS.TRAIN[0]).thing_classes
+    assert whole[CLASSES_KEY] == stripped[CLASSES_KEY] == list(classes)
     assert json.loads((output / "inference" / "metrics.json").read_text())["AP"] >= 0
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     assert {"aux_loss_cls", "aux_loss_box_reg", "bbox/AP50"} <= set().union(*lines)
