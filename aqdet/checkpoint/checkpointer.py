@@ -19,6 +19,7 @@ from torch import nn
 from ..modeling.config_requests import CHECKPOINTER_KEYS, acknowledge
 from ..modeling.scaffold import AUXILIARY_PREFIX, strip, without_scaffold
 from ..utils.files import open_replacing
+from .earlier import earlier_checkpoints, note_earlier
 from .files import CAFFE2, checksums, damage_of, local_path_of, read_checkpoint, save_atomically
 from .keys import (
     MAX_LISTED,
@@ -40,8 +41,6 @@ CLASSIFIER_KEY = "head.linear.weight"
 _NUMBERED = re.compile(r"model_\d{7}\.pth")
 CLASSES_KEY = "classes"
 """Key of the names of the classes in a checkpoint."""
-EARLIER = "earlier_checkpoints"
-"""File with the names of the numbered checkpoints that an earlier run has left in the folder."""
 
 
 def _distinct(lines: list[str]) -> list[str]:
@@ -108,8 +107,8 @@ class AqdetCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, basename)
         logger.info("Saving checkpoint to %s", path)
         save_atomically(data, path)
-        if basename in (earlier := self._earlier()):
-            self._note_earlier([name for name in earlier if name != basename])
+        if basename in (earlier := earlier_checkpoints(self.save_dir)):
+            note_earlier(self.save_dir, [name for name in earlier if name != basename])
         self.tag_last_checkpoint(basename)
         if self._keep and _NUMBERED.fullmatch(basename):
             older = self._numbered_before(basename)
@@ -121,23 +120,11 @@ class AqdetCheckpointer(DetectionCheckpointer):
 
         Those that an earlier run has left in the folder are no part of them.
         """
-        others = set(self._earlier())
+        others = set(earlier_checkpoints(self.save_dir))
         numbered = sorted(
             name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name) and name not in others
         )
         return [name for name in numbered if name < basename or not _NUMBERED.fullmatch(basename)]
-
-    def _earlier(self) -> list[str]:
-        """Returns the numbered checkpoints of an earlier run in the folder that this one has not replaced."""
-        path = os.path.join(self.save_dir, EARLIER)
-        if not os.path.isfile(path):
-            return []
-        with open(path, encoding="utf-8") as file:
-            return file.read().split()
-
-    def _note_earlier(self, names: Sequence[str]) -> None:
-        with open_replacing(os.path.join(self.save_dir, EARLIER), durable=True) as file:
-            file.write("\n".join(names))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """See Detectron2's method; a resume continues from :meth:`file_to_resume`.
@@ -226,7 +213,7 @@ class AqdetCheckpointer(DetectionCheckpointer):
                 self.save_dir,
                 os.path.basename(self.get_checkpoint_file()),
             )
-            self._note_earlier(sorted(name for name in os.listdir(self.save_dir) if _NUMBERED.fullmatch(name)))
+            note_earlier(self.save_dir, sorted(n for n in os.listdir(self.save_dir) if _NUMBERED.fullmatch(n)))
             os.replace(path, f"{path}.old")
 
     def save_stripped(self, name: str) -> None:

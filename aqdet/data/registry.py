@@ -21,6 +21,7 @@ from .check.advice import advise
 from .check.cache import checked
 from .check.findings import Report, reports_as_json
 from .check.records import find_shared_images
+from .class_names import listed, thing_classes
 from .declaration import IMAGE_FOLDER, Declaration
 from .declared import parse_declared, parse_image_folders
 from .embedded.register import set_cache_dir
@@ -30,7 +31,6 @@ from .mask_check import reads_masks
 __all__ = [
     "EVALUATOR_TYPE",
     "DatasetCheck",
-    "check_class_order",
     "check_datasets",
     "check_num_classes",
     "complete_num_classes",
@@ -199,7 +199,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         if has_boxes == (architecture == "QuantClassifier"):
             found, wanted = ("boxes", "image folders") if has_boxes else ("image folders", "boxes")
             raise ValueError(f"dataset {name} has {found}, but MODEL.META_ARCHITECTURE {architecture} needs {wanted}")
-        classes = _thing_classes(name)
+        classes = thing_classes(name)
         if classes is None:
             logger.warning("Dataset %s does not name its classes: their number is not checked", name)
             continue
@@ -207,7 +207,7 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
             first, expected = name, classes
         if classes != expected:
             raise ValueError(
-                f"datasets {first} and {name} have different classes: {_listed(expected)} and {_listed(classes)}"
+                f"datasets {first} and {name} have different classes: {listed(expected)} and {listed(classes)}"
             )
         if node is None:
             continue
@@ -217,38 +217,11 @@ def check_num_classes(cfg: CfgNode, *, train: bool = True) -> None:
         if len(classes) != cfg.MODEL[node].NUM_CLASSES:
             raise ValueError(
                 f"MODEL.{node}.NUM_CLASSES is {cfg.MODEL[node].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes: {_listed(classes)} (0 takes the number from the data)"
+                f"{len(classes)} classes: {listed(classes)} (0 takes the number from the data)"
             )
     if _lacks_num_classes(cfg):
         where = "DATASETS.TRAIN or TEST" if train else "DATASETS.TEST"
         raise ValueError(f"MODEL.{node}.NUM_CLASSES is 0, but no dataset in {where} names its classes")
-
-
-def check_class_order(cfg: CfgNode, trained: Any, weights: str) -> None:
-    """
-    Checks that the datasets to test on have the classes of a checkpoint in their order; other names are a warning.
-
-    Args:
-        cfg: config whose datasets are registered.
-        trained: names of the classes that the checkpoint holds; anything but a list of names is passed over, since
-            older checkpoints have none, and others' something else.
-        weights: the checkpoint, for the message.
-
-    Raises:
-        ValueError: in one line, naming a dataset that has the same classes in another order.
-    """
-    if not (isinstance(trained, list | tuple) and all(isinstance(name, str) for name in trained)):
-        return
-    for name in cfg.DATASETS.TEST:
-        classes = _thing_classes(name)
-        if classes is None or list(classes) == list(trained):
-            continue
-        if sorted(classes) == sorted(trained):
-            raise ValueError(
-                f"DATASETS.TEST: {name} has the classes of {weights} in another order, {_listed(classes)}, where it "
-                f"was trained with {_listed(list(trained))}"
-            )
-        logger.warning("%s has other classes than %s was trained with: %s", name, weights, _listed(list(trained)))
 
 
 def complete_num_classes(cfg: CfgNode) -> None:
@@ -390,15 +363,3 @@ def _log(report: Report, cfg: CfgNode) -> None:
     if report.counts:
         level = logging.WARNING if report.refused(strict=True) else logging.INFO
         logger.log(level, "Check of %s:\n%s", report.name, report.summary())
-
-
-def _thing_classes(name: str) -> list[str] | None:
-    """Returns the class names of a registered dataset, which is loaded if they are known only then."""
-    if MetadataCatalog.get(name).get("thing_classes") is None:
-        DatasetCatalog.get(name)
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    return None if classes is None else list(classes)
-
-
-def _listed(classes: list[str]) -> str:
-    return ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")

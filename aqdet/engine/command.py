@@ -22,7 +22,8 @@ from ..checkpoint import CLASSES_KEY, build_checkpointer
 from ..config import load_config
 from ..config_files import find_config_file
 from ..data import check_datasets, check_num_classes, register_declared
-from ..data.registry import DatasetCheck, check_class_order
+from ..data.class_names import check_class_order
+from ..data.registry import DatasetCheck
 from ..evaluation import check_coco_eval
 from ..utils.console import SIGNALLED, signal_of
 from .checked_trainer import NonFiniteLoss

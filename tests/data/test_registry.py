@@ -9,7 +9,7 @@ from helpers import make_cfg
 from PIL import Image
 
 from aqdet.data import check_datasets, check_num_classes, register_declared
-from aqdet.data.registry import check_class_order
+from aqdet.data.class_names import check_class_order
 
 
 def dataset(folder, names=("cat", "dog", "cow")):
