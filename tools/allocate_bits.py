@@ -85,6 +85,7 @@ def main() -> None:
     from aqdet.config import load_config
     from aqdet.data import complete_num_classes
     from aqdet.engine import check_config, fit_to_machine
+    from aqdet.modeling import QuantPolicy
 
     def plan(path: str) -> Any:
         cfg = load_config(path, args.opts)
@@ -98,9 +99,10 @@ def main() -> None:
         before = plan(args.config_file)
         found = read_sensitivity(args.sensitivity)
         bit_ops = None if args.budget_gbops is None else args.budget_gbops * 1e9
-        own = load_config(args.config_file, args.opts).MODEL.QUANT.RULES
+        cfg = load_config(args.config_file, args.opts)
+        policy = QuantPolicy.from_config(cfg)
         allocated = [name for group in found.layers.values() for name in group]
-        if ruled := [name for name in allocated if any(re.search(pattern, name) for pattern, _ in own)]:
+        if ruled := [name for name in allocated if policy.winning_rule(name) is not None]:
             raise ValueError(
                 f"MODEL.QUANT.RULES of {args.config_file} decide for {ruled[0]}, which {args.sensitivity} has "
                 "measured: measure again with this config, or take one without rules"
@@ -109,7 +111,7 @@ def main() -> None:
         name = os.path.splitext(os.path.basename(args.output))[0]
         content = {
             "_BASE_": os.path.abspath(args.config_file),
-            "MODEL": {"QUANT": {"ENABLED": True, "RULES": [*own, *rules_of(found, bits)]}},
+            "MODEL": {"QUANT": {"ENABLED": True, "RULES": [*cfg.MODEL.QUANT.RULES, *rules_of(found, bits)]}},
             "OUTPUT_DIR": f"output/{name}",
         }
         comment = (

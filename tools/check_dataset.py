@@ -307,9 +307,12 @@ def main() -> None:
     refused = sum(report.refused(strict) for report in reports)
     images = "not decoded" if args.no_images else "decoded"
     counts = ", ".join(f"{sum(r.number(s) for r in reports)} {s}" for s in ("error", "repaired", "dropped", "warning"))
-    has_boxes = any(not report.counts["no-boxes"] for report in reports)
-    verdict = "a training would start" if has_boxes else "there is nothing to train on"
-    verdict = "a training is refused" if refused else verdict
+    if refused:
+        verdict = "a training is refused"
+    elif all(report.counts["no-boxes"] for report in reports):
+        verdict = "there is nothing to train on"
+    else:
+        verdict = "a training would start"
     print(f"{counts}; images {images}; {time.monotonic() - start:.1f} s: {verdict}")
     sys.exit(1 if refused else 0)
 
